@@ -1,0 +1,32 @@
+"""Floor 2: the mechanisms. One module, one mechanism; every module without an underscore is imported."""
+
+import importlib
+import pkgutil
+
+from ._core import Capabilities, Core, Rename, Tokens, merge_heads, run_rounds, split_heads
+from ._layer import Attention, create_attention
+from ._registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "Attention",
+    "Capabilities",
+    "Core",
+    "Mechanism",
+    "Option",
+    "Paper",
+    "Rename",
+    "Tokens",
+    "create_attention",
+    "list_attentions",
+    "mechanism",
+    "merge_heads",
+    "register",
+    "require",
+    "run_rounds",
+    "split_heads",
+    "unregister",
+]

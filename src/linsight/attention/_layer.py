@@ -1,0 +1,209 @@
+"""The layer around a core: projections as data, checks, and nothing that depends on the image size."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linsight.errors import LinsightError
+from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens
+
+from ._core import Core, Tokens, merge_heads, split_heads
+from ._registry import mechanism, require
+
+
+class Projection(NamedTuple):
+    """One linear map of a layer: its name in the state dict, and which of q, k, v it yields, in order."""
+
+    name: str
+    parts: tuple[str, ...]
+
+
+# What no projection yields is the layer's input itself.
+PROJECTIONS: dict[str, tuple[Projection, ...]] = {
+    "qkv": (Projection("qkv", ("q", "k", "v")),),
+    "q_kv": (Projection("q", ("q",)), Projection("kv", ("k", "v"))),
+    "q_k_v": (Projection("q", ("q",)), Projection("k", ("k",)), Projection("v", ("v",))),
+}
+
+
+class Reduction(nn.Module):
+    """PVT's spatial reduction of keys and values: a convolution of stride r, then LayerNorm.
+
+    Floors the grid, as published; a grid smaller than r is first padded to r with zeros.
+    """
+
+    def __init__(self, dim: int, ratio: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.sr = nn.Conv2d(dim, dim, ratio, stride=ratio, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """`(B, H*W, C)` -> `(B, (H // r) * (W // r), C)` and its grid."""
+        canvas = x.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        low, wide = max(0, self.ratio - grid.height), max(0, self.ratio - grid.width)
+        canvas = self.sr(F.pad(canvas, (0, wide, 0, low)))
+        return self.norm(canvas.flatten(2).transpose(1, 2)), Grid(canvas.shape[2], canvas.shape[3])
+
+
+class Attention(nn.Module):
+    """A mechanism as a drop-in layer: projections, a core, an output projection.
+
+    Made by `create_attention`. Any height and width at call time; the state dict has `qkv` (or
+    `q`, `kv`), `proj`, and the core's own parameters under `core`.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        dim: int,
+        *,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        projections: str | None = None,
+        reduction: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads: int = core.num_heads  # type: ignore[assignment]
+        self.layout_name = projections or ("q_kv" if reduction > 1 else core.projections)
+        if reduction > 1 and "qkv" in self.layout_name.split("_"):
+            raise LinsightError("a reduction needs keys and values projected apart from queries: projections='q_kv'")
+        for projection in PROJECTIONS[self.layout_name]:
+            out = dim * len(projection.parts)
+            self.add_module(projection.name, nn.Linear(dim, out, bias=qkv_bias, **factory))
+        self.reduction = Reduction(dim, reduction, **factory) if reduction > 1 else None
+        self.core = core
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: LayoutLike,
+        *,
+        keep: Tensor | None = None,
+        context: Tensor | None = None,
+        context_layout: LayoutLike | None = None,
+        score_bias: Tensor | None = None,
+        cond: Tensor | None = None,
+    ) -> Tensor:
+        """Mix the tokens `x` `(B, P + H*W, C)`, which lie as `layout` says; the shape is kept.
+
+        Args:
+            x: tokens; queries are made from them.
+            layout: their grid, or a `Layout` for padded batches.
+            keep: `(B, N)` bool, False for tokens (of the context, if there is one) not to be seen.
+            context: `(B, N, C)` tokens that keys and values are made from instead of `x`.
+            context_layout: their layout.
+            score_bias: `(B or 1, H or 1, M, N)`, added to the scores.
+            cond: `(B, M, C)`, what the host conditions the layer on; `x` where it gives none.
+
+        Raises:
+            CapabilityError: the formula of the mechanism does not define what is asked.
+            LinsightError: token counts and layouts do not match.
+        """
+        layout = as_layout(layout)
+        check_tokens(x, layout)
+        self._check(layout, keep, context, score_bias)
+        source, source_layout = x, layout
+        if context is not None:
+            if context_layout is None:
+                raise LinsightError("context= needs context_layout=, the grid of its tokens")
+            source, source_layout = context, as_layout(context_layout)
+            check_tokens(source, source_layout, "context")
+        inside = source_layout.keep(source.device)
+        if inside is not None:
+            keep = inside if keep is None else keep & inside
+        if self.reduction is not None:
+            source, source_layout = self._reduce(source, source_layout, keep)
+        q, k, v = (split_heads(t, self.num_heads) for t in self._project(x, source))
+        out = self.core(
+            Tokens(q, k, v, x if cond is None else cond, keep),
+            layout,
+            context_layout=None if source_layout is layout else source_layout,
+            score_bias=score_bias,
+        )
+        return self.proj_drop(self.proj(merge_heads(out)))
+
+    def _check(self, layout: Layout, keep: Tensor | None, context: Tensor | None, score_bias: Tensor | None) -> None:
+        asked = (
+            (keep is not None, "keep", "dropping tokens"),
+            (layout.sizes is not None, "sizes", "padded batches"),
+            (layout.cu_seqlens is not None, "packed", "packed batches"),
+            (context is not None or self.reduction is not None, "cross", "keys of another sequence"),
+            (score_bias is not None, "score_bias", "a bias on the scores"),
+            (layout.grid.prefix > 0, "prefix", "prefix tokens"),
+        )
+        for present, capability, words in asked:
+            if present:
+                require(type(self.core), capability, words)
+
+    def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
+        assert self.reduction is not None
+        if keep is not None or layout.grid.prefix:
+            raise LinsightError("a spatial reduction takes neither dropped nor prefix tokens; use reduction=1")
+        x, grid = self.reduction(x, layout.grid)
+        return x, Layout(grid)
+
+    def _project(self, x: Tensor, source: Tensor) -> list[Tensor]:
+        """q from `x`, k and v from `source`, each `(B, N, C)`."""
+        found: dict[str, Tensor] = {}
+        for projection in PROJECTIONS[self.layout_name]:
+            linear = self.get_submodule(projection.name)
+            parts = projection.parts
+            if "q" in parts and len(parts) > 1 and source is not x:  # one weight, two inputs
+                width = linear.weight.shape[0] // len(parts)
+                split = [width, linear.weight.shape[0] - width]
+                bias = (None, None) if linear.bias is None else linear.bias.split(split)
+                weight = linear.weight.split(split)
+                found["q"] = F.linear(x, weight[0], bias[0])
+                found.update(zip(parts[1:], F.linear(source, weight[1], bias[1]).chunk(len(parts) - 1, -1), strict=True))
+            else:
+                out = linear(x if "q" in parts else source)
+                found.update(zip(parts, out.chunk(len(parts), dim=-1), strict=True))
+        return [found.get("q", x), found.get("k", source), found.get("v", source)]
+
+
+_LAYER_OPTIONS = ("qkv_bias", "proj_bias", "proj_drop", "projections", "reduction")
+
+
+def create_attention(
+    name: str,
+    dim: int,
+    num_heads: int = 8,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Attention:
+    """A layer of `dim` channels and `num_heads` heads with the mechanism `name`.
+
+    `options` are those of the mechanism (`linsight info NAME`) and of `Attention`: qkv_bias,
+    proj_bias, proj_drop, projections, reduction.
+
+    >>> layer = create_attention("inline", 64, 4)
+    >>> layer(torch.randn(2, 1 + 6 * 10, 64), Grid(6, 10, prefix=1)).shape
+    torch.Size([2, 61, 64])
+
+    Raises:
+        UnknownNameError: no such mechanism, option or value; the nearest is offered.
+        LinsightError: `num_heads` does not divide `dim`.
+    """
+    entry = mechanism(name)
+    if entry.kind == "block":
+        raise LinsightError(f"'{name}' is a whole block, not an attention layer: use it in a model")
+    if num_heads < 1 or dim % num_heads:
+        raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}: choose a divisor of {dim}")
+    layer = {key: options.pop(key) for key in _LAYER_OPTIONS if key in options}
+    if layer.get("projections") not in (None, *PROJECTIONS):
+        raise LinsightError(f"unknown projections '{layer['projections']}': known are {', '.join(PROJECTIONS)}")
+    entry.check_options(options)
+    core = entry.factory(dim, num_heads, device=device, dtype=dtype, **options)
+    assert isinstance(core, Core)
+    return Attention(core, dim, device=device, dtype=dtype, **layer)

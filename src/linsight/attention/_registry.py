@@ -1,0 +1,153 @@
+"""The registry of mechanisms: everything that tests, documentation and the command line know of them.
+
+A module of this package registers one mechanism with `@register(...)`; its options are read off the
+constructor. Nothing else is edited to add one.
+"""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from linsight.errors import CapabilityError, LinsightError, UnknownNameError
+
+from ._core import Capabilities, Core
+
+Kind = Literal["core", "layer", "block"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """Where a mechanism comes from."""
+
+    title: str
+    arxiv: str = ""
+    venue: str = ""
+
+    def __str__(self) -> str:
+        parts = [self.title, f"arXiv {self.arxiv}" if self.arxiv else "", self.venue]
+        return ", ".join(p for p in parts if p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A keyword argument of a mechanism's constructor. `choices` is empty where any value goes."""
+
+    name: str
+    default: Any
+    choices: tuple[Any, ...] = ()
+    help: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """One row of the registry."""
+
+    name: str
+    factory: type[nn.Module]
+    kind: Kind
+    formula: str
+    complexity: str
+    paper: Paper
+    capabilities: Capabilities
+    options: tuple[Option, ...]
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise unless every option is one of ours and has one of its values."""
+        known = {option.name: option for option in self.options}
+        for name, value in options.items():
+            if name not in known:
+                raise UnknownNameError(f"option of '{self.name}'", name, known)
+            if known[name].choices and value not in known[name].choices:
+                raise UnknownNameError(f"{name} of '{self.name}'", str(value), map(str, known[name].choices))
+
+
+_REGISTRY: dict[str, Mechanism] = {}
+_RESERVED = {"self", "dim", "num_heads", "device", "dtype"}
+M = TypeVar("M", bound=type[nn.Module])
+
+
+def register(
+    name: str, *, formula: str, complexity: str, paper: Paper, kind: Kind = "core"
+) -> Callable[[M], M]:
+    """Register a mechanism under `name`. For use on its class, in its own file."""
+
+    def add(cls: M) -> M:
+        if name in _REGISTRY and _REGISTRY[name].factory.__qualname__ != cls.__qualname__:
+            raise LinsightError(f"mechanism '{name}' is already registered by {_REGISTRY[name].factory}")
+        if kind == "core" and not issubclass(cls, Core):
+            raise LinsightError(f"mechanism '{name}' has kind 'core', but {cls.__name__} is not a Core")
+        _REGISTRY[name] = Mechanism(
+            name, cls, kind, formula, complexity, paper, getattr(cls, "capabilities", Capabilities()), _options(cls)
+        )
+        return cls
+
+    return add
+
+
+def unregister(name: str) -> None:
+    """Forget a mechanism, one that a test registered."""
+    _REGISTRY.pop(name, None)
+
+
+def mechanism(name: str) -> Mechanism:
+    """The registry's row for `name`; raises with the nearest name."""
+    if name not in _REGISTRY:
+        raise UnknownNameError("attention", name, _REGISTRY, "'linsight list' shows all")
+    return _REGISTRY[name]
+
+
+def list_attentions(**capabilities: bool) -> list[Mechanism]:
+    """All mechanisms, by name; those with the given capabilities, as in `list_attentions(stream=True)`."""
+    for key in capabilities:
+        if key not in Capabilities._fields:
+            raise UnknownNameError("capability", key, Capabilities._fields)
+    return [
+        entry
+        for _, entry in sorted(_REGISTRY.items())
+        if all(getattr(entry.capabilities, key) == value for key, value in capabilities.items())
+    ]
+
+
+def require(cls: type[nn.Module], capability: str, asked: str) -> None:
+    """Raise a CapabilityError naming those that can, unless `cls` has `capability`."""
+    if getattr(getattr(cls, "capabilities", Capabilities()), capability):
+        return
+    able = [entry.name for entry in list_attentions(**{capability: True})]
+    name = next((n for n, entry in _REGISTRY.items() if entry.factory is cls), cls.__name__)
+    raise CapabilityError(
+        f"'{name}' does not support {asked} ({capability}); these do: {', '.join(able) or 'none yet'}"
+    )
+
+
+def _options(cls: type[nn.Module]) -> tuple[Option, ...]:
+    hints = typing.get_type_hints(cls.__init__)
+    helps = _arguments(inspect.getdoc(cls) or "")
+    found = []
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name in _RESERVED or parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint = hints.get(name)
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        found.append(Option(name, parameter.default, choices, helps.get(name, "")))
+    return tuple(found)
+
+
+def _arguments(doc: str) -> dict[str, str]:
+    """The `Args:` section of a docstring, by argument."""
+    lines: Iterable[str] = doc.partition("Args:\n")[2].splitlines()
+    helps: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if not line.strip():
+            break
+        head, colon, rest = line.strip().partition(": ")
+        if line.startswith("    ") and not line.startswith("     ") and colon and head.isidentifier():
+            name = head
+            helps[name] = rest
+        elif name:
+            helps[name] += " " + line.strip()
+    return helps

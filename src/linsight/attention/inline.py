@@ -1,0 +1,142 @@
+"""InLine attention: linear attention made injective by subtracting the mean score.
+
+Han et al., "Bridging the Divide: Reconsidering Softmax and Linear Attention", NeurIPS 2024
+(arXiv 2412.06590). Per head, with s = d^(-1/2) and the means over the N tokens:
+
+    o = mean(v) + s q Cov(k, v),   Cov(k, v) = (1/N) sum_j (k_j - mean(k))^T (v_j - mean(v))
+
+which is the paper's weight phi(q).phi(k_j) - mean_s phi(q).phi(k_s) + 1/N, with the factor s/N of the
+published code on the similarity. Weights sum to 1, may be negative, and nothing is divided.
+
+To it comes a local term on the grid, a 3x3 depthwise convolution of v whose kernel is generated for
+each image from the mean token (per head an MLP d -> d -> 9d). The mean includes prefix tokens; the
+convolution does not touch them.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from linsight.ops import (
+    FEATURE_MAPS,
+    Grid,
+    Moments,
+    State,
+    Tile,
+    accumulator,
+    apply_state,
+    dynamic_depthwise_conv,
+    full_precision,
+    mask_tokens,
+)
+
+from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._registry import Paper, register
+
+
+class InLineState(NamedTuple):
+    """kv: the central moments of phi(k) and v.  x: `(B, C)` sum of the conditioning tokens."""
+
+    kv: Moments
+    x: Tensor
+
+
+class InLineReader(NamedTuple):
+    """v: `(B, H, E)` mean value.  cov: `(B, H, D, E)`.  kernels: `(B, C, 3, 3)`, or None."""
+
+    v: Tensor
+    cov: Tensor
+    kernels: Tensor | None
+
+
+@register(
+    "inline",
+    formula="o = mean(v) + d^(-1/2) q Cov(k, v) + conv3x3(v; kernel(mean(x)))",
+    complexity="O(N d^2)",
+    paper=Paper(
+        "Bridging the Divide: Reconsidering Softmax and Linear Attention", "2412.06590", "NeurIPS 2024"
+    ),
+)
+class InLine(Core):
+    """Injective linear attention with a per-image dynamic convolution.
+
+    Args:
+        feature_map: phi, applied to q and k; "exp" is exp(0.2 x). Every published model uses identity.
+        local: the dynamic convolution on v.
+        lepe: a static 3x3 depthwise convolution on v beside the dynamic one (CSwin).
+    """
+
+    capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
+    halos = (0, 1)
+    published = (Rename("residual.", "core.generator."), Rename("get_v.", "core.lepe."))
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        feature_map: Literal["identity", "relu", "leaky_relu", "exp"] = "identity",
+        local: bool = True,
+        lepe: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.feature_map = FEATURE_MAPS[feature_map]
+        factory = {"device": device, "dtype": dtype}
+        self.generator = (
+            nn.Sequential(
+                nn.Conv1d(dim, dim, 1, groups=num_heads, **factory),  # type: ignore[arg-type]
+                nn.GELU(),
+                nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, **factory),  # type: ignore[arg-type]
+            )
+            if local
+            else None
+        )
+        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory) if lepe else None  # type: ignore[arg-type]
+
+    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> InLineState:
+        """Central moments of phi(k) and v, and the sum of x."""
+        k = self.feature_map(tokens.k.to(accumulator(tokens.k.dtype)))
+        x = tokens.v.flatten(2) if tokens.x is None else tokens.x
+        total = mask_tokens(x, tokens.keep).sum(dim=1, dtype=accumulator(x.dtype))
+        return InLineState(Moments.absorb(k, tokens.v, tokens.keep), total)
+
+    def finish(self, r: int, state: InLineState, grid: Grid) -> InLineReader:
+        """Means, covariance and the kernels that the mean token generates."""
+        kernels = None
+        if self.generator is not None:
+            mean = state.x / state.kv.count.clamp(min=1)[:, None]
+            kernels = self._generate(self.generator, mean)
+        if self.lepe is not None:  # two 3x3 convolutions of the same v are one
+            static = self.lepe.weight[:, 0].to(state.x.dtype)
+            kernels = static.expand(state.x.shape[0], -1, -1, -1) if kernels is None else kernels + static
+        return InLineReader(state.kv.v, state.kv.covariance(), kernels)
+
+    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+        """mean(v) + s q Cov(k, v), and the local term on the grid."""
+        state: InLineReader = done[0]
+        q = self.feature_map(tile.inner(tokens.q).to(state.cov.dtype))
+        with full_precision(q):
+            out = state.v[:, None] + apply_state(q, state.cov * q.shape[-1] ** -0.5)
+        if state.kernels is not None:
+            v = mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :]
+            local = tile.inner_grid(dynamic_depthwise_conv(v, tile.seen, state.kernels))
+            if self.lepe is not None and self.lepe.bias is not None:
+                local = local + self.lepe.bias.to(local.dtype)
+            local = split_heads(local, self.num_heads)
+            out = torch.cat([out[:, : tile.prefix], out[:, tile.prefix :] + local], dim=1)
+        return out.to(tokens.q.dtype)
+
+    def _generate(self, generator: nn.Sequential, mean: Tensor) -> Tensor:
+        """`(B, C)` -> `(B, C, 3, 3)`, tap 3*ky + kx of channel c at 9c + tap; in the dtype of `mean`."""
+
+        def grouped(x: Tensor, conv: nn.Module) -> Tensor:  # (B, H, d) -> (B, H, out)
+            weight = conv.weight[..., 0].unflatten(0, (self.num_heads, -1)).to(x.dtype)
+            return torch.einsum("bhd,hod->bho", x, weight) + conv.bias.unflatten(0, (self.num_heads, -1)).to(x.dtype)
+
+        with full_precision(mean):
+            hidden = generator[1](grouped(mean.unflatten(1, (self.num_heads, -1)), generator[0]))
+            return grouped(hidden, generator[2]).flatten(1).unflatten(1, (-1, 3, 3))

@@ -1,0 +1,36 @@
+"""The errors of linsight: each names the thing, the limit and the way out, in one line.
+
+The command line prints them without a traceback and exits with code 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LinsightError(ValueError):
+    """Input that linsight cannot use. The message is one line a user can act on."""
+
+
+class UnknownNameError(LinsightError):
+    """A name that is not in a table; the message offers the nearest one."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        offer = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names[:12]) or 'none'}"
+        super().__init__(f"unknown {kind} '{name}': {offer}{f' ({hint})' if hint else ''}")
+
+
+class CapabilityError(LinsightError):
+    """A mechanism was asked for something that its formula does not define."""
+
+
+class CheckpointError(LinsightError):
+    """A file that is no checkpoint, is damaged, is not safe to read, or belongs to another model."""
+
+
+class MissingExtraError(LinsightError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package '{package}': pip install 'linsight[{extra}]'")

@@ -1,0 +1,46 @@
+"""Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
+
+from .conv import depthwise_conv, dynamic_depthwise_conv
+from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, tiles
+from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
+from .maps import FEATURE_MAPS
+from .states import (
+    LogSumExp,
+    Moments,
+    State,
+    accumulator,
+    apply_state,
+    count_tokens,
+    full_precision,
+    mask_tokens,
+    merge,
+    outer_sum,
+)
+
+__all__ = [
+    "FEATURE_MAPS",
+    "Grid",
+    "Layout",
+    "LayoutLike",
+    "LinearState",
+    "LogSumExp",
+    "Moments",
+    "State",
+    "Tile",
+    "accumulator",
+    "apply_state",
+    "as_layout",
+    "causal_linear_attention",
+    "check_tokens",
+    "count_tokens",
+    "depthwise_conv",
+    "dynamic_depthwise_conv",
+    "full_precision",
+    "linear_absorb",
+    "linear_attention",
+    "linear_read",
+    "mask_tokens",
+    "merge",
+    "outer_sum",
+    "tiles",
+]

@@ -1,0 +1,31 @@
+"""Depthwise convolutions on token sequences `(B, H*W, C)`, row by row, zero padding, stride 1.
+
+Cross-correlation, as in torch. Tap t of a k x k kernel is (t // k, t % k).
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One kernel a channel. `x` `(B, H*W, C)`; `size` (H, W); `weight` `(C, 1, k, k)`; `bias` `(C,)`."""
+    canvas = x.unflatten(1, size).permute(0, 3, 1, 2)  # (B, C, H, W)
+    out = F.conv2d(canvas, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return out.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
+    """One kernel for each image and channel. `x` `(B, H*W, C)`; `size` (H, W); `kernels` `(B, C, k, k)`.
+
+    A sum of k*k shifted products, so no layout changes; computed in the wider of the two dtypes.
+    """
+    height, width = size
+    k = kernels.shape[-1]
+    pad = k // 2
+    canvas = F.pad(x.unflatten(1, size), (0, 0, pad, pad, pad, pad))  # (B, H + 2p, W + 2p, C)
+    taps = kernels.flatten(2).permute(2, 0, 1)[:, :, None, None]  # (k*k, B, 1, 1, C)
+    out = canvas[:, :height, :width] * taps[0]
+    for t in range(1, k * k):
+        dy, dx = divmod(t, k)
+        out = out + canvas[:, dy : dy + height, dx : dx + width] * taps[t]
+    return out.flatten(1, 2)

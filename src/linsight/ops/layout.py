@@ -1,0 +1,161 @@
+"""How tokens lie: grids, padded and packed batches, tiles.
+
+Axes: B batch, N tokens, P prefix tokens, H and W the grid, C channels. A token sequence is
+`(B, P + H*W, C)`: prefix tokens (class, registers) first, then the grid row by row. Sizes are
+always given, never deduced from N.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from linsight.errors import LinsightError
+
+
+class Grid(NamedTuple):
+    """A grid of `height * width` tokens behind `prefix` tokens that have no place on it."""
+
+    height: int
+    width: int
+    prefix: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """P + H*W."""
+        return self.prefix + self.height * self.width
+
+
+class Layout(NamedTuple):
+    """The canvas of a batch, and what part of it each image fills.
+
+    grid: the canvas, a whole image or one window.
+    sizes: `(B, 2)` integers, each image's own height and width in tokens, when the batch is padded
+        to the canvas at the bottom and right; None when every image fills it.
+    cu_seqlens, grids: a packed batch: `(images + 1,)` offsets into one sequence, and the grid of
+        each image.
+    """
+
+    grid: Grid
+    sizes: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    grids: tuple[Grid, ...] = ()
+
+    def keep(self, device: torch.device) -> Tensor | None:
+        """`(B, N)` bool, False where a token is padding; None when there is none."""
+        if self.sizes is None:
+            return None
+        sizes = self.sizes.to(device)
+        grid = self.grid
+        rows = torch.arange(grid.height, device=device) < sizes[:, :1]  # (B, H)
+        columns = torch.arange(grid.width, device=device) < sizes[:, 1:]  # (B, W)
+        inside = (rows[:, :, None] & columns[:, None, :]).flatten(1)  # (B, H*W)
+        return torch.cat([inside.new_ones(inside.shape[0], grid.prefix), inside], dim=1)
+
+
+LayoutLike: TypeAlias = Grid | Layout
+
+
+def as_layout(layout: LayoutLike) -> Layout:
+    """A bare grid is a layout that every image fills."""
+    return Layout(layout) if isinstance(layout, Grid) else layout
+
+
+def check_tokens(x: Tensor, layout: Layout, name: str = "x") -> None:
+    """Raise a LinsightError unless `x` `(B, N, C)` has one token for each place of `layout`."""
+    if torch.compiler.is_compiling():  # a comparison would add a guard for each size
+        return
+    grid = layout.grid
+    if x.ndim != 3 or x.shape[1] != grid.tokens:
+        raise LinsightError(
+            f"{name} has shape {tuple(x.shape)}, but a grid of {grid.height}x{grid.width} with "
+            f"{grid.prefix} prefix tokens needs (batch, {grid.tokens}, channels): "
+            f"pass the layout of these tokens, Grid(height, width, prefix)"
+        )
+
+
+class Tile(NamedTuple):
+    """A rectangle of a grid, with `halo` further tokens on each side as far as the grid reaches.
+
+    The prefix tokens ride with the tile at the origin, and with no other.
+
+        +-----------------------+
+        |grid  . . . . .        |     . halo: seen, neither absorbed nor written
+        |      .+-----+.        |
+        |      .|tile |.        |
+        |      .+-----+.        |
+        |      . . . . .        |
+        +-----------------------+
+    """
+
+    grid: Grid
+    top: int
+    left: int
+    height: int
+    width: int
+    halo: int = 0
+
+    @classmethod
+    def whole(cls, grid: Grid) -> "Tile":
+        """The tile that is all of `grid`: the dense case."""
+        return cls(grid, 0, 0, grid.height, grid.width)
+
+    @property
+    def is_whole(self) -> bool:
+        """True for `Tile.whole(grid)`, whose tokens need no slicing."""
+        return self.halo == 0 and self.height == self.grid.height and self.width == self.grid.width
+
+    @property
+    def prefix(self) -> int:
+        """Prefix tokens in this tile's sequence."""
+        return self.grid.prefix if self.top == 0 and self.left == 0 else 0
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row and one past the last, halo included."""
+        if self.halo == 0:
+            return self.top, self.top + self.height
+        return max(0, self.top - self.halo), min(self.grid.height, self.top + self.height + self.halo)
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """First column and one past the last, halo included."""
+        if self.halo == 0:
+            return self.left, self.left + self.width
+        return max(0, self.left - self.halo), min(self.grid.width, self.left + self.width + self.halo)
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """Height and width with the halo: `prefix + height * width` tokens arrive."""
+        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+
+    def take(self, x: Tensor) -> Tensor:
+        """The tokens of this tile, halo included, out of the whole sequence `(B, P + H*W, ...)`."""
+        if self.is_whole:
+            return x
+        grid, (top, bottom), (left, right) = self.grid, self.rows, self.columns
+        canvas = x[:, grid.prefix :].unflatten(1, (grid.height, grid.width))
+        inside = canvas[:, top:bottom, left:right].flatten(1, 2)
+        return torch.cat([x[:, : self.prefix], inside], dim=1)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """The tile's own tokens `(B, prefix + height*width, ...)` out of those with the halo."""
+        if self.halo == 0:
+            return x
+        return torch.cat([x[:, : self.prefix], self.inner_grid(x[:, self.prefix :])], dim=1)
+
+    def inner_grid(self, x: Tensor) -> Tensor:
+        """The same of a sequence without prefix tokens."""
+        if self.halo == 0:
+            return x
+        top, left = self.top - self.rows[0], self.left - self.columns[0]
+        return x.unflatten(1, self.seen)[:, top : top + self.height, left : left + self.width].flatten(1, 2)
+
+
+def tiles(grid: Grid, height: int, width: int, halo: int = 0) -> list[Tile]:
+    """`grid` cut into tiles of at most `height * width`, row by row; the last ones may be smaller."""
+    return [
+        Tile(grid, top, left, min(height, grid.height - top), min(width, grid.width - left), halo)
+        for top in range(0, grid.height, height)
+        for left in range(0, grid.width, width)
+    ]

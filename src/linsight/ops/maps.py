@@ -1,0 +1,35 @@
+"""Feature maps: elementwise functions of queries and keys, by name."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def identity(x: Tensor) -> Tensor:
+    """x."""
+    return x
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """x + 1 for x >= 0, exp(x) otherwise.
+
+    Not `elu(x) + 1`: in bfloat16 that rounds to 0 below about -6. The clamp keeps the unused branch
+    from overflowing, which would turn its zero gradient into NaN.
+    """
+    return torch.where(x >= 0, x + 1, torch.exp(x.clamp(max=0)))
+
+
+def gentle_exp(x: Tensor) -> Tensor:
+    """exp(0.2 x), the exponential map of InLine's Swin host."""
+    return torch.exp(0.2 * x)
+
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": identity,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,  # slope 0.01
+    "elu+1": elu_plus_one,
+    "exp": gentle_exp,
+}

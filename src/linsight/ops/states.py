@@ -1,0 +1,146 @@
+"""States: summaries of tokens whose size does not depend on N, and the three ways they merge.
+
+A state is a tensor (merged by addition), a `LogSumExp`, a `Moments`, or a named tuple of states.
+Axes: B batch, N tokens, H heads, D query/key width, E value width. Everything that sums over N is
+accumulated in `promote_types(dtype, float32)`, whatever the autocast dtype.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = Any  # Tensor | LogSumExp | Moments | NamedTuple of states
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over tokens are made: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@contextmanager
+def _autocast_off(device_type: str) -> Iterator[None]:
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which autocast leaves matrix products alone. Free when autocast is off."""
+    if torch.is_autocast_enabled(x.device.type):
+        return _autocast_off(x.device.type)
+    return nullcontext()
+
+
+def mask_tokens(x: Tensor, keep: Tensor | None, value: float = 0.0) -> Tensor:
+    """`x` `(B, N, ...)` with `value` where `keep` `(B, N)` is False, NaN and Inf included."""
+    if keep is None:
+        return x
+    return x.masked_fill(~keep.reshape(*keep.shape, *[1] * (x.ndim - 2)), value)
+
+
+def count_tokens(x: Tensor, keep: Tensor | None) -> Tensor:
+    """How many tokens of `x` `(B, N, ...)` are absorbed: `(B,)`, in the accumulator's dtype."""
+    dtype = accumulator(x.dtype)
+    if keep is None:
+        return torch.full((x.shape[0],), x.shape[1], dtype=dtype, device=x.device)
+    return keep.sum(dim=1, dtype=dtype)
+
+
+def outer_sum(k: Tensor, v: Tensor) -> Tensor:
+    """sum_n k_n v_n^T: `(B, N, H, D)`, `(B, N, H, E)` -> `(B, H, D, E)`."""
+    return torch.einsum("bnhd,bnhe->bhde", k, v)
+
+
+def apply_state(q: Tensor, state: Tensor) -> Tensor:
+    """q_n S: `(B, N, H, D)`, `(B, H, D, E)` -> `(B, N, H, E)`."""
+    return torch.einsum("bnhd,bhde->bnhe", q, state)
+
+
+class LogSumExp(NamedTuple):
+    """Sums weighted by exp(score), kept relative to the running maximum.
+
+    top: `(B, H, D)` the maximum, a constant for autograd.  total: `(B, H, D)` sum exp(score - top).
+    value: `(B, H, D, E)` sum exp(score - top) v^T.
+    """
+
+    top: Tensor
+    total: Tensor
+    value: Tensor
+
+    @classmethod
+    def absorb(cls, scores: Tensor, v: Tensor, keep: Tensor | None = None) -> "LogSumExp":
+        """`scores` `(B, N, H, D)`, one for each token and slot; `v` `(B, N, H, E)`."""
+        dtype = accumulator(v.dtype)
+        with full_precision(v):
+            scores = mask_tokens(scores.to(dtype), keep, float("-inf"))
+            # The maximum cancels in value / total, so no gradient passes through it. The clamp keeps
+            # a tile without a single kept token at total 0 instead of NaN.
+            top = scores.detach().amax(dim=1).clamp(min=torch.finfo(dtype).min)
+            weights = torch.exp(scores - top[:, None])
+            return cls(top, weights.sum(dim=1), outer_sum(weights, mask_tokens(v, keep).to(dtype)))
+
+    def merge(self, other: "LogSumExp") -> "LogSumExp":
+        """Both sums brought to the larger maximum."""
+        top = torch.maximum(self.top, other.top)
+        a, b = torch.exp(self.top - top), torch.exp(other.top - top)
+        return LogSumExp(
+            top,
+            self.total * a + other.total * b,
+            self.value * a[..., None] + other.value * b[..., None],
+        )
+
+    def mean(self) -> Tensor:
+        """`(B, H, D, E)`: the average of v under weights softmax(score)."""
+        return self.value / self.total[..., None]
+
+
+class Moments(NamedTuple):
+    """Count, means and central cross-product of keys and values.
+
+    Central, because the raw form sum k v^T - n mean(k) mean(v)^T cancels: with tokens offset by 100
+    and a million of them it loses six digits. Merged pairwise (Chan, Golub, LeVeque 1979).
+
+    count: `(B,)`.  k: `(B, H, D)`.  v: `(B, H, E)`.  cross: `(B, H, D, E)` sum (k - mean)(v - mean)^T.
+    """
+
+    count: Tensor
+    k: Tensor
+    v: Tensor
+    cross: Tensor
+
+    @classmethod
+    def absorb(cls, k: Tensor, v: Tensor, keep: Tensor | None = None) -> "Moments":
+        """`k` `(B, N, H, D)`, `v` `(B, N, H, E)`."""
+        dtype = accumulator(k.dtype)
+        with full_precision(k):
+            count = count_tokens(k, keep)
+            k, v = mask_tokens(k, keep).to(dtype), mask_tokens(v, keep).to(dtype)
+            share = 1 / count.clamp(min=1)[:, None, None]
+            mean_k, mean_v = k.sum(dim=1) * share, v.sum(dim=1) * share
+            # A token that is not kept must stay zero after centring.
+            centred_k = mask_tokens(k - mean_k[:, None], keep)
+            return cls(count, mean_k, mean_v, outer_sum(centred_k, v - mean_v[:, None]))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both sets of tokens."""
+        count = self.count + other.count
+        share = (other.count / count.clamp(min=1))[:, None, None]
+        k, v = other.k - self.k, other.v - self.v
+        cross = self.cross + other.cross
+        cross = cross + (self.count[:, None, None, None] * share[..., None]) * k[..., None] * v[..., None, :]
+        return Moments(count, self.k + k * share, self.v + v * share, cross)
+
+    def covariance(self) -> Tensor:
+        """`(B, H, D, E)`: cross / count."""
+        return self.cross / self.count.clamp(min=1)[:, None, None, None]
+
+
+def merge(a: State, b: State) -> State:
+    """The state of the tokens of `a` and of `b` together: associative, and the same for any mechanism."""
+    if isinstance(a, Tensor):
+        return a + b
+    if isinstance(a, LogSumExp | Moments):
+        return a.merge(b)
+    return type(a)(*(merge(x, y) for x, y in zip(a, b, strict=True)))
