@@ -1,6 +1,14 @@
-"""linsight: linear-time attention for vision, every mechanism under one contract."""
+"""linsight: linear-time attention for vision, every mechanism under one contract.
+
+>>> import linsight, timm
+>>> model = timm.create_model("inline_deit_tiny", num_classes=10)
+>>> layer = linsight.create_attention("inline", dim=64, num_heads=4)
+"""
 
 from .attention import create_attention, list_attentions
+from .models import create_model
 from .ops import Grid, Layout
 
 __version__ = "0.1.0"
+
+__all__ = ["Grid", "Layout", "__version__", "create_attention", "create_model", "list_attentions"]

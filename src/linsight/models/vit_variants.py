@@ -1,0 +1,63 @@
+"""The ViT host's sizes and its published variants, as data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from torch import nn
+
+from ._plan import plan
+from ._registry import TIMM_HOSTS, Host, Variant, add_hosts, add_variants
+from .vit import VisionTransformer, host_arguments
+
+_PATCH16 = {"patch_size": 16, "depth": 12}
+_CFG = {"first_conv": "patch_embed.proj", "classifier": "head"}
+_FEATURES = {"out_indices": 3, "feature_cls": "getter"}
+
+add_hosts(
+    Host("vit_tiny", VisionTransformer, {**_PATCH16, "embed_dim": 192, "num_heads": 3}, _CFG, _FEATURES),
+    Host("vit_small", VisionTransformer, {**_PATCH16, "embed_dim": 384, "num_heads": 6}, _CFG, _FEATURES),
+    Host("vit_base", VisionTransformer, {**_PATCH16, "embed_dim": 768, "num_heads": 12}, _CFG, _FEATURES),
+)
+
+# InLine-DeiT (arXiv 2412.06590): widths, heads and image sizes of their own, head width 32.
+add_variants(
+    Variant(
+        "inline_deit_tiny",
+        "vit_tiny",
+        "inline",
+        {"embed_dim": 192, "num_heads": 6},
+        published={"top1": 74.5, "params": 6.48e6, "gmacs": 1.11},
+    ),
+    Variant(
+        "inline_deit_small",
+        "vit_small",
+        "inline",
+        {"embed_dim": 320, "num_heads": 10},
+        cfg={"input_size": (3, 288, 288)},
+        published={"top1": 80.2, "params": 16.73e6, "gmacs": 4.97},
+    ),
+    Variant(
+        "inline_deit_base",
+        "vit_base",
+        "inline",
+        {"embed_dim": 384, "num_heads": 12},
+        cfg={"input_size": (3, 448, 448)},
+        published={"top1": 82.3, "params": 23.80e6, "gmacs": 17.17},
+    ),
+)
+
+
+def _timm_vit(
+    name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
+) -> nn.Module:
+    """timm's own ViT `name`, its weights too where asked, on our host."""
+    depth = kwargs.get("depth") or len(timm.create_model(name, device="meta").blocks)  # type: ignore[arg-type]
+    (choices,) = plan(attention, [depth], options)
+    model = timm.create_model(name, pretrained=pretrained, **{**kwargs, **host_arguments(choices)})
+    VisionTransformer.adopt(model.model if kwargs.get("features_only") else model)  # type: ignore[arg-type]
+    return model
+
+
+TIMM_HOSTS["timm.models.vision_transformer"] = _timm_vit
+TIMM_HOSTS["timm.models.deit"] = _timm_vit
