@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from linsight.ops import (
     FEATURE_MAPS,
@@ -127,7 +128,7 @@ class InLine(Core):
             if self.lepe is not None and self.lepe.bias is not None:
                 local = local + self.lepe.bias.to(local.dtype)
             local = split_heads(local, self.num_heads)
-            out = torch.cat([out[:, : tile.prefix], out[:, tile.prefix :] + local], dim=1)
+            out = out + F.pad(local, (0, 0, 0, 0, tile.prefix, 0)) if tile.prefix else out + local
         return out.to(tokens.q.dtype)
 
     def _generate(self, generator: nn.Sequential, mean: Tensor) -> Tensor:

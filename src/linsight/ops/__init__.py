@@ -1,6 +1,6 @@
 """Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
 
-from .conv import depthwise_conv, dynamic_depthwise_conv
+from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
 from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, tiles
 from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
 from .maps import FEATURE_MAPS
@@ -42,5 +42,6 @@ __all__ = [
     "mask_tokens",
     "merge",
     "outer_sum",
+    "shifted_products",
     "tiles",
 ]

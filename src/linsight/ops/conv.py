@@ -3,8 +3,11 @@
 Cross-correlation, as in torch. Tap t of a k x k kernel is (t // k, t % k).
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .states import full_precision
 
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -17,8 +20,23 @@ def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tenso
 def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
     """One kernel for each image and channel. `x` `(B, H*W, C)`; `size` (H, W); `kernels` `(B, C, k, k)`.
 
-    A sum of k*k shifted products, so no layout changes; computed in the wider of the two dtypes.
+    The definition is the sum of k*k shifted products, which a compiler fuses and ONNX can express.
+    Run eagerly it would pass over memory k*k times, so there it is one convolution of B*C groups.
+    Computed in the dtype of `kernels`.
     """
+    x = x.to(kernels.dtype)
+    if torch.compiler.is_compiling():
+        return shifted_products(x, size, kernels)
+    batch, _, channels = x.shape
+    canvas = x.transpose(1, 2).reshape(1, batch * channels, *size)
+    weight = kernels.reshape(batch * channels, 1, *kernels.shape[2:])
+    with full_precision(x):
+        out = F.conv2d(canvas, weight, padding=kernels.shape[-1] // 2, groups=batch * channels)
+    return out.reshape(batch, channels, -1).transpose(1, 2)
+
+
+def shifted_products(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
+    """`dynamic_depthwise_conv` by its definition: sum over taps of x shifted by the tap, times the tap."""
     height, width = size
     k = kernels.shape[-1]
     pad = k // 2
