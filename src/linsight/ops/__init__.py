@@ -1,5 +1,6 @@
 """Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
 
+from ._forms import FORMS, ChosenForm, Form, forms
 from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
 from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, tiles
 from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
@@ -19,6 +20,9 @@ from .states import (
 
 __all__ = [
     "FEATURE_MAPS",
+    "FORMS",
+    "ChosenForm",
+    "Form",
     "Grid",
     "Layout",
     "LayoutLike",
@@ -35,6 +39,7 @@ __all__ = [
     "count_tokens",
     "depthwise_conv",
     "dynamic_depthwise_conv",
+    "forms",
     "full_precision",
     "linear_absorb",
     "linear_attention",

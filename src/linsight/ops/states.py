@@ -28,7 +28,7 @@ def _autocast_off(device_type: str) -> Iterator[None]:
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """A context in which autocast leaves matrix products alone. Free when autocast is off."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch knows no autocast of meta
         return _autocast_off(x.device.type)
     return nullcontext()
 

@@ -1,0 +1,127 @@
+"""What there is, as plain data: mechanisms, models, and what they cost. The CLI and the documentation show it."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from linsight.attention import Mechanism, create_attention, list_attentions, mechanism
+from linsight.errors import UnknownNameError
+from linsight.models import HOSTS, VARIANTS, create_model
+from linsight.ops import Grid
+
+# What `mechanism_info` measures a layer at: tokens of a 224 and of a 1024 image in patches of 16.
+DIM, HEADS, GRIDS = 192, 6, (Grid(14, 14), Grid(64, 64))
+
+
+def list_mechanisms() -> list[dict[str, Any]]:
+    """One row for each mechanism: name, kind, complexity, paper, capabilities."""
+    return [_mechanism_row(entry) for entry in list_attentions()]
+
+
+def list_models() -> list[dict[str, Any]]:
+    """One row for each variant, then one for each host that takes any mechanism."""
+    rows = [_model_row(name) for name in sorted(VARIANTS)]
+    return rows + [_model_row(name) for name in sorted(HOSTS)]
+
+
+def info(name: str, attention: str | None = None) -> dict[str, Any]:
+    """All about a mechanism or a model; `attention` puts another mechanism into the model.
+
+    Raises:
+        UnknownNameError: neither a mechanism nor a model; the nearest is offered.
+    """
+    mechanisms = {entry.name for entry in list_attentions()}
+    if name in mechanisms:
+        return mechanism_info(name)
+    if name in VARIANTS or name in HOSTS:
+        return model_info(name, attention)
+    raise UnknownNameError("mechanism or model", name, {*mechanisms, *VARIANTS, *HOSTS}, "'linsight list' shows all")
+
+
+def mechanism_info(name: str) -> dict[str, Any]:
+    """A mechanism's row, its options, and the cost of one layer with it.
+
+    Raises:
+        UnknownNameError: not a mechanism; the nearest is offered.
+    """
+    entry = mechanism(name)
+    row = _mechanism_row(entry)
+    row["options"] = [option.__dict__ for option in entry.options]
+    row["cost"] = [] if entry.kind == "block" else [_layer_cost(name, grid) for grid in GRIDS]
+    return row
+
+
+def model_info(name: str, attention: str | None = None) -> dict[str, Any]:
+    """A model's row, its parameters and its multiply-adds for one image of its size.
+
+    Raises:
+        UnknownNameError: no such model or mechanism; the nearest is offered.
+    """
+    with torch.device("meta"):
+        model = create_model(name, attention=attention).eval()
+    size = model.pretrained_cfg["input_size"]  # type: ignore[index]
+    row = _model_row(name)
+    if attention not in (None, row["attention"]):  # another model than the published one
+        row |= {"attention": attention, "published": {}}
+    row["params"] = count_parameters(model)
+    row["gmacs"] = count_macs(model, torch.empty(1, *size, device="meta")) / 1e9
+    return row
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers that training changes."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def count_macs(module: nn.Module, *inputs: Any) -> int:
+    """Multiply-adds of one forward's matrix products and convolutions; on the meta device nothing is computed."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def _layer_cost(name: str, grid: Grid) -> dict[str, Any]:
+    layer = create_attention(name, DIM, HEADS, device="meta")
+    macs = count_macs(layer, torch.empty(1, grid.tokens, DIM, device="meta"), grid)
+    return {
+        "dim": DIM,
+        "heads": HEADS,
+        "grid": f"{grid.height}x{grid.width}",
+        "params": count_parameters(layer),
+        "macs": macs,
+    }
+
+
+def _mechanism_row(entry: Mechanism) -> dict[str, Any]:
+    paper = entry.paper
+    return {
+        "name": entry.name,
+        "kind": entry.kind,
+        "summary": (inspect.getdoc(entry.factory) or "").partition("\n")[0],
+        "formula": entry.formula,
+        "complexity": entry.complexity,
+        "paper": {
+            "title": paper.title,
+            "venue": paper.venue,
+            "url": f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else "",
+        },
+        "capabilities": entry.capabilities._asdict(),
+    }
+
+
+def _model_row(name: str) -> dict[str, Any]:
+    variant = VARIANTS.get(name)
+    host = HOSTS[variant.host if variant else name]
+    cfg: Mapping[str, Any] = {"input_size": (3, 224, 224), **host.cfg, **(variant.cfg if variant else {})}
+    return {
+        "name": name,
+        "kind": "variant" if variant else "host",
+        "host": host.name,
+        "attention": variant.attention if variant else "softmax",
+        "image_size": "x".join(map(str, cfg["input_size"][-2:])),
+        "published": dict(variant.published) if variant else {},
+    }
