@@ -6,9 +6,19 @@
 """
 
 from .attention import create_attention, list_attentions
+from .checkpoints import export_published, load_published
 from .models import create_model
 from .ops import Grid, Layout
 
 __version__ = "0.1.0"
 
-__all__ = ["Grid", "Layout", "__version__", "create_attention", "create_model", "list_attentions"]
+__all__ = [
+    "Grid",
+    "Layout",
+    "__version__",
+    "create_attention",
+    "create_model",
+    "export_published",
+    "list_attentions",
+    "load_published",
+]

@@ -195,7 +195,7 @@ def rules(run: Run) -> Iterator[Rename]:
 def renamed(key: str, table: list[Rename], back: bool = False) -> str:
     """`key` under the first rule that fits; `back` from our name to the published one."""
     for rule in table:
-        old, new = (rule.ours, rule.published) if back else rule
+        old, new = (rule.ours, rule.published) if back else (rule.published, rule.ours)
         if key.startswith(old):
             return new + key[len(old) :]
     return key

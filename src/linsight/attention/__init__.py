@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, run_rounds, split_heads
-from ._layer import Attention, create_attention
+from ._layer import PROJECTIONS, Attention, Projection, create_attention
 from ._registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
 
 for _module in pkgutil.iter_modules(__path__):
@@ -12,12 +12,14 @@ for _module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "PROJECTIONS",
     "Attention",
     "Capabilities",
     "Core",
     "Mechanism",
     "Option",
     "Paper",
+    "Projection",
     "Rename",
     "Tokens",
     "create_attention",

@@ -42,10 +42,14 @@ class Capabilities(NamedTuple):
 
 
 class Rename(NamedTuple):
-    """One rule of a key map: keys that start with `published` start with `ours` here."""
+    """One rule of a key map: keys that start with `published` start with `ours` here.
+
+    ones: trailing axes of size 1 that weights have there, as those of 1x1 convolutions.
+    """
 
     published: str
     ours: str
+    ones: int = 0
 
 
 class Core(nn.Module):

@@ -26,10 +26,10 @@ class Efficient(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, stream=True, prefix=True)
     published = (
-        Rename("queries.", "q."),
-        Rename("keys.", "k."),
-        Rename("values.", "v."),
-        Rename("reprojection.", "proj."),
+        Rename("queries.", "q.", ones=2),
+        Rename("keys.", "k.", ones=2),
+        Rename("values.", "v.", ones=2),
+        Rename("reprojection.", "proj.", ones=2),
     )
 
     def __init__(

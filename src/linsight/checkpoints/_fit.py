@@ -1,0 +1,135 @@
+"""What of a checkpoint goes where in a model; nothing is copied here."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from linsight.attention import Attention
+
+from ._keys import is_constant, key_map, to_ours
+from ._projections import Entry, regroup
+from ._report import Mismatch, shape_text
+
+
+@dataclasses.dataclass
+class Fitted:
+    """ready: tensors by our keys, in the model's shape and dtype.  The rest as in `LoadReport`."""
+
+    ready: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    resized: list[str] = dataclasses.field(default_factory=list)
+    dropped: list[str] = dataclasses.field(default_factory=list)
+    kept: list[str] = dataclasses.field(default_factory=list)
+    problems: list[Mismatch] = dataclasses.field(default_factory=list)
+
+
+def fit(
+    model: nn.Module, tensors: Mapping[str, Tensor], *, head: bool = True, resize: bool = True, pruned: bool = False
+) -> Fitted:
+    """Match `tensors`, by published keys or ours, with the state of `model`.
+
+    head: False leaves the classifier alone.  resize: resample position tables.  pruned: the model lacks
+    modules on purpose, as timm's `features_only` makes it.
+    """
+    own = model.state_dict()
+    # A file in our own layout is as welcome as a published one.
+    entries = max((convert(model, tensors, named=n) for n in (True, False)), key=lambda e: len(e.keys() & own.keys()))
+    done = Fitted()
+    for key, target in own.items():
+        entry = entries.pop(key, None)
+        if not head and in_classifier(model, key):
+            done.kept.append(key)
+            if entry:
+                done.dropped.append(f"{entry.key} (head=False)")
+        elif entry is not None:
+            _place(model, key, entry, target, resize, done)
+        elif is_constant(key):
+            done.kept.append(key)
+        else:
+            done.problems.append(Mismatch(key, "", shape_text(target.shape), "not in the checkpoint"))
+    for key, entry in entries.items():
+        reason = _reason_to_drop(model, key, head, pruned)
+        if reason:
+            done.dropped.append(f"{entry.key} ({reason})")
+        else:
+            done.problems.append(Mismatch(entry.key, shape_text(entry.tensor.shape), "", "not in the model"))
+    return done
+
+
+def convert(model: nn.Module, tensors: Mapping[str, Tensor], *, named: bool) -> dict[str, Entry]:
+    """Entries by our keys; `named` says that keys are the published ones."""
+    rules = key_map(model) if named else []
+    entries: dict[str, Entry] = {}
+    for key, tensor in tensors.items():
+        ours = to_ours(key, rules)
+        entries[ours if ours not in entries else key] = Entry(key, tensor)
+    for path, layer in model.named_modules():
+        if isinstance(layer, Attention):
+            regroup(entries, f"{path}." if path else "", layer.layout_name)
+    return entries
+
+
+def in_classifier(model: nn.Module, key: str) -> bool:
+    """Whether `key` belongs to the classifier, by timm's configuration of the model."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return key.startswith(tuple(f"{name}." for name in ([names] if isinstance(names, str) else names)))
+
+
+def _place(model: nn.Module, key: str, entry: Entry, target: Tensor, resize: bool, done: Fitted) -> None:
+    tensor = entry.tensor
+    row = Mismatch(entry.key, shape_text(tensor.shape), shape_text(target.shape), "another shape")
+    if tensor.layout != torch.strided or tensor.is_floating_point() != target.is_floating_point():
+        kinds = f"{tensor.dtype} for {target.dtype}".replace("torch.", "")
+        done.problems.append(row._replace(problem=f"another kind of numbers: {kinds}"))
+        return
+    if tensor.shape != target.shape and _without_ones(tensor) == _without_ones(target):
+        tensor = tensor.reshape(target.shape)  # a 1x1 convolution is a linear map
+    if tensor.shape != target.shape and key.rpartition(".")[2].startswith("pos_embed"):
+        old, new = _grids(model, key, tensor, target)
+        if old and new and resize:
+            tensor = resample_abs_pos_embed(tensor, list(new), list(old), target.shape[1] - math.prod(new))
+            done.resized.append(f"{entry.key} from {shape_text(old)} to {shape_text(new)}")
+        elif old and new:
+            row = row._replace(problem=f"a table of {shape_text(old)} for {shape_text(new)}: pass resize=True")
+    if tensor.shape == target.shape:
+        done.ready[key] = tensor.to(target.dtype)
+    else:
+        done.problems.append(row)
+
+
+def _without_ones(tensor: Tensor) -> tuple[int, ...]:
+    shape = list(tensor.shape)
+    while shape and shape[-1] == 1:
+        shape.pop()
+    return tuple(shape)
+
+
+def _grids(model: nn.Module, key: str, table: Tensor, target: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The square grid of a published position table and the model's; empty where there is none."""
+    owner = model.get_submodule(key.rpartition(".")[0])
+    new: tuple[int, ...] = tuple(getattr(getattr(owner, "patch_embed", None), "grid_size", None) or ())
+    if not new or table.ndim != 3 or target.ndim != 3 or table.shape[::2] != target.shape[::2]:
+        return (), ()
+    positions = table.shape[1] - (target.shape[1] - math.prod(new))  # prefix tokens have no place on the grid
+    side = math.isqrt(max(positions, 0))
+    return ((side, side) if side and side * side == positions else ()), new
+
+
+def _reason_to_drop(model: nn.Module, key: str, head: bool, pruned: bool) -> str:
+    if is_constant(key):
+        return "rebuilt"
+    if not head and in_classifier(model, key):
+        return "head=False"
+    return "pruned" if pruned and _is_pruned(model, key) else ""
+
+
+def _is_pruned(model: nn.Module, key: str) -> bool:
+    """Whether the stage, block or norm that `key` belongs to was taken out of the model."""
+    first, second = (*key.split("."), "")[:2]
+    module = getattr(model, first, None)
+    if module is None or isinstance(module, nn.Identity):
+        return True
+    return second.isdecimal() and isinstance(module, nn.Module) and second not in dict(module.named_children())

@@ -1,0 +1,83 @@
+"""Two-way key maps, collected from the modules of a model.
+
+Any module may declare `published`, a tuple of `Rename`: a host for its stages, a block for what it
+owns, a mechanism (on its Core) for the layer around it. Rules are relative to their module, and the
+outer ones come first, so a host's rules lead to the names that the layers published.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from linsight.attention import Attention, Core, Rename
+
+# Not the mechanism's but the layer's own: PVT's spatial reduction.
+REDUCTION = (Rename("sr.", "reduction.sr."), Rename("norm.", "reduction.norm."))
+# Published buffers that follow from shapes alone; models rebuild them.
+CONSTANTS = ("relative_position_index", "relative_coords_table", "attn_mask", "rotations")
+
+
+class Rules(NamedTuple):
+    """The rules of one module, whose keys start with `prefix`."""
+
+    prefix: str
+    renames: tuple[Rename, ...]
+
+    def ours(self, key: str) -> str:
+        """One step from a published key to ours."""
+        rest = key.removeprefix(self.prefix)
+        rule = longest(self.renames, rest, 0) if key.startswith(self.prefix) else None
+        return self.prefix + rule.ours + rest[len(rule.published) :] if rule else key
+
+    def published(self, key: str) -> tuple[str, int]:
+        """One step back, and the trailing axes of size 1 that a weight has there."""
+        rest = key.removeprefix(self.prefix)
+        rule = longest(self.renames, rest, 1) if key.startswith(self.prefix) else None
+        return (self.prefix + rule.published + rest[len(rule.ours) :], rule.ones) if rule else (key, 0)
+
+
+def longest(renames: Iterable[Rename], key: str, side: int) -> Rename | None:
+    """The most specific rule for `key`; of equals, the first."""
+    fitting = [rule for rule in renames if key.startswith(rule[side])]  # type: ignore[arg-type]
+    return max(fitting, key=lambda rule: len(rule[side]), default=None)  # type: ignore[arg-type]
+
+
+def key_map(model: nn.Module) -> list[Rules]:
+    """The rules of `model`, outermost first."""
+    found = []
+    inside = {id(layer.core) for layer in model.modules() if isinstance(layer, Attention)}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        renames: tuple[Rename, ...] = getattr(module, "published", ())
+        if isinstance(module, Attention):
+            renames = module.core.published + (REDUCTION if module.reduction is not None else ())
+        elif isinstance(module, Core):
+            if id(module) in inside:
+                continue
+            core = "core."
+            renames = tuple(r._replace(ours=r.ours.removeprefix(core)) for r in renames if r.ours.startswith(core))
+        if renames:
+            found.append(Rules(prefix, renames))
+    return found
+
+
+def to_ours(key: str, rules: Iterable[Rules]) -> str:
+    """Our name for a published key."""
+    for step in rules:
+        key = step.ours(key)
+    return key
+
+
+def to_published(key: str, tensor: Tensor, rules: Iterable[Rules]) -> tuple[str, Tensor]:
+    """The published name of one of our keys, and the tensor in its published shape."""
+    for step in reversed(list(rules)):
+        key, ones = step.published(key)
+        if ones and tensor.ndim > 1:
+            tensor = tensor[(..., *[None] * ones)]
+    return key, tensor
+
+
+def is_constant(key: str) -> bool:
+    """Whether the key is that of a buffer that models rebuild."""
+    return key.rpartition(".")[2] in CONSTANTS

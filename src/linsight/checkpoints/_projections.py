@@ -1,0 +1,68 @@
+"""Projections of queries, keys and values: fused or apart, whichever the other side has."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linsight.attention import PROJECTIONS, Attention, Projection
+
+
+class Entry(NamedTuple):
+    """A tensor and the published key, or keys, that it comes from."""
+
+    key: str
+    tensor: Tensor
+
+
+def regroup(entries: dict[str, Entry], prefix: str, layout: str) -> None:
+    """Join or split rows of the projections under `prefix` into those of `layout`, in place.
+
+    What cannot be regrouped stays as it is; the comparison of shapes then tells.
+    """
+    for leaf in ("weight", "bias"):
+        for name, source in PROJECTIONS.items():
+            keys = [f"{prefix}{projection.name}.{leaf}" for projection in source]
+            if name != layout and _parts(name) == _parts(layout) and all(key in entries for key in keys):
+                rows = _rows([entries[key] for key in keys], source)
+                if rows:
+                    for key in keys:
+                        del entries[key]
+                    for projection in PROJECTIONS[layout]:
+                        entries[f"{prefix}{projection.name}.{leaf}"] = _joined([rows[p] for p in projection.parts])
+                break
+
+
+def _rows(entries: list[Entry], source: tuple[Projection, ...]) -> dict[str, Entry]:
+    """The rows of each part; empty where the tensors are not of one kind."""
+    rows: dict[str, Entry] = {}
+    for entry, projection in zip(entries, source, strict=True):
+        count = len(projection.parts)
+        if not entry.tensor.ndim or entry.tensor.shape[0] % count:
+            return {}
+        rows |= {part: Entry(entry.key, t) for part, t in zip(projection.parts, entry.tensor.chunk(count), strict=True)}
+    return rows if len({entry.tensor.shape[1:] for entry in rows.values()}) == 1 else {}
+
+
+def _joined(entries: list[Entry]) -> Entry:
+    names = " + ".join(dict.fromkeys(entry.key for entry in entries))
+    return Entry(names, torch.cat([entry.tensor for entry in entries]))
+
+
+def published_layout(layer: Attention) -> str:
+    """The layout that the mechanism's key map speaks of; the layer's own where it speaks of none."""
+    named = {rule.ours.rstrip(".") for rule in layer.core.published}
+    parts = _parts(layer.layout_name)
+    return next(
+        (
+            name
+            for name, projections in PROJECTIONS.items()
+            if {p.name for p in projections} <= named and _parts(name) == parts
+        ),
+        layer.layout_name,
+    )
+
+
+def _parts(layout: str) -> set[str]:
+    return {part for projection in PROJECTIONS[layout] for part in projection.parts}
+
