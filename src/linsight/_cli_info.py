@@ -1,0 +1,178 @@
+"""`linsight list | info | doctor`: what there is, what it costs, and what runs here. Tables, or `--json`."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to `app`."""
+    app.command("list")(list_)
+    app.command()(info)
+    app.command()(doctor)
+
+
+def list_(
+    mechanisms: Annotated[bool, typer.Option("--mechanisms", help="Mechanisms only.")] = False,
+    models: Annotated[bool, typer.Option("--models", help="Models only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the attention mechanisms, with what each can do, and the models."""
+    from linsight import describe
+
+    both = mechanisms == models
+    found: dict[str, Any] = {}
+    if mechanisms or both:
+        found["mechanisms"] = describe.list_mechanisms()
+    if models or both:
+        found["models"] = describe.list_models()
+    if as_json:
+        _print_json(found)
+        return
+    tables = []
+    if "mechanisms" in found:
+        capabilities = list(found["mechanisms"][0]["capabilities"])
+        rows = [
+            [row["name"], row["complexity"], *(_mark(row["capabilities"][name]) for name in capabilities)]
+            for row in found["mechanisms"]
+        ]
+        tables.append(_table("mechanisms", ["name", "complexity", *capabilities], rows))
+    if "models" in found:
+        rows = [
+            [row["name"], _attention(row), row["host"], row["image_size"], str(row["published"].get("top1", ""))]
+            for row in found["models"]
+        ]
+        tables.append(_table("models", ["name", "attention", "host", "image", "published top-1 %"], rows))
+    _console().print(*tables, sep="\n")
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="A mechanism or a model, see 'linsight list'.")],
+    attention: Annotated[str | None, typer.Option(help="Another mechanism in this model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show all about one mechanism or model: formula, paper, options, parameters, operations."""
+    from linsight import describe
+
+    found = describe.info(name, attention)
+    if as_json:
+        _print_json(found)
+        return
+    lines, tables = _mechanism(found) if "formula" in found else _model(found)
+    console = _console()
+    console.print(_table("", ["", ""], [[key, value] for key, value in lines if value], header=False))
+    for table in tables:
+        console.print(table)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices, and which form of each operator runs here and why."""
+    from linsight.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        _print_json(found)
+        return
+    cpu, triton, compiler = found["cpu"], found["triton"], found["compiler"]
+    lines = [
+        ("linsight", f"{found['linsight']} on Python {found['python']}, {found['platform']}"),
+        *(("device", _device(row)) for row in found["devices"]),
+        ("CPU", f"{cpu['vector']}, {cpu['threads']} threads on {cpu['cores']} cores"),
+        ("bfloat16 on the CPU", f"native ({cpu['bf16']})" if cpu["bf16"] else "emulated: float32 is quicker"),
+        ("Triton", ": ".join(filter(None, [triton["version"], triton["why"]]))),
+        ("C++ compiler", compiler["path"] or compiler["why"]),
+    ]
+    packages = [[row["name"], row["version"] or row["get"], row["extra"]] for row in found["packages"]]
+    rows = [[row["operator"], row["form"], row["reason"]] for row in found["forms"]]
+    console = _console()
+    console.print(_table("", ["", ""], [list(line) for line in lines], header=False))
+    console.print(_table("packages", ["name", "version", "extra"], packages))
+    console.print(_table(f"operators on {found['devices'][0]['type']}", ["operator", "form", "why"], rows))
+
+
+def _mechanism(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]:
+    paper = found["paper"]
+    able = [name for name, can in found["capabilities"].items() if can]
+    lines = [
+        ("mechanism", f"{found['name']}: {found['summary']}"),
+        ("formula", found["formula"]),
+        ("complexity", found["complexity"]),
+        ("paper", ", ".join(filter(None, paper.values()))),
+        ("can do", ", ".join(able)),
+        ("cannot do", ", ".join(name for name in found["capabilities"] if name not in able)),
+    ]
+    options = [
+        [row["name"], str(row["default"]), ", ".join(map(str, row["choices"])), row["help"]] for row in found["options"]
+    ]
+    costs = [
+        [row["grid"], str(row["dim"]), str(row["heads"]), f"{row['params']:,}", f"{row['macs'] / 1e6:,.1f}"]
+        for row in found["cost"]
+    ]
+    tables = [
+        _table("options", ["name", "default", "choices", "meaning"], options),
+        _table("one layer", ["grid", "channels", "heads", "parameters", "million multiply-adds"], costs),
+    ]
+    return lines, [table for table in tables if table.row_count]
+
+
+def _model(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]:
+    lines = [
+        ("model", found["name"]),
+        ("host", found["host"] + ", takes any mechanism: --attention NAME"),
+        ("attention", found["attention"]),
+        ("image size", f"{found['image_size']}; any other works too"),
+        ("parameters", f"{found['params']:,}"),
+        ("multiply-adds", f"{found['gmacs']:.2f} G for one image"),
+        ("published", ", ".join(_figure(*item) for item in found["published"].items())),
+    ]
+    return lines, []
+
+
+def _figure(key: str, value: float) -> str:
+    known = {"top1": "{:.1f} % top-1", "gmacs": "{:.2f} G multiply-adds", "params": "{:,.0f} parameters"}
+    return known.get(key, f"{key} {{:g}}").format(value)
+
+
+def _attention(row: dict[str, Any]) -> str:
+    return row["attention"] if row["kind"] == "variant" else "any"
+
+
+def _device(row: dict[str, Any]) -> str:
+    memory = f", {row['memory_gib']} GiB" if row["memory_gib"] else ""
+    return f"{row['type']}: {row['name']}{memory}"
+
+
+def _mark(value: bool) -> str:
+    return "yes" if value else "-"
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]], *, header: bool = True) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, show_header=header)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: square brackets are no markup
+    return table
+
+
+def _console() -> "Console":
+    """A terminal gets its own width; a pipe gets one line a row, for grep."""
+    from rich.console import Console
+
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, no_color=True, width=240)
+
+
+def _print_json(found: Any) -> None:
+    print(json.dumps(found, indent=2))

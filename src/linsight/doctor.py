@@ -1,0 +1,107 @@
+"""What this machine has, as plain data: versions, devices, the compiler, and which form of each operator runs."""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from linsight import __version__
+from linsight.ops import forms
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything `linsight doctor` shows."""
+    devices = _devices()
+    return {
+        "linsight": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "packages": _packages(),
+        "devices": devices,
+        "cpu": _cpu(),
+        "triton": _triton(),
+        "compiler": _compiler(),
+        "forms": [form._asdict() for form in forms(devices[0]["type"])],
+    }
+
+
+def _packages() -> list[dict[str, str]]:
+    """One row for each dependency: the extra that asks for it, its version or "", and how to get it."""
+    rows = {}
+    for line in _requirements():
+        name = _match(r"[\w.-]+", line)
+        extra = _match(r"(?<=extra == ['\"])\w+", line)
+        if name in ("linsight", *rows):
+            continue
+        version = _version(name)
+        get = "" if version else f"pip install '{f'linsight[{extra}]' if extra else name}'"
+        rows[name] = {"name": name, "extra": extra, "version": version, "get": get}
+    return list(rows.values())
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires("linsight") or []
+    except metadata.PackageNotFoundError:  # run from its source folder
+        return ["torch", "torchvision", "timm"]
+
+
+def _match(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found.group() if found else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _devices() -> list[dict[str, Any]]:
+    """The device that commands choose comes first, the CPU last."""
+    rows: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append({"type": "cuda", "name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)})
+    if torch.backends.mps.is_available():
+        rows.append({"type": "mps", "name": platform.processor() or "Apple GPU", "memory_gib": None})
+    rows.append({"type": "cpu", "name": _cpu_flags().get("cpu_name") or platform.machine(), "memory_gib": None})
+    return rows
+
+
+def _cpu() -> dict[str, Any]:
+    """bf16: the instructions that make bfloat16 quick; "" where it is emulated."""
+    return {
+        "vector": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16": ", ".join(name for name, present in _cpu_flags().items() if "bf16" in name and present is True),
+    }
+
+
+def _cpu_flags() -> dict[str, Any]:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
+
+
+def _triton() -> dict[str, Any]:
+    if importlib.util.find_spec("triton") is None:
+        return {"version": "", "used": False, "why": "not installed: no operator needs it"}
+    return {"version": _version("triton"), "used": False, "why": "no operator has a Triton form"}
+
+
+def _compiler() -> dict[str, Any]:
+    """The C++ compiler that torch.compile's CPU code needs."""
+    path = next((found for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if (found := _which(name))), "")
+    return {"path": path, "why": "" if path else "torch.compile on the CPU needs a C++ compiler: install g++ or clang"}
+
+
+def _which(name: str | None) -> str:
+    return (shutil.which(name) or "") if name else ""
