@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from linsight import __version__, _cli_info
+from linsight import __version__, _cli_info, _cli_train
 from linsight.errors import LinsightError
 
 app = typer.Typer(name="linsight", add_completion=False, pretty_exceptions_enable=False)
+_cli_train.register(app)
 _cli_info.register(app)
 
 # typer's own copy of click has no public name for it

@@ -1,0 +1,181 @@
+"""The commands train, eval and predict."""
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from linsight.train._recipe import FIELDS, HINTS, Recipe
+from linsight.train.recipes import RECIPES
+
+_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", dict: "NAME=VALUE,..."}
+_ABOUT = "\n\n".join(f"{name}: {shipped.about}" for name, shipped in RECIPES.items())
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("train", help=(
+        "Train a model by a recipe; without arguments, a small one on handwritten digits.\n\n"
+        "Each field of the recipe can be set. Ctrl-C saves the state; --resume FOLDER goes on.\n\n"
+        f"Recipes:\n\n{_ABOUT}"
+    ))(_train)
+    app.command("eval")(evaluate)
+    app.command("predict")(predict)
+
+
+def _train(**options: Any) -> None:
+    from linsight.train import resolve, resume, train
+    from linsight.train._progress import reporter
+    from linsight.train._signals import Interrupted
+
+    name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
+    overrides = {key: value for key, value in options.items() if value is not None}
+    console = Console()
+    try:
+        if folder is not None:
+            for option, value in (("--recipe", name), ("--out", out)):
+                if value is not None:
+                    raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
+            summary = resume(folder, overrides=overrides, report=reporter(console))
+        else:
+            name = name or "digits"
+            summary = train(resolve(name, overrides), out=out, name=name, report=reporter(console))
+    except Interrupted as stopped:
+        typer.echo(f"linsight: {stopped}", err=True)
+        raise typer.Exit(stopped.code) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    table = Table(show_header=False, box=None)
+    for label, value in (
+        ("top-1", f"{summary['top1']:.2f} % (epoch {summary['best_epoch']} of {summary['epochs']})"),
+        ("top-5", f"{summary['top5']:.2f} %"),
+        ("time", f"{summary['seconds']:.1f} s"),
+        ("folder", summary["folder"]),
+    ):
+        table.add_row(label, value)
+    console.print(table, soft_wrap=True)
+
+
+def _signature() -> inspect.Signature:
+    """One option for each field of `Recipe`, beside those of the run itself."""
+    own: list[tuple[str, Any, Any]] = [
+        ("recipe", str | None, typer.Option(help=f"one of {', '.join(RECIPES)}", rich_help_panel="Run")),
+        ("out", str | None, typer.Option(
+            help="the run folder, new or empty; none: runs/RECIPE-DATE-TIME", rich_help_panel="Run")),
+        ("resume", str | None, typer.Option(
+            metavar="FOLDER", help="go on with the stopped run in a folder", rich_help_panel="Run")),
+    ]
+    for name, field in FIELDS.items():
+        choices = field.metadata["choices"]
+        text = field.metadata["help"] + (f" [{'|'.join(choices)}]" if choices else "")
+        own.append((name, *_option(name, text, field.metadata["group"])))
+    return inspect.Signature([
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option])
+        for name, hint, option in own
+    ])
+
+
+def _option(name: str, text: str, panel: str) -> tuple[Any, Any]:
+    hint = HINTS[name]
+    if hint is bool:
+        return bool | None, typer.Option(help=text, rich_help_panel=panel)
+    if isinstance(hint, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    metavar = _METAVARS[typing.get_origin(hint) or hint]
+    return str | None, typer.Option(metavar=metavar, help=text, rich_help_panel=panel)
+
+
+_train.__signature__ = _signature()  # type: ignore[attr-defined]
+_train.__annotations__ = {name: p.annotation for name, p in _train.__signature__.parameters.items()}  # type: ignore[attr-defined]
+
+_Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+_Device = Annotated[str, typer.Option(help=FIELDS["device"].metadata["help"])]
+_Amp = Annotated[str, typer.Option(help=FIELDS["amp"].metadata["help"])]
+_Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=FIELDS["on_bad_image"].metadata["help"])]
+
+
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
+    checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
+    data: Annotated[str | None, typer.Option(help="what to evaluate on; none: the run's own data")] = None,
+    data_dir: Annotated[str | None, typer.Option(help=FIELDS["data_dir"].metadata["help"])] = None,
+    split: Annotated[str | None, typer.Option(help="the split; none: validation, else test, else all")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
+    workers: Annotated[int | None, typer.Option(min=0, help=FIELDS["workers"].metadata["help"])] = None,
+    device: _Device = "auto",
+    amp: _Amp = "auto",
+    on_bad_image: _Bad = "skip",
+    as_json: _Json = False,
+) -> None:
+    """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second."""
+    from linsight.train import evaluate as run
+    from linsight.train._recipe import check
+
+    check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
+    result = run(
+        _trained(source, checkpoint), data=data, data_dir=data_dir, split=split, batch_size=batch_size,
+        workers=workers, device=device, amp=amp, on_bad_image=on_bad_image,
+    )
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    console = Console()
+    table = Table(show_header=False, box=None)
+    skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
+    for label, value in (
+        ("top-1", f"{result['top1']:.2f} %"),
+        ("top-5", f"{result['top5']:.2f} %"),
+        ("loss", f"{result['loss']:.4f}"),
+        ("images", f"{result['images']} of {result['data']}{skipped}"),
+        ("speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"),
+    ):
+        table.add_row(label, value)
+    console.print(table, soft_wrap=True)
+    _tell_bad(result["bad"])
+
+
+def predict(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
+    images: Annotated[list[str], typer.Argument(help="image files, and folders of them")],
+    checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
+    top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
+    device: _Device = "auto",
+    amp: _Amp = "auto",
+    on_bad_image: _Bad = "skip",
+    as_json: _Json = False,
+) -> None:
+    """Say what a trained model sees in images."""
+    from linsight.train import predict as run
+    from linsight.train._recipe import check
+
+    check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
+    done, bad = run(_trained(source, checkpoint), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image)
+    if as_json:
+        typer.echo(json.dumps({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
+        return
+    table = Table("file", "class", "probability")
+    for entry in done:
+        for row, (label, value) in enumerate(zip(entry.classes, entry.probabilities, strict=True)):
+            table.add_row("" if row else entry.file, label, f"{100 * value:.1f} %")
+    Console().print(table)
+    _tell_bad(bad)
+
+
+def _trained(source: str, checkpoint: str | None) -> Any:
+    from linsight.train import load_trained
+    from linsight.train._model import load_named
+
+    return load_trained(source) if checkpoint is None else load_named(source, checkpoint)
+
+
+def _tell_bad(bad: list[str]) -> None:
+    for line in bad[:10]:
+        typer.echo(f"linsight: skipped {line}", err=True)
+    if len(bad) > 10:
+        typer.echo(f"linsight: skipped {len(bad) - 10} more", err=True)

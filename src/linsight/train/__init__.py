@@ -1,0 +1,27 @@
+"""Floor 5, the main job: train a model by a recipe, evaluate it, predict with it.
+
+>>> from linsight.train import resolve, train
+>>> summary = train(resolve("digits", {"epochs": 2}), out="runs/quick")
+"""
+
+from ._data import Data, open_data
+from ._loop import resume, train
+from ._model import Trained, load_trained
+from ._predict import Prediction, evaluate, predict
+from ._recipe import Recipe, resolve
+from .recipes import RECIPES
+
+__all__ = [
+    "RECIPES",
+    "Data",
+    "Prediction",
+    "Recipe",
+    "Trained",
+    "evaluate",
+    "load_trained",
+    "open_data",
+    "predict",
+    "resolve",
+    "resume",
+    "train",
+]

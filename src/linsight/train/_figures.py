@@ -1,0 +1,69 @@
+"""The pictures of a run, drawn without a display."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from linsight.errors import MissingExtraError
+
+from ._files import replacing
+
+
+def require_matplotlib() -> None:
+    """Raise, before anything is computed, if the figures could not be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        purpose = "drawing curves.png and predictions.png (--no-figures goes without)"
+        raise MissingExtraError("matplotlib", "train", purpose) from None
+
+
+def curves(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Loss and accuracy by epoch."""
+    figure = _figure(8, 3.2)
+    epochs = [row["epoch"] for row in rows]
+    left, right = figure.subplots(1, 2)
+    for key, label in (("train_loss", "training"), ("val_loss", "evaluation")):
+        left.plot(epochs, [row[key] for row in rows], marker=".", label=label)
+    for key, label in (("top1", "top-1"), ("top5", "top-5")):
+        right.plot(epochs, [row[key] for row in rows], marker=".", label=label)
+    left.set(xlabel="epoch", ylabel="loss")
+    right.set(xlabel="epoch", ylabel="%")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def predictions(path: pathlib.Path, images: Any, guesses: Sequence[str], truths: Sequence[str]) -> None:
+    """A grid of uint8 images `(B, C, H, W)` with the predicted class, and the true one where that is wrong."""
+    columns = 8
+    rows = -(-len(images) // columns)
+    figure = _figure(1.4 * columns, 1.75 * rows)
+    grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, image, guess, truth in zip(grid, images, guesses, truths, strict=False):
+        axes.imshow(image.permute(1, 2, 0).numpy().squeeze(), cmap="gray" if len(image) == 1 else None)
+        wrong = guess != truth
+        axes.set_title(
+            f"{guess}\nnot {truth}" if wrong else guess, fontsize=9, color="tab:red" if wrong else "black", wrap=True
+        )
+    figure.suptitle("what the model says of images it was not trained on (red: wrong)", fontsize=10)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,97 @@
+"""What a run says while it runs: a bar with speed and time left on a terminal, a line an epoch elsewhere."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class Silent:
+    """Says nothing; the base of the others."""
+
+    def note(self, text: str) -> None:
+        """One line that the user should see."""
+
+    def begin(self, epochs: int, steps: int, epoch: int, step: int) -> None:
+        """The run starts, or goes on, at `epoch` and `step` of `epochs` times `steps`."""
+
+    def step(self, epoch: int, step: int, images: int, loss: float) -> None:
+        """`step` steps of `epoch` are done, the last with `images` images."""
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """An epoch is done, with these metrics."""
+
+    def end(self) -> None:
+        """The run is over, in whatever way."""
+
+
+class Lines(Silent):
+    """One line an epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def note(self, text: str) -> None:
+        """See `Silent`."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """See `Silent`."""
+        skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
+        self.note(
+            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  val {row['val_loss']:.4f}"
+            f"  top-1 {row['top1']:.2f}  top-5 {row['top5']:.2f}  {row['images_per_second']:.0f} images/s"
+            f"  {row['seconds']:.1f} s{skipped}"
+        )
+
+
+class Bars(Lines):
+    """A line an epoch above two bars."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        text = TextColumn("{task.fields[text]}")
+        self.bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text, console=console, transient=True
+        )
+
+    def begin(self, epochs: int, steps: int, epoch: int, step: int) -> None:
+        """See `Silent`."""
+        self.steps, self.images, self.seen = steps, 0, 0
+        self.started = self.shown = time.perf_counter()
+        self.total = self.bars.add_task("run", total=epochs * steps, completed=epoch * steps + step, text="")
+        self.one = self.bars.add_task("epoch", total=steps, completed=step, text="")
+        self.bars.start()
+
+    def step(self, epoch: int, step: int, images: int, loss: float) -> None:
+        """See `Silent`."""
+        self.images += images
+        self.seen += 1
+        now = time.perf_counter()
+        if now - self.shown < 0.2 and step < self.steps:
+            return
+        self.shown = now
+        elapsed = now - self.started
+        done = epoch * self.steps + step
+        left = elapsed / self.seen * ((self.bars.tasks[0].total or 0) - done)
+        self.bars.update(self.total, completed=done, text=f"about {_clock(left)} left")
+        self.bars.update(
+            self.one, description=f"epoch {epoch + 1}", completed=step,
+            text=f"{self.images / elapsed:.0f} images/s  loss {loss:.4f}",
+        )
+
+    def end(self) -> None:
+        """See `Silent`."""
+        self.bars.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def reporter(console: Console) -> Silent:
+    """What fits the console."""
+    return Bars(console) if console.is_terminal else Lines(console)

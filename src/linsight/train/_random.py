@@ -1,0 +1,83 @@
+"""Randomness as a function of where we are, not as a state that a checkpoint would have to carry.
+
+The order of an epoch, the augmentation of an image and the noise of a step each come from a key:
+(seed, epoch), (seed, epoch, image), (seed, epoch, step). So results do not depend on the number of
+worker processes, and a run resumes from any step bit for bit.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def key(*parts: int) -> int:
+    """64 well-mixed bits of a tuple of integers (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mixed = 0
+    for part in parts:
+        mixed = (mixed + 0x9E3779B97F4A7C15 + (part & _MASK)) & _MASK
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+        mixed ^= mixed >> 31
+    return mixed
+
+
+def seed_sample(*parts: int) -> None:
+    """Seed the generators that transforms draw from: Python's, NumPy's and PyTorch's on the CPU."""
+    _seed(key(1, *parts))
+
+
+def seed_step(*parts: int) -> None:
+    """Seed everything a training step draws from, on every device."""
+    bits = key(2, *parts)
+    _seed(bits)
+    torch.manual_seed(bits)
+
+
+def _seed(bits: int) -> None:
+    random.seed(bits)
+    np.random.seed(bits & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(bits)
+
+
+class Batches:
+    """The batches of one epoch as lists of (epoch, image), from any step on. For `DataLoader(batch_sampler=)`.
+
+    The epoch travels with the index, so worker processes need no telling of it. Set `epoch` and
+    `start` before iterating.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, seed: int = 0, shuffle: bool) -> None:
+        self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        """The batches of a whole epoch: a last, smaller one is left out of training, where there are others."""
+        whole, rest = divmod(self.count, self.batch_size)
+        return whole + (rest > 0 and (not self.shuffle or whole == 0))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order: Sequence[int] = range(self.count)
+        if self.shuffle:
+            order = np.random.default_rng(key(self.seed, self.epoch)).permutation(self.count).tolist()
+        for step in range(self.start, len(self)):
+            yield [(self.epoch, i) for i in order[step * self.batch_size : (step + 1) * self.batch_size]]
+
+
+def hold_out(targets: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:
+    """Two sorted lists of indices, the second with `fraction` of each class (at least one). Always the same split."""
+    by_class: dict[int, list[int]] = {}
+    for index, target in enumerate(targets):
+        by_class.setdefault(target, []).append(index)
+    rest: list[int] = []
+    held: list[int] = []
+    for indices in by_class.values():
+        indices.sort(key=lambda i: key(i, 20))
+        count = max(1, round(fraction * len(indices)))
+        held += indices[:count]
+        rest += indices[count:]
+    return sorted(rest), sorted(held)
