@@ -17,11 +17,12 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from linsight.attention import Core, create_attention
+from linsight.attention import create_attention
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid
 
 from ._plan import Choice, plan
+from ._seams import asked_no_weight_decay
 
 
 def attention_layer(choice: Choice) -> type[nn.Module]:
@@ -93,13 +94,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """timm's names, and what the mechanisms ask for."""
-        names = {
-            f"{path}.{name}"
-            for path, core in self.named_modules()
-            if isinstance(core, Core)
-            for name in core.no_weight_decay()
-        }
-        return super().no_weight_decay() | names
+        return super().no_weight_decay() | asked_no_weight_decay(self)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
