@@ -1,0 +1,195 @@
+"""Checks of how tokens lie: tiles, padding, dropped tokens, prefix tokens, context, order."""
+
+import random
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from linsight.attention import Core, Tokens, run_rounds
+from linsight.ops import Grid, Layout, Tile
+
+from .subject import Subject, close, random_tokens
+
+GRIDS = (Grid(7, 13), Grid(1, 9), Grid(9, 1), Grid(1, 1), Grid(4, 6), Grid(6, 5, 1), Grid(3, 4, 5))
+
+
+def random_cut(grid: Grid, rng: random.Random) -> list[Tile]:
+    """`grid` cut into rectangles at random, down to single tokens, in random order."""
+    todo, cut = [Tile.whole(grid)], []
+    while todo:
+        tile = todo.pop()
+        if tile.height > 1 and rng.random() < 0.6:
+            first = rng.randrange(1, tile.height)
+            todo += [tile._replace(height=first), tile._replace(top=tile.top + first, height=tile.height - first)]
+        elif tile.width > 1 and rng.random() < 0.6:
+            first = rng.randrange(1, tile.width)
+            todo += [tile._replace(width=first), tile._replace(left=tile.left + first, width=tile.width - first)]
+        else:
+            cut.append(tile)
+    rng.shuffle(cut)
+    return cut
+
+
+def some_kept(subject: Subject, batch: int, grid: Grid) -> torch.Tensor | None:
+    """A random mask that keeps token 0, where the mechanism takes one."""
+    if not subject.can.keep:
+        return None
+    keep = torch.rand(batch, grid.tokens) < 0.7
+    keep[:, 0] = True
+    return keep
+
+
+def rounds_over_tiles_are_dense(subject: Subject) -> None:
+    """Absorb, merge, finish and read over any tiles in any order equal the dense form."""
+    subject.need("stream")
+    core, rng = subject.core().double(), random.Random(0)
+    for grid in GRIDS:
+        if grid.prefix and not subject.can.prefix:
+            continue
+        for keep in (None, some_kept(subject, 2, grid)):
+            tokens = random_tokens(core, 2, grid, keep=keep)
+            dense = core(tokens, Layout(grid))
+            for _ in range(2):
+                close(run_rounds(core, tokens, random_cut(grid, rng)), dense)
+
+
+def merge_is_associative(subject: Subject) -> None:
+    """The finished state does not depend on the order or the grouping of merges."""
+    subject.need("stream")
+    core, grid = subject.core().double(), Grid(6, 8)
+    tokens = random_tokens(core, 2, grid, keep=some_kept(subject, 2, grid))
+    bands = [Tile(grid, top, 0, 2, 8) for top in (0, 2, 4)]
+    done: tuple[Any, ...] = ()
+
+    def leaves(state: Any) -> list[torch.Tensor]:
+        return [leaf for leaf in _pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+
+    for r in range(core.rounds):
+        a, b, c = (_absorb(core, r, tokens, band, done) for band in bands)
+        merged = core.merge(r, core.merge(r, a, b), c)
+        for other in (core.merge(r, a, core.merge(r, b, c)), core.merge(r, c, core.merge(r, b, a))):
+            for x, y in zip(leaves(core.finish(r, merged, grid)), leaves(core.finish(r, other, grid)), strict=True):
+                close(x, y)
+        done += (core.finish(r, merged, grid),)
+
+
+def _absorb(core: Core, r: int, tokens: Tokens, tile: Tile, done: tuple[Any, ...]) -> Any:
+    tile = tile._replace(halo=core.halos[r])
+    return core.absorb(r, Tokens(*(None if t is None else tile.take(t) for t in tokens)), tile, done)
+
+
+def any_grid_and_prefix(subject: Subject) -> None:
+    """Prime, flat, tall and single-token grids, with and without prefix tokens."""
+    layer = subject.layer()
+    for grid in GRIDS:
+        if grid.prefix and not subject.can.prefix:
+            continue
+        out = layer(torch.randn(2, grid.tokens, 16), grid)
+        assert out.shape == (2, grid.tokens, 16)
+        assert out.isfinite().all()
+
+
+def padded_batch_is_each_image_alone(subject: Subject) -> None:
+    """A batch on a common canvas, told by `sizes`, gives each image what it gets alone."""
+    subject.need("sizes")
+    layer, prefix = subject.layer().double(), 2 if subject.can.prefix else 0
+    sizes, canvas = [(3, 5), (5, 2), (1, 1), (5, 6)], Grid(5, 6, prefix)
+    images = [torch.randn(1, prefix + h * w, 16, dtype=torch.float64) for h, w in sizes]
+    batch = torch.randn(len(sizes), canvas.tokens, 16, dtype=torch.float64)
+    layout = Layout(canvas, torch.tensor(sizes))
+    inside = layout.keep(batch.device)
+    for i, image in enumerate(images):
+        batch[i, inside[i]] = image[0]
+    out = layer(batch, layout)
+    for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
+        close(out[i, inside[i]], layer(image, Grid(h, w, prefix))[0])
+
+
+def dropped_tokens_never_leak(subject: Subject) -> None:
+    """NaN in padding or in dropped tokens reaches no kept output and no gradient."""
+    subject.need("keep")
+    layer, grid = subject.layer().double(), Grid(4, 5, 1 if subject.can.prefix else 0)
+    keep = some_kept(subject, 2, grid)
+    cases: list[tuple[Any, dict[str, Any], torch.Tensor]] = [(grid, {"keep": keep}, keep)]
+    if subject.can.sizes:
+        layout = Layout(grid, torch.tensor([(4, 3), (2, 5)]))
+        inside = layout.keep(keep.device)
+        cases += [(layout, {}, inside), (layout, {"keep": keep}, inside & keep)]
+    for layout, arguments, kept in cases:
+        outputs, gradients = [], []
+        for poison in (0.0, float("nan")):
+            torch.manual_seed(1)
+            x = torch.randn(2, grid.tokens, 16, dtype=torch.float64)
+            x = x.masked_fill(~kept[..., None], poison).requires_grad_()
+            out = layer(x, layout, **arguments)[kept]
+            layer.zero_grad()
+            out.square().sum().backward()
+            outputs.append(out)
+            gradients.append([x.grad[kept], *(p.grad for p in layer.parameters())])
+        close(outputs[1], outputs[0])
+        for poisoned, clean in zip(gradients[1], gradients[0], strict=True):
+            close(poisoned, clean)
+
+
+def dropping_is_removing(subject: Subject) -> None:
+    """`keep` gives what the sequence without the dropped tokens gives."""
+    subject.need("keep")
+    grid = Grid(3, 7)
+    layer, x = subject.layer().double(), torch.randn(1, grid.tokens, 16, dtype=torch.float64)
+    keep = some_kept(subject, 1, grid)
+    if subject.local:  # a token that is removed has no place; at the rim it is what the edge was
+        keep = (torch.arange(grid.tokens) % 7 < 4)[None]
+        alone = Grid(3, 4)
+    else:
+        alone = Grid(1, int(keep.sum()))
+    close(layer(x, grid, keep=keep)[keep], layer(x[keep][None], alone)[0])
+
+
+def nothing_kept_is_finite(subject: Subject) -> None:
+    """An image of which every token is dropped gives no NaN, neither in the output nor in gradients."""
+    subject.need("keep")
+    layer, grid = subject.layer(), Grid(2, 3)
+    x = torch.randn(2, 6, 16, requires_grad=True)
+    out = layer(x, grid, keep=torch.tensor([[True] * 6, [False] * 6]))
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def context_on_another_grid(subject: Subject) -> None:
+    """Keys of another sequence: each query alone sees all of it, and its padding is not seen."""
+    subject.need("cross")
+    layer, grid, other = subject.layer().double(), Grid(3, 4), Grid(5, 2)
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    context = torch.randn(2, 10, 16, dtype=torch.float64)
+    close(layer(x, grid, context=x.clone(), context_layout=grid), layer(x, grid))
+    out = layer(x, grid, context=context, context_layout=other)
+    close(layer(x[:, 3:5], Grid(1, 2), context=context, context_layout=other), out[:, 3:5])
+    assert not torch.allclose(out, layer(x, grid, context=context.roll(1, dims=0), context_layout=other))
+    if subject.can.keep:
+        keep = torch.arange(10).expand(2, -1) < 6
+        short = layer(x, grid, context=context[:, :6], context_layout=Grid(3, 2))
+        context = context.masked_fill(~keep[..., None], float("nan"))
+        close(layer(x, grid, context=context, context_layout=other, keep=keep), short)
+
+
+def causal_is_the_past_only(subject: Subject) -> None:
+    """Token i of the causal form is the last token of the plain form on tokens 0..i, gradients too."""
+    subject.need("causal")
+    layer, plain = subject.layer(causal=True).double(), subject.layer().double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 135, 16, dtype=torch.float64, requires_grad=True)  # over two chunks of 64
+    out = layer(x, Grid(9, 15))
+    for i in (0, 1, 63, 64, 65, 128, 134):
+        alone = plain(x[:, : i + 1], Grid(1, i + 1))[:, -1]
+        close(out[:, i], alone)
+        (ours,) = torch.autograd.grad(out[:, i].square().sum(), x, retain_graph=True)
+        (truth,) = torch.autograd.grad(alone.square().sum(), x)
+        close(ours, truth)
+    if subject.can.keep:
+        keep = torch.rand(2, 135) < 0.7
+        keep[:, 0] = True
+        out = layer(x, Grid(9, 15), keep=keep)
+        close(out[:, -1], plain(x, Grid(9, 15), keep=keep)[:, -1])

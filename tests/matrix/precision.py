@@ -1,0 +1,113 @@
+"""Checks of numbers: finite where they can be, as exact as float32, and no loss over long sequences."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from linsight.attention import Core, Tokens
+from linsight.ops import Grid, Layout, Tile
+
+from .subject import Subject, cast, random_tokens
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def _run(core: Core, tokens: Tokens, grid: Grid) -> list[Tensor]:
+    """The output, and the gradients of its mean square by q, k and v."""
+    q, k, v = (t.detach().requires_grad_() for t in tokens[:3])
+    out = core(tokens._replace(q=q, k=k, v=v), Layout(grid))
+    used = [t for t in (q, k, v) if t.dtype == tokens.q.dtype]
+    gradients = torch.autograd.grad(out, used, torch.ones_like(out) / out.shape[1])
+    return [out.detach(), *gradients]
+
+
+def _scales(core: Core, tokens: Tokens, grid: Grid, dtype: torch.dtype) -> Iterator[tuple[float, Tokens]]:
+    """1e3 and every tenth of it whose results, computed in float64, `dtype` can hold."""
+    limit = torch.finfo(dtype).max
+    for scale in (1e3, 1e2, 1e1, 1.0):
+        scaled = cast(Tokens(*(t * scale for t in tokens[:4])), dtype)
+        exact = _run(copy.deepcopy(core).double(), cast(scaled, torch.float64), grid)
+        if max(t.abs().max().item() for t in exact) < limit:
+            yield scale, scaled
+
+
+def half_models_are_finite(subject: Subject) -> None:
+    """Outputs and gradients are finite at activations up to 1e3, wherever the dtype can hold the result."""
+    grid = Grid(8, 8)
+    for dtype in HALVES:
+        core = subject.core().to(dtype)
+        tokens, scales = random_tokens(core, 2, grid), []
+        for scale, scaled in _scales(core, tokens, grid, dtype):
+            scales.append(scale)
+            for result in _run(core, scaled, grid):
+                assert result.dtype == dtype
+                assert result.isfinite().all(), f"{dtype} at {scale:g}"
+        assert 1.0 in scales, f"{dtype}: not even activations of 1 give a representable result"
+        assert dtype != torch.bfloat16 or "exp" in str(subject) or 1e3 in scales
+        layer = subject.layer().to(dtype)
+        x = torch.randn(2, 64, 16, dtype=dtype, requires_grad=True)
+        layer(x, grid).sum().backward()
+        assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, *layer.parameters()))
+
+
+def error_is_that_of_float32(subject: Subject) -> None:
+    """Against float64, at most twice the error of float32 arithmetic rounded once at the end."""
+    grid = Grid(16, 16)
+    for dtype in HALVES:
+        core = subject.core().to(dtype)
+        tokens = cast(random_tokens(core, 2, grid), dtype)
+        with torch.no_grad():
+            ours = core(tokens, Layout(grid)).double()
+            plain = copy.deepcopy(core).float()(cast(tokens, torch.float32), Layout(grid)).to(dtype).double()
+            exact = copy.deepcopy(core).double()(cast(tokens, torch.float64), Layout(grid))
+        assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+def states_are_full_precision(subject: Subject) -> None:
+    """States are float32 in half models and under autocast, float64 in float64."""
+    subject.need("stream")
+    grid = Grid(4, 4)
+    for dtype, autocast in ((torch.float16, False), (torch.bfloat16, False), (torch.float32, True), (torch.float64, False)):
+        core = subject.core().to(dtype)
+        tokens, done = cast(random_tokens(core, 1, grid), dtype), ()
+        for r in range(core.rounds):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                state = core.absorb(r, tokens, Tile.whole(grid), done)
+                done += (core.finish(r, state, grid),)
+            wanted = torch.promote_types(dtype, torch.float32)
+            for leaf in tree_leaves((state, done)):
+                assert not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dtype == wanted
+
+
+def autocast_is_finite(subject: Subject) -> None:
+    """bfloat16 autocast at activations of 1e3, forward and backward, and the core untouched by it."""
+    grid, layer = Grid(8, 8), subject.layer()
+    x = (torch.randn(2, 64, 16) * 1e3).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, grid)
+        out.float().mean().backward()
+    assert out.isfinite().all()
+    assert all(t.grad.isfinite().all() for t in (x, *layer.parameters()))
+    if subject.can.stream:
+        tokens = cast(random_tokens(layer.core, 2, grid), torch.float32)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            inside = layer.core(tokens, Layout(grid))
+        torch.testing.assert_close(inside, layer.core(tokens, Layout(grid)))
+
+
+def long_sequences(subject: Subject) -> None:
+    """A quarter of a million tokens around 100: float32 keeps five digits, float16 stays finite."""
+    subject.need("stream")
+    grid = Grid(512, 512)
+    core = subject.core(8, 2)
+    tokens = random_tokens(core, 1, grid, 8)
+    tokens = tokens._replace(k=tokens.k + 100, v=tokens.v + 100, x=tokens.x + 100)
+    with torch.no_grad():
+        exact = copy.deepcopy(core).double()(tokens, Layout(grid))
+        ours = core(cast(tokens, torch.float32), Layout(grid))
+        half = copy.deepcopy(core).half()(cast(tokens, torch.float16), Layout(grid))
+    assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+    assert half.isfinite().all()

@@ -1,0 +1,77 @@
+"""A mechanism under test, with some of its options."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from linsight import create_attention
+from linsight.attention import Attention, Capabilities, Core, Mechanism, Tokens, list_attentions, mechanism
+from linsight.ops import Grid
+
+
+class Subject(NamedTuple):
+    """A mechanism's name and the options it is made with."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.options)])
+
+    @property
+    def entry(self) -> Mechanism:
+        return mechanism(self.name)
+
+    @property
+    def can(self) -> Capabilities:
+        return self.entry.capabilities
+
+    @property
+    def local(self) -> bool:
+        """Whether a token's output depends on its neighbours on the grid."""
+        return max(self.entry.factory.halos) > 0
+
+    def need(self, *capabilities: str) -> None:
+        """Skip unless the mechanism declares these."""
+        for name in capabilities:
+            if not getattr(self.can, name):
+                pytest.skip(f"{self.name} declares no '{name}'")
+
+    def layer(self, dim: int = 16, num_heads: int = 2, **options: Any) -> Attention:
+        return create_attention(self.name, dim, num_heads, **{**dict(self.options), **options}).eval()
+
+    def core(self, dim: int = 16, num_heads: int = 2, **options: Any) -> Core:
+        return self.layer(dim, num_heads, **options).core
+
+
+def subjects(variants: bool = False) -> list[Subject]:
+    """All registered mechanisms; with `variants`, also one for every other value of their options."""
+    found = []
+    for entry in list_attentions():
+        found.append(Subject(entry.name))
+        for option in entry.options if variants else ():
+            values = (True, False) if isinstance(option.default, bool) else option.choices
+            # The causal form is another function, with a check of its own.
+            if option.name != "causal":
+                found += [Subject(entry.name, ((option.name, v),)) for v in values if v != option.default]
+    return found
+
+
+def random_tokens(core: Core, batch: int, grid: Grid, dim: int = 16, keep: Tensor | None = None) -> Tokens:
+    """Standard normal tokens of `core` in float64."""
+    shape = (batch, grid.tokens, core.num_heads, dim // core.num_heads)
+    q, k, v = torch.randn(3, *shape, dtype=torch.float64)
+    return Tokens(q, k, v, torch.randn(batch, grid.tokens, dim, dtype=torch.float64), keep)
+
+
+def cast(tokens: Tokens, dtype: torch.dtype) -> Tokens:
+    """The same tokens in another dtype."""
+    return Tokens(*(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tokens))
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
+    """Fail unless a and b agree to `tolerance` of the largest value of b."""
+    scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
