@@ -116,7 +116,13 @@ def run_rounds(core: Core, tokens: Tokens, cut: list[Tile]) -> Tensor:
     """The rounds of `core` over the tiles `cut`, which together cover the grid: equal to `core.forward`.
 
     Returns `(B, P + H*W, heads, E)`. No step sees more than one tile and the finished states.
+
+    Raises:
+        CapabilityError: the mechanism has no mergeable state.
     """
+    from ._registry import require  # which imports this module
+
+    require(type(core), "stream", "tiles")
     grid = cut[0].grid
 
     def seen(tile: Tile, halo: int) -> tuple[Tokens, Tile]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens
+from linsight.errors import CapabilityError, LinsightError
+from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, mask_tokens
 
 from ._core import Core, Tokens, merge_heads, split_heads
 from ._registry import mechanism, require
@@ -120,6 +120,10 @@ class Attention(nn.Module):
         inside = source_layout.keep(source.device)
         if inside is not None:
             keep = inside if keep is None else keep & inside
+        if keep is not None:  # before the projections: 0 * NaN in a gradient is NaN
+            source = mask_tokens(source, keep)
+            if context is None:
+                x, cond = source, None if cond is None else mask_tokens(cond, keep)
         if self.reduction is not None:
             source, source_layout = self._reduce(source, source_layout, keep)
         q, k, v = (split_heads(t, self.num_heads) for t in self._project(x, source))
@@ -143,6 +147,8 @@ class Attention(nn.Module):
         for present, capability, words in asked:
             if present:
                 require(type(self.core), capability, words)
+        if context is not None and getattr(self.core, "causal", False):
+            raise CapabilityError("the causal form has no order between two sequences: pass causal=False, or no context")
 
     def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
         assert self.reduction is not None

@@ -60,6 +60,8 @@ class Mechanism:
         known = {option.name: option for option in self.options}
         for name, value in options.items():
             if name not in known:
+                if name in Capabilities._fields:
+                    require(self.factory, name, f"{name}={value}")
                 raise UnknownNameError(f"option of '{self.name}'", name, known)
             if known[name].choices and value not in known[name].choices:
                 raise UnknownNameError(f"{name} of '{self.name}'", str(value), map(str, known[name].choices))

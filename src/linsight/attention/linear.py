@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from linsight.errors import CapabilityError
 from linsight.ops import (
     FEATURE_MAPS,
     Layout,
@@ -60,6 +61,8 @@ class Linear(Core):
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> LinearState:
         """sum phi(k) v^T and sum phi(k)."""
+        if self.causal:
+            raise CapabilityError("the causal form of 'linear' has no tiles, its states depend on order: pass causal=False")
         return linear_absorb(self._map(tokens.k), tokens.v, tokens.keep)
 
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:

@@ -92,8 +92,8 @@ class LogSumExp(NamedTuple):
         )
 
     def mean(self) -> Tensor:
-        """`(B, H, D, E)`: the average of v under weights softmax(score)."""
-        return self.value / self.total[..., None]
+        """`(B, H, D, E)`: the average of v under weights softmax(score); 0 where no token was absorbed."""
+        return self.value / self.total.clamp(min=1)[..., None]  # the maximum itself counts 1
 
 
 class Moments(NamedTuple):
