@@ -70,11 +70,11 @@ def states_are_full_precision(subject: Subject) -> None:
     """States are float32 in half models and under autocast, float64 in float64."""
     subject.need("stream")
     grid = Grid(4, 4)
-    for dtype, autocast in ((torch.float16, False), (torch.bfloat16, False), (torch.float32, True), (torch.float64, False)):
+    for dtype in (*HALVES, torch.float32, torch.float64):
         core = subject.core().to(dtype)
         tokens, done = cast(random_tokens(core, 1, grid), dtype), ()
         for r in range(core.rounds):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
                 state = core.absorb(r, tokens, Tile.whole(grid), done)
                 done += (core.finish(r, state, grid),)
             wanted = torch.promote_types(dtype, torch.float32)

@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from linsight.errors import CapabilityError

@@ -148,7 +148,7 @@ class Attention(nn.Module):
             if present:
                 require(type(self.core), capability, words)
         if context is not None and getattr(self.core, "causal", False):
-            raise CapabilityError("the causal form has no order between two sequences: pass causal=False, or no context")
+            raise CapabilityError("the causal form orders one sequence: pass causal=False, or no context")
 
     def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
         assert self.reduction is not None

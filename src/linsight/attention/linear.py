@@ -62,7 +62,7 @@ class Linear(Core):
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> LinearState:
         """sum phi(k) v^T and sum phi(k)."""
         if self.causal:
-            raise CapabilityError("the causal form of 'linear' has no tiles, its states depend on order: pass causal=False")
+            raise CapabilityError("the causal form of 'linear' depends on order and has no tiles: pass causal=False")
         return linear_absorb(self._map(tokens.k), tokens.v, tokens.keep)
 
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
