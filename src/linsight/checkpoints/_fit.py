@@ -65,7 +65,7 @@ def convert(model: nn.Module, tensors: Mapping[str, Tensor], *, named: bool) -> 
     entries: dict[str, Entry] = {}
     for key, tensor in tensors.items():
         ours = to_ours(key, rules)
-        entries[ours if ours not in entries else key] = Entry(key, tensor)
+        entries[ours if ours not in entries else f"{ours}, again"] = Entry(key, tensor)
     for path, layer in model.named_modules():
         if isinstance(layer, Attention):
             regroup(entries, f"{path}." if path else "", layer.layout_name)
