@@ -38,10 +38,7 @@ _DIGITS = Recipe(
 )
 
 _CIFAR10 = Recipe(
-    model="vit_tiny",
-    attention="inline",
-    model_args={"patch_size": 4, "embed_dim": 144, "depth": 6, "num_heads": 6, "global_pool": "avg",
-                "class_token": False},
+    model="inline_compact_nano",
     img_size=(32,),
     data="torch/cifar10",
     crop_mode="pad",
@@ -50,13 +47,15 @@ _CIFAR10 = Recipe(
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.247, 0.2435, 0.2616),
     crop_pct=1.0,
-    lr=2e-3,
-    epochs=20,
+    eval_crop="center",
+    opt="nmuon",
+    lr=4e-3,
+    weight_decay=0.1,
+    epochs=16,
     warmup_epochs=2,
-    min_lr=1e-5,
-    batch_size=128,
-    clip_grad=1.0,
+    batch_size=256,
     smoothing=0.1,
+    channels_last=True,
     cache=True,
 )
 
