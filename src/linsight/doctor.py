@@ -33,7 +33,7 @@ def diagnose() -> dict[str, Any]:
 def _packages() -> list[dict[str, str]]:
     """One row for each dependency: the extra that asks for it, its version or "", and how to get it."""
     rows = {}
-    for line in _requirements():
+    for line in sorted(_requirements(), key=lambda line: "extra == 'dev'" in line):  # dev repeats other extras
         name = _match(r"[\w.-]+", line)
         extra = _match(r"(?<=extra == ['\"])\w+", line)
         if name in ("linsight", *rows):

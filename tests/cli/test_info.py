@@ -1,0 +1,117 @@
+"""`linsight list | info | doctor`: tables for people, JSON for programs, one line for what is wrong."""
+
+import json
+import sys
+
+import pytest
+
+import linsight
+from linsight import cli, ops
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command: `(exit code, standard output, standard error)`."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["linsight", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+def test_list(run):
+    code, out, _ = run("list")
+    assert code == 0
+    (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["softmax"])
+    assert row[1:] == ["O(N^2", "d)", *"yes yes - yes yes - yes yes".split()]
+    assert "inline_deit_tiny" in out
+    assert "\x1b" not in out
+
+
+def test_list_json(run):
+    _, out, _ = run("list", "--json")
+    found = json.loads(out)
+    assert [row["name"] for row in found["mechanisms"]] == [entry.name for entry in linsight.list_attentions()]
+    (tiny,) = (row for row in found["models"] if row["name"] == "inline_deit_tiny")
+    assert (tiny["host"], tiny["attention"], tiny["published"]["top1"]) == ("vit_tiny", "inline", 74.5)
+    assert list(json.loads(run("list", "--models", "--json")[1])) == ["models"]
+
+
+def test_info_of_a_mechanism(run):
+    _, out, _ = run("info", "linear")
+    assert "phi(q_i)" in out
+    assert "elu+1, relu" in out
+    assert "https://arxiv.org/abs/2006.16236" in out
+
+
+@pytest.mark.parametrize(("name", "expected"), [("linear", 2 * 192 * 32 + 192), ("softmax", 2 * 192)])
+def test_operations_are_those_of_the_formula(run, name, expected):
+    """Beside the projections: S and z once and read once a token; or N scores and N values a token."""
+    cost = json.loads(run("info", name, "--json")[1])["cost"]
+    for row, n in zip(cost, (14 * 14, 64 * 64), strict=True):
+        per_token = expected * (n if name == "softmax" else 1)
+        assert row["macs"] == n * (4 * 192 * 192 + per_token)
+        assert row["params"] == 4 * 192 * 192 + 4 * 192
+
+
+@pytest.mark.parametrize("name", ["inline_deit_tiny", "inline_deit_small", "inline_deit_base"])
+def test_models_cost_what_their_paper_says(run, name):
+    found = json.loads(run("info", name, "--json")[1])
+    assert found["params"] == pytest.approx(found["published"]["params"], rel=2e-3)
+    assert found["gmacs"] == pytest.approx(found["published"]["gmacs"], rel=2e-3)
+
+
+def test_info_with_another_mechanism(run):
+    found = json.loads(run("info", "inline_deit_tiny", "--attention", "linear", "--json")[1])
+    assert found["attention"] == "linear"
+    assert found["published"] == {}
+
+
+def test_doctor(run, monkeypatch):
+    monkeypatch.setitem(ops.FORMS, "outer_sum", (ops.Form("fused", "quicker", lambda device: "needs a GPU"),))
+    found = json.loads(run("doctor", "--json")[1])
+    assert found["linsight"] == linsight.__version__
+    rows = {row["operator"]: row for row in found["forms"]}
+    if found["devices"][0]["type"] == "cpu":
+        assert rows["outer_sum"]["form"] == "plain PyTorch"
+        assert rows["outer_sum"]["reason"] == "fused: needs a GPU"
+    _, out, _ = run("doctor")
+    assert all(name in out for name in ("torch", "timm", "dynamic_depthwise_conv", "compiler"))
+
+
+def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch):
+    real = linsight.doctor._version
+    monkeypatch.setattr(linsight.doctor, "_version", lambda name: "" if name == "matplotlib" else real(name))
+    _, out, _ = run("doctor")
+    assert "pip install 'linsight[train]'" in out
+
+
+def test_every_form_is_of_a_public_operator():
+    assert set(ops.FORMS) <= set(ops.__all__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "inlne"], "did you mean 'inline'?"),
+        (["info", "inline_diet_tiny"], "did you mean 'inline_deit_tiny'?"),
+        (["info", "vit_tiny", "--attention", "lineer"], "did you mean 'linear'?"),
+        (["info"], "Missing argument"),
+        (["lst"], "No such command 'lst'"),
+        (["list", "--jsn"], "--json"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("linsight: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_version_and_help(run):
+    assert run("--version") == (0, f"{linsight.__version__}\n", "")
+    assert all(name in run()[1] for name in ("train", "eval", "predict", "list", "info", "doctor"))

@@ -1,0 +1,106 @@
+"""What the documentation says is current, and what it shows runs."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from linsight import Grid, create_attention, create_model
+from linsight.attention import Tokens, run_rounds, unregister
+from linsight.ops import Layout, tiles
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(path):
+    """`(line, code)` of each Python block of a file."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for found in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield text[: found.start()].count("\n") + 2, found[1]
+
+
+def execute(path, line, code):
+    """Run `code` as if it stood at `line` of `path`, so that a failure is found there."""
+    names = {"__name__": "documentation"}
+    exec(compile("\n" * (line - 1) + code, str(ROOT / path), "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/mechanisms.md"])
+def test_generated_parts_are_current(path):
+    assert generator().outputs()[ROOT / path] == (ROOT / path).read_text(encoding="utf-8"), "run python docs/generate.py"
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "code"),
+    [
+        pytest.param(path, line, code, id=f"{path}:{line}")
+        for path in ("README.md", "docs/mechanisms.md")
+        for line, code in blocks(path)
+    ],
+)
+def test_examples_run(path, line, code):
+    execute(path, line, code)
+
+
+def test_readme_is_one_page():
+    assert len(README.splitlines()) <= 150
+
+
+def test_readme_links_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_readme_has_two_commands_of_one_line():
+    commands = re.findall(r"^<!-- command: (\w+) -->\n```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert [name for name, _ in commands] == ["train", "test"]
+    assert all(text.count("\n") == 1 for _, text in commands)
+
+
+def test_ci_runs_the_test_command_of_the_readme(tmp_path):
+    """`.ci/run` in a copy whose README has a command that leaves a mark, then fails."""
+    (tmp_path / ".ci").mkdir()
+    for name in (".ci/run", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    text = re.sub(r"(?<=<!-- command: test -->\n```bash\n).*", "echo .venv > mark && false pytest", README)
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        ["bash", str(tmp_path / ".ci" / "run")],
+        env={"PATH": "/usr/bin:/bin:/usr/local/bin", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert (tmp_path / "mark").read_text().startswith(str(tmp_path / "cache" / "linsight-ci"))
+
+
+def test_the_mechanism_of_the_contributing_guide():
+    ((line, code),) = blocks("CONTRIBUTING.md")
+    try:
+        execute("CONTRIBUTING.md", line, code)
+        layer = create_attention("average", 32, 4, scale=2.0)
+        grid = Grid(5, 7, prefix=1)
+        q, k, v = torch.randn(3, 2, grid.tokens, 4, 8)
+        keep = torch.rand(2, grid.tokens) > 0.3
+        out = layer.core(Tokens(q, k, v, keep=keep), Layout(grid))
+        expected = [2 * v[b, keep[b]].mean(dim=0) for b in range(2)]
+        torch.testing.assert_close(out[:, 0], torch.stack(expected))
+        tokens = Tokens(q, k, v, keep=keep)
+        torch.testing.assert_close(run_rounds(layer.core, tokens, tiles(grid, 2, 3)), out)
+        model = create_model("vit_tiny", attention="average", depth=1, num_classes=3)
+        assert model(torch.randn(1, 3, 40, 56)).shape == (1, 3)
+    finally:
+        unregister("average")
