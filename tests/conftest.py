@@ -1,7 +1,11 @@
-"""Every test starts from the same random state."""
+"""Every test starts from the same random state; property tests draw the same examples every time."""
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("linsight", max_examples=20, deadline=None, derandomize=True, database=None)
+settings.load_profile("linsight")
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ def test_options(subject, check):
     check(subject)
 
 
+@pytest.mark.timeout(240)  # it compiles C++
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler for inductor")
 def test_inductor():
     graphs.compile_parity(matrix.Subject("inline"), "inductor")

@@ -1,0 +1,104 @@
+"""Convolutions, feature maps and linear attention against their explicit forms."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from linsight.ops import (
+    FEATURE_MAPS,
+    causal_linear_attention,
+    depthwise_conv,
+    dynamic_depthwise_conv,
+    linear_absorb,
+    linear_attention,
+    linear_read,
+    merge,
+)
+from linsight.ops.conv import shifted_products
+
+F64 = torch.float64
+SIDE = st.integers(1, 8)
+
+
+@given(height=SIDE, width=SIDE, kernel=st.sampled_from([1, 3, 5]), bias=st.booleans())
+def test_depthwise_conv(height, width, kernel, bias):
+    canvas, weight = torch.randn(2, 6, height, width, dtype=F64), torch.randn(6, 1, kernel, kernel, dtype=F64)
+    offset = torch.randn(6, dtype=F64) if bias else None
+    out = depthwise_conv(canvas.flatten(2).transpose(1, 2), (height, width), weight, offset)
+    truth = F.conv2d(canvas, weight, offset, padding=kernel // 2, groups=6)
+    torch.testing.assert_close(out, truth.flatten(2).transpose(1, 2))
+
+
+@given(height=SIDE, width=SIDE, kernel=st.sampled_from([1, 3, 5]))
+@pytest.mark.parametrize("conv", [dynamic_depthwise_conv, shifted_products])
+def test_dynamic_depthwise_conv(conv, height, width, kernel):
+    canvas, kernels = torch.randn(3, 6, height, width, dtype=F64), torch.randn(3, 6, kernel, kernel, dtype=F64)
+    out = conv(canvas.flatten(2).transpose(1, 2), (height, width), kernels)
+    for i in range(3):
+        truth = F.conv2d(canvas[i : i + 1], kernels[i, :, None], padding=kernel // 2, groups=6)
+        torch.testing.assert_close(out[i : i + 1], truth.flatten(2).transpose(1, 2))
+
+
+def test_dynamic_conv_computes_in_the_dtype_of_its_kernels():
+    """Half-precision values, float32 kernels, under autocast too."""
+    x, kernels = torch.randn(1, 12, 4, dtype=torch.bfloat16), torch.randn(1, 4, 3, 3)
+    truth = shifted_products(x.double(), (3, 4), kernels.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dynamic_depthwise_conv(x, (3, 4), kernels)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def explicit(q, k, v, mask, eps):
+    """The N x N matrix, written out."""
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * mask
+    return torch.einsum("bhmn,bnhe->bmhe", scores / (scores.sum(-1, keepdim=True) + eps), v)
+
+
+def mapped(*shape):
+    return torch.rand(*shape, dtype=F64) + 0.1
+
+
+@given(m=st.integers(1, 20), n=st.integers(1, 20), masked=st.booleans(), eps=st.sampled_from([1e-6, 1.0]))
+def test_linear_attention(m, n, masked, eps):
+    q, k, v = mapped(2, m, 3, 4), mapped(2, n, 3, 4), torch.randn(2, n, 3, 5, dtype=F64)
+    keep = torch.rand(2, n) < 0.7 if masked else torch.ones(2, n, dtype=torch.bool)
+    truth = explicit(q, k, v, keep[:, None, None, :], eps)
+    torch.testing.assert_close(linear_attention(q, k, v, keep=keep, eps=eps), truth)
+    half = n // 2
+    states = [linear_absorb(k[:, s], v[:, s], keep[:, s]) for s in (slice(0, half), slice(half, n))]
+    torch.testing.assert_close(linear_read(q, merge(*states), eps), truth)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 130, 200])
+def test_causal_linear_attention(n):
+    q, k, v = mapped(2, n, 3, 4), mapped(2, n, 3, 4), torch.randn(2, n, 3, 5, dtype=F64)
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    torch.testing.assert_close(causal_linear_attention(q, k, v, eps=1e-6), explicit(q, k, v, mask, 1e-6))
+
+
+def test_causal_gradient():
+    q, k, v = (mapped(1, 66, 1, 2).requires_grad_() for _ in range(3))
+    assert torch.autograd.gradcheck(lambda *t: causal_linear_attention(*t, eps=1e-6), (q, k, v), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", sorted(FEATURE_MAPS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_feature_maps_of_large_values(name, dtype):
+    """Finite values and gradients as far as the map itself is."""
+    limit = 40.0 if name == "exp" else 1e3
+    x = torch.tensor([-limit, -10.0, -0.0, 0.0, 10.0, limit], dtype=dtype, requires_grad=True)
+    out = FEATURE_MAPS[name](x)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def test_elu_plus_one_is_positive_where_elu_rounds_to_zero():
+    x = torch.tensor([-12.0], dtype=torch.bfloat16)
+    assert F.elu(x) + 1 == 0
+    torch.testing.assert_close(FEATURE_MAPS["elu+1"](x).double(), x.double().exp(), rtol=1e-2, atol=0)
+    wide = torch.linspace(-5, 5, 101, dtype=F64)
+    torch.testing.assert_close(FEATURE_MAPS["elu+1"](wide), F.elu(wide) + 1)

@@ -1,0 +1,160 @@
+"""The registry: names, options, capabilities, papers, and a mechanism that is one file."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import linsight
+import matrix
+from linsight.attention import Core, Paper, list_attentions, mechanism, register, run_rounds, unregister
+from linsight.errors import LinsightError, UnknownNameError
+from linsight.ops import tiles
+from matrix.subject import random_tokens
+
+TOY = '''
+"""A gated mean: o_i = sigmoid(q_i) * mean_j(sigmoid(k_j) * v_j)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linsight.attention import Capabilities, Core, Paper, register
+from linsight.ops import accumulator, count_tokens, mask_tokens
+
+
+class Sums(NamedTuple):
+    total: Tensor
+    count: Tensor
+
+
+@register("toy_mean", formula="sigmoid(q_i) mean_j(sigmoid(k_j) v_j)", complexity="O(N d)", paper=Paper("None"))
+class ToyMean(Core):
+    capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
+
+    def __init__(self, dim, num_heads, *, scale: float = 1.0, device=None, dtype=None):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, scale
+
+    def absorb(self, r, tokens, tile, done):
+        dtype = accumulator(tokens.v.dtype)
+        gated = torch.sigmoid(tokens.k.to(dtype)) * tokens.v.to(dtype)
+        return Sums(mask_tokens(gated, tokens.keep).sum(dim=1), count_tokens(tokens.v, tokens.keep))
+
+    def finish(self, r, state, grid):
+        return state.total * (self.scale / state.count.clamp(min=1))[:, None, None]
+
+    def read(self, tokens, tile, done):
+        q = tile.inner(tokens.q).to(done[0].dtype)
+        return (torch.sigmoid(q) * done[0][:, None]).to(tokens.q.dtype)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A mechanism that this library has never seen, from one file."""
+    path = tmp_path / "toy_mean.py"
+    path.write_text(TOY)
+    spec = importlib.util.spec_from_file_location("toy_mean", path)
+    sys.modules["toy_mean"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield matrix.Subject("toy_mean")
+    unregister("toy_mean")
+    del sys.modules["toy_mean"]
+
+
+@pytest.mark.parametrize("check", matrix.CHECKS, ids=lambda check: check.__name__)
+def test_toy_passes_the_matrix(toy, check):
+    check(toy)
+
+
+def test_toy_in_a_host(toy):
+    model = linsight.create_model("vit_tiny", attention="toy_mean:1/softmax", img_size=32, depth=2, num_classes=5)
+    out = model(torch.randn(2, 3, 40, 24))
+    out.square().mean().backward()
+    assert out.shape == (2, 5)
+    assert all(p.grad is not None for p in model.blocks[0].attn.parameters())
+    assert toy.entry in list_attentions(stream=True)
+
+
+def test_toy_is_gone():
+    with pytest.raises(UnknownNameError):
+        mechanism("toy_mean")
+
+
+@pytest.mark.parametrize("entry", list_attentions(), ids=lambda entry: entry.name)
+def test_entries_describe_themselves(entry):
+    assert entry.formula and entry.complexity.startswith("O(") and entry.paper.title
+    assert entry.factory.__doc__ and sys.modules[entry.factory.__module__].__doc__
+    assert all(option.help for option in entry.options), "an option without a line in the docstring"
+    assert entry.name == entry.factory.__module__.rpartition(".")[2], "one mechanism, one file of its name"
+
+
+def test_listing_by_capability():
+    assert {entry.name for entry in list_attentions(stream=True)} >= {"linear", "efficient", "inline"}
+    assert [entry.name for entry in list_attentions()] == sorted(entry.name for entry in list_attentions())
+    assert "softmax" in {entry.name for entry in list_attentions(score_bias=True, stream=False)}
+    with pytest.raises(UnknownNameError, match="did you mean 'stream'"):
+        list_attentions(streams=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "offer"),
+    [
+        (lambda: linsight.create_attention("inlin", 8, 2), "did you mean 'inline'"),
+        (lambda: linsight.create_attention("inline", 8, 2, feature_maps="relu"), "did you mean 'feature_map'"),
+        (lambda: linsight.create_attention("inline", 8, 2, feature_map="rely"), "did you mean 'relu'"),
+        (lambda: linsight.create_attention("inline", 8, 3), "choose a divisor of 8"),
+        (lambda: linsight.create_attention("inline", 8, 2, reduction=2), "does not support"),
+        (lambda: linsight.create_attention("softmax", 8, 2, reduction=2, projections="qkv"), "projections='q_kv'"),
+    ],
+)
+def test_errors_offer_a_way_out(call, offer):
+    with pytest.raises(LinsightError, match=offer) as caught:
+        layer = call()
+        layer(torch.randn(1, 4, 8), linsight.Grid(2, 2))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_are_taken_once():
+    paper = Paper("A paper", "0000.00000", "A venue")
+    assert str(paper) == "A paper, arXiv 0000.00000, A venue"
+    with pytest.raises(LinsightError, match="already registered"):
+        register("inline", formula="", complexity="", paper=paper)(type("Other", (Core,), {}))
+    with pytest.raises(LinsightError, match="not a Core"):
+        register("no_core", formula="", complexity="", paper=paper)(nn.Module)
+
+
+def test_published_matrix_of_a_reduction_on_odd_grids():
+    """A spatial reduction floors the grid; where it is smaller than the ratio, zeros fill it up."""
+    layer = linsight.create_attention("softmax", 8, 2, reduction=2)
+    for height, width in ((5, 7), (1, 1), (1, 6)):
+        assert layer(torch.randn(2, height * width, 8), linsight.Grid(height, width)).isfinite().all()
+    with pytest.raises(LinsightError, match="reduction=1"):
+        layer(torch.randn(1, 5, 8), linsight.Grid(2, 2, 1))
+
+
+def test_bias_on_scores():
+    """-inf in a bias hides keys exactly as dropping them does."""
+    layer, x = linsight.create_attention("softmax", 8, 2).double(), torch.randn(1, 6, 8, dtype=torch.float64)
+    keep = torch.tensor([[True, False, True, True, False, True]])
+    bias = torch.zeros(1, 1, 1, 6, dtype=torch.float64).masked_fill(~keep[:, None, None], float("-inf"))
+    grid = linsight.Grid(2, 3)
+    torch.testing.assert_close(layer(x, grid, score_bias=bias)[keep], layer(x, grid, keep=keep)[keep])
+    both = layer(x, grid, score_bias=torch.randn(1, 2, 6, 6, dtype=torch.float64), keep=keep)
+    assert both.isfinite().all()
+    causal = linsight.create_attention("softmax", 8, 2, causal=True).double()
+    causal.load_state_dict(layer.state_dict())
+    zero = torch.zeros(1, 1, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(causal(x, grid, score_bias=zero), causal(x, grid))
+
+
+def test_causal_is_neither_crossed_nor_tiled():
+    layer, grid, x = linsight.create_attention("linear", 8, 2, causal=True), linsight.Grid(2, 3), torch.randn(1, 6, 8)
+    with pytest.raises(LinsightError, match="causal"):
+        layer(x, grid, context=x, context_layout=grid)
+    with pytest.raises(LinsightError, match="causal"):
+        run_rounds(layer.core, random_tokens(layer.core, 1, grid, 8), tiles(grid, 1, 3))
