@@ -5,6 +5,7 @@ import inspect
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from rich.table import Table
 from linsight.train._recipe import FIELDS, HINTS, Recipe
 from linsight.train.recipes import RECIPES
 
-_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", dict: "NAME=VALUE,..."}
+_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
 _ABOUT = "\n\n".join(f"{name}: {shipped.about}" for name, shipped in RECIPES.items())
 
 
@@ -72,23 +73,21 @@ def _signature() -> inspect.Signature:
             metavar="FOLDER", help="go on with the stopped run in a folder", rich_help_panel="Run")),
     ]
     for name, field in FIELDS.items():
-        choices = field.metadata["choices"]
-        text = field.metadata["help"] + (f" [{'|'.join(choices)}]" if choices else "")
-        own.append((name, *_option(name, text, field.metadata["group"])))
+        own.append((name, *_option(name, field.metadata)))
     return inspect.Signature([
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option])
         for name, hint, option in own
     ])
 
 
-def _option(name: str, text: str, panel: str) -> tuple[Any, Any]:
+def _option(name: str, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
     hint = HINTS[name]
     if hint is bool:
-        return bool | None, typer.Option(help=text, rich_help_panel=panel)
+        return bool | None, typer.Option(help=metadata["help"], rich_help_panel=metadata["group"])
     if isinstance(hint, types.UnionType):
         hint = typing.get_args(hint)[0]
-    metavar = _METAVARS[typing.get_origin(hint) or hint]
-    return str | None, typer.Option(metavar=metavar, help=text, rich_help_panel=panel)
+    metavar = "|".join(metadata["choices"]) or _METAVARS[typing.get_origin(hint) or hint]
+    return str | None, typer.Option(metavar=metavar, help=metadata["help"], rich_help_panel=metadata["group"])
 
 
 _train.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -34,19 +34,18 @@ def open_data(recipe: Recipe) -> Data:
     place = _locate(recipe.data)
     splits = _splits(place, recipe)
     notes: list[str] = []
-    if splits is None:
-        whole = _checked(_open(place, None, recipe), recipe.data)
+    train_split = _pick(splits, (recipe.train_split,), recipe.data) if splits else None
+    if splits is None or (recipe.val_split is None and not set(_EVALUATION) & set(splits)):
+        whole = _checked(_open(place, train_split, recipe), recipe.data)
         train_indices, val_indices = hold_out(whole.targets, recipe.val_fraction)
         if len(set(map(whole.targets.__getitem__, train_indices))) < len(set(whole.targets)):
             raise LinsightError(f"a class of '{recipe.data}' has too few images to hold one out: give it a val folder")
         if place[0] != "digits":
-            notes.append(
-                f"no split to evaluate on in '{recipe.data}': {len(val_indices)} of its {len(whole)} images are held out"
-            )
+            held = f"{len(val_indices)} of its {len(whole)} images are held out"
+            notes.append(f"'{recipe.data}' has no split to evaluate on: {held}")
         train: Source = Part(whole, train_indices)
         val: Source = Part(whole, val_indices)
     else:
-        train_split = _pick(splits, (recipe.train_split,), recipe.data)
         val_split = _pick(splits, (recipe.val_split,) if recipe.val_split else _EVALUATION, recipe.data)
         if recipe.val_split is None and val_split == "test":
             notes.append(f"'{recipe.data}' has no validation split: evaluated on test")
@@ -122,10 +121,9 @@ def _splits(place: tuple[str, str], recipe: Recipe) -> list[str] | None:
         return ["train", "test" if recipe.val_split == "test" else "validation"]
     if kind == "hfds":
         names = sources.hugging_face_splits(path)
-        return names if len(names) > 1 else None
+        return names if recipe.train_split in names else None
     if kind == "tars":
-        names = [file.stem for file in sorted(pathlib.Path(path).glob("*.tar"))]
-        return names if len(names) > 1 else None
+        return [file.stem for file in sorted(pathlib.Path(path).glob("*.tar"))]
     if kind == "folder":
         names = [folder.name for folder in sorted(pathlib.Path(path).iterdir()) if folder.is_dir()]
         known = {recipe.train_split, recipe.val_split, *_EVALUATION}

@@ -1,12 +1,12 @@
 """From sources to batches: decoding, augmentation, what happens to a bad image, and normalising on the device."""
 
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -29,10 +29,6 @@ class Batch(NamedTuple):
     images: Tensor
     targets: Tensor
     bad: list[str]
-
-    def pin_memory(self) -> "Batch":
-        """For DataLoader: page-locked tensors."""
-        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.bad)
 
 
 class Samples(Dataset[Any]):
@@ -58,7 +54,7 @@ def decode(source: Source, index: int, mode: str) -> Image.Image | str:
     try:
         return source.image(index).convert(mode)
     except _BAD as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
         return f"{source.name(index)}: {reason}"
 
 
@@ -75,7 +71,8 @@ def cached(source: Source, in_chans: int) -> tuple[Source, list[str]]:
             images.append(np.asarray(image))
             targets.append(target)
     # one block of memory is shared by forked workers, thousands of small objects are not
-    block = np.stack(images) if images and len({image.shape for image in images}) == 1 else images
+    same = len({image.shape for image in images}) == 1
+    block: Sequence[Any] = list(np.stack(images)) if same else images
     return Arrays(block, targets, source.classes, "cached image "), bad
 
 

@@ -57,7 +57,7 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
 
 def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
     """Height and width of the images that the model is given."""
-    size = recipe.img_size or tuple(model.pretrained_cfg["input_size"][-2:])  # type: ignore[index,union-attr]
+    size = recipe.img_size or tuple(model.pretrained_cfg["input_size"][-2:])  # type: ignore[index]
     return int(size[0]), int(size[-1])
 
 

@@ -15,8 +15,8 @@ from linsight.errors import LinsightError
 from ._data import open_evaluation
 from ._device import pick_device, pick_dtype
 from ._evaluate import probabilities, score
+from ._feeds import default_workers, refuse
 from ._images import Normalise, Samples, eval_transform, loader
-from ._loop import default_workers
 from ._model import Trained, image_size
 from ._random import Batches
 from ._recipe import parse
@@ -53,20 +53,16 @@ def evaluate(
     else:
         raise LinsightError(f"'{trained.path}' is not in a run folder: say what to evaluate on with --data")
     source = open_evaluation(recipe, split, trained.classes)
+    recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
     where = pick_device(device)
     dtype, precision = pick_dtype(amp, where)
     model = trained.model.to(where)
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
     batches = Batches(len(source), batch_size, shuffle=False)
     count = min(default_workers() if workers is None else workers, len(batches))
-
-    def refuse(batch: Any) -> None:
-        if batch.bad and on_bad_image == "refuse":
-            raise LinsightError(f"unreadable image {batch.bad[0]} (on_bad_image=skip leaves such images out)")
-
     started = time.perf_counter()
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
-    scores = score(model, feed, Normalise(recipe, where), dtype, refuse)
+    scores = score(model, feed, Normalise(recipe, where), dtype, lambda batch: refuse(recipe, batch.bad))
     seconds = time.perf_counter() - started
     return {
         "data": recipe.data,
@@ -115,7 +111,7 @@ def predict(
         if not found:
             raise LinsightError(f"no image in the folder '{path}'")
         files += found
-    recipe = trained.recipe
+    recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
     where = pick_device(device)
     dtype, _ = pick_dtype(amp, where)
     model = trained.model.to(where)
@@ -127,8 +123,7 @@ def predict(
     bad: list[str] = []
     for batch in loader(samples, Batches(len(files), batch_size, shuffle=False), workers=0, pin=False):
         bad += batch.bad
-        if bad and on_bad_image == "refuse":
-            raise LinsightError(f"unreadable image {bad[0]}")
+        refuse(recipe, batch.bad)
         if not len(batch.images):
             continue
         best = probabilities(model, batch.images, normalise, dtype).topk(min(top, len(names)))
@@ -144,7 +139,7 @@ class _Files:
     """Image files as a source, whose targets are their own indices."""
 
     def __init__(self, files: Sequence[pathlib.Path], classes: tuple[str, ...]) -> None:
-        self.files, self.classes, self.targets = files, classes, range(len(files))
+        self.files, self.classes, self.targets = files, classes, list(range(len(files)))
 
     def __len__(self) -> int:
         return len(self.files)

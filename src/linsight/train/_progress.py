@@ -39,8 +39,9 @@ class Lines(Silent):
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """See `Silent`."""
         skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
+        number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
         self.note(
-            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  val {row['val_loss']:.4f}"
+            f"epoch {number}  loss {row['train_loss']:.4f}  val {row['val_loss']:.4f}"
             f"  top-1 {row['top1']:.2f}  top-5 {row['top5']:.2f}  {row['images_per_second']:.0f} images/s"
             f"  {row['seconds']:.1f} s{skipped}"
         )

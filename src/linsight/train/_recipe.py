@@ -29,8 +29,8 @@ class Recipe:
 
     model: str = _field(_MODEL, "vit_tiny", "a variant, a host, or a model of timm that linsight has a host for")
     attention: str | None = _field(_MODEL, None, "a mechanism, or one a stage; none: the model's own")
-    attention_options: dict[str, Any] = _field(_MODEL, {}, "options of the mechanism")
-    model_args: dict[str, Any] = _field(_MODEL, {}, "other arguments of the model, as in depth=6,embed_dim=96")
+    attention_options: Mapping[str, Any] = _field(_MODEL, {}, "options of the mechanism")
+    model_args: Mapping[str, Any] = _field(_MODEL, {}, "other arguments of the model, as in depth=6,embed_dim=96")
     img_size: tuple[int, ...] = _field(_MODEL, (), "side, or height and width; empty: the model's own")
     in_chans: int = _field(_MODEL, 3, "3 reads images as RGB, 1 as grey", ("1", "3"))
     num_classes: int | None = _field(_MODEL, None, "none: as many as the data has")
@@ -72,14 +72,14 @@ class Recipe:
                             ("squash", "center", "border"))
 
     opt: str = _field(_OPTIMISE, "adamw", "an optimiser of timm")
-    opt_args: dict[str, Any] = _field(_OPTIMISE, {}, "its other arguments, as in betas=(0.9,0.95)")
+    opt_args: Mapping[str, Any] = _field(_OPTIMISE, {}, "its other arguments, as in betas=(0.9,0.95)")
     lr: float = _field(_OPTIMISE, 1e-3, "peak learning rate")
-    lr_base_batch: int = _field(_OPTIMISE, 0, "learning rates are for this batch and scale with it; 0: used as they are")
+    lr_base_batch: int = _field(_OPTIMISE, 0, "rates are for this batch and scale with it; 0: used as they are")
     weight_decay: float = _field(_OPTIMISE, 0.05, "not applied to vectors and what the model exempts")
     clip_grad: float = _field(_OPTIMISE, 0.0, "largest norm of the gradient, 0 is off")
     sched: str = _field(_OPTIMISE, "cosine", "course of the learning rate, by update",
                         ("cosine", "tanh", "poly", "step", "none"))
-    sched_args: dict[str, Any] = _field(_OPTIMISE, {}, "other arguments of timm's schedule")
+    sched_args: Mapping[str, Any] = _field(_OPTIMISE, {}, "other arguments of timm's schedule")
     epochs: int = _field(_OPTIMISE, 10, "with the warm-up, without the cool-down")
     warmup_epochs: int = _field(_OPTIMISE, 0, "epochs of linear warm-up")
     warmup_lr: float = _field(_OPTIMISE, 0.0, "learning rate it starts from")
@@ -144,7 +144,7 @@ def parse(field: str, value: Any) -> Any:
         parts = [p for p in re.split(r"[,\sx]+", value.strip("()[] ")) if p] if isinstance(value, str) else value
         parts = parts if isinstance(parts, list | tuple) else [parts]
         return tuple(_scalar(field, typing.get_args(hint)[0], part) for part in parts)
-    if typing.get_origin(hint) is dict:
+    if typing.get_origin(hint) is Mapping:
         return _options(field, value)
     return _scalar(field, hint, value)
 

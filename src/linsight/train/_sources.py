@@ -13,12 +13,14 @@ from timm.data.readers import create_reader, get_img_extensions
 
 from linsight.errors import LinsightError, MissingExtraError, UnknownNameError
 
+_LABELS = ("label", "labels", "fine_label", "class")
+
 
 class Source(Protocol):
     """Images with classes, in random access."""
 
     classes: tuple[str, ...]
-    targets: Sequence[int]
+    targets: list[int]
 
     def __len__(self) -> int: ...
 
@@ -34,7 +36,7 @@ class Source(Protocol):
 class Arrays:
     """Images in memory, `(H, W)` or `(H, W, 3)` of uint8."""
 
-    def __init__(self, images: Sequence[Any], targets: Sequence[int], classes: tuple[str, ...], label: str) -> None:
+    def __init__(self, images: Sequence[Any], targets: list[int], classes: tuple[str, ...], label: str) -> None:
         self.images, self.targets, self.classes, self.label = images, targets, classes, label
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ class Arrays:
 class Reading:
     """A reader of timm: folders, tars, Hugging Face data sets."""
 
-    def __init__(self, reader: Any, targets: Sequence[int], classes: tuple[str, ...]) -> None:
+    def __init__(self, reader: Any, targets: list[int], classes: tuple[str, ...]) -> None:
         self.reader, self.targets, self.classes = reader, targets, classes
 
     def __len__(self) -> int:
@@ -60,7 +62,10 @@ class Reading:
 
     def image(self, index: int) -> Image.Image:
         """See `Source`."""
-        return Image.open(self.reader[index][0])
+        try:
+            return Image.open(self.reader[index][0])
+        except (AssertionError, TypeError) as error:  # timm's way with a row that has no image
+            raise OSError("no image there") from error
 
     def name(self, index: int) -> str:
         """See `Source`."""
@@ -70,7 +75,7 @@ class Reading:
 class Pairs:
     """A data set of torchvision: pairs of image and class."""
 
-    def __init__(self, dataset: Any, targets: Sequence[int], classes: tuple[str, ...]) -> None:
+    def __init__(self, dataset: Any, targets: list[int], classes: tuple[str, ...]) -> None:
         self.dataset, self.targets, self.classes = dataset, targets, classes
 
     def __len__(self) -> int:
@@ -162,7 +167,6 @@ def tar(path: pathlib.Path) -> Source:
         reader = create_reader("", root=str(path))
     except (tarfile.TarError, EOFError, OSError) as error:
         raise LinsightError(f"'{path}' is no readable tar file: {error}") from error
-    # an open tar cannot be shared by worker processes that were forked after its first use
     return Reading(reader, [int(target) for target in reader.targets], _names(reader.class_name_to_idx))
 
 
@@ -187,12 +191,11 @@ def hugging_face(name: str, cache: str | None, split: str, image_key: str | None
     with _no_progress(hf):
         table = _of_hub(name, lambda: hf.load_dataset(name, split=split, cache_dir=cache))
         image_key = image_key or _column(name, table.features, hf.Image, ("image", "img"), "image_key")
-        label_key = label_key or _column(name, table.features, hf.ClassLabel, ("label", "labels", "fine_label", "class"),
-                                         "label_key")
+        label_key = label_key or _column(name, table.features, hf.ClassLabel, _LABELS, "label_key")
         for key in (image_key, label_key):
             if key not in table.features:
                 raise UnknownNameError(f"column of '{name}'", key, table.features)
-        labels = table[:][label_key] if len(table.features) == 1 else table.select_columns(label_key)[:][label_key]
+        labels = table.select_columns(label_key)[:][label_key]
         if isinstance(table.features[label_key], hf.ClassLabel):
             classes, class_map = tuple(table.features[label_key].names), None
         else:

@@ -14,9 +14,7 @@ class Shipped:
 
 
 _DIGITS = Recipe(
-    model="vit_tiny",
-    attention="inline",
-    model_args={"patch_size": 1, "embed_dim": 48, "depth": 4, "num_heads": 3, "global_pool": "avg", "class_token": False},
+    model="inline_compact_pico",
     img_size=(8,),
     in_chans=1,
     val_fraction=0.2,

@@ -1,0 +1,69 @@
+"""The batches of a run: what it trains on and what it is evaluated on."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+
+from linsight.errors import LinsightError
+
+from ._data import Data
+from ._images import Batch, Samples, cached, eval_transform, loader, train_transform
+from ._random import Batches
+from ._recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Feeds:
+    """Loaders to iterate once an epoch; `order` says from which epoch and step.
+
+    lost: what was wrong with images that were left out when all were read into memory.
+    """
+
+    order: Batches
+    train: Iterable[Batch]
+    val: Iterable[Batch]
+    val_samples: Samples
+    lost: list[str]
+
+
+def open_feeds(
+    recipe: Recipe, data: Data, size: tuple[int, int], device: torch.device, note: Callable[[str], None]
+) -> Feeds:
+    """The feeds of a run at images of `size`; raises where no image can be read, or a bad one is refused."""
+    train, val, lost = data.train, data.val, list[str]()
+    if recipe.cache:
+        note("reading all images into memory")
+        train, bad = cached(train, recipe.in_chans)
+        val, more = cached(val, recipe.in_chans)
+        lost = bad + more
+        refuse(recipe, lost)
+        for source in (train, val):
+            if not len(source):
+                raise LinsightError(f"no image could be read: {lost[0]}")
+    workers = default_workers() if recipe.workers is None else recipe.workers
+    pin = device.type == "cuda"
+    order = Batches(len(train), recipe.batch_size, seed=recipe.seed, shuffle=True)
+    once = Batches(len(val), recipe.batch_size, shuffle=False)
+    samples = Samples(train, train_transform(recipe, size), recipe.in_chans, recipe.seed)
+    val_samples = Samples(val, eval_transform(recipe, size), recipe.in_chans, recipe.seed)
+    return Feeds(
+        order,
+        loader(samples, order, workers=workers, pin=pin),
+        loader(val_samples, once, workers=min(workers, len(once)), pin=pin),
+        val_samples,
+        lost,
+    )
+
+
+def refuse(recipe: Recipe, bad: list[str]) -> None:
+    """Raise if there are bad images and the recipe has none of it."""
+    if bad and recipe.on_bad_image == "refuse":
+        raise LinsightError(f"unreadable image {bad[0]} (on_bad_image=skip leaves such images out)")
+
+
+def default_workers() -> int:
+    """Processes that read images beside the training process, which uses the cores too."""
+    cores = os.cpu_count() or 1
+    return 1 if cores <= 2 else min(8, cores - 1)
