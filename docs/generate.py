@@ -32,9 +32,8 @@ model = create_model("vit_tiny", attention="{name}")"""
 
 def readme(text: str) -> str:
     """The README `text` with a current table of mechanisms."""
-    return re.sub(
-        r"(?<=<!-- generated: mechanisms -->\n).*?(?=<!-- end -->)", lambda _: summary() + "\n", text, flags=re.DOTALL
-    )
+    block = re.compile(r"(<!-- generated: mechanisms -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    return block.sub(lambda found: f"{found[1]}{summary()}\n", text)
 
 
 def summary() -> str:
