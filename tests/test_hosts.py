@@ -1,0 +1,142 @@
+"""What every host does with every mechanism: train, checkpoint, compile, export, travel."""
+
+import copy
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from timm.models._manipulate import group_parameters
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import linsight
+from linsight.attention import Core, list_attentions
+from linsight.models import HOSTS
+
+# Small forms of one host of each class: new hosts are added here with arguments that keep them small.
+SMALL = {
+    "vit_tiny": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7},
+    "compact_pico": {"num_classes": 7},
+}
+MECHANISMS = [entry.name for entry in list_attentions()]
+SIZES = ((32, 32), (40, 24), (33, 17), (16, 56), (24, 24))
+
+hosts = pytest.mark.parametrize("host", SMALL)
+mechanisms = pytest.mark.parametrize("attention", MECHANISMS)
+
+
+def build(host, attention="inline", **arguments):
+    return linsight.create_model(host, attention=attention, **{**SMALL[host], **arguments})
+
+
+def test_every_class_of_host_is_here():
+    assert {HOSTS[name].model_cls for name in SMALL} == {host.model_cls for host in HOSTS.values()}
+
+
+@mechanisms
+@hosts
+def test_a_training_step(host, attention):
+    """Every parameter gets a finite gradient and the loss falls on the batch it was taken on."""
+    model = build(host, attention, drop_path_rate=0.0)
+    x, y = torch.randn(4, 3, 24, 40), torch.tensor([0, 1, 2, 3])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    assert losses[1] < losses[0]
+
+
+@hosts
+def test_one_mechanism_a_block(host):
+    model = build(host, "inline:1/softmax")
+    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, Core)}
+    assert kinds <= {"InLine", "Softmax"} and "InLine" in kinds
+
+
+@mechanisms
+@hosts
+def test_copies_are_equal(host, attention):
+    model = build(host, attention).eval()
+    x = torch.randn(2, 3, 32, 24)
+    out = model(x)
+    other = build(host, attention).eval()
+    other.load_state_dict(safetensors.torch.load(safetensors.torch.save(model.state_dict())))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
+        assert torch.equal(twin(x), out)
+
+
+@hosts
+def test_gradient_checkpointing_with_two_sizes_in_one_step(host):
+    """Each call recomputes on its own grid."""
+    model = build(host).eval()
+    images = [torch.randn(2, 3, *size) for size in SIZES[:2]]
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        sum(model(x).square().sum() for x in images).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@hosts
+def test_two_graphs_for_five_sizes(host):
+    torch._dynamo.reset()
+    model = build(host).eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for size in SIZES:
+            x = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@hosts
+def test_export_with_dynamic_sizes(host):
+    model = build(host).eval()
+    dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 3, 40, 24),), dynamic_shapes=(dims,)).module()
+        for size in SIZES:
+            x = torch.randn(3, 3, *size)
+            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@hosts
+def test_optimiser_groups(host):
+    """Layer-wise decay finds every parameter; names that are not decayed exist."""
+    model = build(host)
+    named = dict(model.named_parameters())
+    grouped = group_parameters(model, model.group_matcher())
+    assert sorted(name for names in grouped.values() for name in names) == sorted(named)
+    assert len(grouped) > 2
+    assert set(model.no_weight_decay()) <= set(named) | {"dist_token", "reg_token"}
+
+
+@hosts
+def test_mechanisms_may_ask_for_no_decay(host, monkeypatch):
+    monkeypatch.setattr("linsight.attention.inline.InLine.no_weight_decay", lambda self: {"generator.0.weight"})
+    asked = {name for name in build(host).no_weight_decay() if "generator" in name}
+    assert len(asked) == sum(isinstance(module, Core) for module in build(host).modules())
+
+
+@hosts
+def test_features_at_their_strides(host):
+    model = build(host, features_only=True).eval()
+    maps = model(torch.randn(1, 3, 32, 48))
+    for map_, channels, reduction in zip(
+        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert map_.shape == (1, channels, 32 // reduction, 48 // reduction)
+
+
+@hosts
+def test_dtype_and_device_arguments(host):
+    model = build(host, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}

@@ -1,0 +1,54 @@
+"""Which mechanism stands in which block."""
+
+import pytest
+
+from linsight.errors import LinsightError, UnknownNameError
+from linsight.models import plan
+
+
+def names(*args):
+    return [[choice.name for choice in stage] for stage in plan(*args)]
+
+
+@pytest.mark.parametrize(
+    ("attention", "depths", "wanted"),
+    [
+        ("inline", [2, 1], [["inline"] * 2, ["inline"]]),
+        ("inline, softmax", [2, 1], [["inline"] * 2, ["softmax"]]),
+        ("inline:2/softmax", [3], [["inline", "inline", "softmax"]]),
+        ("inline:1/softmax", [2, 3], [["inline", "softmax"], ["inline", "softmax", "softmax"]]),
+        ("inline,linear:1/softmax", [1, 2], [["inline"], ["linear", "softmax"]]),
+        ("inline:9/softmax", [2], [["inline", "inline"]]),
+        ("inline:0/softmax", [2], [["softmax", "softmax"]]),
+    ],
+)
+def test_names(attention, depths, wanted):
+    assert names(attention, depths) == wanted
+
+
+def test_options_go_to_the_first_mechanism_named():
+    (first, second), (third,) = plan("inline:1/softmax,inline", [2, 1], {"feature_map": "relu"})
+    assert (first.options, second.options, third.options) == ({"feature_map": "relu"}, {}, {"feature_map": "relu"})
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("inlin", "did you mean 'inline'"),
+        ("inline:1/sotfmax", "did you mean 'softmax'"),
+        ("inline,softmax,inline", "names 3 stages, but this host has 2"),
+        ("inline:2", "NAME:COUNT/NAME"),
+        ("inline/softmax", "NAME:COUNT/NAME"),
+        ("inline:x/softmax", "NAME:COUNT/NAME"),
+        ("", "unknown attention ''"),
+    ],
+)
+def test_mistakes_are_one_line(attention, message):
+    with pytest.raises(LinsightError, match=message) as caught:
+        plan(attention, [2, 2])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_option():
+    with pytest.raises(UnknownNameError, match="did you mean 'feature_map'"):
+        plan("inline", [2], {"featuremap": "relu"})
