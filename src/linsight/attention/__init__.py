@@ -3,8 +3,9 @@
 import importlib
 import pkgutil
 
+from ._block import Block, create_block, is_block
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, run_rounds, split_heads
-from ._layer import PROJECTIONS, Attention, Projection, create_attention
+from ._layer import PROJECTIONS, Attention, Layer, Projection, check_asked, create_attention
 from ._registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
 
 for _module in pkgutil.iter_modules(__path__):
@@ -14,15 +15,20 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "PROJECTIONS",
     "Attention",
+    "Block",
     "Capabilities",
     "Core",
+    "Layer",
     "Mechanism",
     "Option",
     "Paper",
     "Projection",
     "Rename",
     "Tokens",
+    "check_asked",
     "create_attention",
+    "create_block",
+    "is_block",
     "list_attentions",
     "mechanism",
     "merge_heads",

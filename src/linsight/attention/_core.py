@@ -156,5 +156,3 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """`(B, N, H, D)` -> `(B, N, H * D)`."""
     return x.flatten(-2)
-
-

@@ -1,6 +1,6 @@
 """The layer around a core: projections as data, checks, and nothing that depends on the image size."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, mask_tokens
 
-from ._core import Core, Tokens, merge_heads, split_heads
+from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
 from ._registry import mechanism, require
 
 
@@ -48,7 +48,58 @@ class Reduction(nn.Module):
         return self.norm(canvas.flatten(2).transpose(1, 2)), Grid(canvas.shape[2], canvas.shape[3])
 
 
-class Attention(nn.Module):
+class Layer(nn.Module):
+    """What a host calls: tokens and their layout in, tokens out. `Attention` is the usual one.
+
+    A mechanism registered with `kind="layer"` derives from it, with a constructor that takes
+    `(dim, num_heads, *, ..., device=None, dtype=None)` and its options.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    published: ClassVar[tuple[Rename, ...]] = ()
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: LayoutLike,
+        *,
+        keep: Tensor | None = None,
+        context: Tensor | None = None,
+        context_layout: LayoutLike | None = None,
+        score_bias: Tensor | None = None,
+        cond: Tensor | None = None,
+    ) -> Tensor:
+        """See `Attention.forward`."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of own parameters that an optimiser should not decay, beyond 1-d ones."""
+        return set()
+
+
+def check_asked(
+    owner: type[nn.Module],
+    layout: Layout,
+    *,
+    keep: Tensor | None = None,
+    context: Tensor | None = None,
+    score_bias: Tensor | None = None,
+) -> None:
+    """Raise a CapabilityError, naming who can, for what `owner` is asked and has not declared."""
+    asked = (
+        (keep is not None, "keep", "dropping tokens"),
+        (layout.sizes is not None, "sizes", "padded batches"),
+        (layout.cu_seqlens is not None, "packed", "packed batches"),
+        (context is not None, "cross", "keys of another sequence"),
+        (score_bias is not None, "score_bias", "a bias on the scores"),
+        (layout.grid.prefix > 0, "prefix", "prefix tokens"),
+    )
+    for present, capability, words in asked:
+        if present:
+            require(owner, capability, words)
+
+
+class Attention(Layer):
     """A mechanism as a drop-in layer: projections, a core, an output projection.
 
     Made by `create_attention`. Any height and width at call time; the state dict has `qkv` (or
@@ -110,7 +161,11 @@ class Attention(nn.Module):
         """
         layout = as_layout(layout)
         check_tokens(x, layout)
-        self._check(layout, keep, context, score_bias)
+        if self.reduction is not None:
+            require(type(self.core), "cross", "keys of a reduced grid")
+        check_asked(type(self.core), layout, keep=keep, context=context, score_bias=score_bias)
+        if context is not None and getattr(self.core, "causal", False):
+            raise CapabilityError("the causal form orders one sequence: pass causal=False, or no context")
         source, source_layout = x, layout
         if context is not None:
             if context_layout is None:
@@ -135,21 +190,6 @@ class Attention(nn.Module):
         )
         return self.proj_drop(self.proj(merge_heads(out)))
 
-    def _check(self, layout: Layout, keep: Tensor | None, context: Tensor | None, score_bias: Tensor | None) -> None:
-        asked = (
-            (keep is not None, "keep", "dropping tokens"),
-            (layout.sizes is not None, "sizes", "padded batches"),
-            (layout.cu_seqlens is not None, "packed", "packed batches"),
-            (context is not None or self.reduction is not None, "cross", "keys of another sequence"),
-            (score_bias is not None, "score_bias", "a bias on the scores"),
-            (layout.grid.prefix > 0, "prefix", "prefix tokens"),
-        )
-        for present, capability, words in asked:
-            if present:
-                require(type(self.core), capability, words)
-        if context is not None and getattr(self.core, "causal", False):
-            raise CapabilityError("the causal form orders one sequence: pass causal=False, or no context")
-
     def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
         assert self.reduction is not None
         if keep is not None or layout.grid.prefix:
@@ -169,7 +209,9 @@ class Attention(nn.Module):
                 bias = (None, None) if linear.bias is None else linear.bias.split(split)
                 weight = linear.weight.split(split)
                 found["q"] = F.linear(x, weight[0], bias[0])
-                found.update(zip(parts[1:], F.linear(source, weight[1], bias[1]).chunk(len(parts) - 1, -1), strict=True))
+                found.update(
+                    zip(parts[1:], F.linear(source, weight[1], bias[1]).chunk(len(parts) - 1, -1), strict=True)
+                )
             else:
                 out = linear(x if "q" in parts else source)
                 found.update(zip(parts, out.chunk(len(parts), dim=-1), strict=True))
@@ -187,7 +229,7 @@ def create_attention(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> Attention:
+) -> Layer:
     """A layer of `dim` channels and `num_heads` heads with the mechanism `name`.
 
     `options` are those of the mechanism (`linsight info NAME`) and of `Attention`: qkv_bias,
@@ -210,6 +252,10 @@ def create_attention(
     if layer.get("projections") not in (None, *PROJECTIONS):
         raise LinsightError(f"unknown projections '{layer['projections']}': known are {', '.join(PROJECTIONS)}")
     entry.check_options(options)
+    if entry.kind == "layer":
+        made = entry.factory(dim, num_heads, device=device, dtype=dtype, **layer, **options)
+        assert isinstance(made, Layer)
+        return made
     core = entry.factory(dim, num_heads, device=device, dtype=dtype, **options)
     assert isinstance(core, Core)
     return Attention(core, dim, device=device, dtype=dtype, **layer)

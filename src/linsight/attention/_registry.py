@@ -68,13 +68,12 @@ class Mechanism:
 
 
 _REGISTRY: dict[str, Mechanism] = {}
-_RESERVED = {"self", "dim", "num_heads", "device", "dtype"}
+# What hosts give; the other keyword arguments of a constructor are options.
+_RESERVED = {"self", "dim", "num_heads", "mlp_ratio", "drop_path", "device", "dtype"}
 M = TypeVar("M", bound=type[nn.Module])
 
 
-def register(
-    name: str, *, formula: str, complexity: str, paper: Paper, kind: Kind = "core"
-) -> Callable[[M], M]:
+def register(name: str, *, formula: str, complexity: str, paper: Paper, kind: Kind = "core") -> Callable[[M], M]:
     """Register a mechanism under `name`. For use on its class, in its own file."""
 
     def add(cls: M) -> M:

@@ -55,9 +55,7 @@ class InLineReader(NamedTuple):
     "inline",
     formula="o = mean(v) + d^(-1/2) q Cov(k, v) + conv3x3(v; kernel(mean(x)))",
     complexity="O(N d^2)",
-    paper=Paper(
-        "Bridging the Divide: Reconsidering Softmax and Linear Attention", "2412.06590", "NeurIPS 2024"
-    ),
+    paper=Paper("Bridging the Divide: Reconsidering Softmax and Linear Attention", "2412.06590", "NeurIPS 2024"),
 )
 class InLine(Core):
     """Injective linear attention with a per-image dynamic convolution.

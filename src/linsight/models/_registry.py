@@ -146,8 +146,8 @@ def create_model(
             VARIANTS[name], pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs
         )
     if name in HOSTS:
-        variant = Variant(name, host=name, attention="softmax")
-        return _build(variant, pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs)
+        plain = Variant(name, host=name, attention="softmax")
+        return _build(plain, pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs)
     base = name.partition(".")[0]
     if is_model(base):
         adopt = TIMM_HOSTS.get(model_entrypoint(base).__module__)

@@ -17,7 +17,7 @@ from timm.models._manipulate import checkpoint
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
-from linsight.attention import create_attention
+from linsight.attention import create_attention, create_block, is_block
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
@@ -50,6 +50,12 @@ class CompactBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), [grid.height, grid.width]))
 
 
+def _block(stage: Stage, choice: Choice, **arguments: Any) -> nn.Module:
+    if is_block(choice.name):
+        return create_block(choice.name, stage.dim, stage.num_heads, **arguments, **choice.options)
+    return CompactBlock(stage, choice, **arguments)
+
+
 class CompactStage(nn.Module):
     """A downsampling convolution and its blocks, maps in and out."""
 
@@ -67,7 +73,7 @@ class CompactStage(nn.Module):
         self.grad_checkpointing = False
         self.downsample = ConvNormAct(in_dim, stage.dim, 3, stride=2, apply_act=False, **factory)
         self.blocks = nn.ModuleList(
-            CompactBlock(stage, choice, mlp_ratio=mlp_ratio, drop_path=rate, **factory)
+            _block(stage, choice, mlp_ratio=mlp_ratio, drop_path=rate, **factory)
             for choice, rate in zip(choices, drop_paths, strict=True)
         )
 

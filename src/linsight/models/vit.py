@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from linsight.attention import create_attention
+from linsight.attention import create_attention, create_block, is_block
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid
 
@@ -43,14 +43,19 @@ def attention_layer(choice: Choice) -> type[nn.Module]:
 class Block(timm_vit.Block):
     """timm's pre-norm block around a linsight layer."""
 
-    def __init__(self, dim: int, num_heads: int, *, choices: list[Choice], depth: int = 0, **timm_args: Any) -> None:
-        timm_args["attn_layer"] = attention_layer(choices[depth])
-        super().__init__(dim, num_heads, depth=depth, **timm_args)
-
     def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """`x` `(B, P + H*W, C)`, on `grid`."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, keep=keep)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def make_block(dim: int, num_heads: int, *, choices: list[Choice], depth: int = 0, **timm_args: Any) -> nn.Module:
+    """For timm's `block_fn=`: the block at `depth`, around the mechanism chosen for it."""
+    choice = choices[depth]
+    if is_block(choice.name):
+        shared = {key: timm_args[key] for key in ("mlp_ratio", "drop_path", "device", "dtype")}
+        return create_block(choice.name, dim, num_heads, **shared, **choice.options)
+    return Block(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice)})
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -96,9 +101,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         """timm's names, and what the mechanisms ask for."""
         return super().no_weight_decay() | asked_no_weight_decay(self)
 
-    def forward_features(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images `(B, 3, H, W)` of any size -> normed tokens `(B, P + h*w, C)`."""
         x, grid = self._embed(x, attn_mask, is_causal)
         for block in self.blocks:
@@ -146,7 +149,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     def _embed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Grid]:
         if attn_mask is not None or is_causal:
-            raise CapabilityError("this host takes no attn_mask and no is_causal: its layers take keep= and score_bias=")
+            raise CapabilityError("this host takes no attn_mask or is_causal: its layers take keep= and score_bias=")
         x = self.patch_embed(x)  # (B, h, w, C)
         grid = Grid(x.shape[1], x.shape[2], self.num_prefix_tokens)
         return self.norm_pre(self._pos_embed(x)), grid
@@ -160,7 +163,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
 def host_arguments(choices: list[Choice]) -> dict[str, Any]:
     """What timm's VisionTransformer is built with to become the host."""
     return {
-        "block_fn": functools.partial(Block, choices=choices),
+        "block_fn": functools.partial(make_block, choices=choices),
         "dynamic_img_size": True,
         # without it, timm asserts divisible sizes, which makes a compiled graph for each
         "dynamic_img_pad": True,

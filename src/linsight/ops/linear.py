@@ -38,9 +38,7 @@ def linear_read(q: Tensor, state: LinearState, eps: float) -> Tensor:
         return apply_state(q, state.kv) / norm[..., None]
 
 
-def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Every query reads every kept key. `q` `(B, M, H, D)`; `k` `(B, N, H, D)`; `v` `(B, N, H, E)`."""
     return linear_read(q, linear_absorb(k, v, keep), eps).to(v.dtype)
 
