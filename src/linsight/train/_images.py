@@ -52,7 +52,7 @@ class Samples(Dataset[Any]):
 def decode(source: Source, index: int, mode: str) -> Image.Image | str:
     """The image in `mode`, or one line about why there is none."""
     try:
-        return source.image(index).convert(mode)
+        return source.image(index, mode)
     except _BAD as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
         return f"{source.name(index)}: {reason}"

@@ -144,8 +144,9 @@ class _Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def image(self, index: int) -> Image.Image:
-        return Image.open(self.files[index])
+    def image(self, index: int, mode: str) -> Image.Image:
+        with Image.open(self.files[index]) as image:
+            return image.convert(mode)
 
     def name(self, index: int) -> str:
         return str(self.files[index])

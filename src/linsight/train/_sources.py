@@ -24,8 +24,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> Image.Image:
-        """The image, perhaps not decoded yet."""
+    def image(self, index: int, mode: str) -> Image.Image:
+        """The image, decoded, in a mode of Pillow."""
         ...
 
     def name(self, index: int) -> str:
@@ -42,9 +42,9 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, mode: str) -> Image.Image:
         """See `Source`."""
-        return Image.fromarray(self.images[index])
+        return Image.fromarray(self.images[index]).convert(mode)
 
     def name(self, index: int) -> str:
         """See `Source`."""
@@ -60,12 +60,14 @@ class Reading:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, mode: str) -> Image.Image:
         """See `Source`."""
         try:
-            return Image.open(self.reader[index][0])
+            file, _ = self.reader[index]
         except (AssertionError, TypeError) as error:  # timm's way with a row that has no image
             raise OSError("no image there") from error
+        with file:
+            return Image.open(file).convert(mode)
 
     def name(self, index: int) -> str:
         """See `Source`."""
@@ -81,9 +83,9 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, mode: str) -> Image.Image:
         """See `Source`."""
-        return self.dataset[index][0]
+        return self.dataset[index][0].convert(mode)
 
     def name(self, index: int) -> str:
         """See `Source`."""
@@ -102,9 +104,9 @@ class Part:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, mode: str) -> Image.Image:
         """See `Source`."""
-        return self.whole.image(self.indices[index])
+        return self.whole.image(self.indices[index], mode)
 
     def name(self, index: int) -> str:
         """See `Source`."""

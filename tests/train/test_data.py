@@ -1,0 +1,194 @@
+import io
+import shutil
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import TINY, colours, truncate
+
+from linsight.errors import LinsightError
+from linsight.train import open_data, resolve
+from linsight.train._data import open_evaluation
+from linsight.train._images import Samples, cached, collate, decode, eval_transform, train_transform
+from linsight.train._random import key
+
+
+def recipe(data, **overrides):
+    return resolve("digits", {**TINY, "data": str(data), "in_chans": 3, "mean": (), "std": (), "cache": False,
+                              **overrides})
+
+
+def pack(folder, path):
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, arcname=".")
+    return path
+
+
+def parquet(path, images, labels, names=("blue", "green", "red"), image_key="image"):
+    features = datasets.Features({image_key: datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    table = datasets.Dataset.from_dict({image_key: images, "label": labels}, features=features)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path)
+
+
+def png(level):
+    data = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(data, "png")
+    return {"bytes": data.getvalue(), "path": None}
+
+
+def test_digits_are_split_once_and_for_all():
+    data = open_data(resolve("digits"))
+    assert (len(data.train), len(data.val), data.classes) == (1438, 359, tuple("0123456789"))
+    image = data.train.image(0, "L")
+    assert (image.mode, image.size) == ("L", (8, 8))
+    assert not {data.train.indices[i] for i in range(1438)} & {data.val.indices[i] for i in range(359)}
+
+
+def test_a_folder_of_classes_holds_out_a_share_of_each_and_says_so(folder):
+    data = open_data(recipe(folder))
+    assert (len(data.train), len(data.val), data.classes) == (48, 12, ("blue", "green", "red"))
+    assert sorted(data.val.targets) == [0] * 4 + [1] * 4 + [2] * 4
+    assert "12 of its 60 images are held out" in data.notes[0]
+
+
+@pytest.mark.parametrize("val", ["validation", "val", "test"])
+def test_split_folders_are_used(tmp_path, val):
+    for split, count in (("train", 4), (val, 2)):
+        colours(tmp_path / "d" / split, {"a": count, "b": count})
+    data = open_data(recipe(tmp_path / "d"))
+    assert (len(data.train), len(data.val)) == (8, 4)
+    assert bool(data.notes) == (val == "test")
+
+
+def test_a_train_folder_alone_is_held_out_from(tmp_path):
+    colours(tmp_path / "d" / "train", {"a": 10, "b": 10})
+    data = open_data(recipe(tmp_path / "d"))
+    assert (len(data.train), len(data.val)) == (16, 4)
+
+
+def test_tars_are_read_alone_and_by_split(tmp_path, folder):
+    alone = open_data(recipe(pack(folder, tmp_path / "all.tar")))
+    assert (len(alone.train), len(alone.val), alone.classes) == (48, 12, ("blue", "green", "red"))
+    (tmp_path / "tars").mkdir()
+    for split in ("train", "val"):
+        pack(folder, tmp_path / "tars" / f"{split}.tar")
+    split = open_data(recipe(tmp_path / "tars"))
+    assert (len(split.train), len(split.val)) == (60, 60)
+    assert split.train.image(0, "RGB").size == (12, 10)
+
+
+def test_parquet_files_are_read_by_the_types_of_their_columns(tmp_path):
+    for split, count in (("train", 6), ("test", 3)):
+        parquet(tmp_path / "d" / f"{split}-00000-of-00001.parquet", [png(i) for i in range(count)],
+                [i % 3 for i in range(count)], image_key="picture")
+    data = open_data(recipe(tmp_path / "d", data_dir=str(tmp_path / "cache")))
+    assert (len(data.train), len(data.val), data.classes) == (6, 3, ("blue", "green", "red"))
+    assert data.train.targets == [0, 1, 2, 0, 1, 2]
+    assert "evaluated on test" in data.notes[0]
+
+
+def test_a_row_without_a_label_or_an_image_is_named(tmp_path):
+    parquet(tmp_path / "a" / "train.parquet", [png(1), png(2)], [0, None])
+    with pytest.raises(LinsightError, match="has no label"):
+        open_data(recipe(tmp_path / "a", data_dir=str(tmp_path / "cache")))
+    parquet(tmp_path / "b" / "train.parquet", [png(1), None] * 10, [0, 1] * 10)
+    data = open_data(recipe(tmp_path / "b", data_dir=str(tmp_path / "cache")))
+    assert "no image there" in decode(data.train, data.train.targets.index(1), "RGB")
+
+
+def test_names_of_torchvision_go_through_timm(folder):
+    data = open_data(recipe("torch/image_folder", data_dir=str(folder)))
+    assert data.classes == ("blue", "green", "red") and len(data.train) == 60
+
+
+def messages(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "readme.txt").write_text("no image")
+    hollow = colours(tmp_path / "hollow", {"a": 3, "b": 3})
+    (hollow / "c").mkdir()
+    one = colours(tmp_path / "one", {"a": 3})
+    lone = colours(tmp_path / "lone", {"a": 3, "b": 1})
+    stray = colours(tmp_path / "stray", {"a": 3, "b": 3})
+    shutil.copy(stray / "a" / "0.png", stray / "0.png")
+    odd = tmp_path / "odd"
+    colours(odd / "train", {"a": 3, "b": 3})
+    colours(odd / "val", {"a": 3, "z": 3})
+    (tmp_path / "broken.tar").write_bytes(b"no tar")
+    (tmp_path / "file.txt").write_text("no data")
+    return {
+        "missing": (tmp_path / "nowhere", "no such data folder"),
+        "empty": (empty, "is empty"),
+        "no image": (tmp_path / "text", "no image in"),
+        "class without image": (hollow, r"class folder '.*c' has no image"),
+        "one class": (one, "has one class only"),
+        "one image": (lone, "too few images to hold one out"),
+        "stray": (stray, "is in no class folder"),
+        "classes differ": (odd, "'b' is in one of them only"),
+        "no tar": (tmp_path / "broken.tar", "is no readable tar file"),
+        "no data": (tmp_path / "file.txt", "is no data"),
+        "stream": ("wds/imagenet", "is read as a stream"),
+        "torch without folder": ("torch/cifar10", "--data-dir"),
+    }
+
+
+def test_data_that_cannot_be_used_is_named_in_one_line(tmp_path):
+    for case, (data, message) in messages(tmp_path).items():
+        with pytest.raises(LinsightError, match=message) as raised:
+            open_data(recipe(data))
+        assert "\n" not in str(raised.value), case
+    with pytest.raises(LinsightError, match="no data set that timm knows"):
+        open_data(recipe("torch/cifar1", data_dir=str(tmp_path)))
+    with pytest.raises(LinsightError, match="CIFAR|not found|corrupt"):
+        open_data(recipe("torch/cifar10", data_dir=str(tmp_path)))
+
+
+def test_a_split_that_is_not_there_offers_the_nearest(tmp_path):
+    for split in ("train", "val"):
+        colours(tmp_path / "d" / split, {"a": 3, "b": 3})
+    with pytest.raises(LinsightError, match="did you mean 'val'"):
+        open_data(recipe(tmp_path / "d", val_split="vall"))
+
+
+def test_evaluation_takes_a_folder_with_some_of_the_classes_only(folder):
+    shutil.rmtree(folder / "blue")
+    source = open_evaluation(recipe(folder), None, ("blue", "green", "red"))
+    assert len(source) == 40 and set(source.targets) == {1, 2}
+    with pytest.raises(LinsightError, match="has the class 'green', which the model was not trained on"):
+        open_evaluation(recipe(folder), None, ("blue", "red"))
+
+
+def test_bad_images_are_left_out_of_a_batch_by_name(folder):
+    truncate(folder / "red" / "3.png")
+    (folder / "red" / "4.png").write_text("no image")
+    data = open_data(recipe(folder, val_fraction=0.01)).train.whole
+    samples = Samples(data, eval_transform(recipe(folder), (8, 8)), 3, 0)
+    batch = collate([samples[0, i] for i in range(60)])
+    assert batch.images.shape == (58, 3, 8, 8) and batch.images.dtype == torch.uint8
+    assert len(batch.bad) == 2 and "3.png: " in batch.bad[0] and "4.png: not an image" in batch.bad[1]
+    kept, bad = cached(data, 3)
+    assert len(kept) == 58 and bad == batch.bad
+    assert kept.targets == batch.targets.tolist()
+    assert collate([batch.bad[0]]).images.numel() == 0
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("crop_mode", ["rrc", "rkrc", "pad", "none"])
+def test_augmentation_is_a_function_of_seed_epoch_and_index(folder, in_chans, crop_mode):
+    chosen = recipe(folder, crop_mode=crop_mode, color_jitter=0.4, auto_augment=None, hflip=0.5, in_chans=in_chans)
+    samples = Samples(open_data(chosen).train, train_transform(chosen, (8, 6)), in_chans, seed=1)
+    first = samples[0, 5][0]
+    assert first.shape == (in_chans, 8, 6) and first.dtype == torch.uint8
+    torch.manual_seed(key(9))
+    assert torch.equal(first, samples[0, 5][0])
+    assert any(not torch.equal(first, samples[epoch, 5][0]) for epoch in (1, 2, 3))
+
+
+def test_an_unknown_policy_of_augmentation_is_one_line(folder):
+    with pytest.raises(LinsightError, match="auto_augment='rond-m9' is no policy"):
+        train_transform(recipe(folder, auto_augment="rond-m9"), (8, 8))

@@ -1,0 +1,53 @@
+import random
+
+import numpy as np
+import torch
+
+from linsight.train._random import Batches, hold_out, key, seed_sample, seed_step
+
+
+def test_a_key_depends_on_every_part_and_on_their_order():
+    keys = {key(*parts) for parts in np.ndindex(8, 8, 8)}
+    assert len(keys) == 512
+    assert key(1, 2) != key(2, 1) != key(2, 1, 0)
+    # a run of last year must resume today
+    assert key(0, 1, 2) == 0x63B86AFBC3D44E7A
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_seeding_covers_the_three_generators_and_keeps_purposes_apart():
+    drawn = []
+    for seed in (seed_sample, seed_sample, seed_step):
+        seed(3, 1, 4)
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
+
+
+def test_an_epoch_is_a_permutation_that_resumes_at_any_step():
+    batches = Batches(23, 4, seed=5, shuffle=True)
+    batches.epoch = 2
+    whole = list(batches)
+    assert len(whole) == len(batches) == 5  # the last, smaller batch is left out
+    indices = [index for batch in whole for epoch, index in batch]
+    assert len(set(indices)) == 20 and all(epoch == 2 for batch in whole for epoch, _ in batch)
+    batches.start = 3
+    assert list(batches) == whole[3:]
+    batches.epoch, batches.start = 3, 0
+    assert list(batches) != whole
+
+
+def test_evaluation_sees_every_image_once_and_a_small_data_set_has_one_batch():
+    assert [len(batch) for batch in Batches(10, 4, shuffle=False)] == [4, 4, 2]
+    assert [len(batch) for batch in Batches(3, 4, shuffle=True)] == [3]
+
+
+def test_hold_out_takes_a_share_of_each_class():
+    targets = [0] * 50 + [1] * 10 + [2] * 2
+    rest, held = hold_out(targets, 0.2)
+    assert sorted(rest + held) == list(range(62))
+    assert [sum(targets[i] == c for i in held) for c in range(3)] == [10, 2, 1]
+    assert (rest, held) == hold_out(targets, 0.2)
