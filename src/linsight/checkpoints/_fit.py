@@ -17,7 +17,7 @@ from ._report import Mismatch, shape_text
 
 @dataclasses.dataclass
 class Fitted:
-    """ready: tensors by our keys, in the model's shape and dtype.  The rest as in `LoadReport`."""
+    """ready: tensors by our keys, in the shape of the model.  The rest as in `LoadReport`."""
 
     ready: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     resized: list[str] = dataclasses.field(default_factory=list)
@@ -95,7 +95,7 @@ def _place(model: nn.Module, key: str, entry: Entry, target: Tensor, resize: boo
         elif old and new:
             row = row._replace(problem=f"a table of {shape_text(old)} for {shape_text(new)}: pass resize=True")
     if tensor.shape == target.shape:
-        done.ready[key] = tensor.to(target.dtype)
+        done.ready[key] = tensor
     else:
         done.problems.append(row)
 

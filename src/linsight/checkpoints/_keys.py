@@ -1,8 +1,8 @@
 """Two-way key maps, collected from the modules of a model.
 
 Any module may declare `published`, a tuple of `Rename`: a host for its stages, a block for what it
-owns, a mechanism (on its Core) for the layer around it. Rules are relative to their module, and the
-outer ones come first, so a host's rules lead to the names that the layers published.
+owns, a mechanism (on its Core, or on its own Layer) for the layer. Rules are relative to their
+module, and the outer ones come first, so a host's rules lead to the names that the layers published.
 """
 
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ def key_map(model: nn.Module) -> list[Rules]:
         prefix = f"{path}." if path else ""
         renames: tuple[Rename, ...] = getattr(module, "published", ())
         if isinstance(module, Attention):
-            renames = module.core.published + (REDUCTION if module.reduction is not None else ())
+            renames += module.core.published + (REDUCTION if module.reduction is not None else ())
         elif isinstance(module, Core):
             if id(module) in inside:
                 continue

@@ -51,7 +51,7 @@ def _joined(entries: list[Entry]) -> Entry:
 
 def published_layout(layer: Attention) -> str:
     """The layout that the mechanism's key map speaks of; the layer's own where it speaks of none."""
-    named = {rule.ours.rstrip(".") for rule in layer.core.published}
+    named = {rule.ours.rstrip(".") for rule in layer.published + layer.core.published}
     parts = _parts(layer.layout_name)
     return next(
         (
