@@ -23,9 +23,10 @@ those of one layer, projections included.
 """
 
 SNIPPET = """import torch
-from linsight import Grid, create_attention, create_model
+from linsight import Grid, create_model
+from linsight.attention import {create}
 
-layer = create_attention("{name}", dim=64, num_heads=4)
+layer = {create}("{name}", dim=64, num_heads=4)
 y = layer(torch.randn(2, 14 * 14, 64), Grid(14, 14))
 model = create_model("vit_tiny", attention="{name}")"""
 
@@ -63,9 +64,9 @@ def _chapter(entry: Mechanism) -> str:
     ]
     if row["options"]:
         parts.append(_table(["option", "default", "choices", "meaning"], [_option(o) for o in row["options"]]))
-    if row["cost"]:
-        parts.append(_table(["grid", "channels", "heads", "parameters", "multiply-adds"], [_cost(c) for c in row["cost"]]))
-        parts.append(f"```python\n{SNIPPET.format(name=entry.name)}\n```")
+    create = "create_block" if entry.kind == "block" else "create_attention"
+    parts.append(_table(["grid", "channels", "heads", "parameters", "multiply-adds"], [_cost(c) for c in row["cost"]]))
+    parts.append(f"```python\n{SNIPPET.format(name=entry.name, create=create)}\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -106,9 +107,7 @@ def outputs() -> dict[Path, str]:
 def main() -> int:
     """Write, or check."""
     stale = {
-        path: text
-        for path, text in outputs().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
+        path: text for path, text in outputs().items() if not path.exists() or path.read_text(encoding="utf-8") != text
     }
     for path, text in stale.items():
         if "--check" in sys.argv[1:]:

@@ -39,7 +39,8 @@ def execute(path, line, code):
 
 @pytest.mark.parametrize("path", ["README.md", "docs/mechanisms.md"])
 def test_generated_parts_are_current(path):
-    assert generator().outputs()[ROOT / path] == (ROOT / path).read_text(encoding="utf-8"), "run python docs/generate.py"
+    current = (ROOT / path).read_text(encoding="utf-8")
+    assert generator().outputs()[ROOT / path] == current, "run python docs/generate.py"
 
 
 @pytest.mark.parametrize(

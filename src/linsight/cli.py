@@ -5,7 +5,7 @@ on standard error, exit code 2.
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ _cli_train.register(app)
 _cli_info.register(app)
 
 # typer's own copy of click has no public name for it
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 @app.callback(invoke_without_command=True)

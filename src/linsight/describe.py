@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from linsight.attention import Mechanism, create_attention, list_attentions, mechanism
+from linsight.attention import Mechanism, create_attention, create_block, list_attentions, mechanism
 from linsight.errors import UnknownNameError
 from linsight.models import HOSTS, VARIANTS, create_model
 from linsight.ops import Grid
@@ -43,7 +43,7 @@ def info(name: str, attention: str | None = None) -> dict[str, Any]:
 
 
 def mechanism_info(name: str) -> dict[str, Any]:
-    """A mechanism's row, its options, and the cost of one layer with it.
+    """A mechanism's row, its options, and the cost of one layer of it (of one block, where it is one).
 
     Raises:
         UnknownNameError: not a mechanism; the nearest is offered.
@@ -51,7 +51,7 @@ def mechanism_info(name: str) -> dict[str, Any]:
     entry = mechanism(name)
     row = _mechanism_row(entry)
     row["options"] = [option.__dict__ for option in entry.options]
-    row["cost"] = [] if entry.kind == "block" else [_layer_cost(name, grid) for grid in GRIDS]
+    row["cost"] = [_cost(entry, grid) for grid in GRIDS]
     return row
 
 
@@ -84,8 +84,9 @@ def count_macs(module: nn.Module, *inputs: Any) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _layer_cost(name: str, grid: Grid) -> dict[str, Any]:
-    layer = create_attention(name, DIM, HEADS, device="meta")
+def _cost(entry: Mechanism, grid: Grid) -> dict[str, Any]:
+    create = create_block if entry.kind == "block" else create_attention
+    layer = create(entry.name, DIM, HEADS, device="meta")
     macs = count_macs(layer, torch.empty(1, grid.tokens, DIM, device="meta"), grid)
     return {
         "dim": DIM,

@@ -32,7 +32,7 @@ def diagnose() -> dict[str, Any]:
 
 def _packages() -> list[dict[str, str]]:
     """One row for each dependency: the extra that asks for it, its version or "", and how to get it."""
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     for line in sorted(_requirements(), key=lambda line: "extra == 'dev'" in line):  # dev repeats other extras
         name = _match(r"[\w.-]+", line)
         extra = _match(r"(?<=extra == ['\"])\w+", line)
@@ -87,7 +87,7 @@ def _cpu() -> dict[str, Any]:
 
 def _cpu_flags() -> dict[str, Any]:
     if hasattr(torch.cpu, "get_capabilities"):
-        return torch.cpu.get_capabilities()
+        return dict(torch.cpu.get_capabilities())
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
 
 

@@ -201,7 +201,7 @@ class Attention(Layer):
         """q from `x`, k and v from `source`, each `(B, N, C)`."""
         found: dict[str, Tensor] = {}
         for projection in PROJECTIONS[self.layout_name]:
-            linear = self.get_submodule(projection.name)
+            linear: Any = self.get_submodule(projection.name)
             parts = projection.parts
             if "q" in parts and len(parts) > 1 and source is not x:  # one weight, two inputs
                 width = linear.weight.shape[0] // len(parts)

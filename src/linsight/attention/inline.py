@@ -13,7 +13,7 @@ each image from the mean token (per head an MLP d -> d -> 9d). The mean includes
 convolution does not touch them.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ class InLine(Core):
     def _generate(self, generator: nn.Sequential, mean: Tensor) -> Tensor:
         """`(B, C)` -> `(B, C, 3, 3)`, tap 3*ky + kx of channel c at 9c + tap; in the dtype of `mean`."""
 
-        def grouped(x: Tensor, conv: nn.Module) -> Tensor:  # (B, H, d) -> (B, H, out)
+        def grouped(x: Tensor, conv: Any) -> Tensor:  # (B, H, d) -> (B, H, out)
             weight = conv.weight[..., 0].unflatten(0, (self.num_heads, -1)).to(x.dtype)
             return torch.einsum("bhd,hod->bho", x, weight) + conv.bias.unflatten(0, (self.num_heads, -1)).to(x.dtype)
 

@@ -168,7 +168,7 @@ class Compact(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -213,7 +213,7 @@ class Compact(nn.Module):
         take, last = feature_take_indices(len(self.stages), indices)
         x = self.stem(x)
         maps = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):  # type: ignore[arg-type]
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
                 maps.append(x)
@@ -224,7 +224,7 @@ class Compact(nn.Module):
     ) -> list[int]:
         """Drop what the maps `indices` do not need."""
         take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]  # type: ignore[assignment]
+        self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")
         return take

@@ -43,7 +43,7 @@ def attention_layer(choice: Choice) -> type[nn.Module]:
 class Block(timm_vit.Block):
     """timm's pre-norm block around a linsight layer."""
 
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
         """`x` `(B, P + H*W, C)`, on `grid`."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, keep=keep)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -155,7 +155,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return self.norm_pre(self._pos_embed(x)), grid
 
     def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint(block, x, grid)
         return block(x, grid)
 

@@ -52,10 +52,10 @@ def _timm_vit(
     name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
     """timm's own ViT `name`, its weights too where asked, on our host."""
-    depth = kwargs.get("depth") or len(timm.create_model(name, device="meta").blocks)  # type: ignore[arg-type]
+    depth = kwargs.get("depth") or len(timm.create_model(name, device="meta").blocks)
     (choices,) = plan(attention, [depth], options)
     model = timm.create_model(name, pretrained=pretrained, **{**kwargs, **host_arguments(choices)})
-    VisionTransformer.adopt(model.model if kwargs.get("features_only") else model)  # type: ignore[arg-type]
+    VisionTransformer.adopt(model.model if kwargs.get("features_only") else model)
     return model
 
 

@@ -105,7 +105,7 @@ class Moments(NamedTuple):
     count: `(B,)`.  k: `(B, H, D)`.  v: `(B, H, E)`.  cross: `(B, H, D, E)` sum (k - mean)(v - mean)^T.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # also a method of tuples
     k: Tensor
     v: Tensor
     cross: Tensor
