@@ -84,7 +84,7 @@ def test_gradient_checkpointing_with_two_sizes_in_one_step(host):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.timeout(240)  # tracing is slow where cores are shared
+@pytest.mark.timeout(300)  # tracing is slow where cores are shared
 @hosts
 def test_two_graphs_for_five_sizes(host):
     torch._dynamo.reset()
@@ -98,7 +98,7 @@ def test_two_graphs_for_five_sizes(host):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @hosts
 def test_export_with_dynamic_sizes(host):
     model = build(host).eval()

@@ -7,6 +7,8 @@ import pytest
 import matrix
 from matrix import graphs
 
+pytestmark = pytest.mark.timeout(300)  # tracing and C++ are slow where cores are shared
+
 
 @pytest.mark.parametrize("check", matrix.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("subject", matrix.subjects(), ids=str)
@@ -20,7 +22,6 @@ def test_options(subject, check):
     check(subject)
 
 
-@pytest.mark.timeout(240)  # it compiles C++
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler for inductor")
 def test_inductor():
     graphs.compile_parity(matrix.Subject("inline"), "inductor")

@@ -1,6 +1,5 @@
-"""The registry: names, options, capabilities, papers, and a mechanism that is one file."""
+"""The registry: names, options, capabilities, papers, errors."""
 
-import importlib.util
 import sys
 
 import pytest
@@ -8,81 +7,10 @@ import torch
 from torch import nn
 
 import linsight
-import matrix
-from linsight.attention import Core, Paper, list_attentions, mechanism, register, run_rounds, unregister
+from linsight.attention import Core, Paper, list_attentions, register, run_rounds
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import tiles
 from matrix.subject import random_tokens
-
-TOY = '''
-"""A gated mean: o_i = sigmoid(q_i) * mean_j(sigmoid(k_j) * v_j)."""
-
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-from linsight.attention import Capabilities, Core, Paper, register
-from linsight.ops import accumulator, count_tokens, mask_tokens
-
-
-class Sums(NamedTuple):
-    total: Tensor
-    count: Tensor
-
-
-@register("toy_mean", formula="sigmoid(q_i) mean_j(sigmoid(k_j) v_j)", complexity="O(N d)", paper=Paper("None"))
-class ToyMean(Core):
-    capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
-
-    def __init__(self, dim, num_heads, *, scale: float = 1.0, device=None, dtype=None):
-        super().__init__()
-        self.num_heads, self.scale = num_heads, scale
-
-    def absorb(self, r, tokens, tile, done):
-        dtype = accumulator(tokens.v.dtype)
-        gated = torch.sigmoid(tokens.k.to(dtype)) * tokens.v.to(dtype)
-        return Sums(mask_tokens(gated, tokens.keep).sum(dim=1), count_tokens(tokens.v, tokens.keep))
-
-    def finish(self, r, state, grid):
-        return state.total * (self.scale / state.count.clamp(min=1))[:, None, None]
-
-    def read(self, tokens, tile, done):
-        q = tile.inner(tokens.q).to(done[0].dtype)
-        return (torch.sigmoid(q) * done[0][:, None]).to(tokens.q.dtype)
-'''
-
-
-@pytest.fixture
-def toy(tmp_path):
-    """A mechanism that this library has never seen, from one file."""
-    path = tmp_path / "toy_mean.py"
-    path.write_text(TOY)
-    spec = importlib.util.spec_from_file_location("toy_mean", path)
-    sys.modules["toy_mean"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield matrix.Subject("toy_mean")
-    unregister("toy_mean")
-    del sys.modules["toy_mean"]
-
-
-@pytest.mark.parametrize("check", matrix.CHECKS, ids=lambda check: check.__name__)
-def test_toy_passes_the_matrix(toy, check):
-    check(toy)
-
-
-def test_toy_in_a_host(toy):
-    model = linsight.create_model("vit_tiny", attention="toy_mean:1/softmax", img_size=32, depth=2, num_classes=5)
-    out = model(torch.randn(2, 3, 40, 24))
-    out.square().mean().backward()
-    assert out.shape == (2, 5)
-    assert all(p.grad is not None for p in model.blocks[0].attn.parameters())
-    assert toy.entry in list_attentions(stream=True)
-
-
-def test_toy_is_gone():
-    with pytest.raises(UnknownNameError):
-        mechanism("toy_mean")
 
 
 @pytest.mark.parametrize("entry", list_attentions(), ids=lambda entry: entry.name)

@@ -51,7 +51,9 @@ def incapable_says_who_can(subject: Subject) -> None:
             layout, arguments = asked[capability]
             subject.layer(8)(x, layout, **arguments)
 
-    for capability in Capabilities._fields:
+    # What the other kinds have no argument for, nobody can ask.
+    unasked = {"core": set(), "layer": {"stream"}, "block": {"stream", "cross", "score_bias"}}[subject.entry.kind]
+    for capability in sorted(set(Capabilities._fields) - unasked):
         if getattr(subject.can, capability):
             call(capability)
             continue

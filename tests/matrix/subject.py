@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linsight import create_attention
-from linsight.attention import Attention, Capabilities, Core, Mechanism, Tokens, list_attentions, mechanism
+from linsight.attention import Capabilities, Core, Mechanism, Tokens, create_block, list_attentions, mechanism
 from linsight.ops import Grid
 
 
@@ -31,7 +31,7 @@ class Subject(NamedTuple):
     @property
     def local(self) -> bool:
         """Whether a token's output depends on its neighbours on the grid."""
-        return max(self.entry.factory.halos) > 0
+        return max(getattr(self.entry.factory, "halos", (1,))) > 0
 
     def need(self, *capabilities: str) -> None:
         """Skip unless the mechanism declares these."""
@@ -39,10 +39,14 @@ class Subject(NamedTuple):
             if not getattr(self.can, name):
                 pytest.skip(f"{self.name} declares no '{name}'")
 
-    def layer(self, dim: int = 16, num_heads: int = 2, **options: Any) -> Attention:
-        return create_attention(self.name, dim, num_heads, **{**dict(self.options), **options}).eval()
+    def layer(self, dim: int = 16, num_heads: int = 2, **options: Any) -> nn.Module:
+        """The layer; of a mechanism that is a whole block, the block."""
+        create = create_block if self.entry.kind == "block" else create_attention
+        return create(self.name, dim, num_heads, **{**dict(self.options), **options}).eval()
 
     def core(self, dim: int = 16, num_heads: int = 2, **options: Any) -> Core:
+        if self.entry.kind != "core":
+            pytest.skip(f"{self.name} is a {self.entry.kind}, without a core")
         return self.layer(dim, num_heads, **options).core
 
 
