@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from linsight._cli_info import _console, _table
 from linsight.train._recipe import FIELDS, HINTS, Recipe
 from linsight.train.recipes import RECIPES
 
@@ -45,22 +45,22 @@ def _train(**options: Any) -> None:
                     raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
             summary = resume(folder, overrides=overrides, report=reporter(console))
         else:
+            report = reporter(console)
+            if name is None and "data" in overrides:
+                report.note("no --recipe: by 'digits', which makes images 8x8 and grey")
             name = name or "digits"
-            summary = train(resolve(name, overrides), out=out, name=name, report=reporter(console))
+            summary = train(resolve(name, overrides), out=out, name=name, report=report)
     except Interrupted as stopped:
         typer.echo(f"linsight: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    table = Table(show_header=False, box=None)
-    for label, value in (
-        ("top-1", f"{summary['top1']:.2f} % (epoch {summary['best_epoch']} of {summary['epochs']})"),
-        ("top-5", f"{summary['top5']:.2f} %"),
-        ("time", f"{summary['seconds']:.1f} s"),
-        ("folder", summary["folder"]),
-    ):
-        table.add_row(label, value)
-    console.print(table, soft_wrap=True)
+    _print_facts([
+        ["top-1", f"{summary['top1']:.2f} % (epoch {summary['best_epoch']} of {summary['epochs']})"],
+        ["top-5", f"{summary['top5']:.2f} %"],
+        ["time", f"{summary['seconds']:.1f} s"],
+        ["folder", summary["folder"]],
+    ])
 
 
 def _signature() -> inspect.Signature:
@@ -124,18 +124,14 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    console = Console()
-    table = Table(show_header=False, box=None)
     skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
-    for label, value in (
-        ("top-1", f"{result['top1']:.2f} %"),
-        ("top-5", f"{result['top5']:.2f} %"),
-        ("loss", f"{result['loss']:.4f}"),
-        ("images", f"{result['images']} of {result['data']}{skipped}"),
-        ("speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"),
-    ):
-        table.add_row(label, value)
-    console.print(table, soft_wrap=True)
+    _print_facts([
+        ["top-1", f"{result['top1']:.2f} %"],
+        ["top-5", f"{result['top5']:.2f} %"],
+        ["loss", f"{result['loss']:.4f}"],
+        ["images", f"{result['images']} of {result['data']}{skipped}"],
+        ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
+    ])
     _tell_bad(result["bad"])
 
 
@@ -158,11 +154,12 @@ def predict(
     if as_json:
         typer.echo(json.dumps({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
         return
-    table = Table("file", "class", "probability")
-    for entry in done:
-        for row, (label, value) in enumerate(zip(entry.classes, entry.probabilities, strict=True)):
-            table.add_row("" if row else entry.file, label, f"{100 * value:.1f} %")
-    Console().print(table)
+    rows = [
+        ["" if rank else entry.file, label, f"{100 * value:.1f} %"]
+        for entry in done
+        for rank, (label, value) in enumerate(zip(entry.classes, entry.probabilities, strict=True))
+    ]
+    _console().print(_table("", ["file", "class", "probability"], rows))
     _tell_bad(bad)
 
 
@@ -171,6 +168,10 @@ def _trained(source: str, checkpoint: str | None) -> Any:
     from linsight.train._model import load_named
 
     return load_trained(source) if checkpoint is None else load_named(source, checkpoint)
+
+
+def _print_facts(rows: list[list[str]]) -> None:
+    _console().print(_table("", ["", ""], rows, header=False))
 
 
 def _tell_bad(bad: list[str]) -> None:

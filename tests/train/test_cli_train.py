@@ -16,7 +16,7 @@ def run(tmp_path, folder, linsight, tiny_options):
                "--batch-size", "8", "--lr", "1e-2"]
     code, out, err = linsight("train", *tiny_options, *options, "--out", tmp_path / "run")
     assert code == 0 and err == ""
-    assert "epoch 8/8" in out and "top-1   100.00 %" in out and "time" in out
+    assert "epoch 8/8" in out and "100.00 % (epoch" in out and str(tmp_path / "run") in out
     return tmp_path / "run"
 
 
@@ -31,13 +31,12 @@ def test_train_eval_and_predict_work_together(run, folder, linsight, tmp_path):
     code, out, _ = linsight("predict", run, folder / "red" / "0.png", "--json", "--top", "2")
     (entry,) = json.loads(out)["predictions"]
     assert code == 0 and entry["classes"][0] == "red" and len(entry["classes"]) == 2
-    assert entry["probabilities"][0] > 0.5 and sum(entry["probabilities"]) <= 1.0001
+    assert entry["probabilities"][0] > 0.4 and sum(entry["probabilities"]) <= 1.0001
 
     code, out, err = linsight("predict", run, folder)
     assert code == 0 and err == "" and out.count("0.png") > 3 and "%" in out
 
     extra = colours(tmp_path / "more", {"green": 3, "red": 2})
-    (tmp_path / "other").mkdir()
     code, out, _ = linsight("eval", run, "--data", extra)
     assert code == 0 and "5 of" in out
 
@@ -45,7 +44,10 @@ def test_train_eval_and_predict_work_together(run, folder, linsight, tmp_path):
 def test_damaged_images_are_skipped_with_a_line_or_refused(run, folder, linsight, tmp_path):
     bad = truncate(folder / "red" / "0.png")
     code, out, err = linsight("predict", run, bad, folder / "red" / "1.png", "--json")
-    assert code == 0 and len(json.loads(out)["predictions"]) == 1 and err.startswith("linsight: skipped ")
+    found = json.loads(out)
+    assert code == 0 and len(found["predictions"]) == 1 and "0.png: " in found["bad"][0]
+    code, out, err = linsight("predict", run, bad, folder / "red" / "1.png")
+    assert code == 0 and "1.png" in out and err.startswith("linsight: skipped ") and "0.png: " in err
     code, _, err = linsight("predict", run, bad, "--on-bad-image", "refuse")
     assert code == 2 and err.count("\n") == 1 and "unreadable image" in err and "0.png" in err
     code, out, err = linsight("eval", run, "--data", folder)
@@ -77,7 +79,7 @@ def test_eval_and_predict_refuse_what_they_cannot_use(run, folder, linsight, tmp
         (("eval", bare), "does not say which model it is of"),
         (("eval", swapped), "belongs to another model"),
         (("eval", run, "--amp", "bf61"), "did you mean 'bf16'"),
-        (("eval", "vit_tiny", "--checkpoint", bare, "--data", folder), ""),
+        (("eval", "vit_tiny", "--checkpoint", bare, "--data", folder), "bare.safetensors"),
     ]
     for arguments, message in cases:
         code, out, err = linsight(*arguments)
@@ -97,10 +99,12 @@ def _swap(trained, weights, path):
 def test_published_weights_are_evaluated_by_name(linsight, tmp_path):
     model = create_model("inline_deit_tiny")
     torch.save({"model": model.state_dict()}, tmp_path / "published.pth")
-    data = colours(tmp_path / "data", {"0": 2, "7": 2})
-    code, out, err = linsight("eval", "inline_deit_tiny", "--checkpoint", tmp_path / "published.pth", "--data", data,
-                              "--json", "--workers", "0")
+    data = colours(tmp_path / "data", {"n01440764": 2, "n02123045": 2})
+    options = ("inline_deit_tiny", "--checkpoint", tmp_path / "published.pth")
+    code, out, err = linsight("eval", *options, "--data", data, "--json", "--workers", "0")
     assert code == 0 and json.loads(out)["images"] == 4, err
+    code, out, err = linsight("predict", options[0], data / "n01440764" / "0.png", *options[1:], "--top", "1000")
+    assert code == 0 and "n02123045 tabby" in out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -117,7 +121,7 @@ def test_published_weights_are_evaluated_by_name(linsight, tmp_path):
 ])
 def test_bad_options_are_one_line_and_exit_code_2(linsight, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    code, out, err = linsight("train", *arguments)
+    code, _, err = linsight("train", *arguments)
     assert code == 2 and message in err and err.startswith("linsight: ")
     assert err.count("\n") == 1 and not list(tmp_path.iterdir())
 

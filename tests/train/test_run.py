@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -6,12 +7,13 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from small import TINY, colours, truncate
 
 from linsight.errors import CheckpointError, LinsightError
 from linsight.train import load_trained, resolve, resume, train
-from linsight.train._progress import Silent
+from linsight.train._progress import Silent, reporter
 from linsight.train._signals import Interrupted
 
 # Every source of randomness and of state is on: dropped paths, erasing, mixing, averaging, a schedule.
@@ -98,7 +100,7 @@ def test_a_killed_run_goes_on_from_its_last_state_without_its_later_metrics(tmp_
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"epoch": 2, "top1": 101}) + "\n")
     resume(folder, report=(report := Cut(0, kill)))
-    expected = {(9, 2): "epoch 2, step 5", (9, 0): "epoch 2, step 1"}.get((at, save_every))
+    expected = {(9, 2): "epoch 2, step 3", (9, 0): "epoch 2, step 1"}.get((at, save_every))
     assert expected is None or any(expected in note for note in report.notes)
     same(outcome(folder), uninterrupted)
 
@@ -234,7 +236,7 @@ def test_bad_images_are_counted_or_refused(tmp_path, cache):
     for name in ("0", "1", "2"):
         truncate(data / "a" / f"{name}.png")
     options = {**TINY, "data": str(data), "in_chans": 3, "mean": (), "std": (), "cache": cache, "mixup": 0.2,
-               "batch_size": 4, "epochs": 1}
+               "batch_size": 2, "epochs": 1}
     report = Cut(0, kill)
     train(resolve("digits", options), out=tmp_path / "skip", report=report)
     row = json.loads((tmp_path / "skip" / "metrics.jsonl").read_text())
@@ -250,7 +252,7 @@ def test_no_readable_image_at_all_is_an_error(tmp_path):
         file.write_text("no image")
     for cache in (False, True):
         options = {**TINY, "data": str(data), "in_chans": 3, "mean": (), "std": (), "cache": cache}
-        with pytest.raises(LinsightError, match="could be read: .*not an image"):
+        with pytest.raises(LinsightError, match=r"could be read: .*not an image"):
             train(resolve("digits", options), out=tmp_path / f"run{cache}")
 
 
@@ -271,3 +273,14 @@ def test_a_missing_extra_is_named_before_anything_is_done(tmp_path, monkeypatch)
             patch.setitem(sys.modules, module, None)
             train(resolve("digits", {**TINY, **overrides}), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_bars_show_speed_and_time_left_on_a_terminal_and_lines_elsewhere(tmp_path):
+    texts = []
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=160)
+        shown = reporter(console)
+        train(resolve("digits", {**TINY, "batch_size": 512}), out=tmp_path / f"run{terminal}", report=shown)
+        texts.append(console.file.getvalue())
+    assert all(word in texts[0] for word in ("images/s  loss", "left", "epoch 2/2", "4/4"))
+    assert texts[1].count("\n") == 3 and "left" not in texts[1]

@@ -61,10 +61,11 @@ def open_data(recipe: Recipe) -> Data:
     return Data(train, val, train.classes, tuple(notes))
 
 
-def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...]) -> Source:
+def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...], in_order: bool = False) -> Source:
     """The images to evaluate a model of `classes` on: a split, or all of a folder that has none.
 
-    A folder may lack some of the classes; it may not have others.
+    A folder may lack some of the classes; it may not have others, unless they are taken `in_order`,
+    as many as there are of the model's.
     """
     place = _locate(recipe.data)
     splits = _splits(place, recipe)
@@ -79,6 +80,8 @@ def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...])
             source = Part(source, hold_out(source.targets, recipe.val_fraction)[1])
     source = _checked(source, recipe.data)
     if source.classes == classes:
+        return source
+    if in_order and len(source.classes) == len(classes) and not set(source.classes) & set(classes):
         return source
     other = next((name for name in source.classes if name not in classes), None)
     if other is not None:
@@ -118,7 +121,7 @@ def _splits(place: tuple[str, str], recipe: Recipe) -> list[str] | None:
     """The names of the splits, None where there is only one body of images."""
     kind, path = place
     if kind == "torch":
-        return ["train", "test" if recipe.val_split == "test" else "validation"]
+        return ["train", "validation", "test"]
     if kind == "hfds":
         names = sources.hugging_face_splits(path)
         return names if recipe.train_split in names else None
@@ -133,8 +136,8 @@ def _splits(place: tuple[str, str], recipe: Recipe) -> list[str] | None:
 
 def _pick(splits: list[str], wanted: tuple[str | None, ...], data: str) -> str:
     for name in wanted:
-        if name in splits:
-            return str(name)
+        if name and name.partition("[")[0] in splits:  # Hugging Face: train[:10%]
+            return name
     if len(wanted) == 1:
         raise UnknownNameError(f"split of '{data}'", str(wanted[0]), splits)
     raise LinsightError(f"'{data}' has no split to evaluate on among {', '.join(splits)}: name one with val_split=")

@@ -34,7 +34,8 @@ def open_feeds(
     """The feeds of a run at images of `size`; raises where no image can be read, or a bad one is refused."""
     train, val, lost = data.train, data.val, list[str]()
     if recipe.cache:
-        note("reading all images into memory")
+        if len(train) > 5000:
+            note("reading all images into memory")
         train, bad = cached(train, recipe.in_chans)
         val, more = cached(val, recipe.in_chans)
         lost = bad + more

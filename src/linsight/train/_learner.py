@@ -79,6 +79,8 @@ class Learner:
 
     def loss(self, batch: Batch) -> tuple[Tensor, int] | None:
         """The mean loss of a batch and the number of its images, None where none could be read."""
+        if not len(batch.targets):
+            return None
         images, targets = self.normalise(batch.images), batch.targets.to(self.device, non_blocking=True)
         if self.mix and len(images) % 2:  # pairs only: skipped images may leave an odd number
             images, targets = images[:-1], targets[:-1]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from linsight.errors import CheckpointError, LinsightError
@@ -27,12 +28,19 @@ _KEPT = [
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model with what it takes to use it: the recipe it was made by, and the names of its classes."""
+    """A model with what it takes to use it: the recipe it was made by, and the names of its classes.
+
+    path: the file of its weights.
+    run: whether a run of ours wrote that file; published weights do not name their classes.
+    titles: what to call the classes in a prediction, where that is not their name.
+    """
 
     model: nn.Module
     recipe: Recipe
     classes: tuple[str, ...]
     path: pathlib.Path
+    run: bool = True
+    titles: tuple[str, ...] = ()
 
 
 def build(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -116,7 +124,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
 def load_named(name: str, checkpoint: str) -> Trained:
     """The model called `name` with published weights, prepared for as its pretrained_cfg says.
 
-    Classes have no names then: they are called by their index.
+    A thousand classes are taken for those of ImageNet-1K, by their WordNet ids; others are called by
+    their index.
     """
     from linsight.checkpoints import load_published
 
@@ -128,4 +137,10 @@ def load_named(name: str, checkpoint: str) -> Trained:
         mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), interpolation=cfg["interpolation"],
         crop_pct=cfg["crop_pct"], eval_crop=cfg["crop_mode"],
     )
-    return Trained(model.eval(), recipe, tuple(map(str, range(model.num_classes))), pathlib.Path(checkpoint))  # type: ignore[arg-type]
+    count = int(cfg["num_classes"])
+    classes, titles = tuple(map(str, range(count))), ()
+    if count == 1000:
+        info = ImageNetInfo("imagenet-1k")
+        classes = tuple(info.label_names())
+        titles = tuple(f"{name} {info.label_name_to_description(name)}" for name in classes)
+    return Trained(model.eval(), recipe, classes, pathlib.Path(checkpoint), run=False, titles=titles)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from linsight.errors import LinsightError
 
-from ._data import open_evaluation
+from ._data import open_data, open_evaluation
 from ._device import pick_device, pick_dtype
 from ._evaluate import probabilities, score
 from ._feeds import default_workers, refuse
@@ -47,12 +47,15 @@ def evaluate(
     config = trained.path.parent / CONFIG
     if data is not None:
         recipe = dataclasses.replace(recipe, data=data, data_dir=data_dir)
-    elif config.exists():
+    elif trained.run and config.exists():
         kept = json.loads(config.read_text(encoding="utf-8"))["recipe"]
         recipe = dataclasses.replace(recipe, **{name: parse(name, kept[name]) for name in _DATA})
     else:
         raise LinsightError(f"'{trained.path}' is not in a run folder: say what to evaluate on with --data")
-    source = open_evaluation(recipe, split, trained.classes)
+    if data is None and split is None:  # the very images, held out or not, that the run was evaluated on
+        source = open_data(recipe).val
+    else:
+        source = open_evaluation(recipe, split, trained.classes, in_order=not trained.run)
     recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
     where = pick_device(device)
     dtype, precision = pick_dtype(amp, where)
@@ -118,7 +121,7 @@ def predict(
     source = _Files(files, trained.classes)
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
     normalise = Normalise(recipe, where)
-    names = dict(enumerate(trained.classes))
+    names = dict(enumerate(trained.titles or trained.classes))
     done: list[Prediction] = []
     bad: list[str] = []
     for batch in loader(samples, Batches(len(files), batch_size, shuffle=False), workers=0, pin=False):

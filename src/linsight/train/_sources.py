@@ -71,7 +71,10 @@ class Reading:
 
     def name(self, index: int) -> str:
         """See `Source`."""
-        return str(self.reader.filename(index) or f"image {index}")
+        try:
+            return str(self.reader.filename(index) or f"image {index}")
+        except TypeError:  # no image, so no name either
+            return f"image {index}"
 
 
 class Pairs:
@@ -168,7 +171,7 @@ def tar(path: pathlib.Path) -> Source:
                 raise LinsightError(f"no image in '{path}': it should have a folder of images for each class")
         reader = create_reader("", root=str(path))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise LinsightError(f"'{path}' is no readable tar file: {error}") from error
+        raise LinsightError(f"'{path}' is no readable tar file: {_first_line(error)}") from error
     return Reading(reader, [int(target) for target in reader.targets], _names(reader.class_name_to_idx))
 
 
@@ -260,4 +263,4 @@ def _names(class_to_idx: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
