@@ -34,6 +34,7 @@ def curves(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
+        axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
 
 
