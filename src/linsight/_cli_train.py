@@ -21,11 +21,14 @@ _ABOUT = "\n\n".join(f"{name}: {shipped.about}" for name, shipped in RECIPES.ite
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command("train", help=(
-        "Train a model by a recipe; without arguments, a small one on handwritten digits.\n\n"
-        "Each field of the recipe can be set. Ctrl-C saves the state; --resume FOLDER goes on.\n\n"
-        f"Recipes:\n\n{_ABOUT}"
-    ))(_train)
+    app.command(
+        "train",
+        help=(
+            "Train a model by a recipe; without arguments, a small one on handwritten digits.\n\n"
+            "Each field of the recipe can be set. Ctrl-C saves the state; --resume FOLDER goes on.\n\n"
+            f"Recipes:\n\n{_ABOUT}"
+        ),
+    )(_train)
     app.command("eval")(evaluate)
     app.command("predict")(predict)
 
@@ -55,29 +58,39 @@ def _train(**options: Any) -> None:
         raise typer.Exit(stopped.code) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    _print_facts([
-        ["top-1", f"{summary['top1']:.2f} % (epoch {summary['best_epoch']} of {summary['epochs']})"],
-        ["top-5", f"{summary['top5']:.2f} %"],
-        ["time", f"{summary['seconds']:.1f} s"],
-        ["folder", summary["folder"]],
-    ])
+    _print_facts(
+        [
+            ["top-1", f"{summary['top1']:.2f} % (epoch {summary['best_epoch']} of {summary['epochs']})"],
+            ["top-5", f"{summary['top5']:.2f} %"],
+            ["time", f"{summary['seconds']:.1f} s"],
+            ["folder", summary["folder"]],
+        ]
+    )
 
 
 def _signature() -> inspect.Signature:
     """One option for each field of `Recipe`, beside those of the run itself."""
     own: list[tuple[str, Any, Any]] = [
         ("recipe", str | None, typer.Option(help=f"one of {', '.join(RECIPES)}", rich_help_panel="Run")),
-        ("out", str | None, typer.Option(
-            help="the run folder, new or empty; none: runs/RECIPE-DATE-TIME", rich_help_panel="Run")),
-        ("resume", str | None, typer.Option(
-            metavar="FOLDER", help="go on with the stopped run in a folder", rich_help_panel="Run")),
+        (
+            "out",
+            str | None,
+            typer.Option(help="the run folder, new or empty; none: runs/RECIPE-DATE-TIME", rich_help_panel="Run"),
+        ),
+        (
+            "resume",
+            str | None,
+            typer.Option(metavar="FOLDER", help="go on with the stopped run in a folder", rich_help_panel="Run"),
+        ),
     ]
     for name, field in FIELDS.items():
         own.append((name, *_option(name, field.metadata)))
-    return inspect.Signature([
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option])
-        for name, hint, option in own
-    ])
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option])
+            for name, hint, option in own
+        ]
+    )
 
 
 def _option(name: str, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -118,20 +131,29 @@ def evaluate(
 
     check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
     result = run(
-        _trained(source, checkpoint), data=data, data_dir=data_dir, split=split, batch_size=batch_size,
-        workers=workers, device=device, amp=amp, on_bad_image=on_bad_image,
+        _trained(source, checkpoint),
+        data=data,
+        data_dir=data_dir,
+        split=split,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        amp=amp,
+        on_bad_image=on_bad_image,
     )
     if as_json:
         typer.echo(json.dumps(result))
         return
     skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
-    _print_facts([
-        ["top-1", f"{result['top1']:.2f} %"],
-        ["top-5", f"{result['top5']:.2f} %"],
-        ["loss", f"{result['loss']:.4f}"],
-        ["images", f"{result['images']} of {result['data']}{skipped}"],
-        ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
-    ])
+    _print_facts(
+        [
+            ["top-1", f"{result['top1']:.2f} %"],
+            ["top-5", f"{result['top5']:.2f} %"],
+            ["loss", f"{result['loss']:.4f}"],
+            ["images", f"{result['images']} of {result['data']}{skipped}"],
+            ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
+        ]
+    )
     _tell_bad(result["bad"])
 
 

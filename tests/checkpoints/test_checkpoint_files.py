@@ -200,7 +200,11 @@ class Web:
 
 def test_addresses_are_downloaded_once_each(tmp_path, monkeypatch):
     web = Web(monkeypatch, tmp_path / "hub", save(tmp_path / "a.pth", "zip").read_bytes())
-    for url in ("https://one.example/checkpoint.pth", "https://two.example/checkpoint.pth", "https://one.example/?dl=1"):
+    for url in (
+        "https://one.example/checkpoint.pth",
+        "https://two.example/checkpoint.pth",
+        "https://one.example/?dl=1",
+    ):
         for _ in range(2):
             assert same(read(url))
     assert web.calls == 3

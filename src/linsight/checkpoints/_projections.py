@@ -65,4 +65,3 @@ def published_layout(layer: Attention) -> str:
 
 def _parts(layout: str) -> set[str]:
     return {part for projection in PROJECTIONS[layout] for part in projection.parts}
-
