@@ -34,9 +34,8 @@ def register(app: typer.Typer) -> None:
 
 
 def _train(**options: Any) -> None:
-    from linsight.train import resolve, resume, train
+    from linsight.train import Interrupted, resolve, resume, train
     from linsight.train._progress import reporter
-    from linsight.train._signals import Interrupted
 
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
     overrides = {key: value for key, value in options.items() if value is not None}
@@ -58,9 +57,10 @@ def _train(**options: Any) -> None:
         raise typer.Exit(stopped.code) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {summary['last_top1']:.2f} %"
     _print_facts(
         [
-            ["top-1", f"{summary['top1']:.2f} % (epoch {summary['best_epoch']} of {summary['epochs']})"],
+            ["top-1", f"{summary['top1']:.2f} % ({when})"],
             ["top-5", f"{summary['top5']:.2f} %"],
             ["time", f"{summary['seconds']:.1f} s"],
             ["folder", summary["folder"]],

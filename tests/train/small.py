@@ -5,9 +5,16 @@ from PIL import Image
 
 # Two blocks on 16 tokens.
 TINY = {
-    "model": "vit_tiny", "attention": "inline", "img_size": 8,
+    "model": "vit_tiny",
+    "attention": "inline",
+    "img_size": 8,
     "model_args": "patch_size=2,embed_dim=16,depth=2,num_heads=2,global_pool=avg,class_token=False",
-    "device": "cpu", "amp": "off", "figures": False, "workers": 0, "epochs": 2, "warmup_epochs": 1,
+    "device": "cpu",
+    "amp": "off",
+    "figures": False,
+    "workers": 0,
+    "epochs": 2,
+    "warmup_epochs": 1,
 }
 
 

@@ -12,8 +12,22 @@ from linsight.train._recipe import FIELDS
 @pytest.fixture
 def run(tmp_path, folder, linsight, tiny_options):
     """A trained model of three colours."""
-    options = ["--data", folder, "--in-chans", "3", "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2", "--epochs", "8",
-               "--batch-size", "8", "--lr", "1e-2"]
+    options = [
+        "--data",
+        folder,
+        "--in-chans",
+        "3",
+        "--mean",
+        "0.5,0.5,0.5",
+        "--std",
+        "0.2,0.2,0.2",
+        "--epochs",
+        "8",
+        "--batch-size",
+        "8",
+        "--lr",
+        "1e-2",
+    ]
     code, out, err = linsight("train", *tiny_options, *options, "--out", tmp_path / "run")
     assert code == 0 and err == ""
     assert "epoch 8/8" in out and "100.00 % (epoch" in out and str(tmp_path / "run") in out
@@ -107,18 +121,21 @@ def test_published_weights_are_evaluated_by_name(linsight, tmp_path):
     assert code == 0 and "n02123045 tabby" in out
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--recipe", "digit"), "unknown recipe 'digit': did you mean 'digits'?"),
-    (("--epohcs", "3"), "--epochs"),
-    (("--epochs", "x"), "epochs='x' is not a whole number"),
-    (("--model", "vit_tyny"), "did you mean 'vit_tiny'"),
-    (("--attention", "inlin"), "did you mean 'inline'"),
-    (("--attention", "inline", "--attention-options", "fi=relu"), "unknown option of 'inline' 'fi'"),
-    (("--data", "nowhere"), "no such data folder: 'nowhere'"),
-    (("--resume", "nowhere"), "is no run folder"),
-    (("--resume", "nowhere", "--recipe", "digits"), "--recipe cannot go with --resume"),
-    (("--amp", "fp61"), "did you mean 'fp16'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "digit"), "unknown recipe 'digit': did you mean 'digits'?"),
+        (("--epohcs", "3"), "--epochs"),
+        (("--epochs", "x"), "epochs='x' is not a whole number"),
+        (("--model", "vit_tyny"), "did you mean 'vit_tiny'"),
+        (("--attention", "inlin"), "did you mean 'inline'"),
+        (("--attention", "inline", "--attention-options", "fi=relu"), "unknown option of 'inline' 'fi'"),
+        (("--data", "nowhere"), "no such data folder: 'nowhere'"),
+        (("--resume", "nowhere"), "is no run folder"),
+        (("--resume", "nowhere", "--recipe", "digits"), "--recipe cannot go with --resume"),
+        (("--amp", "fp61"), "did you mean 'fp16'"),
+    ],
+)
 def test_bad_options_are_one_line_and_exit_code_2(linsight, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = linsight("train", *arguments)

@@ -17,8 +17,9 @@ from linsight.train._random import key
 
 
 def recipe(data, **overrides):
-    return resolve("digits", {**TINY, "data": str(data), "in_chans": 3, "mean": (), "std": (), "cache": False,
-                              **overrides})
+    return resolve(
+        "digits", {**TINY, "data": str(data), "in_chans": 3, "mean": (), "std": (), "cache": False, **overrides}
+    )
 
 
 def pack(folder, path):
@@ -84,8 +85,12 @@ def test_tars_are_read_alone_and_by_split(tmp_path, folder):
 
 def test_parquet_files_are_read_by_the_types_of_their_columns(tmp_path):
     for split, count in (("train", 6), ("test", 3)):
-        parquet(tmp_path / "d" / f"{split}-00000-of-00001.parquet", [png(i) for i in range(count)],
-                [i % 3 for i in range(count)], image_key="picture")
+        parquet(
+            tmp_path / "d" / f"{split}-00000-of-00001.parquet",
+            [png(i) for i in range(count)],
+            [i % 3 for i in range(count)],
+            image_key="picture",
+        )
     data = open_data(recipe(tmp_path / "d", data_dir=str(tmp_path / "cache")))
     assert (len(data.train), len(data.val), data.classes) == (6, 3, ("blue", "green", "red"))
     assert data.train.targets == [0, 1, 2, 0, 1, 2]

@@ -28,44 +28,53 @@ def test_inline_deit_is_trained_as_published(size, batch, top1):
     assert f"{top1} %" in RECIPES[f"inline_deit_{size}"].about
 
 
-@pytest.mark.parametrize(("field", "text", "value"), [
-    ("epochs", "3", 3),
-    ("lr", "1e-3", 1e-3),
-    ("ema_warmup", "yes", True),
-    ("workers", "none", None),
-    ("attention", "inline:2/softmax", "inline:2/softmax"),
-    ("img_size", "32", (32,)),
-    ("img_size", "160x352", (160, 352)),
-    ("scale", "0.5, 1", (0.5, 1.0)),
-    ("mean", [0.5], (0.5,)),
-    ("model_args", "depth=6, depths=(2,2),pool=avg,bias=false", {"depth": 6, "depths": (2, 2), "pool": "avg",
-                                                                 "bias": False}),
-    ("model_args", "depths=2,2,width=64", {"depths": (2, 2), "width": 64}),
-    ("opt_args", {"betas": [0.9, 0.95]}, {"betas": (0.9, 0.95)}),
-])
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("lr", "1e-3", 1e-3),
+        ("ema_warmup", "yes", True),
+        ("workers", "none", None),
+        ("attention", "inline:2/softmax", "inline:2/softmax"),
+        ("img_size", "32", (32,)),
+        ("img_size", "160x352", (160, 352)),
+        ("scale", "0.5, 1", (0.5, 1.0)),
+        ("mean", [0.5], (0.5,)),
+        (
+            "model_args",
+            "depth=6, depths=(2,2),pool=avg,bias=false",
+            {"depth": 6, "depths": (2, 2), "pool": "avg", "bias": False},
+        ),
+        ("model_args", "depths=2,2,width=64", {"depths": (2, 2), "width": 64}),
+        ("opt_args", {"betas": [0.9, 0.95]}, {"betas": (0.9, 0.95)}),
+    ],
+)
 def test_fields_are_read_from_text_and_json(field, text, value):
     parsed = parse(field, text)
     assert parsed == value and type(parsed) is type(value)
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    ({"epochs": "many"}, "epochs='many' is not a whole number"),
-    ({"epochs": "1.5"}, "epochs='1.5' is not a whole number"),
-    ({"epochs": "0"}, "epochs=0 is out of range: it must be positive"),
-    ({"lr": "-1"}, "lr=-1.0 is out of range"),
-    ({"lr": "nan"}, "lr=nan is out of range"),
-    ({"hflip": "2"}, "hflip=2.0 is out of range: it must be between 0 and 1"),
-    ({"cache": "perhaps"}, "cache='perhaps' is not true or false"),
-    ({"scale": "1"}, "scale takes 2 numbers, not 1"),
-    ({"mean": "0.1,0.2,0.3"}, "mean takes 1 numbers, not 3"),
-    ({"model_args": "depth"}, "write name=value,name=value"),
-    ({"epoch": "3"}, "unknown recipe field 'epoch': did you mean 'epochs'?"),
-    ({"sched": "cosin"}, "did you mean 'cosine'?"),
-    ({"opt": "adamv"}, "unknown optimiser (opt) 'adamv'"),
-    ({"in_chans": "2"}, "unknown in_chans '2'"),
-    ({"on_bad_image": "skp"}, "did you mean 'skip'?"),
-    ({"mixup": "0.8", "batch_size": "33"}, "batch_size=33 must be even"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"epochs": "many"}, "epochs='many' is not a whole number"),
+        ({"epochs": "1.5"}, "epochs='1.5' is not a whole number"),
+        ({"epochs": "0"}, "epochs=0 is out of range: it must be positive"),
+        ({"lr": "-1"}, "lr=-1.0 is out of range"),
+        ({"lr": "nan"}, "lr=nan is out of range"),
+        ({"hflip": "2"}, "hflip=2.0 is out of range: it must be between 0 and 1"),
+        ({"cache": "perhaps"}, "cache='perhaps' is not true or false"),
+        ({"scale": "1"}, "scale takes 2 numbers, not 1"),
+        ({"mean": "0.1,0.2,0.3"}, "mean takes 1 numbers, not 3"),
+        ({"model_args": "depth"}, "write name=value,name=value"),
+        ({"epoch": "3"}, "unknown recipe field 'epoch': did you mean 'epochs'?"),
+        ({"sched": "cosin"}, "did you mean 'cosine'?"),
+        ({"opt": "adamv"}, "unknown optimiser (opt) 'adamv'"),
+        ({"in_chans": "2"}, "unknown in_chans '2'"),
+        ({"on_bad_image": "skp"}, "did you mean 'skip'?"),
+        ({"mixup": "0.8", "batch_size": "33"}, "batch_size=33 must be even"),
+    ],
+)
 def test_what_cannot_be_used_is_named_in_one_line(overrides, message):
     with pytest.raises(LinsightError) as raised:
         resolve("digits", overrides)

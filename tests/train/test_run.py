@@ -18,8 +18,18 @@ from linsight.train._signals import Interrupted
 
 # Every source of randomness and of state is on: dropped paths, erasing, mixing, averaging, a schedule.
 RANDOM = {
-    **TINY, "batch_size": 256, "drop_path": 0.2, "re_prob": 0.5, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
-    "ema": 0.9, "ema_warmup": True, "clip_grad": 1.0, "hflip": 0.5, "epochs": 3,
+    **TINY,
+    "batch_size": 256,
+    "drop_path": 0.2,
+    "re_prob": 0.5,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "ema": 0.9,
+    "ema_warmup": True,
+    "clip_grad": 1.0,
+    "hflip": 0.5,
+    "epochs": 3,
 }
 STEPS = 5  # of an epoch: 1,438 digits
 
@@ -147,11 +157,30 @@ def test_results_do_not_depend_on_workers_or_memory(tmp_path, uninterrupted):
 
 def test_the_run_folder_has_what_is_needed_later(tmp_path, folder):
     out = tmp_path / "run"
-    recipe = resolve("digits", {**TINY, "data": str(folder), "in_chans": 3, "mean": (), "std": (), "epochs": 12,
-                                "batch_size": 8, "lr": "1e-2", "figures": True, "warmup_epochs": 0})
+    recipe = resolve(
+        "digits",
+        {
+            **TINY,
+            "data": str(folder),
+            "in_chans": 3,
+            "mean": (),
+            "std": (),
+            "epochs": 12,
+            "batch_size": 8,
+            "lr": "1e-2",
+            "figures": True,
+            "warmup_epochs": 0,
+        },
+    )
     summary = train(recipe, out=out, name="colours")
     assert sorted(file.name for file in out.iterdir()) == [
-        "best.safetensors", "config.json", "curves.png", "metrics.jsonl", "predictions.png", "state.pt", "summary.json"
+        "best.safetensors",
+        "config.json",
+        "curves.png",
+        "metrics.jsonl",
+        "predictions.png",
+        "state.pt",
+        "summary.json",
     ]
     assert summary == json.loads((out / "summary.json").read_text())
     assert summary["top1"] == 100.0 and summary["top5"] == 100.0 and summary["epochs"] == 12
@@ -235,8 +264,17 @@ def test_bad_images_are_counted_or_refused(tmp_path, cache):
     data = colours(tmp_path / "data", {"a": 16, "b": 16})
     for name in ("0", "1", "2"):
         truncate(data / "a" / f"{name}.png")
-    options = {**TINY, "data": str(data), "in_chans": 3, "mean": (), "std": (), "cache": cache, "mixup": 0.2,
-               "batch_size": 2, "epochs": 1}
+    options = {
+        **TINY,
+        "data": str(data),
+        "in_chans": 3,
+        "mean": (),
+        "std": (),
+        "cache": cache,
+        "mixup": 0.2,
+        "batch_size": 2,
+        "epochs": 1,
+    }
     report = Cut(0, kill)
     train(resolve("digits", options), out=tmp_path / "skip", report=report)
     row = json.loads((tmp_path / "skip" / "metrics.jsonl").read_text())
@@ -267,9 +305,10 @@ def test_precision_and_device_are_checked(tmp_path):
 
 def test_a_missing_extra_is_named_before_anything_is_done(tmp_path, monkeypatch):
     for module, match, overrides in (
-        ("sklearn.datasets", "scikit-learn", {}), ("matplotlib", "--no-figures", {"figures": True})
+        ("sklearn.datasets", "scikit-learn", {}),
+        ("matplotlib", "--no-figures", {"figures": True}),
     ):
-        with monkeypatch.context() as patch, pytest.raises(LinsightError, match=rf"{match}.*|.*linsight\[train\]"):
+        with monkeypatch.context() as patch, pytest.raises(LinsightError, match=rf"{match}.*linsight\[train\]"):
             patch.setitem(sys.modules, module, None)
             train(resolve("digits", {**TINY, **overrides}), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

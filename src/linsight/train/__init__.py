@@ -9,11 +9,13 @@ from ._loop import resume, train
 from ._model import Trained, load_trained
 from ._predict import Prediction, evaluate, predict
 from ._recipe import Recipe, resolve
+from ._signals import Interrupted
 from .recipes import RECIPES
 
 __all__ = [
     "RECIPES",
     "Data",
+    "Interrupted",
     "Prediction",
     "Recipe",
     "Trained",

@@ -94,8 +94,11 @@ def statistics(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def eval_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
     """timm's transform for evaluation, to uint8 `(C, H, W)`."""
     return create_transform(
-        (recipe.in_chans, *size), interpolation=recipe.interpolation, crop_pct=recipe.crop_pct,
-        crop_mode=recipe.eval_crop, use_prefetcher=True,
+        (recipe.in_chans, *size),
+        interpolation=recipe.interpolation,
+        crop_pct=recipe.crop_pct,
+        crop_mode=recipe.eval_crop,
+        use_prefetcher=True,
     )
 
 
@@ -104,10 +107,18 @@ def train_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Im
     own_crop = recipe.crop_mode in ("pad", "none")
     try:
         crop, colour, final = create_transform(
-            (recipe.in_chans, *size), is_training=True, separate=True, use_prefetcher=True,
-            train_crop_mode=None if own_crop else recipe.crop_mode, scale=recipe.scale, ratio=recipe.ratio,
-            hflip=recipe.hflip, color_jitter=recipe.color_jitter or None, auto_augment=recipe.auto_augment,
-            interpolation=recipe.interpolation, mean=statistics(recipe)[0],
+            (recipe.in_chans, *size),
+            is_training=True,
+            separate=True,
+            use_prefetcher=True,
+            train_crop_mode=None if own_crop else recipe.crop_mode,
+            scale=recipe.scale,
+            ratio=recipe.ratio,
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter or None,
+            auto_augment=recipe.auto_augment,
+            interpolation=recipe.interpolation,
+            mean=statistics(recipe)[0],
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise LinsightError(f"auto_augment='{recipe.auto_augment}' is no policy of timm: {error}") from error

@@ -23,8 +23,14 @@ class Learner:
     """A model in training. All of its state but the number of updates done is in `state`."""
 
     def __init__(
-        self, recipe: Recipe, model: nn.Module, device: torch.device, dtype: torch.dtype | None, *,
-        classes: int, updates: int,
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        classes: int,
+        updates: int,
     ) -> None:
         self.recipe, self.device, self.dtype = recipe, device, dtype
         if recipe.grad_checkpointing:
@@ -38,8 +44,12 @@ class Learner:
         self.mix = None
         if recipe.mixup or recipe.cutmix:
             self.mix = Mixup(
-                recipe.mixup, recipe.cutmix, prob=recipe.mixup_prob, switch_prob=recipe.mixup_switch_prob,
-                label_smoothing=recipe.smoothing, num_classes=recipe.num_classes or classes,
+                recipe.mixup,
+                recipe.cutmix,
+                prob=recipe.mixup_prob,
+                switch_prob=recipe.mixup_switch_prob,
+                label_smoothing=recipe.smoothing,
+                num_classes=recipe.num_classes or classes,
             )
         self._optimise(updates)
         self.ema = ModelEmaV3(self.model, recipe.ema, use_warmup=recipe.ema_warmup) if recipe.ema else None
@@ -54,9 +64,15 @@ class Learner:
                 self.model, recipe.opt, lr=recipe.lr * scale, weight_decay=recipe.weight_decay, **recipe.opt_args
             )
             self.schedule, self.epochs = create_scheduler_v2(
-                self.optimiser, recipe.sched, num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs,
-                warmup_lr=recipe.warmup_lr * scale, min_lr=recipe.min_lr * scale,
-                cooldown_epochs=recipe.cooldown_epochs, step_on_epochs=False, updates_per_epoch=updates,
+                self.optimiser,
+                recipe.sched,
+                num_epochs=recipe.epochs,
+                warmup_epochs=recipe.warmup_epochs,
+                warmup_lr=recipe.warmup_lr * scale,
+                min_lr=recipe.min_lr * scale,
+                cooldown_epochs=recipe.cooldown_epochs,
+                step_on_epochs=False,
+                updates_per_epoch=updates,
                 **recipe.sched_args,
             )
         except (TypeError, ValueError) as error:

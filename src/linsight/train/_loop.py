@@ -190,8 +190,12 @@ class Trainer:
         if scores.top1 > self.best[0]:
             self.best = (scores.top1, self.epoch + 1)
             _model.save(
-                self.run.path / _model.WEIGHTS, learner.evaluated.state_dict(), self.recipe, self.data.classes,
-                top1=scores.top1, epoch=self.epoch + 1,
+                self.run.path / _model.WEIGHTS,
+                learner.evaluated.state_dict(),
+                self.recipe,
+                self.data.classes,
+                top1=scores.top1,
+                epoch=self.epoch + 1,
             )
         self.run.record(row)
         self.report.epoch(row, learner.epochs)
@@ -251,20 +255,24 @@ class Trainer:
         guesses = probabilities(model, images, self.learner.normalise, self.dtype).argmax(-1).tolist()
         names = dict(enumerate(self.data.classes))
         _figures.predictions(
-            self.run.path / "predictions.png", images,
-            [names.get(guess, str(guess)) for guess in guesses], [names[target] for _, target in good],
+            self.run.path / "predictions.png",
+            images,
+            [names.get(guess, str(guess)) for guess in guesses],
+            [names[target] for _, target in good],
         )
 
     def _save(self) -> None:
         self._flush()
-        self.run.save_state({
-            "epoch": self.epoch,
-            "step": self.step,
-            "best": list(self.best),
-            "sums": [self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds],
-            "bad": self.bad,
-            **self.learner.state(),
-        })
+        self.run.save_state(
+            {
+                "epoch": self.epoch,
+                "step": self.step,
+                "best": list(self.best),
+                "sums": [self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds],
+                "bad": self.bad,
+                **self.learner.state(),
+            }
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""

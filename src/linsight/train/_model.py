@@ -56,8 +56,11 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
             raise LinsightError(f"model_args has '{name}', which is a field of its own")
     try:
         return create_model(
-            recipe.model, attention=recipe.attention, attention_options=recipe.attention_options or None,
-            **arguments, **recipe.model_args,
+            recipe.model,
+            attention=recipe.attention,
+            attention_options=recipe.attention_options or None,
+            **arguments,
+            **recipe.model_args,
         )
     except TypeError as error:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
@@ -72,8 +75,9 @@ def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
 def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> None:
     """Write weights as safetensors, with the recipe's part that rebuilds the model in the metadata."""
     about = {"recipe": {name: getattr(recipe, name) for name in _KEPT}, "classes": classes, **facts}
-    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, tensor in state.items()}
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
     with replacing(path) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": json.dumps(about)}))
 
@@ -133,12 +137,18 @@ def load_named(name: str, checkpoint: str) -> Trained:
     load_published(model, checkpoint)
     cfg: Any = model.pretrained_cfg
     recipe = Recipe(
-        model=name, in_chans=int(cfg["input_size"][0]), img_size=tuple(cfg["input_size"][-2:]),
-        mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), interpolation=cfg["interpolation"],
-        crop_pct=cfg["crop_pct"], eval_crop=cfg["crop_mode"],
+        model=name,
+        in_chans=int(cfg["input_size"][0]),
+        img_size=tuple(cfg["input_size"][-2:]),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation=cfg["interpolation"],
+        crop_pct=cfg["crop_pct"],
+        eval_crop=cfg["crop_mode"],
     )
     count = int(cfg["num_classes"])
-    classes, titles = tuple(map(str, range(count))), ()
+    classes: tuple[str, ...] = tuple(map(str, range(count)))
+    titles: tuple[str, ...] = ()
     if count == 1000:
         info = ImageNetInfo("imagenet-1k")
         classes = tuple(info.label_names())

@@ -78,7 +78,9 @@ class Bars(Lines):
         left = elapsed / self.seen * ((self.bars.tasks[0].total or 0) - done)
         self.bars.update(self.total, completed=done, text=f"about {_clock(left)} left")
         self.bars.update(
-            self.one, description=f"epoch {epoch + 1}", completed=step,
+            self.one,
+            description=f"epoch {epoch + 1}",
+            completed=step,
             text=f"{self.images / elapsed:.0f} images/s  loss {loss:.4f}",
         )
 

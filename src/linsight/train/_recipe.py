@@ -43,13 +43,18 @@ class Recipe:
     val_fraction: float = _field(_DATA, 0.1, "what is held out of each class, where there is no split to evaluate")
     image_key: str | None = _field(_DATA, None, "the image column of a Hugging Face data set; none: found by its type")
     label_key: str | None = _field(_DATA, None, "the label column of a Hugging Face data set; none: found by its type")
-    on_bad_image: str = _field(_DATA, "skip", "an unreadable image is left out and counted, or ends the run",
-                               ("skip", "refuse"))
+    on_bad_image: str = _field(
+        _DATA, "skip", "an unreadable image is left out and counted, or ends the run", ("skip", "refuse")
+    )
     workers: int | None = _field(_DATA, None, "processes that read images; none: chosen by the number of cores")
     cache: bool = _field(_DATA, False, "keep decoded images in memory")
 
-    crop_mode: str = _field(_AUGMENT, "rrc", "rrc: random resized crop; pad: pad and crop; rkrc, rkrr: as in timm",
-                            ("rrc", "rkrc", "rkrr", "pad", "none"))
+    crop_mode: str = _field(
+        _AUGMENT,
+        "rrc",
+        "rrc: random resized crop; pad: pad and crop; rkrc, rkrr: as in timm",
+        ("rrc", "rkrc", "rkrr", "pad", "none"),
+    )
     crop_padding: int = _field(_AUGMENT, 4, "pixels on each side, for crop_mode pad")
     scale: tuple[float, ...] = _field(_AUGMENT, (0.08, 1.0), "smallest and largest area of a random resized crop")
     ratio: tuple[float, ...] = _field(_AUGMENT, (0.75, 1.3333), "smallest and largest aspect ratio of it")
@@ -63,13 +68,18 @@ class Recipe:
     mixup_prob: float = _field(_AUGMENT, 1.0, "share of batches that are mixed")
     mixup_switch_prob: float = _field(_AUGMENT, 0.5, "share of those that get cutmix, where both are on")
     smoothing: float = _field(_AUGMENT, 0.0, "label smoothing")
-    interpolation: str = _field(_AUGMENT, "bicubic", "how images are resized",
-                                ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"))
+    interpolation: str = _field(
+        _AUGMENT, "bicubic", "how images are resized", ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+    )
     mean: tuple[float, ...] = _field(_AUGMENT, (), "of each channel, in 0..1; empty: ImageNet's, 0.5 for grey")
     std: tuple[float, ...] = _field(_AUGMENT, (), "of each channel; empty: ImageNet's, 0.5 for grey")
     crop_pct: float = _field(_AUGMENT, 0.875, "centre crop of evaluation; 1: the whole image")
-    eval_crop: str = _field(_AUGMENT, "squash", "what happens to the aspect ratio before that crop, as in timm",
-                            ("squash", "center", "border"))
+    eval_crop: str = _field(
+        _AUGMENT,
+        "squash",
+        "what happens to the aspect ratio before that crop, as in timm",
+        ("squash", "center", "border"),
+    )
 
     opt: str = _field(_OPTIMISE, "adamw", "an optimiser of timm")
     opt_args: Mapping[str, Any] = _field(_OPTIMISE, {}, "its other arguments, as in betas=(0.9,0.95)")
@@ -77,8 +87,9 @@ class Recipe:
     lr_base_batch: int = _field(_OPTIMISE, 0, "rates are for this batch and scale with it; 0: used as they are")
     weight_decay: float = _field(_OPTIMISE, 0.05, "not applied to vectors and what the model exempts")
     clip_grad: float = _field(_OPTIMISE, 0.0, "largest norm of the gradient, 0 is off")
-    sched: str = _field(_OPTIMISE, "cosine", "course of the learning rate, by update",
-                        ("cosine", "tanh", "poly", "step", "none"))
+    sched: str = _field(
+        _OPTIMISE, "cosine", "course of the learning rate, by update", ("cosine", "tanh", "poly", "step", "none")
+    )
     sched_args: Mapping[str, Any] = _field(_OPTIMISE, {}, "other arguments of timm's schedule")
     epochs: int = _field(_OPTIMISE, 10, "with the warm-up, without the cool-down")
     warmup_epochs: int = _field(_OPTIMISE, 0, "epochs of linear warm-up")
@@ -91,8 +102,12 @@ class Recipe:
     batch_size: int = _field(_RUN, 128, "images of one update")
     seed: int = _field(_RUN, 0, "decides initial weights, order and augmentation")
     device: str = _field(_RUN, "auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
-    amp: str = _field(_RUN, "auto", "mixed precision; auto: bf16 where the device computes in it, fp16 on older GPUs",
-                      ("auto", "off", "bf16", "fp16"))
+    amp: str = _field(
+        _RUN,
+        "auto",
+        "mixed precision; auto: bf16 where the device computes in it, fp16 on older GPUs",
+        ("auto", "off", "bf16", "fp16"),
+    )
     compile: bool = _field(_RUN, False, "torch.compile the model")
     channels_last: bool = _field(_RUN, False, "keep image tensors in channels-last order")
     grad_checkpointing: bool = _field(_RUN, False, "recompute activations, for less memory")
@@ -208,8 +223,13 @@ def check(recipe: Recipe) -> Recipe:
                 raise LinsightError(f"{name}={number} is out of range: it must be {limit}")
     if recipe.opt not in list_optimizers():
         raise UnknownNameError("optimiser (opt)", recipe.opt, list_optimizers())
-    for name, lengths in (("img_size", (0, 1, 2)), ("scale", (2,)), ("ratio", (2,)),
-                          ("mean", (0, recipe.in_chans)), ("std", (0, recipe.in_chans))):
+    for name, lengths in (
+        ("img_size", (0, 1, 2)),
+        ("scale", (2,)),
+        ("ratio", (2,)),
+        ("mean", (0, recipe.in_chans)),
+        ("std", (0, recipe.in_chans)),
+    ):
         if len(getattr(recipe, name)) not in lengths:
             wanted = " or ".join(str(n) for n in lengths if n)
             raise LinsightError(f"{name} takes {wanted} numbers, not {len(getattr(recipe, name))}")

@@ -51,9 +51,7 @@ class Run:
         given = {name: parse(name, value) for name, value in overrides.items()}
         for name in given:
             if name not in RESUMABLE:
-                raise LinsightError(
-                    f"a resumed run keeps its {name}; what may change: {', '.join(sorted(RESUMABLE))}"
-                )
+                raise LinsightError(f"a resumed run keeps its {name}; what may change: {', '.join(sorted(RESUMABLE))}")
         try:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             recipe = Recipe(**{name: parse(name, value) for name, value in config["recipe"].items()})
@@ -76,16 +74,22 @@ class Run:
             return
         self.data = data
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / CONFIG, {
-            "name": self.name,
-            "recipe": dataclasses.asdict(self.recipe),
-            "data": data,
-            "versions": {
-                "linsight": linsight.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
-                "timm": timm.__version__, "python": platform.python_version(),
+        write_json(
+            self.path / CONFIG,
+            {
+                "name": self.name,
+                "recipe": dataclasses.asdict(self.recipe),
+                "data": data,
+                "versions": {
+                    "linsight": linsight.__version__,
+                    "torch": torch.__version__,
+                    "torchvision": torchvision.__version__,
+                    "timm": timm.__version__,
+                    "python": platform.python_version(),
+                },
+                "command": sys.argv,
             },
-            "command": sys.argv,
-        })
+        )
 
     def record(self, row: dict[str, Any]) -> None:
         """Add the metrics of an epoch."""

@@ -207,9 +207,12 @@ def hugging_face(name: str, cache: str | None, split: str, image_key: str | None
             known = sorted({label for label in labels if label is not None})
             classes, class_map = tuple(map(str, known)), {label: i for i, label in enumerate(known)}
             labels = [class_map.get(label) for label in labels]
-        reader = _of_hub(name, lambda: create_reader(
-            f"hfds/{name}", root=cache, split=split, input_key=image_key, target_key=label_key, class_map=class_map
-        ))
+        reader = _of_hub(
+            name,
+            lambda: create_reader(
+                f"hfds/{name}", root=cache, split=split, input_key=image_key, target_key=label_key, class_map=class_map
+            ),
+        )
     return Reading(reader, [-1 if label is None else label for label in labels], classes)
 
 
