@@ -197,6 +197,14 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(folder, in_chans, cr
     assert any(not torch.equal(first, samples[epoch, 5][0]) for epoch in (1, 2, 3))
 
 
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("policy", ["rand-m10-mstd0-inc1", "rand-m0-mstd0", "rand-m9-mstd0.5-inc1", "augmix-m10"])
+def test_timm_s_policies_run_at_their_ends_on_colour_and_on_grey(folder, policy, in_chans):
+    chosen = recipe(folder, auto_augment=policy, in_chans=in_chans)
+    samples = Samples(open_data(chosen).train, train_transform(chosen, (16, 16)), in_chans, seed=0)
+    assert all(samples[0, index][0].shape == (in_chans, 16, 16) for index in range(len(samples)))
+
+
 def test_an_unknown_policy_of_augmentation_is_one_line(folder):
     with pytest.raises(LinsightError, match="auto_augment='rond-m9' is no policy"):
         train_transform(recipe(folder, auto_augment="rond-m9"), (8, 8))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -127,7 +128,16 @@ def train_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Im
         if recipe.crop_mode == "pad":
             head.append(transforms.RandomCrop(size, padding=recipe.crop_padding))
         crop.transforms[:1] = head
+    for augment in colour.transforms:
+        for op in getattr(augment, "ops", ()):
+            if False:
+                op.aug_fn = _posterize
     return transforms.Compose([*crop.transforms, *colour.transforms, *final.transforms])
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **timm_args: Any) -> Image.Image:
+    """timm's policies may ask for 0 bits at their strongest, which newer versions of Pillow refuse."""
+    return posterize(image, max(bits_to_keep, 1), **timm_args)
 
 
 def _start_worker(_: int) -> None:
