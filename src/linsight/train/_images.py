@@ -130,7 +130,7 @@ def train_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Im
         crop.transforms[:1] = head
     for augment in colour.transforms:
         for op in getattr(augment, "ops", ()):
-            if False:
+            if op.aug_fn is posterize:
                 op.aug_fn = _posterize
     return transforms.Compose([*crop.transforms, *colour.transforms, *final.transforms])
 
