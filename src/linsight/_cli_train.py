@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _train(**options: Any) -> None:
-    from linsight.train import Interrupted, resolve, resume, train
+    from linsight.train import Interrupted, resolve, resume, suggest, train
     from linsight.train._progress import reporter
 
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
@@ -48,9 +48,9 @@ def _train(**options: Any) -> None:
             summary = resume(folder, overrides=overrides, report=reporter(console))
         else:
             report = reporter(console)
-            if name is None and "data" in overrides:
-                report.note("no --recipe: by 'digits', which makes images 8x8 and grey")
-            name = name or "digits"
+            if name is None:
+                name = suggest(overrides)
+                report.note(f"recipe {name}: {RECIPES[name].about.partition('. ')[0]}")
             summary = train(resolve(name, overrides), out=out, name=name, report=report)
     except Interrupted as stopped:
         typer.echo(f"linsight: {stopped}", err=True)

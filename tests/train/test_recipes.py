@@ -2,9 +2,10 @@ import dataclasses
 import json
 
 import pytest
+from small import colours, truncate
 
 from linsight.errors import LinsightError, UnknownNameError
-from linsight.train import RECIPES, Recipe, resolve
+from linsight.train import RECIPES, Recipe, resolve, suggest
 from linsight.train._model import build
 from linsight.train._recipe import FIELDS, parse
 
@@ -103,3 +104,18 @@ def test_a_model_that_cannot_be_built_is_one_line():
 
 def test_every_field_is_explained():
     assert all(field.metadata["help"] and field.metadata["group"] for field in FIELDS.values())
+
+
+def test_a_run_that_names_no_recipe_gets_one_for_its_images(tmp_path):
+    small = colours(tmp_path / "small", {"a": 3, "b": 3}, size=(32, 32))
+    large = colours(tmp_path / "large", {"a": 3, "b": 3}, size=(96, 70))
+    truncate(large / "a" / "0.png")
+    assert suggest({}) == "digits"
+    assert suggest({"model": "inline_deit_tiny"}) == "digits"  # no data: those that come with it
+    assert suggest({"data": str(small), "epochs": "3"}) == "cifar10"
+    assert suggest({"data": str(large)}) == "photos"
+    assert suggest({"data": str(small), "model": "inline_deit_tiny"}) == "photos"
+    with pytest.raises(LinsightError, match="no such data folder"):
+        suggest({"data": str(tmp_path / "none")})
+    with pytest.raises(UnknownNameError, match="inline_deit_tiny"):
+        suggest({"data": str(small), "model": "inline_diet_tiny"})

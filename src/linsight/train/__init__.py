@@ -8,7 +8,7 @@ from ._data import Data, open_data
 from ._loop import resume, train
 from ._model import Trained, load_trained
 from ._predict import Prediction, evaluate, predict
-from ._recipe import Recipe, resolve
+from ._recipe import Recipe, resolve, suggest
 from ._signals import Interrupted
 from .recipes import RECIPES
 
@@ -25,5 +25,6 @@ __all__ = [
     "predict",
     "resolve",
     "resume",
+    "suggest",
     "train",
 ]

@@ -5,12 +5,13 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.optim import list_optimizers
 
 from linsight.errors import LinsightError, UnknownNameError
+from linsight.models import create_model
 
 
 def _field(group: str, default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -143,6 +144,33 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
         if head in given and given[head] != getattr(RECIPES[name].recipe, head):
             given.setdefault(dependent, {})
     return check(dataclasses.replace(RECIPES[name].recipe, **given))
+
+
+def suggest(overrides: Mapping[str, Any]) -> str:
+    """The recipe for a run that names none: one for images of the size of its model, or else of its data.
+
+    Raises:
+        LinsightError: the model or the data cannot be used.
+    """
+    from ._data import open_data
+
+    if overrides.get("data", "digits") == "digits":
+        return "digits"
+    if "model" in overrides:
+        model = create_model(overrides["model"], device="meta")
+        return _for_size(model.pretrained_cfg["input_size"][-2:])  # type: ignore[index]
+    data = {name: value for name, value in overrides.items() if FIELDS[name].metadata["group"] == _DATA}
+    source = open_data(resolve("photos", data)).train
+    for index in range(min(len(source), 10)):  # the first ones may be damaged
+        try:
+            return _for_size(source.image(index, "RGB").size)
+        except (OSError, SyntaxError, ValueError):
+            continue
+    return "photos"
+
+
+def _for_size(sides: Sequence[int]) -> str:
+    return "cifar10" if max(sides) <= 64 else "photos"
 
 
 def parse(field: str, value: Any) -> Any:

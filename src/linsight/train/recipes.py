@@ -92,7 +92,16 @@ RECIPES: dict[str, Shipped] = {
         "InLine on scikit-learn's 8x8 handwritten digits: 99 % top-1, half a minute on 2 CPU cores. linsight train",
         _DIGITS,
     ),
-    "cifar10": Shipped("InLine on CIFAR-10, on a CPU. linsight train --recipe cifar10 --data FOLDER", _CIFAR10),
+    "cifar10": Shipped(
+        "InLine on CIFAR-10: 84 % top-1, an hour on 2 CPU cores; a start for other small images. "
+        "linsight train --recipe cifar10 --data FOLDER",
+        _CIFAR10,
+    ),
+    "photos": Shipped(
+        "InLine-DeiT-T from scratch on photographs of one's own, on one device. "
+        "linsight train --recipe photos --data FOLDER",
+        dataclasses.replace(_INLINE_DEIT, data="photos", epochs=100, warmup_epochs=5, batch_size=128),
+    ),
     "inline_deit_tiny": _inline_deit("tiny", 4096, 74.5),
     "inline_deit_small": _inline_deit("small", 1024, 80.2),
     "inline_deit_base": _inline_deit("base", 512, 82.3),
