@@ -28,7 +28,7 @@ def run(tmp_path, folder, linsight, tiny_options):
         "--lr",
         "1e-2",
     ]
-    code, out, err = linsight("train", *tiny_options, *options, "--out", tmp_path / "run")
+    code, out, err = linsight("train", "--recipe", "digits", *tiny_options, *options, "--out", tmp_path / "run")
     assert code == 0 and err == ""
     assert "epoch 8/8" in out and "100.00 % (epoch" in out and str(tmp_path / "run") in out
     return tmp_path / "run"
