@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -88,6 +87,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("stops", [(1,), (STEPS,), (3, 7, 1)], ids=str)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, uninterrupted, stops):
     folder = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)
     for number, at in enumerate(stops):
         with pytest.raises(Interrupted, match=f"linsight train --resume {folder}") as stopped:
             if number == 0:
@@ -95,7 +95,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, uninterrupted
             else:
                 resume(folder, report=Cut(at, interrupt))
         assert stopped.value.code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     resume(folder)
     same(outcome(folder), uninterrupted)
 
@@ -127,10 +127,23 @@ class Kill(Silent):
             os.kill(os.getpid(), signal.SIGKILL)
 train(resolve("digits", {RANDOM!r} | {{"save_every": 2, "workers": 1}}), out={str(folder)!r}, report=Kill())
 """
-    ended = subprocess.run([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=55)
+    ended = subprocess.run([sys.executable, "-c", program], timeout=55)
     assert ended.returncode == -signal.SIGKILL
     resume(folder, overrides={"workers": "0"})
     same(outcome(folder), uninterrupted)
+
+
+def test_a_resumed_run_has_the_threads_it_started_with(tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(Killed):
+            train(resolve("digits", {**RANDOM, "threads": threads + 1}), out=tmp_path / "run", report=Cut(1, kill))
+        torch.set_num_threads(threads)
+        with pytest.raises(Killed):
+            resume(tmp_path / "run", report=Cut(1, kill))
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_stop_in_the_midst_of_an_evaluation_keeps_the_epoch(tmp_path, uninterrupted, monkeypatch):

@@ -92,7 +92,7 @@ class Compact(nn.Module):
 
     Args:
         stem: `(width, stride)` of each 3x3 convolution at the start.
-        stages: width, depth and heads of each stage; every stage halves the grid.
+        stages: width, depth and heads of each stage, which halves the grid; plain tuples do.
         attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
         img_size: accepted as every timm model does; the host has nothing that depends on it.
     """
@@ -116,6 +116,7 @@ class Compact(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.output_fmt = in_chans, num_classes, "NCHW"
+        stages = [Stage(*stage) for stage in stages]
         depths = [stage.depth for stage in stages]
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         choices = plan(attention, depths, attention_options)

@@ -39,7 +39,7 @@ def train(
 def resume(
     path: str | pathlib.Path, *, overrides: dict[str, Any] | None = None, report: Silent | None = None
 ) -> dict[str, Any]:
-    """Take a stopped run to its end: on the CPU bit for bit the one that it would have been.
+    """Take a stopped run to its end: on the CPU, and its number of threads, bit for bit the one that it would have been.
 
     Only fields that the result does not depend on may be overridden (device, workers, save_every ...).
     """
@@ -52,8 +52,8 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
         return run.summary()
     if run.recipe.figures:
         _figures.require_matplotlib()
-    if run.recipe.threads:
-        torch.set_num_threads(run.recipe.threads)
+    if run.threads:
+        torch.set_num_threads(run.threads)
     data = open_data(run.recipe)
     for note in data.notes:
         report.note(note)

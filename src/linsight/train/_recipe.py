@@ -157,8 +157,8 @@ def suggest(overrides: Mapping[str, Any]) -> str:
     if overrides.get("data", "digits") == "digits":
         return "digits"
     if "model" in overrides:
-        model = create_model(overrides["model"], device="meta")
-        return _for_size(model.pretrained_cfg["input_size"][-2:])  # type: ignore[index]
+        config: Any = create_model(overrides["model"], device="meta").pretrained_cfg
+        return _for_size(config["input_size"][-2:])
     data = {name: value for name, value in overrides.items() if FIELDS[name].metadata["group"] == _DATA}
     source = open_data(resolve("photos", data)).train
     for index in range(min(len(source), 10)):  # the first ones may be damaged

@@ -28,6 +28,7 @@ class Run:
     def __init__(self, path: pathlib.Path, name: str, recipe: Recipe, data: dict[str, Any] | None) -> None:
         self.path, self.name, self.recipe, self.data = path, name, recipe, data
         self.rows: list[dict[str, Any]] = []
+        self.threads = recipe.threads
 
     @classmethod
     def start(cls, recipe: Recipe, out: str | pathlib.Path | None, name: str) -> "Run":
@@ -55,10 +56,13 @@ class Run:
         try:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             recipe = Recipe(**{name: parse(name, value) for name, value in config["recipe"].items()})
-            name, data = config["name"], config["data"]
+            name, data, threads = config["name"], config["data"], config["threads"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise LinsightError(f"'{path / CONFIG}' is damaged: {error}") from error
-        return cls(path, name, check(dataclasses.replace(recipe, **given)), data)
+        run = cls(path, name, check(dataclasses.replace(recipe, **given)), data)
+        if "threads" not in given:  # sums over another number of threads round differently
+            run.threads = int(threads)
+        return run
 
     @property
     def finished(self) -> bool:
@@ -80,6 +84,7 @@ class Run:
                 "name": self.name,
                 "recipe": dataclasses.asdict(self.recipe),
                 "data": data,
+                "threads": torch.get_num_threads(),
                 "versions": {
                     "linsight": linsight.__version__,
                     "torch": torch.__version__,
