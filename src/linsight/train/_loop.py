@@ -39,8 +39,9 @@ def train(
 def resume(
     path: str | pathlib.Path, *, overrides: dict[str, Any] | None = None, report: Silent | None = None
 ) -> dict[str, Any]:
-    """Take a stopped run to its end: on the CPU, and its number of threads, bit for bit the one that it would have been.
+    """Take a stopped run to its end: on the CPU bit for bit the one that it would have been.
 
+    It goes on with as many threads as it started with, since sums over others round differently.
     Only fields that the result does not depend on may be overridden (device, workers, save_every ...).
     """
     return _go(Run.resume(path, overrides or {}), report or Silent())
