@@ -1,6 +1,7 @@
 """Checks of how tokens lie: tiles, padding, dropped tokens, prefix tokens, context, order."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,16 @@ def random_cut(grid: Grid, rng: random.Random) -> list[Tile]:
         tile = todo.pop()
         if tile.height > 1 and rng.random() < 0.6:
             first = rng.randrange(1, tile.height)
-            todo += [tile._replace(height=first), tile._replace(top=tile.top + first, height=tile.height - first)]
+            todo += [
+                replace(tile, height=first),
+                replace(tile, top=tile.top + first, height=tile.height - first),
+            ]
         elif tile.width > 1 and rng.random() < 0.6:
             first = rng.randrange(1, tile.width)
-            todo += [tile._replace(width=first), tile._replace(left=tile.left + first, width=tile.width - first)]
+            todo += [
+                replace(tile, width=first),
+                replace(tile, left=tile.left + first, width=tile.width - first),
+            ]
         else:
             cut.append(tile)
     rng.shuffle(cut)
@@ -75,7 +82,7 @@ def merge_is_associative(subject: Subject) -> None:
 
 
 def _absorb(core: Core, r: int, tokens: Tokens, tile: Tile, done: tuple[Any, ...]) -> Any:
-    tile = tile._replace(halo=core.halos[r])
+    tile = replace(tile, halo=core.halos[r])
     return core.absorb(r, Tokens(*(None if t is None else tile.take(t) for t in tokens)), tile, done)
 
 

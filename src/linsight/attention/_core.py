@@ -1,5 +1,6 @@
 """The contract of a mechanism: a Core, its tokens and its capabilities."""
 
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ def run_rounds(core: Core, tokens: Tokens, cut: list[Tile]) -> Tensor:
     grid = cut[0].grid
 
     def seen(tile: Tile, halo: int) -> tuple[Tokens, Tile]:
-        tile = tile._replace(halo=halo)
+        tile = dataclasses.replace(tile, halo=halo)
         return Tokens(*(None if t is None else tile.take(t) for t in tokens)), tile  # type: ignore[arg-type]
 
     done: tuple[State, ...] = ()

@@ -5,6 +5,7 @@ Axes: B batch, N tokens, P prefix tokens, H and W the grid, C channels. A token 
 always given, never deduced from N.
 """
 
+import dataclasses
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -74,7 +75,8 @@ def check_tokens(x: Tensor, layout: Layout, name: str = "x") -> None:
         )
 
 
-class Tile(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tile:
     """A rectangle of a grid, with `halo` further tokens on each side as far as the grid reaches.
 
     The prefix tokens ride with the tile at the origin, and with no other.
