@@ -3,6 +3,17 @@
 from . import compact_variants as compact_variants
 from . import vit_variants as vit_variants
 from ._plan import Choice, plan
-from ._registry import HOSTS, VARIANTS, Host, Variant, add_hosts, add_variants, create_model
+from ._registry import HOSTS, VARIANTS, Host, Variant, add_hosts, add_variants, create_model, default_attention
 
-__all__ = ["HOSTS", "VARIANTS", "Choice", "Host", "Variant", "add_hosts", "add_variants", "create_model", "plan"]
+__all__ = [
+    "HOSTS",
+    "VARIANTS",
+    "Choice",
+    "Host",
+    "Variant",
+    "add_hosts",
+    "add_variants",
+    "create_model",
+    "default_attention",
+    "plan",
+]

@@ -120,6 +120,11 @@ def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.M
     )
 
 
+def default_attention(name: str) -> str:
+    """The mechanism of the model `name` where none is asked for: a variant's own, else softmax."""
+    return VARIANTS[name].attention if name in VARIANTS else "softmax"
+
+
 def create_model(
     name: str,
     *,
@@ -157,5 +162,5 @@ def create_model(
             )
         if pretrained and attention not in (None, "softmax"):
             raise LinsightError(f"the weights of '{name}' are those of softmax attention: pass pretrained=False")
-        return adopt(name, attention or "softmax", attention_options, pretrained=pretrained, **kwargs)
+        return adopt(name, attention or default_attention(name), attention_options, pretrained=pretrained, **kwargs)
     raise UnknownNameError("model", name, {*VARIANTS, *HOSTS, *list_models()}, "'linsight list' shows ours")

@@ -89,7 +89,7 @@ def _inline_deit(size: str, batch_size: int, top1: float) -> Shipped:
 
 RECIPES: dict[str, Shipped] = {
     "digits": Shipped(
-        "InLine on scikit-learn's 8x8 handwritten digits: 99 % top-1, half a minute on 2 CPU cores. linsight train",
+        "InLine on scikit-learn's 8x8 handwritten digits: 99 % top-1, 40 seconds on 2 CPU cores. linsight train",
         _DIGITS,
     ),
     "cifar10": Shipped(
