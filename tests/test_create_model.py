@@ -8,7 +8,7 @@ import torch
 
 import linsight
 from linsight.errors import LinsightError, UnknownNameError
-from linsight.models import HOSTS, VARIANTS, Variant, add_variants
+from linsight.models import HOSTS, VARIANTS, Variant, add_variants, default_attention
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
 
@@ -103,3 +103,10 @@ def test_no_name_of_timm_is_taken():
 def test_unknown_names_are_lookups_too():
     with pytest.raises(UnknownNameError):
         linsight.create_model("no_such_model_anywhere")
+
+
+def test_the_mechanism_that_a_model_has_unasked():
+    for name in ("inline_deit_tiny", "vit_tiny", "deit_tiny_patch16_224"):
+        model = linsight.create_model(name, device="meta")
+        core = type(model.blocks[0].attn.core)
+        assert core is linsight.attention.mechanism(default_attention(name)).factory

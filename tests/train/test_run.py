@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import save_file
 from small import TINY, colours, truncate
 
 from linsight.errors import CheckpointError, LinsightError
@@ -336,3 +337,11 @@ def test_bars_show_speed_and_time_left_on_a_terminal_and_lines_elsewhere(tmp_pat
         texts.append(console.file.getvalue())
     assert all(word in texts[0] for word in ("images/s  loss", "left", "epoch 2/2", "4/4"))
     assert texts[1].count("\n") == 3 and "left" not in texts[1]
+
+
+@pytest.mark.parametrize("about", ["{", "[]", "{}", '{"recipe": 3, "classes": []}'])
+def test_weights_with_damaged_metadata_are_one_line(tmp_path, about):
+    save_file({"x": torch.zeros(1)}, tmp_path / "best.safetensors", metadata={"linsight": about})
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        load_trained(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tenso
 def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
     """One kernel for each image and channel. `x` `(B, H*W, C)`; `size` (H, W); `kernels` `(B, C, k, k)`.
 
-    The definition is the sum of k*k shifted products, which a compiler fuses and ONNX can express.
+    The definition is the sum of k*k shifted products, which a compiler can fuse and no group count ties to a batch.
     Run eagerly it would pass over memory k*k times, so there it is one convolution of B*C groups.
     Computed in the dtype of `kernels`.
     """

@@ -103,9 +103,12 @@ def load_trained(source: str | pathlib.Path) -> Trained:
         raise CheckpointError(f"'{path}' is no safetensors file, or is damaged: {error}") from error
     if "linsight" not in metadata:
         raise CheckpointError(f"'{path}' does not say which model it is of: give the model and --checkpoint {path}")
-    about = json.loads(metadata["linsight"])
-    recipe = check(Recipe(**{name: parse(name, value) for name, value in about["recipe"].items()}))
-    classes = tuple(about["classes"])
+    try:
+        about = json.loads(metadata["linsight"])
+        given, classes = about["recipe"].items(), tuple(about["classes"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"'{path}' says what model it is of in a way that cannot be read: {error}") from error
+    recipe = check(Recipe(**{name: parse(name, value) for name, value in given}))
     model = build(recipe, len(classes))
     load_state(model, state, str(path))
     return Trained(model.eval(), recipe, classes, path)
