@@ -26,7 +26,7 @@ def test_list(run):
     code, out, _ = run("list")
     assert code == 0
     (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["softmax"])
-    assert row[1:] == ["O(N^2", "d)", *["yes", "yes", "-", "yes", "yes", "-", "yes", "yes"]]
+    assert row[1:] == ["O(N^2", "d)", *["yes", "yes", "-", "yes", "yes", "yes", "-", "yes", "yes"]]
     assert "inline_deit_tiny" in out
     assert "\x1b" not in out
 

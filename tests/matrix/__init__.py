@@ -24,6 +24,7 @@ CHECKS = (
     geometry.dropping_is_removing,
     geometry.nothing_kept_is_finite,
     geometry.context_on_another_grid,
+    geometry.keys_of_a_reduced_grid,
     geometry.causal_is_the_past_only,
     contract.incapable_says_who_can,
     contract.bad_arguments_are_one_line,

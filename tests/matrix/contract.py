@@ -45,6 +45,8 @@ def incapable_says_who_can(subject: Subject) -> None:
         if capability == "stream":
             core = subject.core(8)
             run_rounds(core, random_tokens(core, 1, grid, 8), tiles(grid, 1, 3))
+        elif capability == "reduced":
+            subject.layer(8, reduction=2)(x, grid)
         elif capability == "causal":
             subject.layer(8, causal=True)(x, grid)
         else:
@@ -52,7 +54,11 @@ def incapable_says_who_can(subject: Subject) -> None:
             subject.layer(8)(x, layout, **arguments)
 
     # What the other kinds have no argument for, nobody can ask.
-    unasked = {"core": set(), "layer": {"stream"}, "block": {"stream", "cross", "score_bias"}}[subject.entry.kind]
+    unasked = {
+        "core": set(),
+        "layer": {"stream", "reduced"},
+        "block": {"stream", "reduced", "cross", "score_bias"},
+    }[subject.entry.kind]
     for capability in sorted(set(Capabilities._fields) - unasked):
         if getattr(subject.can, capability):
             call(capability)

@@ -143,7 +143,8 @@ def dropping_is_removing(subject: Subject) -> None:
     """`keep` gives what the sequence without the dropped tokens gives."""
     subject.need("keep")
     grid = Grid(3, 7)
-    layer, x = subject.layer().double(), torch.randn(1, grid.tokens, 16, dtype=torch.float64)
+    layer = subject.layer(grid=None).double()  # a position table would be stretched over another grid
+    x = torch.randn(1, grid.tokens, 16, dtype=torch.float64)
     keep = some_kept(subject, 1, grid)
     if subject.local:  # a token that is removed has no place; at the rim it is what the edge was
         keep = (torch.arange(grid.tokens) % 7 < 4)[None]
@@ -180,6 +181,22 @@ def context_on_another_grid(subject: Subject) -> None:
         short = layer(x, grid, context=context[:, :6], context_layout=Grid(3, 2))
         context = context.masked_fill(~keep[..., None], float("nan"))
         close(layer(x, grid, context=context, context_layout=other, keep=keep), short)
+
+
+def keys_of_a_reduced_grid(subject: Subject) -> None:
+    """PVT's spatial reduction of keys and values, at any size; alone on the grid, all is seen."""
+    subject.need("reduced")
+    for asked in ({"reduction": 2}, {"pool": 3}):
+        layer = subject.layer(**asked).double()
+        for grid in (Grid(6, 10), Grid(7, 5), Grid(1, 3)):
+            x = torch.randn(2, grid.tokens, 16, dtype=torch.float64, requires_grad=True)
+            out = layer(x, grid)
+            assert out.shape == x.shape
+            (gradient,) = torch.autograd.grad(out[:, 0].sum(), x)
+            seen = gradient.abs().sum(-1).unflatten(1, (grid.height, grid.width)) > 0
+            whole = layer.reduction.ratio
+            low, wide = (max(n // whole * whole, min(n, whole)) for n in (grid.height, grid.width))
+            assert seen[:, :low, :wide].all()  # a stride floors: the rest of the grid is no key
 
 
 def causal_is_the_past_only(subject: Subject) -> None:

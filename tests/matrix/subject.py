@@ -40,9 +40,13 @@ class Subject(NamedTuple):
                 pytest.skip(f"{self.name} declares no '{name}'")
 
     def layer(self, dim: int = 16, num_heads: int = 2, **options: Any) -> nn.Module:
-        """The layer; of a mechanism that is a whole block, the block."""
+        """The layer; of a mechanism that is a whole block, the block. Tables are made for a grid of 4x6, and not zero."""
         create = create_block if self.entry.kind == "block" else create_attention
-        return create(self.name, dim, num_heads, **{**dict(self.options), **options}).eval()
+        layer = create(self.name, dim, num_heads, **{"grid": (4, 6), **dict(self.options), **options})
+        for parameter in layer.parameters():
+            if not parameter.is_meta and not parameter.any():  # a mistake in what starts at zero would not show
+                torch.nn.init.trunc_normal_(parameter, std=0.5)
+        return layer.eval()
 
     def core(self, dim: int = 16, num_heads: int = 2, **options: Any) -> Core:
         if self.entry.kind != "core":

@@ -5,7 +5,7 @@ import pkgutil
 
 from ._block import Block, create_block, is_block
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, run_rounds, split_heads
-from ._layer import PROJECTIONS, Attention, Layer, Projection, check_asked, create_attention
+from ._layer import PROJECTIONS, Attention, Layer, Projection, check_asked, create_attention, create_core
 from ._registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
 
 for _module in pkgutil.iter_modules(__path__):
@@ -28,6 +28,7 @@ __all__ = [
     "check_asked",
     "create_attention",
     "create_block",
+    "create_core",
     "is_block",
     "list_attentions",
     "mechanism",

@@ -16,7 +16,7 @@ class Block(nn.Module):
     """A mechanism registered with `kind="block"`: residual connections, norms and MLP are its own.
 
     The constructor takes `(dim, num_heads, *, mlp_ratio, drop_path, ..., device=None, dtype=None)`;
-    its other keyword arguments are the mechanism's options.
+    its other keyword arguments are the mechanism's options. `grid` as of a Core.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()
@@ -25,6 +25,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: LayoutLike, *, keep: Tensor | None = None) -> Tensor:
         """The residual stream `(B, P + H*W, C)` in and out; `keep` as in `Attention`."""
         raise NotImplementedError
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resample parameters that lie on a grid to another height and width."""
 
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that an optimiser should not decay, beyond 1-d ones."""
@@ -43,11 +46,12 @@ def create_block(
     *,
     mlp_ratio: float = 4.0,
     drop_path: float = 0.0,
+    grid: tuple[int, int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Block:
-    """A block of the mechanism `name`, which must be one of kind "block".
+    """A block of the mechanism `name`, which must be one of kind "block". `grid` as in `create_attention`.
 
     Raises:
         UnknownNameError: no such mechanism or option.
@@ -57,8 +61,7 @@ def create_block(
     if entry.kind != "block":
         raise LinsightError(f"'{name}' is an attention, not a block: use create_attention")
     entry.check_options(options)
-    block = entry.factory(
-        dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path, device=device, dtype=dtype, **options
-    )
+    shared = {"mlp_ratio": mlp_ratio, "drop_path": drop_path, "device": device, "dtype": dtype, **entry.placed(grid)}
+    block = entry.factory(dim, num_heads, **shared, **options)
     assert isinstance(block, Block)
     return block

@@ -27,14 +27,16 @@ class Capabilities(NamedTuple):
     """What the formula of a mechanism allows. What is False raises an error that names who can.
 
     keep: drop tokens.  sizes: padded batches.  packed: packed batches.  cross: keys from another
-    sequence.  score_bias: an additive bias on the scores.  stream: rounds of mergeable states, so
-    tiles, ranks and images of any size.  prefix: class and register tokens.  causal: a causal form.
+    sequence.  reduced: keys of the same image on a coarser grid.  score_bias: an additive bias on the
+    scores.  stream: rounds of mergeable states, so tiles, ranks and images of any size.  prefix: class
+    and register tokens.  causal: a causal form.
     """
 
     keep: bool = False
     sizes: bool = False
     packed: bool = False
     cross: bool = False
+    reduced: bool = False
     score_bias: bool = False
     stream: bool = False
     prefix: bool = False
@@ -59,12 +61,14 @@ class Core(nn.Module):
     follow from them. One without a mergeable state sets `rounds = 0` and defines `forward`.
 
     The constructor takes `(dim, num_heads, *, ..., device=None, dtype=None)`; its other keyword
-    arguments are the mechanism's options. `dim` is the width of the values, heads merged.
+    arguments are the mechanism's options. `dim` is the width of the values, heads merged. One with
+    parameters that lie on a grid, as a position table, also takes `grid`, the height and width that
+    its keys are built for; it works on any other, and `set_grid` moves it there for good.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()
     rounds: ClassVar[int] = 1
-    halos: ClassVar[tuple[int, ...]] = (0, 0)  # of each round's absorb, then of read
+    halos: tuple[int, ...] = (0, 0)  # of each round's absorb, then of read
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `_layer.py`
     published: ClassVar[tuple[Rename, ...]] = ()  # key map of the layer, beyond qkv and proj
 
@@ -97,10 +101,14 @@ class Core(nn.Module):
         `layout` is that of q and x; `context_layout` that of k, v and keep where it differs.
         """
         done: tuple[State, ...] = ()
-        absorbed = Tile.whole((context_layout or layout).grid)
+        source = context_layout or layout
+        absorbed = Tile.whole(source.grid, source.sizes)
         for r in range(self.rounds):
             done += (self.finish(r, self.absorb(r, tokens, absorbed, done), absorbed.grid),)
-        return self.read(tokens, Tile.whole(layout.grid), done)
+        return self.read(tokens, Tile.whole(layout.grid, layout.sizes), done)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resample parameters that lie on a grid to another height and width."""
 
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that an optimiser should not decay, beyond 1-d ones."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, mask_tokens
+from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, mask_tokens, pool_matrix, separable
 
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
 from ._registry import mechanism, require
@@ -29,23 +29,40 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
 
 
 class Reduction(nn.Module):
-    """PVT's spatial reduction of keys and values: a convolution of stride r, then LayerNorm.
+    """PVT's spatial reduction of keys and values: a convolution of stride `ratio`, then LayerNorm.
 
-    Floors the grid, as published; a grid smaller than r is first padded to r with zeros.
+    Floors the grid, as published; a grid smaller than the stride is first padded to it with zeros. With
+    `pool`, PVTv2's linear form: average pooling to `pool` x `pool`, a 1x1 convolution, LayerNorm, GELU.
     """
 
-    def __init__(self, dim: int, ratio: int, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, ratio: int, *, pool: int = 0, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.ratio = ratio
-        self.sr = nn.Conv2d(dim, dim, ratio, stride=ratio, device=device, dtype=dtype)
+        self.ratio, self.pool = 1 if pool else ratio, pool
+        self.sr = nn.Conv2d(dim, dim, self.ratio, stride=self.ratio, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the reduced grid."""
+        return reduced(size, self.ratio, self.pool)
+
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        """`(B, H*W, C)` -> `(B, (H // r) * (W // r), C)` and its grid."""
-        canvas = x.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
-        low, wide = max(0, self.ratio - grid.height), max(0, self.ratio - grid.width)
-        canvas = self.sr(F.pad(canvas, (0, wide, 0, low)))
-        return self.norm(canvas.flatten(2).transpose(1, 2)), Grid(canvas.shape[2], canvas.shape[3])
+        """`(B, H*W, C)` -> `(B, h*w, C)` and its grid."""
+        canvas = x.unflatten(1, (grid.height, grid.width))
+        if self.pool:
+            rows, columns = (pool_matrix(side, self.pool).to(x.device) for side in (grid.height, grid.width))
+            canvas = separable(canvas, rows, columns)
+        canvas = canvas.permute(0, 3, 1, 2)  # (B, C, H, W)
+        if self.ratio > 1:
+            low, wide = max(0, self.ratio - grid.height), max(0, self.ratio - grid.width)
+            canvas = F.pad(canvas, (0, wide, 0, low))
+        canvas = self.sr(canvas)
+        x = self.norm(canvas.flatten(2).transpose(1, 2))
+        return F.gelu(x) if self.pool else x, Grid(canvas.shape[2], canvas.shape[3])
+
+
+def reduced(size: tuple[int, int], ratio: int, pool: int = 0) -> tuple[int, int]:
+    """Height and width of the grid of keys that a `Reduction` makes."""
+    return (pool, pool) if pool else (max(1, size[0] // ratio), max(1, size[1] // ratio))
 
 
 class Layer(nn.Module):
@@ -71,6 +88,9 @@ class Layer(nn.Module):
     ) -> Tensor:
         """See `Attention.forward`."""
         raise NotImplementedError
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resample parameters that lie on a grid to another height and width."""
 
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that an optimiser should not decay, beyond 1-d ones."""
@@ -116,19 +136,21 @@ class Attention(Layer):
         proj_drop: float = 0.0,
         projections: str | None = None,
         reduction: int = 1,
+        pool: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        reducing = reduction > 1 or pool > 0
         self.num_heads: int = core.num_heads  # type: ignore[assignment]
-        self.layout_name = projections or ("q_kv" if reduction > 1 else core.projections)
-        if reduction > 1 and "qkv" in self.layout_name.split("_"):
+        self.layout_name = projections or ("q_kv" if reducing else core.projections)
+        if reducing and "qkv" in self.layout_name.split("_"):
             raise LinsightError("a reduction needs keys and values projected apart from queries: projections='q_kv'")
         for projection in PROJECTIONS[self.layout_name]:
             out = dim * len(projection.parts)
             self.add_module(projection.name, nn.Linear(dim, out, bias=qkv_bias, **factory))
-        self.reduction = Reduction(dim, reduction, **factory) if reduction > 1 else None
+        self.reduction = Reduction(dim, reduction, pool=pool, **factory) if reducing else None
         self.core = core
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -162,7 +184,7 @@ class Attention(Layer):
         layout = as_layout(layout)
         check_tokens(x, layout)
         if self.reduction is not None:
-            require(type(self.core), "cross", "keys of a reduced grid")
+            require(type(self.core), "reduced", "keys of a reduced grid")
         check_asked(type(self.core), layout, keep=keep, context=context, score_bias=score_bias)
         if context is not None and getattr(self.core, "causal", False):
             raise CapabilityError("the causal form orders one sequence: pass causal=False, or no context")
@@ -189,6 +211,10 @@ class Attention(Layer):
             score_bias=score_bias,
         )
         return self.proj_drop(self.proj(merge_heads(out)))
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resample parameters that lie on a grid to another height and width, those of `x`."""
+        self.core.set_grid(self.reduction.grid(grid) if self.reduction is not None else grid)
 
     def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
         assert self.reduction is not None
@@ -218,7 +244,7 @@ class Attention(Layer):
         return [found.get("q", x), found.get("k", source), found.get("v", source)]
 
 
-_LAYER_OPTIONS = ("qkv_bias", "proj_bias", "proj_drop", "projections", "reduction")
+_LAYER_OPTIONS = ("qkv_bias", "proj_bias", "proj_drop", "projections", "reduction", "pool")
 
 
 def create_attention(
@@ -226,14 +252,17 @@ def create_attention(
     dim: int,
     num_heads: int = 8,
     *,
+    grid: tuple[int, int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Layer:
     """A layer of `dim` channels and `num_heads` heads with the mechanism `name`.
 
-    `options` are those of the mechanism (`linsight info NAME`) and of `Attention`: qkv_bias,
-    proj_bias, proj_drop, projections, reduction.
+    `grid` is the height and width, in tokens, that position tables are made for, of mechanisms that have
+    them: without it they have none. It does not limit the sizes that the layer works on. `options` are
+    those of the mechanism (`linsight info NAME`) and of `Attention`: qkv_bias, proj_bias, proj_drop,
+    projections, reduction (PVT's, of keys and values) and pool (PVTv2's).
 
     >>> layer = create_attention("inline", 64, 4)
     >>> layer(torch.randn(2, 1 + 6 * 10, 64), Grid(6, 10, prefix=1)).shape
@@ -253,9 +282,35 @@ def create_attention(
         raise LinsightError(f"unknown projections '{layer['projections']}': known are {', '.join(PROJECTIONS)}")
     entry.check_options(options)
     if entry.kind == "layer":
-        made = entry.factory(dim, num_heads, device=device, dtype=dtype, **layer, **options)
+        made = entry.factory(dim, num_heads, device=device, dtype=dtype, **entry.placed(grid), **layer, **options)
         assert isinstance(made, Layer)
         return made
-    core = entry.factory(dim, num_heads, device=device, dtype=dtype, **options)
-    assert isinstance(core, Core)
+    if grid is not None:
+        grid = reduced(grid, layer.get("reduction", 1), layer.get("pool", 0))
+    core = create_core(name, dim, num_heads, grid=grid, device=device, dtype=dtype, **options)
     return Attention(core, dim, device=device, dtype=dtype, **layer)
+
+
+def create_core(
+    name: str,
+    dim: int,
+    num_heads: int,
+    *,
+    grid: tuple[int, int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Core:
+    """The mechanism `name` without projections, for hosts that have their own. `grid` is that of the keys.
+
+    Raises:
+        UnknownNameError: no such mechanism, option or value.
+        LinsightError: the mechanism is more than a core.
+    """
+    entry = mechanism(name)
+    if entry.kind != "core":
+        raise LinsightError(f"'{name}' is a whole {entry.kind}, without a core of its own")
+    entry.check_options(options)
+    core = entry.factory(dim, num_heads, device=device, dtype=dtype, **entry.placed(grid), **options)
+    assert isinstance(core, Core)
+    return core

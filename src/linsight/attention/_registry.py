@@ -55,6 +55,16 @@ class Mechanism:
     capabilities: Capabilities
     options: tuple[Option, ...]
 
+    @property
+    def quadratic(self) -> bool:
+        """Whether the cost is that of a score matrix; hosts give such mechanisms their windows and reductions."""
+        return "N^2" in self.complexity
+
+    def placed(self, grid: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
+        """`grid=` for the constructor, of a mechanism that takes one."""
+        takes = "grid" in inspect.signature(self.factory.__init__).parameters
+        return {"grid": grid} if takes and grid is not None else {}
+
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise unless every option is one of ours and has one of its values."""
         known = {option.name: option for option in self.options}
@@ -69,7 +79,7 @@ class Mechanism:
 
 _REGISTRY: dict[str, Mechanism] = {}
 # What hosts give; the other keyword arguments of a constructor are options.
-_RESERVED = {"self", "dim", "num_heads", "mlp_ratio", "drop_path", "device", "dtype"}
+_RESERVED = {"self", "dim", "num_heads", "grid", "mlp_ratio", "drop_path", "device", "dtype"}
 M = TypeVar("M", bound=type[nn.Module])
 
 

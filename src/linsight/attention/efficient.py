@@ -24,7 +24,7 @@ from ._registry import Paper, register
 class Efficient(Core):
     """Softmax over channels for queries, over positions for keys."""
 
-    capabilities = Capabilities(keep=True, sizes=True, cross=True, stream=True, prefix=True)
+    capabilities = Capabilities(keep=True, sizes=True, cross=True, reduced=True, stream=True, prefix=True)
     published = (
         Rename("queries.", "q.", ones=2),
         Rename("keys.", "k.", ones=2),

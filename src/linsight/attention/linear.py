@@ -41,7 +41,7 @@ class Linear(Core):
         causal: token i sees tokens j <= i only; then there are no tiles.
     """
 
-    capabilities = Capabilities(keep=True, sizes=True, cross=True, stream=True, prefix=True, causal=True)
+    capabilities = Capabilities(keep=True, sizes=True, cross=True, reduced=True, stream=True, prefix=True, causal=True)
     eps = 1e-6
 
     def __init__(

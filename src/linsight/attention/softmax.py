@@ -27,7 +27,9 @@ class Softmax(Core):
         causal: token i sees tokens j <= i only.
     """
 
-    capabilities = Capabilities(keep=True, sizes=True, cross=True, score_bias=True, prefix=True, causal=True)
+    capabilities = Capabilities(
+        keep=True, sizes=True, cross=True, reduced=True, score_bias=True, prefix=True, causal=True
+    )
     rounds = 0
 
     def __init__(

@@ -5,6 +5,7 @@ from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
 from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, tiles
 from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
 from .maps import FEATURE_MAPS
+from .resample import Mode, pool_matrix, resize_matrix, separable, table_for
 from .states import (
     LogSumExp,
     Moments,
@@ -28,6 +29,7 @@ __all__ = [
     "LayoutLike",
     "LinearState",
     "LogSumExp",
+    "Mode",
     "Moments",
     "State",
     "Tile",
@@ -47,6 +49,10 @@ __all__ = [
     "mask_tokens",
     "merge",
     "outer_sum",
+    "pool_matrix",
+    "resize_matrix",
+    "separable",
     "shifted_products",
+    "table_for",
     "tiles",
 ]

@@ -54,12 +54,12 @@ class Layout(NamedTuple):
         return torch.cat([inside.new_ones(inside.shape[0], grid.prefix), inside], dim=1)
 
 
-LayoutLike: TypeAlias = Grid | Layout
+LayoutLike: TypeAlias = Grid | Layout | tuple[int, int]
 
 
 def as_layout(layout: LayoutLike) -> Layout:
-    """A bare grid is a layout that every image fills."""
-    return Layout(layout) if isinstance(layout, Grid) else layout
+    """A bare grid, or a bare height and width, is a layout that every image fills."""
+    return layout if isinstance(layout, Layout) else Layout(Grid(*layout))
 
 
 def check_tokens(x: Tensor, layout: Layout, name: str = "x") -> None:
@@ -79,7 +79,8 @@ def check_tokens(x: Tensor, layout: Layout, name: str = "x") -> None:
 class Tile:
     """A rectangle of a grid, with `halo` further tokens on each side as far as the grid reaches.
 
-    The prefix tokens ride with the tile at the origin, and with no other.
+    The prefix tokens ride with the tile at the origin, and with no other. `sizes` `(B, 2)` is each image's
+    own height and width, where the batch is padded to the grid.
 
         +-----------------------+
         |grid  . . . . .        |     . halo: seen, neither absorbed nor written
@@ -96,11 +97,12 @@ class Tile:
     height: int
     width: int
     halo: int = 0
+    sizes: Tensor | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
-    def whole(cls, grid: Grid) -> "Tile":
+    def whole(cls, grid: Grid, sizes: Tensor | None = None) -> "Tile":
         """The tile that is all of `grid`: the dense case."""
-        return cls(grid, 0, 0, grid.height, grid.width)
+        return cls(grid, 0, 0, grid.height, grid.width, sizes=sizes)
 
     @property
     def is_whole(self) -> bool:
@@ -135,10 +137,14 @@ class Tile:
         """The tokens of this tile, halo included, out of the whole sequence `(B, P + H*W, ...)`."""
         if self.is_whole:
             return x
-        grid, (top, bottom), (left, right) = self.grid, self.rows, self.columns
-        canvas = x[:, grid.prefix :].unflatten(1, (grid.height, grid.width))
-        inside = canvas[:, top:bottom, left:right].flatten(1, 2)
-        return torch.cat([x[:, : self.prefix], inside], dim=1)
+        return torch.cat([x[:, : self.prefix], self.take_grid(x[:, self.grid.prefix :])], dim=1)
+
+    def take_grid(self, x: Tensor) -> Tensor:
+        """The same of a sequence `(B, H*W, ...)` without prefix tokens."""
+        if self.is_whole:
+            return x
+        (top, bottom), (left, right) = self.rows, self.columns
+        return x.unflatten(1, (self.grid.height, self.grid.width))[:, top:bottom, left:right].flatten(1, 2)
 
     def inner(self, x: Tensor) -> Tensor:
         """The tile's own tokens `(B, prefix + height*width, ...)` out of those with the halo."""

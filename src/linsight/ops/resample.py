@@ -1,0 +1,87 @@
+"""Maps brought to another grid as two small matrices, one for rows and one for columns.
+
+A map `(h, w, C)` becomes R_y map R_x^T. The matrices are made of comparisons only, so any size can be
+symbolic, a tile takes the rows and columns it needs, and each image of a padded batch has its own.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .layout import Tile
+from .states import accumulator, full_precision
+
+Mode = Literal["bilinear", "bicubic"]
+
+
+def resize_matrix(old: int, new: int | Tensor, mode: Mode, *, start: int = 0, count: int | None = None) -> Tensor:
+    """Rows `start` to `start + count` of the float32 `(new, old)` matrix of `F.interpolate`, align_corners=False.
+
+    `new` may be `(B,)`, a length for each image; then `count` is needed and the result is `(B, count, old)`.
+    """
+    per_image = isinstance(new, Tensor)
+    device = new.device if isinstance(new, Tensor) else None
+    if count is None:
+        assert not isinstance(new, Tensor)
+        count = new - start
+    length = new[:, None, None] if isinstance(new, Tensor) else new
+    place = torch.arange(count, device=device)[:, None] + (start + 0.5)
+    place = place * (old / length) - 0.5  # where each new sample falls among the old ones
+    if mode == "bilinear":
+        place = place.clamp(0, old - 1)
+        weights = (1 - (place - torch.arange(old, device=device)).abs()).clamp(min=0)
+    else:
+        # Taps beyond the rim are those of the rim.
+        taps = _cubic((place - torch.arange(-2, old + 2, device=device)).abs())
+        weights = taps[..., 2:-2].clone()
+        weights[..., 0] += taps[..., :2].sum(-1)
+        weights[..., -1] += taps[..., -2:].sum(-1)
+    return weights if per_image else weights.reshape(count, old)
+
+
+def _cubic(x: Tensor, a: float = -0.75) -> Tensor:
+    """Keys' cubic convolution kernel at distance `x`; a is that of torch."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def pool_matrix(old: int, new: int) -> Tensor:
+    """The float32 `(new, old)` matrix of adaptive average pooling: bin i is the mean of floor(i r) to ceil((i + 1) r).
+
+    r = old / new.
+    """
+    bins, place = torch.arange(new)[:, None], torch.arange(old)
+    start = bins * old // new
+    stop = ((bins + 1) * old + new - 1) // new
+    inside = ((place >= start) & (place < stop)).float()
+    return inside / (stop - start)
+
+
+def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """R_y x R_x^T: `x` `(B, h, w, C)`, `rows` `(H, h)` or `(B, H, h)`, `columns` alike -> `(B, H, W, C)`."""
+    with full_precision(x):
+        rows, columns = rows.to(x), columns.to(x)
+        x = torch.matmul(rows, x.flatten(2)).unflatten(2, x.shape[2:])  # (B, H, w, C)
+        return torch.matmul(columns[..., None, :, :] if columns.ndim == 3 else columns, x)
+
+
+def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> Tensor:
+    """A position table `(1, h*w, C)` of a grid of `size`, at the tokens of `tile` (halo included, no prefix).
+
+    Returns `(1 or B, n, C)` in the accumulator's dtype. At its own size the table is returned as it is.
+    """
+    grid = tile.grid
+    table = table.to(accumulator(table.dtype))
+    native = not torch.compiler.is_compiling() and (grid.height, grid.width) == tuple(size) and tile.sizes is None
+    if native:
+        return tile.take_grid(table)
+    (top, bottom), (left, right) = tile.rows, tile.columns
+    height, width = (grid.height, grid.width) if tile.sizes is None else tile.sizes.to(table.device).unbind(1)
+    rows = resize_matrix(size[0], height, mode, start=top, count=bottom - top)
+    columns = resize_matrix(size[1], width, mode, start=left, count=right - left)
+    canvas = table.unflatten(1, tuple(size))
+    if tile.sizes is not None:
+        canvas = canvas.expand(rows.shape[0], -1, -1, -1)
+    return separable(canvas, rows, columns).flatten(1, 2)
