@@ -1,6 +1,7 @@
 """Floor 3: hosts that take any mechanism, and their variants as tables, registered in timm."""
 
 from . import compact_variants as compact_variants
+from . import pvt_variants as pvt_variants
 from . import vit_variants as vit_variants
 from ._plan import Choice, plan
 from ._registry import HOSTS, VARIANTS, Host, Variant, add_hosts, add_variants, create_model, default_attention

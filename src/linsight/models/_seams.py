@@ -1,8 +1,51 @@
-"""What mechanisms may ask of any host."""
+"""What mechanisms and hosts may ask of each other, without knowing names."""
+
+from typing import Any
 
 from torch import nn
 
-from linsight.attention import Block, Core, Layer
+from linsight.attention import Block, Core, Layer, create_attention, create_block, is_block, mechanism
+
+from ._plan import Choice
+
+
+def make_layer(
+    choice: Choice,
+    dim: int,
+    num_heads: int,
+    *,
+    projections: str | None = None,
+    reduction: int = 1,
+    pool: int = 0,
+    **shared: Any,
+) -> Layer:
+    """The layer of a block.
+
+    projections: those of the host's published keys; a mechanism with some of its own keeps them.
+    reduction, pool: how the host reduces keys and values where the cost is quadratic.
+    shared: `grid`, `qkv_bias`, `device` ... as of `create_attention`.
+    """
+    entry = mechanism(choice.name)
+    if entry.kind == "core":
+        if projections and getattr(entry.factory, "projections", None) == "qkv":
+            shared["projections"] = projections
+        if entry.quadratic:
+            shared |= {"reduction": reduction, "pool": pool}
+    return create_attention(choice.name, dim, num_heads, **{**shared, **choice.options})
+
+
+def make_block(choice: Choice, dim: int, num_heads: int, **shared: Any) -> Block | None:
+    """The whole block, of a mechanism that is one; None for those that go into the host's own."""
+    if not is_block(choice.name):
+        return None
+    return create_block(choice.name, dim, num_heads, **shared, **choice.options)
+
+
+def set_grid(module: nn.Module, grid: tuple[int, int]) -> None:
+    """Tell every mechanism in `module` that its tokens now lie on `grid`, which resamples its tables."""
+    for part in module.modules():
+        if isinstance(part, Layer | Block):
+            part.set_grid(grid)
 
 
 def asked_no_weight_decay(model: nn.Module) -> set[str]:

@@ -1,7 +1,8 @@
 """The compact host's sizes and our variants of it, as data."""
 
+from ._pyramid import StageSize
 from ._registry import Host, Variant, add_hosts, add_variants
-from .compact import Compact, Stage
+from .compact import Compact
 
 _CFG = {
     "first_conv": "stem.0.conv",
@@ -16,14 +17,14 @@ add_hosts(
     Host(
         "compact_pico",
         Compact,
-        {"stem": ((32, 1),), "stages": (Stage(64, 2, 2), Stage(96, 1, 3))},
+        {"stem": ((32, 1),), "stages": (StageSize(64, 2, 2), StageSize(96, 1, 3))},
         {**_CFG, "input_size": (3, 8, 8)},
         _FEATURES,
     ),
     Host(
         "compact_nano",
         Compact,
-        {"stem": ((24, 1), (48, 2)), "stages": (Stage(96, 2, 3), Stage(192, 2, 6))},
+        {"stem": ((24, 1), (48, 2)), "stages": (StageSize(96, 2, 3), StageSize(192, 2, 6))},
         {**_CFG, "input_size": (3, 32, 32)},
         _FEATURES,
     ),

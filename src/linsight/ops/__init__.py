@@ -5,7 +5,7 @@ from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
 from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, tiles
 from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
 from .maps import FEATURE_MAPS
-from .resample import Mode, pool_matrix, resize_matrix, separable, table_for
+from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .states import (
     LogSumExp,
     Moments,
@@ -23,6 +23,7 @@ __all__ = [
     "FEATURE_MAPS",
     "FORMS",
     "ChosenForm",
+    "FittedTable",
     "Form",
     "Grid",
     "Layout",
@@ -41,6 +42,7 @@ __all__ = [
     "count_tokens",
     "depthwise_conv",
     "dynamic_depthwise_conv",
+    "fit_square",
     "forms",
     "full_precision",
     "linear_absorb",

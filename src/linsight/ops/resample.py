@@ -4,12 +4,13 @@ A map `(h, w, C)` becomes R_y map R_x^T. The matrices are made of comparisons on
 symbolic, a tile takes the rows and columns it needs, and each image of a padded batch has its own.
 """
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Tile
+from .layout import Grid, Tile
 from .states import accumulator, full_precision
 
 Mode = Literal["bilinear", "bicubic"]
@@ -85,3 +86,20 @@ def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> T
     if tile.sizes is not None:
         canvas = canvas.expand(rows.shape[0], -1, -1, -1)
     return separable(canvas, rows, columns).flatten(1, 2)
+
+
+class FittedTable(NamedTuple):
+    """A table brought to another grid, and both heights and widths."""
+
+    tensor: Tensor
+    old: tuple[int, int]
+    new: tuple[int, int]
+
+
+def fit_square(table: Tensor, new: tuple[int, int], mode: Mode) -> FittedTable | None:
+    """A table `(1, n, C)` of a square grid, for the grid `new`; None where n is no square, or it is no table."""
+    side = math.isqrt(table.shape[1]) if table.ndim == 3 and len(table) == 1 else 0
+    if not side or side * side != table.shape[1]:
+        return None
+    resampled = table_for(table, (side, side), Tile.whole(Grid(*new)), mode)
+    return FittedTable(resampled.to(table.dtype), (side, side), new)

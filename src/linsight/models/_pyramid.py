@@ -1,0 +1,244 @@
+"""What the hierarchical hosts share: stages that take and give maps, and timm's interface around them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import DropPath, to_2tuple, trunc_normal_
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from timm.models._manipulate import checkpoint
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
+from torch import Tensor, nn
+
+from linsight.errors import LinsightError
+from linsight.ops import Grid
+
+from ._seams import asked_no_weight_decay, set_grid
+
+
+class StageSize(NamedTuple):
+    """A stage of a host: its width, blocks and heads, and where the host has them, how much wider the hidden layer
+    of an MLP is, and by what keys are reduced (or how wide stripes are).
+    """
+
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    reduction: int = 1
+
+
+class ConvEmbed(nn.Module):
+    """A strided convolution and LayerNorm: images or maps `(B, C, H, W)` to tokens."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel: int,
+        stride: int,
+        padding: int = 0,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the tokens of a map of `size`."""
+        (kernel, _), (stride, _), padding = self.proj.kernel_size, self.proj.stride, self.proj.padding[0]
+        height, width = ((side + 2 * int(padding) - kernel) // stride + 1 for side in size)
+        return height, width
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """`(B, H*W, C)` and its grid."""
+        x = self.proj(x)
+        return self.norm(x.flatten(2).transpose(1, 2)), Grid(x.shape[2], x.shape[3])
+
+
+class PreNorm(nn.Module):
+    """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
+
+    stream_as_cond = False  # condition the layer on x before the norm
+
+    def __init__(
+        self, dim: int, attn: nn.Module, mlp: nn.Module, *, drop_path: float = 0.0, eps: float = 1e-5, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **factory)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **factory)
+        self.mlp = mlp
+        self.mlp_on_grid = isinstance(mlp, MlpWithDepthwiseConv)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """`(B, P + H*W, C)`; the shape is kept."""
+        x = x + self.drop_path(self.attn(self.norm1(x), grid, cond=x if self.stream_as_cond else None))
+        inner = self.norm2(x)
+        return x + self.drop_path(self.mlp(inner, grid) if self.mlp_on_grid else self.mlp(inner))
+
+
+class Stage(nn.Module):
+    """Blocks on the tokens that `downsample` makes of a map. Hosts add what comes between."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Move what lies on the grid of this stage to another one."""
+        set_grid(self.blocks, grid)
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """A map to tokens `(B, P + H*W, C)` after all blocks, and their grid."""
+        return self.run(*self.downsample(x))
+
+    def run(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """The blocks alone."""
+        for block in self.blocks:
+            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        return x, grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps in and out, `(B, C, H, W)`."""
+        x, grid = self.tokens(x)
+        return as_map(x, grid)
+
+
+def as_map(x: Tensor, grid: Grid) -> Tensor:
+    """Tokens `(B, P + H*W, C)` -> `(B, C, H, W)`, without the prefix."""
+    return x[:, grid.prefix :].transpose(1, 2).unflatten(2, (grid.height, grid.width))
+
+
+class Pyramid(nn.Module):
+    """The base class. A host makes `stem`, `stages`, `norm` and `head`, then calls `finish`."""
+
+    output_fmt = "NCHW"
+    stem: nn.Module
+    stages: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+
+    def __init__(self, in_chans: int, num_classes: int) -> None:
+        super().__init__()
+        self.in_chans, self.num_classes = in_chans, num_classes
+
+    def finish(self, widths: Sequence[int], reductions: Sequence[int]) -> None:
+        """Describe the stages as timm does, and draw the initial weights."""
+        self.feature_info = [
+            {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
+        ]
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.apply(self.init_module)
+
+    def init_module(self, module: nn.Module) -> None:
+        """Linear layers as published; the rest keeps PyTorch's."""
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """What the mechanisms ask for."""
+        return asked_no_weight_decay(self)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise decay."""
+        blocks = [(r"^stages\.(\d+)\.(?!blocks)", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^(stem|cls_token)", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc  # type: ignore[return-value]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, for `num_classes` classes; 0 for none."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)  # type: ignore[operator]
+
+    def grids(self, size: tuple[int, int]) -> Iterator[tuple[nn.Module, tuple[int, int]]]:
+        """Each stage and the height and width of its tokens, for images of `size`."""
+        for stage in self.stages:
+            size = stage.downsample.grid(size)  # type: ignore[union-attr,operator]
+            yield stage, size
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, **_: Any) -> None:
+        """Resample position tables, for good, to those of images of `img_size`. Any size works without it, too."""
+        if img_size is None:
+            return
+        height, width = to_2tuple(img_size)
+        for stage, grid in self.grids((height, width)):
+            stage.set_grid(grid)  # type: ignore[operator]
+        update_model_input_size(self, (height, width))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """`(B, in_chans, H, W)` -> the last map `(B, C, h, w)`, normed."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm_map(x)
+
+    def norm_map(self, x: Tensor) -> Tensor:
+        """The final norm, over the channels of a map."""
+        if isinstance(self.norm, nn.LayerNorm):
+            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` gives, to logits."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits `(B, num_classes)`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """As timm's: the maps after the stages `indices` (`norm`: the last one normed), and the last one."""
+        if output_fmt != "NCHW":
+            raise LinsightError(f"output_fmt='{output_fmt}': this host gives maps, NCHW")
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        maps = []
+        final = len(self.feature_info) - 1
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                maps.append(self.norm_map(x) if norm and i == final else x)
+        return maps if intermediates_only else (self.norm_map(x) if i == final else x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the maps `indices` do not need."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        cut = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take

@@ -1,0 +1,185 @@
+"""The PVT host: Wang et al., "Pyramid Vision Transformer", ICCV 2021 (arXiv 2102.12122).
+
+Four stages of pre-norm blocks on tokens, each behind a convolution whose kernel is its stride (4, 2, 2, 2),
+LayerNorm and a learned position table. Keys and values of a mechanism of quadratic cost are reduced by a
+strided convolution (8, 4, 2, 1); the others see every token. Published in two forms: with a class token in
+the last stage and a final norm, or, as host of linear attention, with the mean of the last map and no norm.
+
+The table is resampled (bilinear, as published) to any other grid; the published code fails where a later
+grid has as many tokens as the first one was built for, this one does not.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from timm.layers import ClassifierHead, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from linsight.attention import Rename
+from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
+
+from ._plan import Choice, plan
+from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize
+from ._seams import make_block, make_layer
+
+
+class PVTStage(Stage):
+    """A stage with a position table, and perhaps a class token in front."""
+
+    def __init__(
+        self,
+        downsample: ConvEmbed,
+        blocks: Sequence[nn.Module],
+        *,
+        dim: int,
+        grid: tuple[int, int],
+        class_token: bool,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(downsample, blocks)
+        factory = {"device": device, "dtype": dtype}
+        self.size = grid
+        self.prefix = int(class_token)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.prefix + grid[0] * grid[1], dim, **factory))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory)) if class_token else None
+        for table in (self.pos_embed, self.cls_token):
+            if table is not None:
+                trunc_normal_(table, std=0.02)
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """A map to tokens after all blocks, the class token first."""
+        x, grid = self.downsample(x)
+        places = table_for(self.pos_embed[:, self.prefix :], self.size, Tile.whole(grid), "bilinear")
+        x = x + places.to(x.dtype)
+        if self.cls_token is not None:
+            first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+            x, grid = torch.cat([first, x], dim=1), grid._replace(prefix=1)
+        return self.run(x, grid)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Move the table to another grid, as the forward would resample it."""
+        super().set_grid(grid)
+        first, places = self.pos_embed[:, : self.prefix], self.pos_embed[:, self.prefix :]
+        moved = table_for(places, self.size, Tile.whole(Grid(*grid)), "bilinear").to(places.dtype)
+        self.pos_embed = nn.Parameter(torch.cat([first, moved], dim=1).detach(), self.pos_embed.requires_grad)
+        self.size = grid
+
+    def fit_table(self, name: str, table: Tensor) -> FittedTable | None:
+        """A published table of another size, resampled to ours."""
+        if name != "pos_embed":
+            return None
+        fitted = fit_square(table[:, self.prefix :], self.size, "bicubic")
+        return fitted and fitted._replace(tensor=torch.cat([table[:, : self.prefix], fitted.tensor], dim=1))
+
+
+class CarriedNorm(nn.Module):
+    """A norm that published checkpoints hold and their model never applies. Not trained, only kept."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(dim, **factory))
+        self.register_buffer("bias", torch.zeros(dim, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`."""
+        return x
+
+
+class PyramidVisionTransformer(Pyramid):
+    """The host.
+
+    Args:
+        stages: width, depth, heads, MLP ratio and reduction of keys of each stage; plain tuples do.
+        attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
+        img_size: what position tables are made for; any size works.
+        global_pool: "token", the class token of the last stage, or "avg", the mean of its map.
+        final_norm: applied before the head; or absent; or "carried", in the state but not applied.
+    """
+
+    published = (
+        *(Rename(f"patch_embed{i + 1}.", f"stages.{i}.downsample.") for i in range(4)),
+        *(Rename(f"pos_embed{i + 1}", f"stages.{i}.pos_embed") for i in range(4)),
+        *(Rename(f"block{i + 1}.", f"stages.{i}.blocks.") for i in range(4)),
+        Rename("cls_token", "stages.3.cls_token"),
+        Rename("head.", "head.fc."),
+    )
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[StageSize],
+        attention: str = "softmax",
+        attention_options: Mapping[str, Any] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        img_size: int | tuple[int, int] = 224,
+        global_pool: Literal["token", "avg"] = "token",
+        final_norm: Literal["applied", "absent", "carried"] = "applied",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chans, num_classes)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        sizes = [StageSize(*stage) for stage in stages]
+        depths = [size.depth for size in sizes]
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        self.global_pool = global_pool
+        self.stem = nn.Identity()
+        self.stages = nn.ModuleList()
+        width, grid = in_chans, to_2tuple(img_size)
+        for size, choices, drop_paths in zip(sizes, plan(attention, depths, attention_options), rates, strict=True):
+            stride = 2 if self.stages else 4
+            downsample = ConvEmbed(width, size.dim, stride, stride, **factory)
+            width, grid = size.dim, downsample.grid(grid)
+            blocks = [
+                _block(size, choice, drop_path=rate, grid=grid, **factory)
+                for choice, rate in zip(choices, drop_paths, strict=True)
+            ]
+            token = global_pool == "token" and len(self.stages) == len(sizes) - 1
+            self.stages.append(PVTStage(downsample, blocks, dim=width, grid=grid, class_token=token, **factory))
+        norms: dict[str, Callable[[], nn.Module]] = {
+            "applied": lambda: nn.LayerNorm(width, eps=1e-6, **factory),
+            "absent": nn.Identity,
+            "carried": lambda: CarriedNorm(width, **factory),
+        }
+        self.norm = norms[final_norm]()
+        self.head = ClassifierHead(width, num_classes, drop_rate=drop_rate, **factory)
+        self.finish([size.dim for size in sizes], [4 * 2**i for i in range(len(sizes))])
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The class token, and what the mechanisms ask for. As published, position tables decay."""
+        tokens = {f"stages.{i}.cls_token" for i, stage in enumerate(self.stages) if stage.cls_token is not None}
+        return super().no_weight_decay() | tokens
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images of any size -> the last map `(B, C, h, w)`; with a class token, tokens `(B, 1 + h*w, C)`. Normed."""
+        if self.global_pool != "token":
+            return super().forward_features(x)
+        for stage in self.stages[:-1]:
+            x = stage(x)
+        x, _ = self.stages[-1].tokens(x)  # type: ignore[operator]
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` gives, to logits."""
+        if self.global_pool == "token":
+            x = x[:, 0, :, None, None]  # the class token as a map of one place
+        return super().forward_head(x, pre_logits)
+
+
+def _block(size: StageSize, choice: Choice, *, drop_path: float, grid: tuple[int, int], **factory: Any) -> nn.Module:
+    shared = {"grid": grid, **factory}
+    whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=size.mlp_ratio, drop_path=drop_path, **shared)
+    if whole is not None:
+        return whole
+    layer = make_layer(choice, size.dim, size.num_heads, projections="q_kv", reduction=size.reduction, **shared)
+    mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+    return PreNorm(size.dim, layer, mlp, drop_path=drop_path, eps=1e-6, **factory)

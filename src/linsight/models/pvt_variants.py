@@ -1,0 +1,53 @@
+"""PVT: the sizes of the host and the published variants, as data."""
+
+import dataclasses
+
+from ._pyramid import StageSize
+from ._registry import Host, Variant, add_hosts, add_variants
+from .pvt import PyramidVisionTransformer
+
+_DIMS, _HEADS, _MLPS, _REDUCTIONS = (64, 128, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4), (8, 4, 2, 1)
+DEPTHS = {"tiny": (2, 2, 2, 2), "small": (3, 4, 6, 3), "medium": (3, 4, 18, 3), "large": (3, 8, 27, 3)}
+
+
+def stages(size: str, heads: tuple[int, ...] = _HEADS) -> tuple[StageSize, ...]:
+    """Those of PVT-Tiny to PVT-Large."""
+    return tuple(map(StageSize, _DIMS, DEPTHS[size], heads, _MLPS, _REDUCTIONS))
+
+
+# The heads of InLine's hosts are twice as many; neither family has a class token or applies a final norm.
+_INLINE_HEADS = (2, 4, 10, 16)
+_CFG = {"first_conv": "stages.0.downsample.proj", "classifier": "head.fc"}
+_FEATURES = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+
+_official = [
+    Host(f"pvt_{size}", PyramidVisionTransformer, {"stages": stages(size)}, _CFG, _FEATURES) for size in DEPTHS
+]
+_meanpool = [
+    dataclasses.replace(
+        host,
+        name=f"{host.name}_meanpool",
+        args={"stages": stages(size, _INLINE_HEADS), "global_pool": "avg", "final_norm": "absent"},
+    )
+    for host, size in zip(_official, DEPTHS, strict=True)
+]
+add_hosts(*_official, *_meanpool)
+
+
+def _inline(size: str, top1: float, params: float, gmacs: float) -> Variant:
+    facts = {"top1": top1, "params": params * 1e6, "gmacs": gmacs}
+    return Variant(f"inline_pvt_{size}", f"pvt_{size}_meanpool", "inline", published=facts)
+
+
+def _focused(size: str, top1: float, params: float, gmacs: float) -> Variant:
+    facts = {"top1": top1, "params": params * 1e6, "gmacs": gmacs}
+    args = {"global_pool": "avg", "final_norm": "carried"}
+    return Variant(f"focused_pvt_{size}", f"pvt_{size}", "focused", args, published=facts)
+
+
+add_variants(
+    _inline("tiny", 78.2, 12.03, 1.98),
+    _inline("small", 82.0, 21.56, 3.91),
+    _inline("medium", 83.2, 37.62, 6.86),
+    _inline("large", 83.6, 51.15, 10.13),
+)
