@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import linsight
 from golden.fill import fill, fill_input
 from linsight import Grid, Layout
-from linsight.attention import Attention, Rename, Tokens, mechanism, split_heads
+from linsight.attention import Attention, Core, Rename, Tokens, create_core, mechanism, split_heads
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-4  # of the largest value of the published output
 # Statistics in a trace are means over many values: a real difference shows far above this.
 TRACE_TOLERANCE = 1e-3
+REDUCTION = (Rename("sr.", "reduction.sr."), Rename("norm.", "reduction.norm."))
 
 
 class Run(NamedTuple):
@@ -116,12 +117,39 @@ def inline_op(spec: dict[str, Any]) -> Run:
     return Run(layer, lambda: layer(x, grid))
 
 
+class WithLePE(nn.Module):
+    """A core, and CSwin's static convolution of v beside it, under its published name."""
+
+    def __init__(self, core: Core, dim: int) -> None:
+        super().__init__()
+        self.core = core
+        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, tokens: Tokens, grid: Grid) -> Tensor:
+        canvas = tokens.v.flatten(2).transpose(1, 2).unflatten(2, (grid.height, grid.width))
+        return self.core(tokens, Layout(grid)).flatten(2) + self.get_v(canvas).flatten(2).transpose(1, 2)
+
+
+def focused_op(spec: dict[str, Any]) -> Run:
+    """The layer on tokens; of CSwin, whose block owns the projections, the core."""
+    config, x = spec["config"], tensor(spec["input_shape"])
+    dim, num_heads, grid = config["dim"], heads(spec), Grid(*config["grid"])
+    options = {"power": config["focusing_factor"], "kernel_size": config["kernel_size"], "grid": grid[:2]}
+    if config["host"] == "cswin":
+        core = create_core("focused", dim, num_heads, **options)
+        module = WithLePE(core, dim)
+        return Run(module, lambda: module(Tokens(*split_heads(x, num_heads)), grid), core.published)
+    if config["host"] != "swin":
+        options |= {"projections": "q_kv", "reduction": config["sr_ratio"], "pool": 7 if config.get("linear") else 0}
+    layer = linsight.create_attention("focused", dim, num_heads, **options)
+    return Run(layer, lambda: layer(x, grid), REDUCTION)
+
+
 def softmax_op(spec: dict[str, Any]) -> Run:
     """PVT's attention with spatial reduction."""
     config, x = spec["config"], tensor(spec["input_shape"])
     layer = linsight.create_attention("softmax", config["dim"], heads(spec), reduction=config["sr_ratio"])
-    rules = (Rename("sr.", "reduction.sr."), Rename("norm.", "reduction.norm."))
-    return Run(layer, lambda: layer(x, Grid(*config["grid"])), rules)
+    return Run(layer, lambda: layer(x, Grid(*config["grid"])), REDUCTION)
 
 
 class CSwinBlock(nn.Module):
@@ -179,6 +207,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], Run]] = {
     "inline_op": inline_op,
     "inline_block": inline_block,
     "inline_deit": inline_deit,
+    "focused_op": focused_op,
     "softmax_op": softmax_op,
 }
 

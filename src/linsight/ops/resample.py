@@ -5,7 +5,7 @@ symbolic, a tile takes the rows and columns it needs, and each image of a padded
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,25 +16,37 @@ from .states import accumulator, full_precision
 Mode = Literal["bilinear", "bicubic"]
 
 
-def resize_matrix(old: int, new: int | Tensor, mode: Mode, *, start: int = 0, count: int | None = None) -> Tensor:
-    """Rows `start` to `start + count` of the float32 `(new, old)` matrix of `F.interpolate`, align_corners=False.
+def resize_matrix(
+    old: int,
+    new: int | Tensor,
+    mode: Mode,
+    *,
+    start: int = 0,
+    count: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows `start` to `start + count` of the `(new, old)` matrix of `F.interpolate`, align_corners=False.
 
-    `new` may be `(B,)`, a length for each image; then `count` is needed and the result is `(B, count, old)`.
+    `new` may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, count, old)`, and
+    `device` is that of `new`.
     """
     per_image = isinstance(new, Tensor)
-    device = new.device if isinstance(new, Tensor) else None
-    if count is None:
-        assert not isinstance(new, Tensor)
+    if isinstance(new, Tensor):
+        assert count is not None
+        device = new.device
+    elif count is None:
         count = new - start
-    length = new[:, None, None] if isinstance(new, Tensor) else new
-    place = torch.arange(count, device=device)[:, None] + (start + 0.5)
+    length = new[:, None, None].to(dtype) if isinstance(new, Tensor) else new
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    place = torch.arange(count, **factory)[:, None] + (start + 0.5)
     place = place * (old / length) - 0.5  # where each new sample falls among the old ones
     if mode == "bilinear":
         place = place.clamp(0, old - 1)
-        weights = (1 - (place - torch.arange(old, device=device)).abs()).clamp(min=0)
+        weights = (1 - (place - torch.arange(old, **factory)).abs()).clamp(min=0)
     else:
         # Taps beyond the rim are those of the rim.
-        taps = _cubic((place - torch.arange(-2, old + 2, device=device)).abs())
+        taps = _cubic((place - torch.arange(-2, old + 2, **factory)).abs())
         weights = taps[..., 2:-2].clone()
         weights[..., 0] += taps[..., :2].sum(-1)
         weights[..., -1] += taps[..., -2:].sum(-1)
@@ -48,15 +60,17 @@ def _cubic(x: Tensor, a: float = -0.75) -> Tensor:
     return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def pool_matrix(old: int, new: int) -> Tensor:
-    """The float32 `(new, old)` matrix of adaptive average pooling: bin i is the mean of floor(i r) to ceil((i + 1) r).
+def pool_matrix(
+    old: int, new: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The `(new, old)` matrix of adaptive average pooling: bin i is the mean of floor(i r) to ceil((i + 1) r).
 
     r = old / new.
     """
-    bins, place = torch.arange(new)[:, None], torch.arange(old)
+    bins, place = torch.arange(new, device=device)[:, None], torch.arange(old, device=device)
     start = bins * old // new
     stop = ((bins + 1) * old + new - 1) // new
-    inside = ((place >= start) & (place < stop)).float()
+    inside = ((place >= start) & (place < stop)).to(dtype)
     return inside / (stop - start)
 
 
@@ -80,8 +94,9 @@ def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> T
         return tile.take_grid(table)
     (top, bottom), (left, right) = tile.rows, tile.columns
     height, width = (grid.height, grid.width) if tile.sizes is None else tile.sizes.to(table.device).unbind(1)
-    rows = resize_matrix(size[0], height, mode, start=top, count=bottom - top)
-    columns = resize_matrix(size[1], width, mode, start=left, count=right - left)
+    factory: dict[str, Any] = {"device": table.device, "dtype": table.dtype}
+    rows = resize_matrix(size[0], height, mode, start=top, count=bottom - top, **factory)
+    columns = resize_matrix(size[1], width, mode, start=left, count=right - left, **factory)
     canvas = table.unflatten(1, tuple(size))
     if tile.sizes is not None:
         canvas = canvas.expand(rows.shape[0], -1, -1, -1)
