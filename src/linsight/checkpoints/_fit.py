@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from linsight.attention import Attention
+from linsight.models import fit_bias_table
+from linsight.ops import FittedTable
 
 from ._keys import is_constant, key_map, to_ours
 from ._projections import Entry, regroup
@@ -87,13 +90,14 @@ def _place(model: nn.Module, key: str, entry: Entry, target: Tensor, resize: boo
         return
     if tensor.shape != target.shape and _without_ones(tensor) == _without_ones(target):
         tensor = tensor.reshape(target.shape)  # a 1x1 convolution is a linear map
-    if tensor.shape != target.shape and key.rpartition(".")[2].startswith("pos_embed"):
-        old, new = _grids(model, key, tensor, target)
-        if old and new and resize:
-            tensor = resample_abs_pos_embed(tensor, list(new), list(old), target.shape[1] - math.prod(new))
-            done.resized.append(f"{entry.key} from {shape_text(old)} to {shape_text(new)}")
-        elif old and new:
-            row = row._replace(problem=f"a table of {shape_text(old)} for {shape_text(new)}: pass resize=True")
+    fitted = fit_table(model, key, tensor) if tensor.shape != target.shape else None
+    if fitted is not None and fitted.tensor.shape == target.shape:
+        grids = [shape_text(grid) for grid in (fitted.old, fitted.new)]
+        if resize:
+            tensor = fitted.tensor
+            done.resized.append(f"{entry.key} from {grids[0]} to {grids[1]}")
+        else:
+            row = row._replace(problem=f"a table of {grids[0]} for {grids[1]}: pass resize=True")
     if tensor.shape == target.shape:
         done.ready[key] = tensor
     else:
@@ -107,15 +111,31 @@ def _without_ones(tensor: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _grids(model: nn.Module, key: str, table: Tensor, target: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The square grid of a published position table and the model's; empty where there is none."""
-    owner = model.get_submodule(key.rpartition(".")[0])
-    new: tuple[int, ...] = tuple(getattr(getattr(owner, "patch_embed", None), "grid_size", None) or ())
-    if not new or table.ndim != 3 or target.ndim != 3 or table.shape[::2] != target.shape[::2]:
-        return (), ()
-    positions = table.shape[1] - (target.shape[1] - math.prod(new))  # prefix tokens have no place on the grid
-    side = math.isqrt(max(positions, 0))
-    return ((side, side) if side and side * side == positions else ()), new
+def fit_table(model: nn.Module, key: str, table: Tensor) -> FittedTable | None:
+    """A position table of another size as its owner resamples it: the innermost module on `key` that knows it."""
+    path = key.split(".")
+    for depth in range(len(path) - 1, -1, -1):
+        owner: Any = model.get_submodule(".".join(path[:depth]))
+        name = ".".join(path[depth:])
+        fit = getattr(owner, "fit_table", None)
+        fitted = fit(name, table) if fit else _fit_of_timm(owner, name, table)
+        if fitted is not None:
+            return fitted
+    return None
+
+
+def _fit_of_timm(owner: Any, name: str, table: Tensor) -> FittedTable | None:
+    """The same of timm's own models."""
+    if name == "relative_position_bias_table" and table.ndim == 2 and hasattr(owner, "window_size"):
+        return fit_bias_table(table, owner.window_size)
+    grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+    if name != "pos_embed" or not grid or table.ndim != 3:
+        return None
+    prefix = owner.pos_embed.shape[1] - math.prod(grid)  # which has no place on the grid
+    side = math.isqrt(max(table.shape[1] - prefix, 0))
+    if not side or side * side != table.shape[1] - prefix:
+        return None
+    return FittedTable(resample_abs_pos_embed(table, list(grid), [side, side], prefix), (side, side), tuple(grid))
 
 
 def _reason_to_drop(model: nn.Module, key: str, head: bool, pruned: bool) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from linsight.attention import Attention, Core, Rename
+from linsight.models import published_keys
 
 # Not the mechanism's but the layer's own: PVT's spatial reduction.
 REDUCTION = (Rename("sr.", "reduction.sr."), Rename("norm.", "reduction.norm."))
@@ -46,17 +47,21 @@ def longest(renames: Iterable[Rename], key: str, side: int) -> Rename | None:
 def key_map(model: nn.Module) -> list[Rules]:
     """The rules of `model`, outermost first."""
     found = []
-    inside = {id(layer.core) for layer in model.modules() if isinstance(layer, Attention)}
+    inside = {id(getattr(module, "core", None)) for module in model.modules()}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        renames: tuple[Rename, ...] = getattr(module, "published", ())
-        if isinstance(module, Attention):
-            renames += module.core.published + (REDUCTION if module.reduction is not None else ())
+        renames = published_keys(module)
+        core = getattr(module, "core", None)
+        if isinstance(core, Core):  # its rules are those of what it stands in
+            renames += core.published
+            if isinstance(module, Attention) and module.reduction is not None:
+                renames += REDUCTION
         elif isinstance(module, Core):
             if id(module) in inside:
                 continue
-            core = "core."
-            renames = tuple(r._replace(ours=r.ours.removeprefix(core)) for r in renames if r.ours.startswith(core))
+            renames = tuple(
+                r._replace(ours=r.ours.removeprefix("core.")) for r in renames if r.ours.startswith("core.")
+            )
         if renames:
             found.append(Rules(prefix, renames))
     return found

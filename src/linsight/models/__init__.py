@@ -1,10 +1,14 @@
 """Floor 3: hosts that take any mechanism, and their variants as tables, registered in timm."""
 
 from . import compact_variants as compact_variants
+from . import pvt_v2_variants as pvt_v2_variants
 from . import pvt_variants as pvt_variants
+from . import swin_variants as swin_variants
 from . import vit_variants as vit_variants
 from ._plan import Choice, plan
+from ._published import published_keys
 from ._registry import HOSTS, VARIANTS, Host, Variant, add_hosts, add_variants, create_model, default_attention
+from .swin import fit_bias_table
 
 __all__ = [
     "HOSTS",
@@ -16,5 +20,7 @@ __all__ = [
     "add_variants",
     "create_model",
     "default_attention",
+    "fit_bias_table",
     "plan",
+    "published_keys",
 ]

@@ -59,6 +59,14 @@ class ConvEmbed(nn.Module):
         return self.norm(x.flatten(2).transpose(1, 2)), Grid(x.shape[2], x.shape[3])
 
 
+def init_linear(module: nn.Module) -> None:
+    """The published initial weights of a linear layer; nothing to any other module."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class PreNorm(nn.Module):
     """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
 
@@ -136,14 +144,7 @@ class Pyramid(nn.Module):
             for i, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
         ]
         self.num_features = self.head_hidden_size = widths[-1]
-        self.apply(self.init_module)
-
-    def init_module(self, module: nn.Module) -> None:
-        """Linear layers as published; the rest keeps PyTorch's."""
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -64,11 +64,15 @@ HOSTS: dict[str, Host] = {}
 VARIANTS: dict[str, Variant] = {}
 # Adopters of timm's own models: the timm module that defines them -> how to make one with a mechanism.
 TIMM_HOSTS: dict[str, Callable[..., nn.Module]] = {}
+_REGISTERED: set[str] = set()  # in timm, by us
 
 
 def add_hosts(*hosts: Host) -> None:
-    """Make hosts known to `create_model`."""
-    HOSTS.update({host.name: host for host in hosts})
+    """Make hosts known to `create_model`, and to timm, with softmax attention, where it has no such name."""
+    for host in hosts:
+        HOSTS[host.name] = host
+        if not is_model(host.name):
+            _register(Variant(host.name, host.name, "softmax"))
 
 
 def add_variants(*variants: Variant) -> None:
@@ -90,6 +94,7 @@ def _register(variant: Variant) -> None:
     entrypoint.__module__ = __name__
     setattr(sys.modules[__name__], variant.name, entrypoint)
     register_model(entrypoint)
+    _REGISTERED.add(variant.name)
 
 
 def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -150,7 +155,7 @@ def create_model(
         return _build(
             VARIANTS[name], pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs
         )
-    if name in HOSTS:
+    if name in HOSTS and name in _REGISTERED:  # not PVTv2's, whose names and weights are timm's
         plain = Variant(name, host=name, attention="softmax")
         return _build(plain, pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs)
     base = name.partition(".")[0]

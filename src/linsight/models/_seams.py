@@ -1,8 +1,9 @@
 """What mechanisms and hosts may ask of each other, without knowing names."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from linsight.attention import Block, Core, Layer, create_attention, create_block, is_block, mechanism
 
@@ -41,11 +42,23 @@ def make_block(choice: Choice, dim: int, num_heads: int, **shared: Any) -> Block
     return create_block(choice.name, dim, num_heads, **shared, **choice.options)
 
 
+def inherit(new: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights whose name and shape `new` has."""
+    own = new.state_dict()
+    new.load_state_dict({k: t for k, t in weights.items() if k in own and own[k].shape == t.shape}, strict=False)
+
+
 def set_grid(module: nn.Module, grid: tuple[int, int]) -> None:
-    """Tell every mechanism in `module` that its tokens now lie on `grid`, which resamples its tables."""
-    for part in module.modules():
-        if isinstance(part, Layer | Block):
-            part.set_grid(grid)
+    """Tell all that is inside `module` and lies on a grid that it is now `grid`, which resamples tables.
+
+    What has a `set_grid` of its own, as layers and blocks have, answers for its own parts.
+    """
+    for part in module.children():
+        move = getattr(part, "set_grid", None)
+        if move is None:
+            set_grid(part, grid)
+        else:
+            move(grid)
 
 
 def asked_no_weight_decay(model: nn.Module) -> set[str]:

@@ -1,0 +1,38 @@
+"""timm's own models with a mechanism put in: what the adopters of the hosts share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+from timm.layers import to_2tuple
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from ._plan import Choice, plan
+from ._registry import TIMM_HOSTS
+
+# Makes a model of timm one of ours: the model, a choice for each block, and the size of images.
+Adopt = Callable[[Any, Sequence[Sequence[Choice]], tuple[int, int]], None]
+
+
+def add_timm_host(module: str, adopt: Adopt, depths: Callable[[Any], Sequence[int]], **always: Any) -> None:
+    """Let `create_model` take the models that the timm module `module` defines.
+
+    depths: the blocks of each stage of such a model.  always: arguments that the host needs.
+    """
+
+    def create(
+        name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
+    ) -> nn.Module:
+        features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+        model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
+        blocks = depths(model)
+        size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][-2:]
+        adopt(model, plan(attention, blocks, options), to_2tuple(size))
+        if not features:
+            return model
+        wrapped = FeatureGetterNet(model, indices or tuple(range(len(blocks))))
+        wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
+        return wrapped
+
+    TIMM_HOSTS[module] = create

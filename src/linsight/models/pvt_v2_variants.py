@@ -1,0 +1,50 @@
+"""PVTv2: the sizes of the host, which are timm's, and the published variants, as data."""
+
+from typing import Any
+
+from ._registry import Host, Variant, add_hosts
+from ._timm_hosts import add_timm_host
+from .pvt_v2 import PyramidVisionTransformerV2
+
+_DIMS, _HEADS = (64, 128, 320, 512), (1, 2, 5, 8)
+_SIZES: dict[str, dict[str, Any]] = {
+    "b0": {"embed_dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2)},
+    "b1": {"embed_dims": _DIMS, "depths": (2, 2, 2, 2)},
+    "b2": {"embed_dims": _DIMS, "depths": (3, 4, 6, 3)},
+    "b2_li": {"embed_dims": _DIMS, "depths": (3, 4, 6, 3), "linear": True},
+    "b3": {"embed_dims": _DIMS, "depths": (3, 4, 18, 3)},
+    "b4": {"embed_dims": _DIMS, "depths": (3, 8, 27, 3)},
+    "b5": {"embed_dims": _DIMS, "depths": (3, 6, 40, 3), "mlp_ratios": (4, 4, 4, 4)},
+}
+_CFG = {"first_conv": "patch_embed.proj", "classifier": "head"}
+_FEATURES = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+
+add_hosts(
+    *(
+        Host(f"pvt_v2_{size}", PyramidVisionTransformerV2, {"num_heads": _HEADS, **args}, _CFG, _FEATURES)
+        for size, args in _SIZES.items()
+    )
+)
+
+
+def _focused(size: str, params: float, gmacs: float, top1: float | None) -> Variant:
+    facts = {"top1": top1, "params": params * 1e6, "gmacs": gmacs}
+    known = {key: value for key, value in facts.items() if value is not None}
+    return Variant(f"focused_pvt_v2_{size}", f"pvt_v2_{size}", "focused", published=known)
+
+
+# FLatten, arXiv 2308.00442; the accuracy of b3 and b4 is read off a plot, that of b5 was not published.
+FOCUSED = (
+    _focused("b0", 3.59, 0.58, 71.1),
+    _focused("b1", 12.93, 2.22, 79.5),
+    _focused("b2", 22.55, 4.25, 82.5),
+    _focused("b3", 38.27, 7.28, 83.7),
+    _focused("b4", 51.84, 10.68, 84.0),
+    _focused("b5", 67.06, 12.44, None),
+)
+
+add_timm_host(
+    "timm.models.pvt_v2",
+    PyramidVisionTransformerV2.adopt,
+    depths=lambda model: [len(stage.blocks) for stage in model.stages],
+)
