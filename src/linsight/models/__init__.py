@@ -1,6 +1,7 @@
 """Floor 3: hosts that take any mechanism, and their variants as tables, registered in timm."""
 
 from . import compact_variants as compact_variants
+from . import cswin_variants as cswin_variants
 from . import pvt_v2_variants as pvt_v2_variants
 from . import pvt_variants as pvt_variants
 from . import swin_variants as swin_variants

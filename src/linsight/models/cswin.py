@@ -1,0 +1,235 @@
+"""The CSwin host: Dong et al., "CSWin Transformer", CVPR 2022 (arXiv 2107.00652).
+
+Four stages of pre-norm blocks on tokens, each behind an overlapping convolution (7x7 of stride 4, then 3x3
+of stride 2) and LayerNorm; no position table. A mechanism of quadratic cost has the host's stripes: half the
+heads see vertical ones (H x split), the other half horizontal ones (split x W), but for the last stage and
+grids that are not larger than a stripe, which are seen whole. The others see the whole grid with all heads.
+Beside the mechanism stands LePE, a 3x3 depthwise convolution of v inside the stripe, and what the mechanism
+is conditioned on is the residual stream before the norm.
+
+Any image size: a stripe that reaches over the rim is padded, and the padding is never absorbed. The stripes
+are those that the model is built for (`img_size`): at another size their width and number of heads stay.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import ClassifierHead, Mlp, calculate_drop_path_rates, to_2tuple
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linsight.attention import Core, Rename, Tokens, create_core, mechanism, merge_heads, require, split_heads
+from linsight.errors import LinsightError
+from linsight.ops import Grid, Layout, depthwise_conv
+
+from ._plan import Choice, plan
+from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize
+from ._seams import make_block, make_layer
+
+
+class Stripes(NamedTuple):
+    """How a grid is cut into stripes of `width` columns, or rows. The last one is padded with zeros."""
+
+    width: int
+    vertical: bool
+
+    def inner(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width of one stripe."""
+        return (grid[0], self.width) if self.vertical else (self.width, grid[1])
+
+    def count(self, grid: Grid) -> int:
+        """Stripes of a grid."""
+        return (self._side(grid) + self.width - 1) // self.width
+
+    def cut(self, x: Tensor, grid: Grid) -> Tensor:
+        """`(B, H*W, ...)` -> `(B * stripes, h*w, ...)`, those of an image together."""
+        x, count = x.unflatten(1, (grid.height, grid.width)), self.count(grid)
+        if self._padded(grid):
+            rest = x.ndim - 2 - self.vertical
+            x = F.pad(x, (*[0, 0] * rest, 0, count * self.width - self._side(grid)))
+        x = x.unflatten(1 + self.vertical, (count, self.width))
+        return (x.transpose(1, 2) if self.vertical else x).flatten(0, 1).flatten(1, 2)
+
+    def join(self, x: Tensor, grid: Grid) -> Tensor:
+        """The other way, without the padding."""
+        x = x.unflatten(0, (-1, self.count(grid))).unflatten(2, self.inner(grid))  # (B, stripes, h, w, C)
+        if self.vertical:
+            return x.transpose(1, 2).flatten(2, 3)[:, :, : grid.width].flatten(1, 2)
+        return x.flatten(1, 2)[:, : grid.height].flatten(1, 2)
+
+    def keep(self, x: Tensor, grid: Grid) -> Tensor | None:
+        """`(B * stripes, h*w)` bool, False for padding, of the batch of `x`; None where there is none."""
+        if not self._padded(grid):
+            return None
+        count = self.count(grid)
+        inside = torch.arange(count * self.width, device=x.device) < self._side(grid)
+        inside = inside.unflatten(0, (count, self.width)).unsqueeze(1 if self.vertical else 2)
+        inside = inside.expand(count, *self.inner(grid)).flatten(1)
+        return inside.expand(x.shape[0], -1, -1).flatten(0, 1)
+
+    def _side(self, grid: Grid) -> int:
+        return grid.width if self.vertical else grid.height
+
+    def _padded(self, grid: Grid) -> bool:
+        # In a graph, whether there is padding must not be asked: each answer would be a graph of its own.
+        return self.width > 1 and (torch.compiler.is_compiling() or self._side(grid) % self.width != 0)
+
+
+class Branch(nn.Module):
+    """A mechanism, on stripes of the grid or on all of it, and LePE."""
+
+    published = (Rename("get_v.", "lepe."),)
+
+    def __init__(
+        self, core: Core, dim: int, *, stripes: Stripes | None = None, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.stripes = stripes
+        self.core = core
+        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Move the mechanism's tables to those of another grid."""
+        self.core.set_grid(self.stripes.inner(grid) if self.stripes else grid)
+
+    def forward(self, qkv: Tensor, grid: Grid, cond: Tensor) -> Tensor:
+        """`qkv` `(B, H*W, 3, C)` and `cond` `(B, H*W, C)` -> `(B, H*W, C)`."""
+        if self.stripes is None:
+            return self._mix(qkv, grid, cond, None)
+        keep = self.stripes.keep(qkv, grid)
+        if keep is not None:
+            require(type(self.core), "keep", f"a grid that stripes of {self.stripes.width} do not divide")
+        inner = Grid(*self.stripes.inner(grid))
+        out = self._mix(self.stripes.cut(qkv, grid), inner, self.stripes.cut(cond, grid), keep)
+        return self.stripes.join(out, grid)
+
+    def _mix(self, qkv: Tensor, grid: Grid, cond: Tensor, keep: Tensor | None) -> Tensor:
+        q, k, v = qkv.unbind(2)
+        heads: int = self.core.num_heads  # type: ignore[assignment]
+        tokens = Tokens(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), cond, keep)
+        out = merge_heads(self.core(tokens, Layout(grid)))
+        return out + depthwise_conv(v, (grid.height, grid.width), self.lepe.weight, self.lepe.bias)
+
+
+class CrossShapedAttention(nn.Module):
+    """Projections around one branch for the whole grid or, with `split`, two with half the heads each.
+
+    The first has vertical stripes of `split` columns, the second horizontal ones. `grid`: see `create_core`.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        dim: int,
+        num_heads: int,
+        *,
+        grid: tuple[int, int],
+        split: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        cuts = [None] if split is None else [Stripes(split, vertical=True), Stripes(split, vertical=False)]
+        if num_heads < 1 or dim % num_heads or num_heads % len(cuts):
+            halves = f", and be even where two kinds of stripes (of {split}) share the heads" if split else ""
+            raise LinsightError(f"num_heads={num_heads} must divide dim={dim}{halves}")
+        dims, heads = dim // len(cuts), num_heads // len(cuts)
+        self.qkv = nn.Linear(dim, 3 * dim, **factory)
+        self.branches = nn.ModuleList()
+        for stripes in cuts:
+            place = stripes.inner(grid) if stripes else grid
+            core = create_core(choice.name, dims, heads, grid=place, **factory, **choice.options)
+            self.branches.append(Branch(core, dims, stripes=stripes, **factory))
+        self.proj = nn.Linear(dim, dim, **factory)
+
+    def forward(self, x: Tensor, grid: Grid, cond: Tensor | None = None) -> Tensor:
+        """`(B, H*W, C)`; the shape is kept. `cond`: what the mechanism is conditioned on, `x` if None."""
+        count = len(self.branches)
+        shares = self.qkv(x).unflatten(-1, (3, count, -1)).unbind(3)  # each (B, H*W, 3, C / count)
+        conds = (x if cond is None else cond).chunk(count, -1)
+        outs = [branch(qkv, grid, c) for branch, qkv, c in zip(self.branches, shares, conds, strict=True)]
+        return self.proj(outs[0] if count == 1 else torch.cat(outs, -1))
+
+
+class CSwinBlock(PreNorm):
+    """Pre-norm attention and MLP. As published, projections are the block's and a branch is one of `attns`."""
+
+    stream_as_cond = True
+    published = (
+        Rename("qkv.", "attn.qkv."),
+        Rename("proj.", "attn.proj."),
+        Rename("attns.", "attn.branches."),
+    )
+
+
+class CSwinTransformer(Pyramid):
+    """The host.
+
+    Args:
+        stages: width, depth, heads, MLP ratio and width of stripes of each stage; plain tuples do.
+        attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
+        img_size: what stripes and position tables are made for; any size works.
+    """
+
+    published = (
+        Rename("stage1_conv_embed.0.", "stages.0.downsample.proj."),
+        Rename("stage1_conv_embed.2.", "stages.0.downsample.norm."),
+        *(Rename(f"merge{i}.conv.", f"stages.{i}.downsample.proj.") for i in range(1, 4)),
+        *(Rename(f"merge{i}.norm.", f"stages.{i}.downsample.norm.") for i in range(1, 4)),
+        *(Rename(f"stage{i + 1}.", f"stages.{i}.blocks.") for i in range(4)),
+        Rename("head.", "head.fc."),
+    )
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[StageSize],
+        attention: str = "softmax",
+        attention_options: Mapping[str, Any] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        img_size: int | tuple[int, int] = 224,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chans, num_classes)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        sizes = [StageSize(*stage) for stage in stages]
+        depths = [size.depth for size in sizes]
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        self.stem = nn.Identity()
+        self.stages = nn.ModuleList()
+        width, grid = in_chans, to_2tuple(img_size)
+        for size, choices, drop_paths in zip(sizes, plan(attention, depths, attention_options), rates, strict=True):
+            shape = (3, 2, 1) if self.stages else (7, 4, 2)
+            downsample = ConvEmbed(width, size.dim, *shape, **factory)
+            width, grid = size.dim, downsample.grid(grid)
+            last = len(self.stages) == len(sizes) - 1
+            blocks = [
+                _block(size, choice, last=last, drop_path=rate, grid=grid, **factory)
+                for choice, rate in zip(choices, drop_paths, strict=True)
+            ]
+            self.stages.append(Stage(downsample, blocks))
+        self.norm = nn.LayerNorm(width, **factory)
+        self.head = ClassifierHead(width, num_classes, drop_rate=drop_rate, **factory)
+        self.finish([size.dim for size in sizes], [4 * 2**i for i in range(len(sizes))])
+
+
+def _block(
+    size: StageSize, choice: Choice, *, last: bool, drop_path: float, grid: tuple[int, int], **factory: Any
+) -> nn.Module:
+    shared = {"grid": grid, **factory}
+    whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=size.mlp_ratio, drop_path=drop_path, **shared)
+    if whole is not None:
+        return whole
+    entry, attn = mechanism(choice.name), None
+    if entry.kind == "core" and getattr(entry.factory, "projections", None) == "qkv":
+        split = None if last or max(grid) <= size.reduction or not entry.quadratic else size.reduction
+        attn = CrossShapedAttention(choice, size.dim, size.num_heads, split=split, **shared)
+    mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+    layer = attn or make_layer(choice, size.dim, size.num_heads, **shared)
+    return CSwinBlock(size.dim, layer, mlp, drop_path=drop_path, **factory)
