@@ -13,6 +13,7 @@ from linsight import export_published, load_published
 from linsight.attention import Rename, mechanism
 from linsight.checkpoints._keys import CONSTANTS, Rules, to_ours, to_published
 from linsight.errors import CheckpointError, LinsightError
+from linsight.models.cswin import CSwinTransformer
 
 
 def published(name):
@@ -133,10 +134,10 @@ def test_our_own_layout_is_told_from_the_published_one():
         assert equal(target.state_dict(), source.state_dict())
 
 
-class CSwinBlock(cases.CSwinBlock):
+def cswin_block():
     """A block that owns what its layer would: its rules lead to the layer's published names."""
-
-    published = (Rename("attns.0.", "attn."), Rename("qkv.", "attn.qkv."), Rename("proj.", "attn.proj."))
+    model = CSwinTransformer(stages=[(64, 1, 4, 4.0, 8)], attention="inline", img_size=32)
+    return model.stages[0].blocks[0]
 
 
 class Stages(nn.Module):
@@ -147,19 +148,19 @@ class Stages(nn.Module):
     def __init__(self):
         super().__init__()
         self.stages = nn.ModuleList([nn.Module()])
-        self.stages[0].blocks = nn.ModuleList([CSwinBlock(64, 4, 256), CSwinBlock(64, 4, 256)])
+        self.stages[0].blocks = nn.ModuleList([cswin_block(), cswin_block()])
 
 
 def test_rules_of_host_block_and_layer_compose():
     state, _, _ = published("inline/inline_block_cswin_d64_h4_8x8")
-    block = CSwinBlock(64, 4, 256)
+    block = cswin_block()
     load_published(block, state)
     assert equal(export_published(block), state)
     nested = {f"stage1.{i}.{key}": value + i for i in range(2) for key, value in state.items()}
     host = Stages()
     load_published(host, nested)
     assert equal(export_published(host), nested)
-    assert torch.equal(host.stages[0].blocks[1].attn.core.lepe.bias, state["attns.0.get_v.bias"] + 1)
+    assert torch.equal(host.stages[0].blocks[1].attn.branches[0].lepe.bias, state["attns.0.get_v.bias"] + 1)
 
 
 def test_the_longest_rule_wins_both_ways():

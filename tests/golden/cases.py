@@ -6,19 +6,23 @@ the mechanism's own rules and loaded strictly.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import timm
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 import linsight
 from golden.fill import fill, fill_input
 from linsight import Grid, Layout
-from linsight.attention import Attention, Core, Rename, Tokens, create_core, mechanism, split_heads
+from linsight.attention import Rename, Tokens, create_core, mechanism, split_heads
+from linsight.checkpoints._keys import key_map, to_published
+from linsight.models.cswin import Branch, CSwinTransformer
+from linsight.models.pvt_v2 import PyramidVisionTransformerV2
+from linsight.models.swin import SwinTransformer
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-4  # of the largest value of the published output
@@ -35,9 +39,27 @@ class Run(NamedTuple):
     renames: tuple[Rename, ...] = ()
 
 
-def names() -> list[str]:
-    """`mechanism/case` for every case in this folder."""
-    return sorted(f"{path.parent.name}/{path.stem}" for path in FOLDER.glob("*/*.json"))
+# Cases whose name is not that of a model here.
+MODELS = {"cswin_64_12211_tiny_224": "cswin_tiny"}
+
+
+def names(*, models: bool) -> list[str]:
+    """`mechanism/case` for every case in this folder: whole models, or layers and blocks."""
+    found = sorted(f"{path.parent.name}/{path.stem}" for path in FOLDER.glob("*/*.json"))
+    return [name for name in found if (model_name(name) is not None) == models]
+
+
+def model_name(case: str) -> str | None:
+    """The model of a case; None where it is a part of one."""
+    name = case.rpartition("/")[2]
+    name = MODELS.get(name, name)
+    return name if timm.is_model(name) else None
+
+
+def published_state(spec: dict[str, Any]) -> dict[str, Tensor]:
+    """The checkpoint of a case: every key filled by the rule, and the constant buffers, which nobody may read."""
+    filled = {key: torch.from_numpy(fill(key, tuple(shape))) for key, shape in spec["state_dict"]}
+    return filled | {key: torch.full(shape, torch.nan) for key, shape in spec.get("constant_buffers", ())}
 
 
 def load(name: str) -> tuple[dict[str, Any], Tensor]:
@@ -98,12 +120,9 @@ def inline_op(spec: dict[str, Any]) -> Run:
     dim, num_heads, (height, width) = config["dim"], heads(spec), config["grid"]
     x = tensor(spec["input_shape"])
     if config["host"] == "cswin":
-        core = mechanism("inline").factory(dim, num_heads, lepe=True)
-        q, k, v = split_heads(x, num_heads)
+        branch = Branch(create_core("inline", dim, num_heads), dim)
         mean = tensor([x.shape[1], dim], "x_mean")[:, None].expand(-1, height * width, -1)
-        tokens = Tokens(q, k, v, mean)
-        rules = (Rename("residual.", "generator."), Rename("get_v.", "lepe."))
-        return Run(core, lambda: core(tokens, Layout(Grid(height, width))).flatten(2), rules)
+        return Run(branch, lambda: branch(x.movedim(0, 2), Grid(height, width), mean))
     feature_map = {"leakyrelu": "leaky_relu"}.get(config.get("kernel_func", "identity"), config.get("kernel_func"))
     layer = linsight.create_attention(
         "inline",
@@ -117,28 +136,14 @@ def inline_op(spec: dict[str, Any]) -> Run:
     return Run(layer, lambda: layer(x, grid))
 
 
-class WithLePE(nn.Module):
-    """A core, and CSwin's static convolution of v beside it, under its published name."""
-
-    def __init__(self, core: Core, dim: int) -> None:
-        super().__init__()
-        self.core = core
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, tokens: Tokens, grid: Grid) -> Tensor:
-        canvas = tokens.v.flatten(2).transpose(1, 2).unflatten(2, (grid.height, grid.width))
-        return self.core(tokens, Layout(grid)).flatten(2) + self.get_v(canvas).flatten(2).transpose(1, 2)
-
-
 def focused_op(spec: dict[str, Any]) -> Run:
     """The layer on tokens; of CSwin, whose block owns the projections, the core."""
     config, x = spec["config"], tensor(spec["input_shape"])
     dim, num_heads, grid = config["dim"], heads(spec), Grid(*config["grid"])
     options = {"power": config["focusing_factor"], "kernel_size": config["kernel_size"], "grid": grid[:2]}
     if config["host"] == "cswin":
-        core = create_core("focused", dim, num_heads, **options)
-        module = WithLePE(core, dim)
-        return Run(module, lambda: module(Tokens(*split_heads(x, num_heads)), grid), core.published)
+        branch = Branch(create_core("focused", dim, num_heads, **options), dim)
+        return Run(branch, lambda: branch(x.movedim(0, 2), grid, x[0]))
     if config["host"] != "swin":
         options |= {"projections": "q_kv", "reduction": config["sr_ratio"], "pool": 7 if config.get("linear") else 0}
     layer = linsight.create_attention("focused", dim, num_heads, **options)
@@ -152,73 +157,60 @@ def softmax_op(spec: dict[str, Any]) -> Run:
     return Run(layer, lambda: layer(x, Grid(*config["grid"])), REDUCTION)
 
 
-class CSwinBlock(nn.Module):
-    """CSwin's block with one full branch: the layer is conditioned on the stream before the norm."""
-
-    renames = (
-        Rename("attns.0.residual.", "attn.core.generator."),
-        Rename("attns.0.get_v.", "attn.core.lepe."),
-        Rename("attns.0.", "attn.core."),
-        Rename("qkv.", "attn.qkv."),
-        Rename("proj.", "attn.proj."),
-    )
-
-    def __init__(self, dim: int, num_heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = linsight.create_attention("inline", dim, num_heads, lepe=True)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, hidden)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.attn(self.norm1(x), grid, cond=x)
-        return x + self.mlp(self.norm2(x))
-
-
-def inline_block(spec: dict[str, Any]) -> Run:
-    """A pre-norm block around the layer."""
+def block(spec: dict[str, Any]) -> Run:
+    """A block of a host, out of a model of one stage."""
     config, x = spec["config"], tensor(spec["input_shape"])
-    if config["host"] != "cswin":
-        raise KeyError(f"blocks of {config['host']}")
+    dim, num_heads, grid = config["dim"], heads(spec), Grid(*config["grid"])
+    attention = next((name for name in ("inline", "focused") if name in spec["name"]), "softmax")
     hidden = dict(spec["state_dict"])["mlp.fc1.weight"][0]
-    block = CSwinBlock(config["dim"], heads(spec), hidden)
-    return Run(block, lambda: block(x, Grid(*config["grid"])), block.renames)
-
-
-def inline_deit(spec: dict[str, Any]) -> Run:
-    """The whole model."""
-    config, images = spec["config"], tensor(spec["input_shape"])
-    model = linsight.create_model(
-        "vit_tiny",
-        attention="inline",
-        img_size=tuple(spec["input_shape"][2:]),
-        patch_size=config["patch"],
-        embed_dim=config["embed_dim"],
-        depth=config["depth"],
-        num_heads=heads(spec),
-        num_classes=spec["output_shape"][1],
-    )
-    return Run(model, lambda: model(images))
+    options = {}
+    if attention == "focused":
+        options = {"power": config["focusing_factor"], "kernel_size": config["kernel_size"]}
+    shared = {"attention": attention, "attention_options": options, "img_size": (4 * grid.height, 4 * grid.width)}
+    if config["host"] == "swin":
+        window = config["window_size"]
+        model = SwinTransformer(
+            embed_dim=dim, depths=[2], num_heads=[num_heads], window_size=window, attention_window=window, **shared
+        )
+        second = model.layers[0].blocks[1]  # the shifted one
+        assert max(second.shift) == config["shift_size"]
+        return Run(second, lambda: second(x, grid))
+    if config["host"] == "pvt_v2":
+        model = PyramidVisionTransformerV2(
+            depths=[1],
+            embed_dims=[dim],
+            num_heads=num_heads,
+            sr_ratios=config["sr_ratio"],
+            mlp_ratios=hidden / dim,
+            **shared,
+        )
+        first = model.stages[0].blocks[0]
+        sr = tuple(Rename(f"attn.{r.published}", f"attn.{r.ours}") for r in REDUCTION)
+        return Run(first, lambda: first(x, grid), (Rename("mlp.dwconv.dwconv.", "mlp.dwconv."), *sr))
+    # Not the last stage, which has no stripes.
+    stages = [(dim, 1, num_heads, hidden / dim, config["split_size"])] * 2
+    model = CSwinTransformer(stages=stages, **shared)
+    first = model.stages[0].blocks[0]
+    return Run(first, lambda: first(x, grid))
 
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], Run]] = {
     "linear_op": linear_op,
     "efficient_op": efficient_op,
     "inline_op": inline_op,
-    "inline_block": inline_block,
-    "inline_deit": inline_deit,
+    "inline_block": block,
+    "lepe_block": block,
+    "softmax_block": block,
+    "focused_block": block,
+    "block_pvt": block,
     "focused_op": focused_op,
     "softmax_op": softmax_op,
 }
 
 
-def rules(run: Run) -> Iterator[Rename]:
-    """Published prefixes and ours: those of the case, then those of every layer in it."""
-    yield from run.renames
-    for path, layer in run.module.named_modules():
-        if isinstance(layer, Attention):
-            prefix = f"{path}." if path else ""
-            yield from (Rename(prefix + rule.published, prefix + rule.ours) for rule in layer.core.published)
+def rules(run: Run) -> list[Rename]:
+    """Published names and ours: those of the case, then those of the modules in it."""
+    return [*run.renames, *model_rules(run.module)]
 
 
 def renamed(key: str, table: list[Rename], back: bool = False) -> str:
@@ -231,24 +223,29 @@ def renamed(key: str, table: list[Rename], back: bool = False) -> str:
 
 
 def load_filled(run: Run, spec: dict[str, Any]) -> None:
-    """Fill the published keys, rename, drop the 1x1 of pointwise convolutions, load strictly."""
-    table, shapes = list(rules(run)), {key: value.shape for key, value in run.module.state_dict().items()}
-    state = {}
-    for key, shape in spec["state_dict"]:
-        name, value = renamed(key, table), torch.from_numpy(fill(key, tuple(shape)))
-        state[name] = value.reshape(shapes[name]) if name in shapes and value.numel() == shapes[name].numel() else value
-    run.module.load_state_dict(state)
+    """Load the published state of a case."""
+    state = {renamed(key, list(run.renames)): value for key, value in published_state(spec).items()}
+    if state:
+        linsight.load_published(run.module, state)
 
 
-def first_difference(run: Run, trace: dict[str, Any]) -> str:
+def model_rules(model: nn.Module) -> list[Rename]:
+    """Full names of a model's modules, published and ours."""
+    steps = key_map(model)
+    paths = (path for path, _ in model.named_modules() if path)
+    return [Rename(to_published(f"{path}.", torch.empty(()), steps)[0], f"{path}.") for path in paths]
+
+
+def first_difference(module: nn.Module, call: Callable[[], Tensor], trace: dict[str, Any], table: list[Rename]) -> str:
     """The first submodule, in published order, whose output departs from the recorded statistics."""
-    table, outputs = list(rules(run)), {}
+    table = sorted(table, key=lambda rule: -len(rule.ours))
+    outputs: dict[str, Any] = {}
 
     def record(name: str) -> Callable[..., None]:
         return lambda module, args, out: outputs.setdefault(renamed(f"{name}.", table, back=True)[:-1], out)
 
-    handles = [m.register_forward_hook(record(name)) for name, m in run.module.named_modules()]
-    run.call()
+    handles = [m.register_forward_hook(record(name)) for name, m in module.named_modules()]
+    call()
     for handle in handles:
         handle.remove()
     for name, entry in trace.items():

@@ -63,12 +63,11 @@ class InLine(Core):
     Args:
         feature_map: phi, applied to q and k; "exp" is exp(0.2 x). Every published model uses identity.
         local: the dynamic convolution on v.
-        lepe: a static 3x3 depthwise convolution on v beside the dynamic one (CSwin).
     """
 
     capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
     halos = (0, 1)
-    published = (Rename("residual.", "core.generator."), Rename("get_v.", "core.lepe."))
+    published = (Rename("residual.", "core.generator."),)
 
     def __init__(
         self,
@@ -77,7 +76,6 @@ class InLine(Core):
         *,
         feature_map: Literal["identity", "relu", "leaky_relu", "exp"] = "identity",
         local: bool = True,
-        lepe: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -94,7 +92,6 @@ class InLine(Core):
             if local
             else None
         )
-        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory) if lepe else None  # type: ignore[arg-type]
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> InLineState:
         """Central moments of phi(k) and v, and the sum of x."""
@@ -109,9 +106,6 @@ class InLine(Core):
         if self.generator is not None:
             mean = state.x / state.kv.count.clamp(min=1)[:, None]
             kernels = self._generate(self.generator, mean)
-        if self.lepe is not None:  # two 3x3 convolutions of the same v are one
-            static = self.lepe.weight[:, 0].to(state.x.dtype)
-            kernels = static.expand(state.x.shape[0], -1, -1, -1) if kernels is None else kernels + static
         return InLineReader(state.kv.v, state.kv.covariance(), kernels)
 
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
@@ -123,8 +117,6 @@ class InLine(Core):
         if state.kernels is not None:
             v = mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :]
             local = tile.inner_grid(dynamic_depthwise_conv(v, tile.seen, state.kernels))
-            if self.lepe is not None and self.lepe.bias is not None:
-                local = local + self.lepe.bias.to(local.dtype)
             local = split_heads(local, self.num_heads)
             out = out + F.pad(local, (0, 0, 0, 0, tile.prefix, 0)) if tile.prefix else out + local
         return out.to(tokens.q.dtype)
