@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ._registry import Host, Variant, add_hosts
+from ._registry import Host, Variant, add_hosts, add_variants
 from ._timm_hosts import add_timm_host
 from .pvt_v2 import PyramidVisionTransformerV2
 
@@ -34,7 +34,7 @@ def _focused(size: str, params: float, gmacs: float, top1: float | None) -> Vari
 
 
 # FLatten, arXiv 2308.00442; the accuracy of b3 and b4 is read off a plot, that of b5 was not published.
-FOCUSED = (
+add_variants(
     _focused("b0", 3.59, 0.58, 71.1),
     _focused("b1", 12.93, 2.22, 79.5),
     _focused("b2", 22.55, 4.25, 82.5),

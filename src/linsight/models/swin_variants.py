@@ -42,7 +42,7 @@ add_variants(
 
 # FLatten, arXiv 2308.00442.
 _LLSS = "focused,focused,softmax,softmax"
-FOCUSED = (
+add_variants(
     _variant("focused", "tiny", _LLSS, 29.19, 4.48, 82.1),
     _variant("focused", "small", _LLSS, 50.51, 8.73, 83.5),
     _variant("focused", "base", _LLSS, 88.97, 15.42, 83.8),
