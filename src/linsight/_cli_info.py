@@ -124,6 +124,9 @@ def _mechanism(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Tabl
 
 
 def _model(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]:
+    from linsight.train import RECIPES
+
+    recipe = RECIPES.get(found["name"]) if found["published"] else None  # none of another mechanism in this model
     lines = [
         ("model", found["name"]),
         ("host", found["host"] + ", takes any mechanism: --attention NAME"),
@@ -132,6 +135,7 @@ def _model(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]
         ("parameters", f"{found['params']:,}"),
         ("multiply-adds", f"{found['gmacs']:.2f} G for one image"),
         ("published", ", ".join(_figure(*item) for item in found["published"].items())),
+        ("recipe", recipe.about if recipe else ""),
     ]
     return lines, []
 

@@ -16,7 +16,14 @@ from linsight.train._recipe import FIELDS, HINTS, Recipe
 from linsight.train.recipes import RECIPES
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
-_ABOUT = "\n\n".join(f"{name}: {shipped.about}" for name, shipped in RECIPES.items())
+_OWN = [name for name, shipped in RECIPES.items() if not shipped.published]
+_ABOUT = "\n\n".join(
+    [
+        *(f"{name}: {RECIPES[name].about}" for name in _OWN),
+        "As published, for ImageNet-1K, by the name of the model; 'linsight info MODEL' says what to expect: "
+        + ", ".join(name for name, shipped in RECIPES.items() if shipped.published),
+    ]
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -71,7 +78,7 @@ def _train(**options: Any) -> None:
 def _signature() -> inspect.Signature:
     """One option for each field of `Recipe`, beside those of the run itself."""
     own: list[tuple[str, Any, Any]] = [
-        ("recipe", str | None, typer.Option(help=f"one of {', '.join(RECIPES)}", rich_help_panel="Run")),
+        ("recipe", str | None, typer.Option(help=f"{', '.join(_OWN)}, or a published model", rich_help_panel="Run")),
         (
             "out",
             str | None,

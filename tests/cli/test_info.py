@@ -64,6 +64,11 @@ def test_models_cost_what_their_paper_says(run, name):
     assert found["gmacs"] == pytest.approx(found["published"]["gmacs"], rel=2e-3)
 
 
+def test_info_names_the_recipe_of_the_published_model(run):
+    assert "--recipe inline_deit_small --data IMAGENET" in run("info", "inline_deit_small")[1]
+    assert "--recipe" not in run("info", "inline_deit_small", "--attention", "linear")[1]
+
+
 def test_info_with_another_mechanism(run):
     found = json.loads(run("info", "inline_deit_tiny", "--attention", "linear", "--json")[1])
     assert found["attention"] == "linear"

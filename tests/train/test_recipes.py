@@ -5,6 +5,8 @@ import pytest
 from small import colours, truncate
 
 from linsight.errors import LinsightError, UnknownNameError
+from linsight.models import HOSTS, VARIANTS
+from linsight.models._registry import DEFAULT_CFG
 from linsight.train import RECIPES, Recipe, resolve, suggest
 from linsight.train._model import build
 from linsight.train._recipe import FIELDS, parse
@@ -18,15 +20,83 @@ def test_a_shipped_recipe_resolves_says_what_to_expect_and_survives_json(name):
     assert Recipe(**{field: parse(field, value) for field, value in kept.items()}) == recipe
 
 
-@pytest.mark.parametrize(("size", "batch", "top1"), [("tiny", 4096, 74.5), ("small", 1024, 80.2), ("base", 512, 82.3)])
-def test_inline_deit_is_trained_as_published(size, batch, top1):
-    recipe = resolve(f"inline_deit_{size}")
-    assert (recipe.batch_size, recipe.epochs, recipe.warmup_epochs, recipe.cooldown_epochs) == (batch, 300, 20, 0)
-    assert (recipe.lr, recipe.lr_base_batch, recipe.warmup_lr, recipe.min_lr) == (5e-4, 512, 5e-7, 5e-6)
-    assert (recipe.opt, recipe.weight_decay, recipe.clip_grad, recipe.drop_path) == ("adamw", 0.05, 5.0, 0.1)
-    assert (recipe.auto_augment, recipe.color_jitter, recipe.re_prob) == ("rand-m9-mstd0.5-inc1", 0.4, 0.25)
-    assert (recipe.mixup, recipe.cutmix, recipe.smoothing, recipe.ema) == (0.8, 1.0, 0.1, 0.0)
-    assert f"{top1} %" in RECIPES[f"inline_deit_{size}"].about
+PUBLISHED = [name for name, shipped in RECIPES.items() if shipped.published]
+
+
+def test_every_published_model_has_its_recipe():
+    variants = {
+        n for n, v in VARIANTS.items() if set(v.attention.split(",")) != {"softmax"} and "compact" not in v.host
+    }
+    assert variants <= set(PUBLISHED)
+    for name in PUBLISHED:
+        assert RECIPES[name].recipe.model == name
+        assert ("--init" in RECIPES[name].about) == name.endswith("_384")
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() & set(PUBLISHED)))
+def test_recipes_agree_with_their_models(name):
+    """What both tables say: the published accuracy, and how images are evaluated."""
+    recipe, variant = RECIPES[name].recipe, VARIANTS[name]
+    top1 = variant.published.get("top1")
+    assert top1 is None or f"{top1} % top-1" in RECIPES[name].about
+    config = {**DEFAULT_CFG, **HOSTS[variant.host].cfg, **variant.cfg}
+    assert (config["crop_pct"], config["crop_mode"]) == (recipe.crop_pct, recipe.eval_crop)
+    assert (config["interpolation"], config["num_classes"]) == (recipe.interpolation, 1000)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_share_augmentation_and_optimiser(name):
+    recipe = resolve(name)
+    assert (recipe.opt, recipe.opt_args, recipe.lr_base_batch, recipe.sched) == ("adamw", {}, 512, "cosine")
+    assert (recipe.auto_augment, recipe.color_jitter, recipe.interpolation) == ("rand-m9-mstd0.5-inc1", 0.4, "bicubic")
+    assert (recipe.re_prob, recipe.re_mode, recipe.smoothing) == (0.25, "pixel", 0.1)
+    assert (recipe.mixup, recipe.cutmix, recipe.mixup_prob, recipe.mixup_switch_prob) == (0.8, 1.0, 1.0, 0.5)
+    assert (recipe.eval_crop, recipe.crop_pct) == (
+        "squash",
+        1.0 if "_swin_base_384" in name else 0.875,
+    )
+    assert recipe.amp == ("off" if name.startswith("focused") else "auto")
+    assert recipe.ema == 0 or "cswin" in name
+
+
+# The tables of the papers' repositories: rate, at the start and end of its course, epochs, warm-up and cool-down,
+# decay, clipping, images of 8 GPUs, stochastic depth, averaging, and top-1.
+_ROWS = """
+inline_deit_tiny       5e-4 5e-7 5e-6 300 20  0 0.05 5 4096 0.1 0        74.5 %
+inline_deit_small      5e-4 5e-7 5e-6 300 20  0 0.05 5 1024 0.1 0        80.2 %
+inline_deit_base       5e-4 5e-7 5e-6 300 20  0 0.05 5  512 0.1 0        82.3 %
+inline_pvt_small       5e-4 1e-6 1e-5 300  5 10 0.05 0 1024 0.1 0        82.0 %
+inline_pvt_medium      5e-4 1e-6 1e-5 300  5 10 0.05 1 1024 0.3 0        83.2 %
+inline_pvt_large       5e-4 1e-6 1e-5 300  5 10 0.05 1  512 0.3 0        83.6 %
+inline_swin_tiny       5e-4 5e-7 5e-6 300 20  0 0.05 5 1024 0.2 0        82.4 %
+inline_swin_base       5e-4 5e-7 5e-6 300 20  0 0.05 5  512 0.5 0        84.1 %
+inline_swin_base_384   2e-5 2e-8 2e-7  30  5  0 1e-8 5  256 0.5 0        top-1 not published
+inline_cswin_tiny      5e-4 1e-6 1e-5 300 20 10 0.05 0 1024 0.2 0.9999   83.2 %
+inline_cswin_base      5e-4 1e-6 1e-5 300 20 10 0.1  0  512 0.5 0.99995  84.5 %
+inline_cswin_base_384  5e-6 5e-6 5e-7  20  0 10 1e-8 0  256 0.7 0.999975 85.7 %
+focused_pvt_tiny       5e-4 1e-6 1e-5 300  5 10 0.05 0 1024 0.1 0        77.8 %
+focused_pvt_small      5e-4 1e-6 1e-5 300  5 10 0.05 0  512 0.1 0        81.7 %
+focused_pvt_large      5e-4 1e-6 1e-5 300  5 10 0.05 1  256 0.3 0        about 83.45 %
+focused_pvt_v2_b0      5e-4 1e-6 1e-5 300  5 10 0.05 0 1024 0.1 0        71.1 %
+focused_pvt_v2_b4      5e-4 1e-6 1e-5 300  5 10 0.05 1  512 0.3 0        about 84.0 %
+focused_swin_small     5e-4 5e-7 5e-6 300 20  0 0.05 5 1024 0.3 0        83.5 %
+focused_swin_base_384  2e-5 2e-8 2e-7  30  5  0 1e-8 5  256 0.5 0        85.0 %
+focused_cswin_tiny     5e-4 1e-6 1e-5 300 20 10 0.05 0 2048 0.2 0.99984  83.1 %
+focused_cswin_small    5e-4 1e-6 1e-5 300 20 10 0.05 0 1024 0.4 0.99984  83.8 %
+focused_cswin_base     5e-4 1e-6 1e-5 300 20 10 0.1  0  512 0.5 0.99982  84.5 %
+focused_cswin_base_384 5e-6 5e-6 5e-7  20  0 10 1e-8 0  256 0.7 0.99982  85.5 %
+"""
+
+
+@pytest.mark.parametrize("row", _ROWS.strip().splitlines(), ids=lambda row: row.split()[0])
+def test_models_are_trained_as_published(row):
+    name, *numbers, result = row.split(maxsplit=12)
+    recipe = resolve(name)
+    rates = (recipe.lr, recipe.warmup_lr, recipe.min_lr)
+    times = (recipe.epochs, recipe.warmup_epochs, recipe.cooldown_epochs)
+    rest = (recipe.weight_decay, recipe.clip_grad, recipe.batch_size, recipe.drop_path, recipe.ema)
+    assert (*rates, *times, *rest) == pytest.approx(tuple(map(float, numbers)), abs=1e-12, rel=1e-7)
+    assert f": {result} " in RECIPES[name].about or f": {result}, " in RECIPES[name].about
 
 
 @pytest.mark.parametrize(
