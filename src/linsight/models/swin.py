@@ -88,10 +88,12 @@ class Windows:
     def __init__(self, grid: Grid, window: tuple[int, int], shift: tuple[int, int]) -> None:
         self.grid, self.window = grid, window
         self.padded = tuple(-(-side // size) * size for side, size in zip(grid[:2], window, strict=True))
-        # A grid of one window is not shifted.
+        # A side of one window is not shifted. In a graph that is not asked either, but computed.
         self.shift = tuple(
-            step if side > size else 0 for step, side, size in zip(shift, self.padded, window, strict=True)
+            step * torch.sym_min(side // size - 1, 1)
+            for step, side, size in zip(shift, self.padded, window, strict=True)
         )
+        self.shifted = any(shift if torch.compiler.is_compiling() else self.shift)
 
     @property
     def inner(self) -> Grid:
@@ -125,7 +127,7 @@ class Windows:
 
     def apart(self, like: Tensor) -> Tensor | None:
         """`(windows, 1, h*w, h*w)`, -100 between tokens of different regions; None without a shift."""
-        if not any(self.shift):
+        if not self.shifted:
             return None
         regions = []
         for padded, size, shift in zip(self.padded, self.window, self.shift, strict=True):
@@ -135,7 +137,7 @@ class Windows:
         return -100.0 * (region[:, None, :, None] != region[:, None, None, :]).to(like.dtype)
 
     def _roll(self, x: Tensor, sign: int) -> Tensor:
-        return x.roll([sign * step for step in self.shift], (1, 2)) if any(self.shift) else x
+        return x.roll([sign * step for step in self.shift], (1, 2)) if self.shifted else x
 
     def _cut(self, x: Tensor) -> Tensor:
         (h, w), (height, width) = self.window, self.padded

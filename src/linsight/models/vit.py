@@ -11,21 +11,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from timm.models import vision_transformer as timm_vit
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from linsight.attention import create_attention, create_block, is_block
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid
 
 from ._plan import Choice, plan
-from ._seams import asked_no_weight_decay
+from ._seams import asked_no_weight_decay, make_layer, set_grid
+from ._seams import make_block as whole_block
 
 
-def attention_layer(choice: Choice) -> type[nn.Module]:
+def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
     """A class for timm's `attn_layer=`, whose instances are linsight layers."""
 
     class Layer(nn.Module):
@@ -35,7 +35,7 @@ def attention_layer(choice: Choice) -> type[nn.Module]:
             if timm_args.get("attn_drop"):
                 raise LinsightError("linear attention has no score matrix to drop from: pass attn_drop_rate=0")
             shared = {key: timm_args[key] for key in ("qkv_bias", "proj_bias", "proj_drop", "device", "dtype")}
-            return create_attention(choice.name, dim, num_heads, **{**shared, **choice.options})
+            return make_layer(choice, dim, num_heads, grid=grid, **shared)
 
     return Layer
 
@@ -49,13 +49,16 @@ class Block(timm_vit.Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-def make_block(dim: int, num_heads: int, *, choices: list[Choice], depth: int = 0, **timm_args: Any) -> nn.Module:
+def make_block(
+    dim: int, num_heads: int, *, choices: list[Choice], grid: tuple[int, int], depth: int = 0, **timm_args: Any
+) -> nn.Module:
     """For timm's `block_fn=`: the block at `depth`, around the mechanism chosen for it."""
     choice = choices[depth]
-    if is_block(choice.name):
-        shared = {key: timm_args[key] for key in ("mlp_ratio", "drop_path", "device", "dtype")}
-        return create_block(choice.name, dim, num_heads, **shared, **choice.options)
-    return Block(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice)})
+    shared = {key: timm_args[key] for key in ("mlp_ratio", "drop_path", "device", "dtype")}
+    whole = whole_block(choice, dim, num_heads, grid=grid, **shared)
+    if whole is not None:
+        return whole
+    return Block(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice, grid)})
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -67,6 +70,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     def __init__(
         self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
         *timm_args: Any,
         attention: str = "softmax",
         attention_options: Mapping[str, Any] | None = None,
@@ -74,7 +79,9 @@ class VisionTransformer(timm_vit.VisionTransformer):
         **timm_kwargs: Any,
     ) -> None:
         (choices,) = plan(attention, [depth], attention_options)
-        super().__init__(*timm_args, depth=depth, **host_arguments(choices), **timm_kwargs)
+        (height, width), (down, right) = to_2tuple(img_size), to_2tuple(patch_size)
+        ours = host_arguments(choices, (height // down, width // right))
+        super().__init__(img_size, patch_size, *timm_args, depth=depth, **ours, **timm_kwargs)
         if not isinstance(self.patch_drop, nn.Identity):
             raise LinsightError("dropped patches leave no grid: pass patch_drop_rate=0")
 
@@ -95,6 +102,11 @@ class VisionTransformer(timm_vit.VisionTransformer):
         super().init_weights(mode, needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """timm's; the tables of mechanisms are resampled too."""
+        super().set_input_size(*args, **kwargs)
+        set_grid(self.blocks, self.patch_embed.grid_size)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -160,10 +172,10 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return block(x, grid)
 
 
-def host_arguments(choices: list[Choice]) -> dict[str, Any]:
-    """What timm's VisionTransformer is built with to become the host."""
+def host_arguments(choices: list[Choice], grid: tuple[int, int]) -> dict[str, Any]:
+    """What timm's VisionTransformer is built with to become the host; `grid` is that of its image size."""
     return {
-        "block_fn": functools.partial(make_block, choices=choices),
+        "block_fn": functools.partial(make_block, choices=choices, grid=grid),
         "dynamic_img_size": True,
         # without it, timm asserts divisible sizes, which makes a compiled graph for each
         "dynamic_img_pad": True,

@@ -52,9 +52,11 @@ def _timm_vit(
     name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
     """timm's own ViT `name`, its weights too where asked, on our host."""
-    depth = kwargs.get("depth") or len(timm.create_model(name, device="meta").blocks)
-    (choices,) = plan(attention, [depth], options)
-    model = timm.create_model(name, pretrained=pretrained, **{**kwargs, **host_arguments(choices)})
+    shape = {key: value for key, value in kwargs.items() if key in ("img_size", "patch_size", "depth")}
+    plain = timm.create_model(name, device="meta", **shape)
+    (choices,) = plan(attention, [len(plain.blocks)], options)
+    ours = host_arguments(choices, plain.patch_embed.grid_size)
+    model = timm.create_model(name, pretrained=pretrained, **{**kwargs, **ours})
     VisionTransformer.adopt(model.model if kwargs.get("features_only") else model)
     return model
 
