@@ -59,8 +59,8 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
     data = open_data(run.recipe)
     for note in data.notes:
         report.note(note)
-    trainer = Trainer(run, data, report)
     state = run.load_state()
+    trainer = Trainer(run, data, report, fresh=state is None)
     if state is not None:
         trainer.load(state)
     try:
@@ -71,9 +71,9 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
 
 
 class Trainer:
-    """One run in progress."""
+    """One run in progress. `fresh`: it has no saved state, and so starts from the weights of its recipe."""
 
-    def __init__(self, run: Run, data: Data, report: Silent) -> None:
+    def __init__(self, run: Run, data: Data, report: Silent, *, fresh: bool = True) -> None:
         recipe = self.recipe = run.recipe
         self.run, self.data, self.report = run, data, report
         self.stop = Stop()
@@ -81,6 +81,8 @@ class Trainer:
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
         model = _model.build(recipe, len(data.classes))
+        if recipe.init and fresh:
+            report.note(str(_model.start_from(model, recipe.init)))
         size = _model.image_size(recipe, model)
         self.feeds = open_feeds(recipe, data, size, device, report.note)
         self.steps = len(self.feeds.order)

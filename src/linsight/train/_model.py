@@ -11,6 +11,7 @@ from safetensors.torch import save as to_bytes
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
+from linsight.checkpoints import LoadReport, load_published
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_model
 
@@ -22,7 +23,8 @@ WEIGHTS = "best.safetensors"
 _KEPT = [
     name
     for name, field in FIELDS.items()
-    if field.metadata["group"] == "Model" or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop")
+    if (field.metadata["group"] == "Model" and name != "init")
+    or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop")
 ]
 
 
@@ -64,6 +66,18 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
         )
     except TypeError as error:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
+
+
+def start_from(model: nn.Module, source: str) -> LoadReport:
+    """Fill a model from other weights; a classifier of another number of classes stays as it is.
+
+    Raises:
+        CheckpointError: they cannot be read safely, or are of another model.
+    """
+    path = pathlib.Path(source)
+    source = str(path / WEIGHTS) if path.is_dir() else source
+    report = load_published(model, source, strict=False)
+    return load_published(model, source, head=False) if report.mismatched else report
 
 
 def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
@@ -134,8 +148,6 @@ def load_named(name: str, checkpoint: str) -> Trained:
     A thousand classes are taken for those of ImageNet-1K, by their WordNet ids; others are called by
     their index.
     """
-    from linsight.checkpoints import load_published
-
     model = create_model(name)
     load_published(model, checkpoint)
     cfg: Any = model.pretrained_cfg

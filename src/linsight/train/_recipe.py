@@ -36,6 +36,7 @@ class Recipe:
     in_chans: int = _field(_MODEL, 3, "3 reads images as RGB, 1 as grey", ("1", "3"))
     num_classes: int | None = _field(_MODEL, None, "none: as many as the data has")
     drop_path: float = _field(_MODEL, 0.0, "stochastic depth of the last block")
+    init: str | None = _field(_MODEL, None, "weights to start from, published or one's own: a run, a file, an address")
 
     data: str = _field(_DATA, "digits", "a folder, a tar, Parquet files, 'digits', or a name of timm's: torch/cifar10")
     data_dir: str | None = _field(_DATA, None, "where the data of a torch/ or hfds/ name is kept")
