@@ -75,11 +75,10 @@ def pool_matrix(
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """R_y x R_x^T: `x` `(B, h, w, C)`, `rows` `(H, h)` or `(B, H, h)`, `columns` alike -> `(B, H, W, C)`."""
+    """R_y x R_x^T: `x` `(..., h, w, C)`, `rows` `(..., H, h)`, `columns` alike -> `(..., H, W, C)`."""
     with full_precision(x):
-        rows, columns = rows.to(x), columns.to(x)
-        x = torch.matmul(rows, x.flatten(2)).unflatten(2, x.shape[2:])  # (B, H, w, C)
-        return torch.matmul(columns[..., None, :, :] if columns.ndim == 3 else columns, x)
+        x = torch.matmul(rows.to(x), x.flatten(-2)).unflatten(-1, x.shape[-2:])  # (..., H, w, C)
+        return torch.matmul(columns.to(x).unsqueeze(-3), x)
 
 
 def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> Tensor:
@@ -99,8 +98,8 @@ def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> T
     columns = resize_matrix(size[1], width, mode, start=left, count=right - left, **factory)
     canvas = table.unflatten(1, tuple(size))
     if tile.sizes is not None:
-        canvas = canvas.expand(rows.shape[0], -1, -1, -1)
-    return separable(canvas, rows, columns).flatten(1, 2)
+        return separable(canvas.expand(rows.shape[0], -1, -1, -1), rows, columns).flatten(1, 2)
+    return separable(canvas[0], rows, columns).flatten(0, 1)[None]  # a batch of 1 would be guarded in exported graphs
 
 
 class FittedTable(NamedTuple):
