@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from linsight.attention import Core, Rename, Tokens, create_core, mechanism, merge_heads, require, split_heads
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout, depthwise_conv
+from linsight.ops import Grid, Layout, depthwise_conv, shifted_products
 
 from ._plan import Choice, plan
 from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize
@@ -53,10 +53,12 @@ class Stripes(NamedTuple):
 
     def join(self, x: Tensor, grid: Grid) -> Tensor:
         """The other way, without the padding."""
-        x = x.unflatten(0, (-1, self.count(grid))).unflatten(2, self.inner(grid))  # (B, stripes, h, w, C)
-        if self.vertical:
-            return x.transpose(1, 2).flatten(2, 3)[:, :, : grid.width].flatten(1, 2)
-        return x.flatten(1, 2)[:, : grid.height].flatten(1, 2)
+        x = x.unflatten(0, (-1, self.count(grid)))  # (B, stripes, h*w, C)
+        if self._padded(grid):  # not by a slice: a graph would ask whether it is all there is
+            return x.flatten(1, 2).index_select(1, self._places(grid, x.device))
+        if not self.vertical:
+            return x.flatten(1, 2)
+        return x.unflatten(2, self.inner(grid)).transpose(1, 2).flatten(1, 3)
 
     def keep(self, x: Tensor, grid: Grid) -> Tensor | None:
         """`(B * stripes, h*w)` bool, False for padding, of the batch of `x`; None where there is none."""
@@ -67,6 +69,14 @@ class Stripes(NamedTuple):
         inside = inside.unflatten(0, (count, self.width)).unsqueeze(1 if self.vertical else 2)
         inside = inside.expand(count, *self.inner(grid)).flatten(1)
         return inside.expand(x.shape[0], -1, -1).flatten(0, 1)
+
+    def _places(self, grid: Grid, device: torch.device) -> Tensor:
+        """Where each token of the grid lies among those of all stripes: `(H*W,)`."""
+        if not self.vertical:
+            return torch.arange(grid.height * grid.width, device=device)
+        rows, columns = torch.arange(grid.height, device=device), torch.arange(grid.width, device=device)
+        stripe, column = columns // self.width, columns % self.width
+        return ((stripe * grid.height + rows[:, None]) * self.width + column).flatten()
 
     def _side(self, grid: Grid) -> int:
         return grid.width if self.vertical else grid.height
@@ -109,7 +119,15 @@ class Branch(nn.Module):
         heads: int = self.core.num_heads  # type: ignore[assignment]
         tokens = Tokens(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), cond, keep)
         out = merge_heads(self.core(tokens, Layout(grid)))
-        return out + depthwise_conv(v, (grid.height, grid.width), self.lepe.weight, self.lepe.bias)
+        return out + self._lepe(v, (grid.height, grid.width))
+
+    def _lepe(self, v: Tensor, size: tuple[int, int]) -> Tensor:
+        assert self.lepe.bias is not None
+        if self.stripes is None or not torch.compiler.is_compiling():
+            return depthwise_conv(v, size, self.lepe.weight, self.lepe.bias)
+        # How a convolution is best run depends on the number of stripes, so a graph would be tied to it.
+        out = shifted_products(v, size, self.lepe.weight.transpose(0, 1)) + self.lepe.bias
+        return out.to(v.dtype)
 
 
 class CrossShapedAttention(nn.Module):
