@@ -10,6 +10,7 @@ import linsight
 import matrix
 from linsight.attention import list_attentions, mechanism, unregister
 from linsight.errors import UnknownNameError
+from test_hosts import SMALL
 
 CORE = '''
 """A gated mean: o_i = sigmoid(q_i) * mean_j(sigmoid(k_j) * v_j)."""
@@ -130,11 +131,10 @@ def test_toys_pass_the_matrix(subject, check):
     check(subject)
 
 
-@pytest.mark.parametrize("host", ["vit_tiny", "compact_pico"])
+@pytest.mark.parametrize("host", SMALL)
 @pytest.mark.parametrize("subject", TOYS, indirect=True)
 def test_toys_in_hosts(subject, host):
-    size = {"depth": 2, "img_size": 32} if host == "vit_tiny" else {}
-    model = linsight.create_model(host, attention=f"{subject.name}:1/softmax", num_classes=5, **size)
+    model = linsight.create_model(host, attention=f"{subject.name}:1/softmax", **{**SMALL[host], "num_classes": 5})
     out = model(torch.randn(2, 3, 40, 24))
     out.square().mean().backward()
     assert out.shape == (2, 5)
