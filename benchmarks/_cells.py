@@ -42,14 +42,17 @@ def alternate(sides: dict[int, str], make: Make, send: Send, device: torch.devic
             act()
         except Exception as error:  # of whatever kind: it is what there is to report
             steps.pop(side, None)
-            send(side, "error", (str(error) or type(error).__name__).strip().splitlines()[0][:200])
+            send(side, "error", (str(error).strip() or type(error).__name__).splitlines()[0][:200])
         if side not in steps:
             _release(device)
 
     def prepare(side: int) -> None:
         facts, step = make(sides[side])
         send(side, "facts", facts)
-        steps[side] = step, max(1, round(SAMPLE / _timed(step, 1, device)))
+        took = _timed(step, 1, device)
+        if took < seconds / 10:  # the very first one also sets things up
+            took = _timed(step, 1, device)
+        steps[side] = step, max(1, round(SAMPLE / max(took, 1e-9)))
 
     def sample(side: int) -> None:
         if rounds:
