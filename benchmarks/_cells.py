@@ -122,7 +122,10 @@ def _resident(key: str) -> int:
 
 
 class Worker:
-    """A process that measures cells, one after the other: `measure(cell, sides, send)` for `{index: name}` sides."""
+    """A process that measures cells, one after the other: `measure(cell, sides, send)` for `{index: name}` sides.
+
+    limit: seconds that building a side and its first step, or a later sample, may take.
+    """
 
     def __init__(self, measure: Callable[..., None], limit: float) -> None:
         self.measure, self.limit = measure, limit
@@ -162,9 +165,8 @@ class Worker:
         return None
 
     def _messages(self) -> Iterator[tuple[int, str, Any]]:
-        end = time.monotonic() + self.limit
         while True:
-            if not self.pipe.poll(max(0.0, end - time.monotonic())):
+            if not self.pipe.poll(self.limit):
                 yield -1, "lost", f"took more than {self.limit:g} s"
                 return
             try:

@@ -145,7 +145,7 @@ def table_row(names: tuple[str, str], cell: Cell, sides: list[Side]) -> list[str
     ours, beside = names
     made_by = f"timm {timm.__version__}" if beside in TIMM.values() else "ours: timm has none"
     found = ratios(*sides)
-    times = [spread([1000 * t for t in side.times], ".4g") if side.times else side.error for side in sides]
+    times = [spread([1000 * t for t in side.times], ".1f") if side.times else side.error for side in sides]
     known = [(side.facts.get(key), form) for key, form in COSTS.values() for side in sides]
     return [
         *(ours, f"{beside} ({made_by})", str(cell.size), str(cell.batch), STEPS[cell.step]),
@@ -263,7 +263,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--amp", default="off", choices=("off", "auto", "bf16", "fp16"), help="mixed precision")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--seconds", type=float, default=20.0, help="to spend on the rounds of a cell; there are three at least")
-    add("--limit", type=float, default=300.0, help="seconds after which a model is given up in a cell")
+    add(
+        "--limit",
+        type=float,
+        default=100.0,
+        help="seconds for a model's first step, or a later one: else it is given up",
+    )
     add("--csv", type=Path, default=Path("hosts.csv"), help="file to write")
     options = parser.parse_args(arguments)
     if options.threads < 1:
