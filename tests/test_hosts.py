@@ -17,9 +17,37 @@ from linsight.models import HOSTS
 SMALL = {
     "vit_tiny": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7},
     "compact_pico": {"num_classes": 7},
+    "pvt_tiny": {
+        "stages": [(8, 1, 1, 2.0, 4), (16, 2, 2, 2.0, 2), (16, 1, 2, 2.0, 2), (16, 2, 2, 2.0, 1)],
+        "img_size": 64,
+        "num_classes": 7,
+    },
+    "pvt_v2_b0": {"embed_dims": (8, 16, 16, 16), "depths": (1, 2, 1, 2), "num_heads": (1, 2, 2, 2), "num_classes": 7},
+    "swin_tiny": {
+        "embed_dim": 8,
+        "depths": (2, 2, 1, 1),
+        "num_heads": (1, 2, 2, 2),
+        "window_size": 3,
+        "img_size": 64,
+        "drop_path_rate": 0.0,
+        "num_classes": 7,
+    },
+    "cswin_tiny": {
+        "stages": [(8, 1, 2, 2.0, 1), (16, 2, 2, 2.0, 2), (16, 2, 2, 2.0, 2), (16, 1, 2, 2.0, 2)],
+        "img_size": 64,
+        "num_classes": 7,
+    },
 }
 MECHANISMS = [entry.name for entry in list_attentions()]
+# The first size is the one that the model is built for. Those of a pyramid leave its last stage several tokens, and
+# the windows of Swin more than one: a single one is a graph of its own.
 SIZES = ((32, 32), (40, 24), (33, 17), (16, 56), (24, 24))
+PYRAMID_SIZES = ((64, 64), (160, 96), (131, 97), (67, 149), (96, 96))
+
+
+def sizes(host):
+    return SIZES if host in ("vit_tiny", "compact_pico") else PYRAMID_SIZES
+
 
 hosts = pytest.mark.parametrize("host", SMALL)
 mechanisms = pytest.mark.parametrize("attention", MECHANISMS)
@@ -74,7 +102,7 @@ def test_copies_are_equal(host, attention):
 def test_gradient_checkpointing_with_two_sizes_in_one_step(host):
     """Each call recomputes on its own grid."""
     model = build(host).eval()
-    images = [torch.randn(2, 3, *size) for size in SIZES[:2]]
+    images = [torch.randn(2, 3, *size) for size in sizes(host)[:2]]
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -92,7 +120,7 @@ def test_two_graphs_for_five_sizes(host):
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
-        for size in SIZES:
+        for size in sizes(host):
             x = torch.randn(2, 3, *size)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2
@@ -104,8 +132,8 @@ def test_export_with_dynamic_sizes(host):
     model = build(host).eval()
     dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(2, 3, 40, 24),), dynamic_shapes=(dims,)).module()
-        for size in SIZES:
+        program = torch.export.export(model, (torch.randn(2, 3, *sizes(host)[1]),), dynamic_shapes=(dims,)).module()
+        for size in sizes(host):
             x = torch.randn(3, 3, *size)
             torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
@@ -131,11 +159,11 @@ def test_mechanisms_may_ask_for_no_decay(host, monkeypatch):
 @hosts
 def test_features_at_their_strides(host):
     model = build(host, features_only=True).eval()
-    maps = model(torch.randn(1, 3, 32, 48))
+    maps = model(torch.randn(1, 3, 64, 96))
     for map_, channels, reduction in zip(
         maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
     ):
-        assert map_.shape == (1, channels, 32 // reduction, 48 // reduction)
+        assert map_.shape == (1, channels, 64 // reduction, 96 // reduction)
 
 
 @hosts

@@ -89,7 +89,11 @@ def test_weights_of_timm_go_on(monkeypatch):
     made = []
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: made.append(create(*a, **k)) or made[-1])
-    for name, arguments in (("swin_tiny_patch4_window7_224", SMALL), ("pvt_v2_b0", {}), ("pvt_v2_b2_li", {"depths": (1, 1, 1, 1)})):
+    for name, arguments in (
+        ("swin_tiny_patch4_window7_224", SMALL),
+        ("pvt_v2_b0", {}),
+        ("pvt_v2_b2_li", {"depths": (1, 1, 1, 1)}),
+    ):
         torch.manual_seed(3)
         theirs = create(name, **arguments).eval()
         x = torch.randn(1, 3, 64, 64)

@@ -40,7 +40,7 @@ class Subject(NamedTuple):
                 pytest.skip(f"{self.name} declares no '{name}'")
 
     def layer(self, dim: int = 16, num_heads: int = 2, **options: Any) -> nn.Module:
-        """The layer; of a mechanism that is a whole block, the block. Tables are made for a grid of 4x6, and not zero."""
+        """The layer, or the block of a mechanism that is one. Tables are made for a grid of 4x6, and not zero."""
         create = create_block if self.entry.kind == "block" else create_attention
         layer = create(self.name, dim, num_heads, **{"grid": (4, 6), **dict(self.options), **options})
         for parameter in layer.parameters():

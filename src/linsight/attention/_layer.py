@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, mask_tokens, pool_matrix, separable
+from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, mask_tokens, pool_matrix
 
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
 from ._registry import mechanism, require
@@ -47,14 +47,12 @@ class Reduction(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """`(B, H*W, C)` -> `(B, h*w, C)` and its grid."""
-        canvas = x.unflatten(1, (grid.height, grid.width))
+        canvas = x.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
         if self.pool:
-            rows, columns = (pool_matrix(side, self.pool).to(x.device) for side in (grid.height, grid.width))
-            canvas = separable(canvas, rows, columns)
-        canvas = canvas.permute(0, 3, 1, 2)  # (B, C, H, W)
-        if self.ratio > 1:
-            low, wide = max(0, self.ratio - grid.height), max(0, self.ratio - grid.width)
-            canvas = F.pad(canvas, (0, wide, 0, low))
+            rows, columns = (pool_matrix(n, self.pool, device=x.device, dtype=x.dtype) for n in grid[:2])
+            canvas = rows @ canvas @ columns.T
+        elif grid.height < self.ratio or grid.width < self.ratio:
+            canvas = F.pad(canvas, (0, max(0, self.ratio - grid.width), 0, max(0, self.ratio - grid.height)))
         canvas = self.sr(canvas)
         x = self.norm(canvas.flatten(2).transpose(1, 2))
         return F.gelu(x) if self.pool else x, Grid(canvas.shape[2], canvas.shape[3])

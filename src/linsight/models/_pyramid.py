@@ -10,6 +10,7 @@ from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 from linsight.ops import Grid
@@ -30,7 +31,10 @@ class StageSize(NamedTuple):
 
 
 class ConvEmbed(nn.Module):
-    """A strided convolution and LayerNorm: images or maps `(B, C, H, W)` to tokens."""
+    """A strided convolution and LayerNorm: images or maps `(B, C, H, W)` to tokens.
+
+    Floors as convolutions do; a map smaller than the kernel is first padded to it with zeros.
+    """
 
     def __init__(
         self,
@@ -50,11 +54,14 @@ class ConvEmbed(nn.Module):
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the tokens of a map of `size`."""
         (kernel, _), (stride, _), padding = self.proj.kernel_size, self.proj.stride, self.proj.padding[0]
-        height, width = ((side + 2 * int(padding) - kernel) // stride + 1 for side in size)
+        height, width = ((max(side + 2 * int(padding), kernel) - kernel) // stride + 1 for side in size)
         return height, width
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, H*W, C)` and its grid."""
+        low, wide = (self.proj.kernel_size[0] - 2 * int(self.proj.padding[0]) - side for side in x.shape[2:])
+        if low > 0 or wide > 0:
+            x = F.pad(x, (0, max(0, wide), 0, max(0, low)))
         x = self.proj(x)
         return self.norm(x.flatten(2).transpose(1, 2)), Grid(x.shape[2], x.shape[3])
 

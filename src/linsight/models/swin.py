@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, resize_rel_pos_bias_table_simple, to_2tuple, trunc_normal_
 from timm.models import swin_transformer as timm_swin
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -78,6 +78,11 @@ def _places(window: tuple[int, int]) -> int:
     return (2 * window[0] - 1) * (2 * window[1] - 1)
 
 
+def _ceil(side: int, size: int) -> int:
+    """The least multiple of `size` that is not below `side`; in a form that stays short in a graph."""
+    return (side + size - 1) // size * size
+
+
 class Windows:
     """How the tokens of a grid are cut into windows, shifted cyclically.
 
@@ -87,13 +92,11 @@ class Windows:
 
     def __init__(self, grid: Grid, window: tuple[int, int], shift: tuple[int, int]) -> None:
         self.grid, self.window = grid, window
-        self.padded = tuple(-(-side // size) * size for side, size in zip(grid[:2], window, strict=True))
-        # A side of one window is not shifted. In a graph that is not asked either, but computed.
+        self.padded = tuple(_ceil(side, size) for side, size in zip(grid[:2], window, strict=True))
+        # A side of one window is not shifted.
         self.shift = tuple(
-            step * torch.sym_min(side // size - 1, 1)
-            for step, side, size in zip(shift, self.padded, window, strict=True)
+            step if step and side > size else 0 for step, side, size in zip(shift, self.padded, window, strict=True)
         )
-        self.shifted = any(shift if torch.compiler.is_compiling() else self.shift)
 
     @property
     def inner(self) -> Grid:
@@ -111,7 +114,12 @@ class Windows:
         (h, w), (height, width) = self.window, self.padded
         x = x.unflatten(0, (-1, height // h, width // w)).unflatten(3, (h, w))
         x = self._roll(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), 1)
-        return x[:, : self.grid.height, : self.grid.width].flatten(1, 2)
+        if torch.compiler.is_compiling():  # not by slices: a graph would ask whether they are all there is
+            for axis, side in ((1, self.grid.height), (2, self.grid.width)):
+                x = x.index_select(axis, torch.arange(side, device=x.device))
+        else:
+            x = x[:, : self.grid.height, : self.grid.width]
+        return x.flatten(1, 2)
 
     def keep(self, like: Tensor) -> Tensor | None:
         """`(windows, h*w)` bool, False for padding; None where there is none."""
@@ -127,7 +135,7 @@ class Windows:
 
     def apart(self, like: Tensor) -> Tensor | None:
         """`(windows, 1, h*w, h*w)`, -100 between tokens of different regions; None without a shift."""
-        if not self.shifted:
+        if not any(self.shift):
             return None
         regions = []
         for padded, size, shift in zip(self.padded, self.window, self.shift, strict=True):
@@ -137,7 +145,7 @@ class Windows:
         return -100.0 * (region[:, None, :, None] != region[:, None, None, :]).to(like.dtype)
 
     def _roll(self, x: Tensor, sign: int) -> Tensor:
-        return x.roll([sign * step for step in self.shift], (1, 2)) if self.shifted else x
+        return x.roll([sign * step for step in self.shift], (1, 2)) if any(self.shift) else x
 
     def _cut(self, x: Tensor) -> Tensor:
         (h, w), (height, width) = self.window, self.padded
@@ -198,6 +206,27 @@ def _shift(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
     """Half a window, along a side that has more than one."""
     rows, columns = (size // 2 if side > size else 0 for size, side in zip(window, grid, strict=True))
     return rows, columns
+
+
+class WholePatches(PatchEmbed):
+    """timm's patch embedding of any size, padded to whole patches, without its checks, which make a graph for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, ceil(H / p), ceil(W / p), C)`."""
+        high, wide = (_ceil(side, size) for side, size in zip(x.shape[2:], self.patch_size, strict=True))
+        x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class Merging(timm_swin.PatchMerging):
+    """timm's patch merging, its sizes written as ceilings: to reason about remainders of remainders takes minutes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, H, W, C)` -> `(B, ceil(H / 2), ceil(W / 2), C')`."""
+        high, wide = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+        x = F.pad(x, (0, 0, 0, 2 * wide - x.shape[2], 0, 2 * high - x.shape[1]))
+        x = x.unflatten(2, (wide, 2)).unflatten(1, (high, 2))  # (B, h, dy, w, dx, C)
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class SwinStage(timm_swin.SwinTransformerStage):
@@ -262,11 +291,12 @@ class SwinTransformer(timm_swin.SwinTransformer):
 
     def put(self, choices: Sequence[Sequence[Choice]], attention_window: int | None) -> None:
         """The chosen mechanisms in the place of timm's attention, whose weights go on where they fit."""
-        embed = self.patch_embed
-        embed.strict_img_size, embed.dynamic_img_pad = False, True
-        self.dynamic_img_size = True
+        self.patch_embed.__class__ = WholePatches
+        self.patch_embed.strict_img_size, self.dynamic_img_size = False, True
         for stage, row in zip(self.layers, choices, strict=True):
             stage.__class__ = SwinStage
+            if isinstance(stage.downsample, timm_swin.PatchMerging):
+                stage.downsample.__class__ = Merging
             for i, choice in enumerate(row):
                 stage.blocks[i] = _replacement(stage.blocks[i], choice, attention_window, i % 2 == 1)
 
