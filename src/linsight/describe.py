@@ -124,5 +124,5 @@ def _model_row(name: str) -> dict[str, Any]:
         "host": host.name,
         "attention": variant.attention if variant else "softmax",
         "image_size": "x".join(map(str, cfg["input_size"][-2:])),
-        "published": dict(variant.published) if variant else {},
+        "published": dict(variant.published if variant else host.published),
     }

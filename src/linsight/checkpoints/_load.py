@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from linsight.attention import Attention
 from linsight.errors import CheckpointError
-from linsight.models import VARIANTS
+from linsight.models import HOSTS, VARIANTS
 
 from ._fit import Fitted, fit
 from ._guess import describe
@@ -76,8 +76,9 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _prefers_ema(model: nn.Module) -> bool:
-    variant = VARIANTS.get((getattr(_inner(model), "pretrained_cfg", None) or {}).get("architecture", ""))
-    return bool(variant and variant.published.get("ema", False))
+    name = (getattr(_inner(model), "pretrained_cfg", None) or {}).get("architecture", "")
+    known = VARIANTS.get(name) or HOSTS.get(name)
+    return bool(known and known.published.get("ema", False))
 
 
 def _report(name: str, wrapper: str, others: tuple[str, ...], fitted: Fitted) -> LoadReport:

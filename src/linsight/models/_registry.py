@@ -25,6 +25,7 @@ class Host:
     args: its arguments for this size.
     cfg: timm's pretrained_cfg entries beyond the defaults below.
     feature_cfg: how timm's `features_only` wraps it.
+    published: figures of the host with softmax, and `ema` where the averaged weights are the published ones.
     """
 
     name: str
@@ -32,11 +33,15 @@ class Host:
     args: Mapping[str, Any]
     cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     feature_cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A named model: a host, the mechanism in it and what it changes of the host's arguments."""
+    """A named model: a host, the mechanism in it and what it changes of the host's arguments.
+
+    published: its figures (`top1`, `params`, `gmacs`), and `ema` where the averaged weights are the published ones.
+    """
 
     name: str
     host: str
@@ -45,6 +50,12 @@ class Variant:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def figures(top1: float | None, params: float, gmacs: float, **more: Any) -> dict[str, Any]:
+    """Published figures: top-1 accuracy in percent (None: not published), millions of parameters, GMACs of an image."""
+    known = {"params": round(params * 1e6), "gmacs": gmacs, **more}
+    return known if top1 is None else {"top1": top1, **known}
 
 
 # The evaluation of the published repositories: a square resize, then the centre crop.

@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from ._plan import plan
-from ._registry import TIMM_HOSTS, Host, Variant, add_hosts, add_variants
+from ._registry import TIMM_HOSTS, Host, Variant, add_hosts, add_variants, figures
 from .vit import VisionTransformer, host_arguments
 
 _PATCH16 = {"patch_size": 16, "depth": 12}
@@ -27,7 +27,7 @@ add_variants(
         "vit_tiny",
         "inline",
         {"embed_dim": 192, "num_heads": 6},
-        published={"top1": 74.5, "params": 6.48e6, "gmacs": 1.11},
+        published=figures(74.5, 6.48, 1.11),
     ),
     Variant(
         "inline_deit_small",
@@ -35,7 +35,7 @@ add_variants(
         "inline",
         {"embed_dim": 320, "num_heads": 10},
         cfg={"input_size": (3, 288, 288)},
-        published={"top1": 80.2, "params": 16.73e6, "gmacs": 4.97},
+        published=figures(80.2, 16.73, 4.97),
     ),
     Variant(
         "inline_deit_base",
@@ -43,7 +43,7 @@ add_variants(
         "inline",
         {"embed_dim": 384, "num_heads": 12},
         cfg={"input_size": (3, 448, 448)},
-        published={"top1": 82.3, "params": 23.80e6, "gmacs": 17.17},
+        published=figures(82.3, 23.80, 17.17),
     ),
 )
 
