@@ -7,35 +7,53 @@ import timm
 import torch
 
 import linsight
+from linsight.describe import count_macs, count_parameters
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import HOSTS, VARIANTS, Variant, add_variants, default_attention
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
 
 
-@pytest.mark.parametrize(
-    ("name", "params", "size"),
-    [("inline_deit_tiny", 6_477_736, 224), ("inline_deit_small", 16.73e6, 288), ("inline_deit_base", 23.80e6, 448)],
-)
-def test_published_sizes(name, params, size):
-    """The published model's parameters: to the last one, or to the two decimals that are known."""
-    model = timm.create_model(name, device="meta")
-    count = sum(p.numel() for p in model.parameters())
-    assert count == params if isinstance(params, int) else round(count / 1e6, 2) == params / 1e6
-    assert model.pretrained_cfg["input_size"] == (3, size, size)
-    assert model.patch_embed.img_size == (size, size)
-
-
 @pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_variants_are_timm_models(name):
+def test_variants_are_the_published_models(name):
+    """Built by timm, with the published parameters and multiply-adds, at the published size."""
     assert timm.is_model(name)
-    model = timm.create_model(name, num_classes=3, in_chans=1, drop_path_rate=0.1, device="meta")
-    assert model.num_classes == 3
-    size = model.pretrained_cfg["input_size"][1:]
-    assert model(torch.empty(2, 1, *size, device="meta")).shape == (2, 3)
+    model = timm.create_model(name, device="meta").eval()
+    height, width = model.pretrained_cfg["input_size"][1:]
+    published = VARIANTS[name].published
+    if published:
+        # Cards give two decimals of a million and of a billion.
+        assert abs(count_parameters(model) - published["params"]) <= 5.1e3
+        macs = count_macs(model, torch.empty(1, 3, height, width, device="meta"))
+        assert abs(macs / 1e9 - published["gmacs"]) <= 0.0101
     assert model.pretrained_cfg["architecture"] == name
     config = timm.data.resolve_model_data_config(model)
-    assert config["input_size"][1:] == size
+    assert config["input_size"] == (3, height, width)
+
+
+@pytest.mark.parametrize("name", ["inline_deit_tiny", "inline_swin_tiny", "focused_pvt_tiny", "inline_cswin_tiny"])
+def test_variants_take_timms_arguments(name):
+    model = timm.create_model(name, num_classes=3, in_chans=1, drop_path_rate=0.1, img_size=96)
+    assert model.num_classes == 3
+    assert model(torch.randn(2, 1, 96, 96)).shape == (2, 3)
+    assert any(getattr(module, "drop_prob", 0) for module in model.modules())
+    model.reset_classifier(5)
+    assert model.forward_head(model.forward_features(torch.randn(1, 1, 70, 90))).shape == (1, 5)
+    model.reset_classifier(0)
+    assert model(torch.randn(1, 1, 96, 64)).shape == (1, model.num_features)
+
+
+@pytest.mark.parametrize("name", ["inline_swin_tiny", "focused_pvt_tiny", "focused_pvt_v2_b0", "inline_cswin_tiny"])
+@pytest.mark.parametrize("size", [(231, 197), (160, 352), (149, 211)])
+def test_any_size_on_a_build_for_224(name, size):
+    model = timm.create_model(name, features_only=True, out_indices=(0, 3)).eval()
+    with torch.no_grad():
+        first, last = model(torch.randn(1, 3, *size))
+    for map_, reduction in ((first, 4), (last, 32)):
+        # The host floors or ceils at each stage.
+        for side, pixels in zip(map_.shape[2:], size, strict=True):
+            assert pixels // reduction <= side <= -(-pixels // reduction)
+        assert map_.isfinite().all()
 
 
 def test_a_variant_takes_arguments_and_another_mechanism():

@@ -5,6 +5,9 @@ windows, shifted in every second block, with a relative position bias; the other
 windows of their own (`attention_window`), shifted too but not masked, as published. Images are padded at
 the right and bottom to whole patches, grids to whole windows; what pads a window is never seen by a token.
 (timm lets it be seen, so with softmax the two differ where a window does not divide the grid.)
+
+A compiled or exported graph with windows serves all sizes that leave several in each stage: whether there is
+one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.
 """
 
 import math
