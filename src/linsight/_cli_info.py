@@ -39,18 +39,13 @@ def list_(
         return
     tables = []
     if "mechanisms" in found:
-        capabilities = list(found["mechanisms"][0]["capabilities"])
-        rows = [
-            [row["name"], row["complexity"], *(_mark(row["capabilities"][name]) for name in capabilities)]
-            for row in found["mechanisms"]
-        ]
-        tables.append(_table("mechanisms", ["name", "complexity", *capabilities], rows))
+        rows = [[row["name"], row["complexity"], _able(row)] for row in found["mechanisms"]]
+        tables.append(_table("mechanisms", ["name", "complexity", "can do"], rows))
     if "models" in found:
-        rows = [
-            [row["name"], _attention(row), row["host"], row["image_size"], str(row["published"].get("top1", ""))]
-            for row in found["models"]
-        ]
-        tables.append(_table("models", ["name", "attention", "host", "image", "published top-1 %"], rows))
+        columns = ["name", "attention", "image", "published top-1 %"]
+        for kind, title in (("variant", "models"), ("host", "hosts, which take any mechanism")):
+            rows = [_model_row(row) for row in found["models"] if row["kind"] == kind]
+            tables.append(_table(title, columns, rows))
     _console().print(*tables, sep="\n")
 
 
@@ -100,14 +95,13 @@ def doctor(as_json: Json = False) -> None:
 
 def _mechanism(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]:
     paper = found["paper"]
-    able = [name for name, can in found["capabilities"].items() if can]
     lines = [
         ("mechanism", f"{found['name']}: {found['summary']}"),
         ("formula", found["formula"]),
         ("complexity", found["complexity"]),
         ("paper", ", ".join(filter(None, paper.values()))),
-        ("can do", ", ".join(able)),
-        ("cannot do", ", ".join(name for name in found["capabilities"] if name not in able)),
+        ("can do", _able(found)),
+        ("cannot do", _able(found, False)),
     ]
     options = [
         [row["name"], str(row["default"]), ", ".join(map(str, row["choices"])), row["help"]] for row in found["options"]
@@ -134,19 +128,31 @@ def _model(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]
         ("image size", f"{found['image_size']}; any other works too"),
         ("parameters", f"{found['params']:,}"),
         ("multiply-adds", f"{found['gmacs']:.2f} G for one image"),
-        ("published", ", ".join(_figure(*item) for item in found["published"].items())),
+        ("published", _figures(found)),
         ("recipe", recipe.about if recipe else ""),
     ]
     return lines, []
 
 
-def _figure(key: str, value: float) -> str:
-    known = {"top1": "{:.1f} % top-1", "gmacs": "{:.2f} G multiply-adds", "params": "{:,.0f} parameters"}
-    return known.get(key, f"{key} {{:g}}").format(value)
+def _model_row(row: dict[str, Any]) -> list[str]:
+    # The space lets a narrow terminal break the line between stages.
+    return [row["name"], row["attention"].replace(",", ", "), row["image_size"], _top1(row)]
 
 
-def _attention(row: dict[str, Any]) -> str:
-    return row["attention"] if row["kind"] == "variant" else "any"
+def _figures(row: dict[str, Any]) -> str:
+    known, top1 = row["published"], _top1(row)
+    texts = [
+        f"{top1} % top-1" + (" of averaged weights" if known.get("ema") else "") if top1 else "",
+        f"{known['params'] / 1e6:.2f} M parameters" if "params" in known else "",
+        f"{known['gmacs']:.2f} G multiply-adds" if "gmacs" in known else "",
+    ]
+    return ", ".join(filter(None, texts))
+
+
+def _top1(row: dict[str, Any]) -> str:
+    known = row["published"]
+    about = "about " if known.get("plotted") else ""
+    return f"{about}{known['top1']}" if "top1" in known else ""
 
 
 def _device(row: dict[str, Any]) -> str:
@@ -154,8 +160,8 @@ def _device(row: dict[str, Any]) -> str:
     return f"{row['type']}: {row['name']}{memory}"
 
 
-def _mark(value: bool) -> str:
-    return "yes" if value else "-"
+def _able(row: dict[str, Any], asked: bool = True) -> str:
+    return ", ".join(name for name, can in row["capabilities"].items() if can == asked)
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]], *, header: bool = True) -> "Table":
@@ -164,8 +170,8 @@ def _table(title: str, columns: list[str], rows: list[list[str]], *, header: boo
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE, show_header=header)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=header and i == 0)  # names stay whole
     for row in rows:
         table.add_row(*map(Text, row))  # Text: square brackets are no markup
     return table

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import rich.console
 
 import linsight
 from linsight import cli, ops
@@ -26,9 +27,23 @@ def test_list(run):
     code, out, _ = run("list")
     assert code == 0
     (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["softmax"])
-    assert row[1:] == ["O(N^2", "d)", *["yes", "yes", "-", "yes", "yes", "yes", "-", "yes", "yes"]]
-    assert "inline_deit_tiny" in out
+    assert row[1:] == ["O(N^2", "d)", "keep,", "sizes,", "cross,", "reduced,", "score_bias,", "prefix,", "causal"]
     assert "\x1b" not in out
+
+
+def test_list_has_each_model_on_one_line(run):
+    names = [line.split()[0] for line in run("list", "--models")[1].splitlines() if line.strip()]
+    expected = [*sorted(linsight.models.VARIANTS), *sorted(linsight.models.HOSTS)]
+    assert [name for name in names if name in expected] == expected
+
+
+def test_list_fits_a_terminal_of_80_columns(run, monkeypatch):
+    """Names are not broken, and plans of attention only between stages."""
+    narrow = rich.console.Console(width=80, no_color=True)
+    monkeypatch.setattr(linsight._cli_info, "_console", lambda: narrow)
+    words = {word.strip(",") for word in run("list")[1].split()}
+    assert {*linsight.models.VARIANTS, *linsight.models.HOSTS} <= words
+    assert {"inline:2/softmax", "focused", "O(N^2"} <= words
 
 
 def test_list_json(run):
@@ -62,6 +77,23 @@ def test_models_cost_what_their_paper_says(run, name):
     found = json.loads(run("info", name, "--json")[1])
     assert found["params"] == pytest.approx(found["published"]["params"], rel=2e-3)
     assert found["gmacs"] == pytest.approx(found["published"]["gmacs"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("inline_cswin_tiny", "83.2 % top-1 of averaged weights, 20.60 M parameters, 4.31 G multiply-adds"),
+        ("focused_pvt_large", "about 83.45 % top-1, 50.65 M parameters, 10.38 G multiply-adds"),
+        ("inline_swin_base_384", "88.47 M parameters, 46.20 G multiply-adds"),
+        ("pvt_tiny", "75.1 % top-1, 13.23 M parameters, 1.93 G multiply-adds"),
+        ("vit_tiny", None),
+    ],
+)
+def test_info_shows_what_is_published(run, monkeypatch, name, published):
+    monkeypatch.setattr("linsight.describe.count_macs", lambda *_: 0)  # which takes seconds
+    lines = [line.strip() for line in run("info", name)[1].splitlines()]
+    shown = [line.partition(" ")[2].strip() for line in lines if line.startswith("published ")]
+    assert shown == ([published] if published else [])
 
 
 def test_info_names_the_recipe_of_the_published_model(run):

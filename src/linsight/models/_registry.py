@@ -25,7 +25,7 @@ class Host:
     args: its arguments for this size.
     cfg: timm's pretrained_cfg entries beyond the defaults below.
     feature_cfg: how timm's `features_only` wraps it.
-    published: figures of the host with softmax, and `ema` where the averaged weights are the published ones.
+    published: figures of the host with softmax, as of a variant.
     """
 
     name: str
@@ -40,7 +40,8 @@ class Host:
 class Variant:
     """A named model: a host, the mechanism in it and what it changes of the host's arguments.
 
-    published: its figures (`top1`, `params`, `gmacs`), and `ema` where the averaged weights are the published ones.
+    published: its figures (`top1`, `params`, `gmacs`); `plotted` where its top-1 is read off a plot, so is not exact;
+        `ema` where the averaged weights are the published ones.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Variant:
 
 
 def figures(top1: float | None, params: float, gmacs: float, **more: Any) -> dict[str, Any]:
-    """Published figures: top-1 accuracy in percent (None: not published), millions of parameters, GMACs of an image."""
+    """Published top-1 in percent (None: not published); of the published code, millions of parameters and GMACs."""
     known = {"params": round(params * 1e6), "gmacs": gmacs, **more}
     return known if top1 is None else {"top1": top1, **known}
 
