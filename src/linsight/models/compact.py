@@ -3,7 +3,9 @@
 Convolutions where the grid is fine, where any attention costs more than it brings; then stages of
 pre-norm blocks, each behind a 3x3 convolution of stride 2: x + attn(LN(x)), x + mlp(LN(x)), with a
 3x3 depthwise convolution inside the MLP in place of a position table (PVTv2, arXiv 2106.13797).
-Any image size: strides floor upwards, nothing is padded to a multiple.
+Every mechanism, of quadratic cost or linear, sees the whole grid.
+
+Any image size: strides round upwards, and nothing is padded to a multiple.
 """
 
 import math

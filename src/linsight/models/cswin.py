@@ -7,8 +7,9 @@ grids that are not larger than a stripe, which are seen whole. The others see th
 Beside the mechanism stands LePE, a 3x3 depthwise convolution of v inside the stripe, and what the mechanism
 is conditioned on is the residual stream before the norm.
 
-Any image size: a stripe that reaches over the rim is padded, and the padding is never absorbed. The stripes
-are those that the model is built for (`img_size`): at another size their width and number of heads stay.
+Any image size: the first stride rounds to the nearest, the others upwards; a stripe that reaches over the rim
+is padded, and the padding is never absorbed. The stripes are those that the model is built for (`img_size`):
+at another size their width and number of heads stay.
 """
 
 from collections.abc import Mapping, Sequence

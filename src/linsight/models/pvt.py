@@ -5,8 +5,9 @@ LayerNorm and a learned position table. Keys and values of a mechanism of quadra
 strided convolution (8, 4, 2, 1); the others see every token. Published in two forms: with a class token in
 the last stage and a final norm, or, as host of linear attention, with the mean of the last map and no norm.
 
-The table is resampled (bilinear, as published) to any other grid; the published code fails where a later
-grid has as many tokens as the first one was built for, this one does not.
+Any image size: strides round downwards, and a map smaller than its kernel is first padded to it. The table
+is resampled (bilinear, as published) to any other grid; the published code fails where a later grid has as
+many tokens as the first one was built for, this one does not.
 """
 
 from collections.abc import Callable, Mapping, Sequence

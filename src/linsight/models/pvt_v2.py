@@ -2,8 +2,10 @@
 
 Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", CVMJ 2022 (arXiv 2106.13797).
 Overlapping patch embeddings, a depthwise convolution in the MLP instead of position tables. Keys and values
-of a mechanism of quadratic cost are reduced by a strided convolution, or pooled ("linear"); the others see
-every token. Strides round upwards, so any image size works and nothing is padded to a multiple.
+of a mechanism of quadratic cost are reduced by a strided convolution (8, 4, 2, 1), or pooled to 7x7 (the
+"linear" form, `pvt_v2_b2_li`); the others see every token.
+
+Any image size: strides round upwards, and nothing is padded to a multiple.
 """
 
 import re

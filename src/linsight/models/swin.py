@@ -2,9 +2,12 @@
 
 Liu et al., "Swin Transformer", ICCV 2021 (arXiv 2103.14030). A mechanism of quadratic cost has the host's
 windows, shifted in every second block, with a relative position bias; the others see the whole grid, or
-windows of their own (`attention_window`), shifted too but not masked, as published. Images are padded at
-the right and bottom to whole patches, grids to whole windows; what pads a window is never seen by a token.
-(timm lets it be seen, so with softmax the two differ where a window does not divide the grid.)
+windows of their own (`attention_window=7`), shifted too but not masked, as published.
+
+Any image size: images are padded at the right and bottom to whole patches, grids to whole windows, and what
+pads a window is never seen by a token. (timm lets it be seen, so with softmax the two differ where a window
+does not divide the grid.) The windows of a call are those that the model is built with; `set_input_size` scales
+them with the grid, as timm does, or takes `window_size`, and resamples the bias (bicubic).
 
 A compiled or exported graph with windows serves all sizes that leave several in each stage: whether there is
 one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.

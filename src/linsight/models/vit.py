@@ -1,9 +1,12 @@
 """The ViT and DeiT host: timm's VisionTransformer with any mechanism and any image size.
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; Touvron et al., "Training
-data-efficient image transformers", ICML 2021. What differs from timm's class: blocks are given the
-grid of their tokens with the call (so checkpointing and compilation see it), images of any size are
-padded at the right and bottom to whole patches, and the position table is resampled to their grid.
+Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021 (arXiv 2010.11929); Touvron et al.,
+"Training data-efficient image transformers", ICML 2021 (arXiv 2012.12877). Every mechanism, of quadratic
+cost or linear, sees the whole grid and the class token.
+
+Any image size: what differs from timm's class is that blocks are given the grid of their tokens with the
+call (so checkpointing and compilation see it), that images are padded at the right and bottom to whole
+patches, and that the position table is resampled (bicubic) to their grid.
 """
 
 import functools
