@@ -54,6 +54,10 @@ def load_published(
         summary = describe(inner, found.tensors, fitted)
         raise CheckpointError(f"{name} does not fit the model: {summary}\n{table(fitted.problems)}")
     inner.load_state_dict(fitted.ready, strict=False)
+    for module in inner.modules():  # what `to_empty` left without values, by timm's convention
+        rebuild = getattr(module, "init_non_persistent_buffers", None)
+        if rebuild is not None:
+            rebuild()
     return _report(name, found.wrapper, found.others, fitted)
 
 
