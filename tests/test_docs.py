@@ -37,7 +37,7 @@ def execute(path, line, code):
     return names
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/mechanisms.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/mechanisms.md", "docs/models.md"])
 def test_generated_parts_are_current(path):
     current = (ROOT / path).read_text(encoding="utf-8")
     assert generator().outputs()[ROOT / path] == current, "run python docs/generate.py"
@@ -47,7 +47,7 @@ def test_generated_parts_are_current(path):
     ("path", "line", "code"),
     [
         pytest.param(path, line, code, id=f"{path}:{line}")
-        for path in ("README.md", "docs/mechanisms.md")
+        for path in ("README.md", "docs/mechanisms.md", "docs/models.md")
         for line, code in blocks(path)
     ],
 )
