@@ -9,7 +9,7 @@ from . import vit_variants as vit_variants
 from ._plan import Choice, plan
 from ._published import published_keys
 from ._registry import HOSTS, VARIANTS, Host, Variant, add_hosts, add_variants, create_model, default_attention
-from .swin import fit_bias_table
+from ._windows import fit_bias_table
 
 __all__ = [
     "HOSTS",

@@ -1,10 +1,10 @@
 """What the hierarchical hosts share: stages that take and give maps, and timm's interface around them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath, to_2tuple, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
-from ._seams import asked_no_weight_decay, set_grid
+from ._plan import Choice, plan
+from ._seams import asked_no_weight_decay, make_block, set_grid
 
 
 class StageSize(NamedTuple):
@@ -132,7 +133,10 @@ def as_map(x: Tensor, grid: Grid) -> Tensor:
 
 
 class Pyramid(nn.Module):
-    """The base class. A host makes `stem`, `stages`, `norm` and `head`, then calls `finish`."""
+    """The base class. A host makes `stem`, calls `grow`, makes `norm` and `head`, then calls `finish`.
+
+    What is its own are `make_downsample`, `make_block` and perhaps `make_stage`.
+    """
 
     output_fmt = "NCHW"
     stem: nn.Module
@@ -143,6 +147,49 @@ class Pyramid(nn.Module):
     def __init__(self, in_chans: int, num_classes: int) -> None:
         super().__init__()
         self.in_chans, self.num_classes = in_chans, num_classes
+
+    def grow(
+        self,
+        sizes: Sequence[StageSize],
+        width: int,
+        grid: tuple[int, int],
+        *,
+        attention: str,
+        attention_options: Mapping[str, Any] | None,
+        drop_path_rate: float,
+        **factory: Any,
+    ) -> None:
+        """Make the stages, on maps of `width` channels and of size `grid`."""
+        depths = [size.depth for size in sizes]
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        rows = plan(attention, depths, attention_options)
+        self.stages = nn.ModuleList()
+        for i, (size, row, drop_paths) in enumerate(zip(sizes, rows, rates, strict=True)):
+            downsample = self.make_downsample(i, width, size.dim, **factory)
+            width, grid = size.dim, downsample.grid(grid)
+            last = i == len(sizes) - 1
+            blocks: list[nn.Module] = []
+            for choice, rate in zip(row, drop_paths, strict=True):
+                shared = {"drop_path": rate, "grid": grid, **factory}
+                whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=size.mlp_ratio, **shared)
+                blocks.append(self.make_block(size, choice, last=last, **shared) if whole is None else whole)
+            self.stages.append(self.make_stage(downsample, blocks, width, grid, last=last, **factory))
+
+    def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> Any:
+        """What makes the tokens of stage `i`, and tells their `grid`."""
+        raise NotImplementedError
+
+    def make_block(
+        self, size: StageSize, choice: Choice, *, drop_path: float, grid: tuple[int, int], last: bool, **factory: Any
+    ) -> nn.Module:
+        """The host's own block around a mechanism; `last`: of the last stage."""
+        raise NotImplementedError
+
+    def make_stage(
+        self, downsample: nn.Module, blocks: list[nn.Module], dim: int, grid: tuple[int, int], *, last: bool, **_: Any
+    ) -> nn.Module:
+        """A stage of these parts."""
+        return Stage(downsample, blocks)
 
     def finish(self, widths: Sequence[int], reductions: Sequence[int]) -> None:
         """Describe the stages as timm does, and draw the initial weights."""

@@ -13,28 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import NormMlpClassifierHead, to_2tuple
 from timm.layers.conv_bn_act import ConvNormAct
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
 from linsight.ops import Grid
 
-from ._plan import Choice, plan
-from ._pyramid import PreNorm, Pyramid, Stage, StageSize
-from ._seams import make_block, make_layer
-
-
-def _block(
-    size: StageSize, choice: Choice, *, mlp_ratio: float, drop_path: float, grid: tuple[int, int], **factory: Any
-) -> nn.Module:
-    shared = {"grid": grid, **factory}
-    whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path, **shared)
-    if whole is not None:
-        return whole
-    layer = make_layer(choice, size.dim, size.num_heads, **shared)
-    mlp = MlpWithDepthwiseConv(size.dim, int(size.dim * mlp_ratio), **factory)
-    return PreNorm(size.dim, layer, mlp, drop_path=drop_path, **factory)
+from ._plan import Choice
+from ._pyramid import PreNorm, Pyramid, StageSize
+from ._seams import make_layer
 
 
 class Down(ConvNormAct):
@@ -81,9 +69,7 @@ class Compact(Pyramid):
     ) -> None:
         super().__init__(in_chans, num_classes)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        sizes = [StageSize(*stage) for stage in stages]
-        depths = [stage.depth for stage in sizes]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        sizes = [StageSize(*stage)._replace(mlp_ratio=mlp_ratio) for stage in stages]
         widths = [in_chans, *(width for width, _ in stem)]
         self.stem = nn.Sequential(
             *(
@@ -91,21 +77,31 @@ class Compact(Pyramid):
                 for before, (width, stride) in zip(widths, stem, strict=False)
             )
         )
-        self.stages = nn.ModuleList()
-        reduction = math.prod(stride for _, stride in stem)
-        grid = self._after_stem(to_2tuple(img_size))
-        width = widths[-1]
-        for size, choices, drop_paths in zip(sizes, plan(attention, depths, attention_options), rates, strict=True):
-            down = Down(width, size.dim, **factory)
-            width, grid = size.dim, down.grid(grid)
-            blocks = [
-                _block(size, choice, mlp_ratio=mlp_ratio, drop_path=rate, grid=grid, **factory)
-                for choice, rate in zip(choices, drop_paths, strict=True)
-            ]
-            self.stages.append(Stage(down, blocks))
+        self.grow(
+            sizes,
+            widths[-1],
+            self._after_stem(to_2tuple(img_size)),
+            attention=attention,
+            attention_options=attention_options,
+            drop_path_rate=drop_path_rate,
+            **factory,
+        )
         self.norm = nn.Identity()
         self.head = NormMlpClassifierHead(sizes[-1].dim, num_classes, drop_rate=drop_rate, **factory)
+        reduction = math.prod(stride for _, stride in stem)
         self.finish([size.dim for size in sizes], [reduction * 2 ** (i + 1) for i in range(len(sizes))])
+
+    def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> Down:
+        """A convolution of stride 2."""
+        return Down(in_dim, dim, **factory)
+
+    def make_block(
+        self, size: StageSize, choice: Choice, *, drop_path: float, grid: tuple[int, int], last: bool, **factory: Any
+    ) -> nn.Module:
+        """Pre-norm attention and an MLP with a convolution."""
+        layer = make_layer(choice, size.dim, size.num_heads, grid=grid, **factory)
+        mlp = MlpWithDepthwiseConv(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        return PreNorm(size.dim, layer, mlp, drop_path=drop_path, **factory)
 
     def _after_stem(self, size: tuple[int, int]) -> tuple[int, int]:
         for conv in self.stem:  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import ClassifierHead, Mlp, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, Mlp, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,9 +24,9 @@ from linsight.attention import Core, Rename, Tokens, create_core, mechanism, mer
 from linsight.errors import LinsightError
 from linsight.ops import Grid, Layout, depthwise_conv, shifted_products
 
-from ._plan import Choice, plan
-from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize
-from ._seams import make_block, make_layer
+from ._plan import Choice
+from ._pyramid import ConvEmbed, PreNorm, Pyramid, StageSize
+from ._seams import make_layer
 
 
 class Stripes(NamedTuple):
@@ -218,37 +218,35 @@ class CSwinTransformer(Pyramid):
         super().__init__(in_chans, num_classes)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = [StageSize(*stage) for stage in stages]
-        depths = [size.depth for size in sizes]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.stem = nn.Identity()
-        self.stages = nn.ModuleList()
-        width, grid = in_chans, to_2tuple(img_size)
-        for size, choices, drop_paths in zip(sizes, plan(attention, depths, attention_options), rates, strict=True):
-            shape = (3, 2, 1) if self.stages else (7, 4, 2)
-            downsample = ConvEmbed(width, size.dim, *shape, **factory)
-            width, grid = size.dim, downsample.grid(grid)
-            last = len(self.stages) == len(sizes) - 1
-            blocks = [
-                _block(size, choice, last=last, drop_path=rate, grid=grid, **factory)
-                for choice, rate in zip(choices, drop_paths, strict=True)
-            ]
-            self.stages.append(Stage(downsample, blocks))
+        self.grow(
+            sizes,
+            in_chans,
+            to_2tuple(img_size),
+            attention=attention,
+            attention_options=attention_options,
+            drop_path_rate=drop_path_rate,
+            **factory,
+        )
+        width = sizes[-1].dim
         self.norm = nn.LayerNorm(width, **factory)
         self.head = ClassifierHead(width, num_classes, drop_rate=drop_rate, **factory)
         self.finish([size.dim for size in sizes], [4 * 2**i for i in range(len(sizes))])
 
+    def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvEmbed:
+        """An overlapping convolution."""
+        return ConvEmbed(in_dim, dim, 3, 2, 1, **factory) if i else ConvEmbed(in_dim, dim, 7, 4, 2, **factory)
 
-def _block(
-    size: StageSize, choice: Choice, *, last: bool, drop_path: float, grid: tuple[int, int], **factory: Any
-) -> nn.Module:
-    shared = {"grid": grid, **factory}
-    whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=size.mlp_ratio, drop_path=drop_path, **shared)
-    if whole is not None:
-        return whole
-    entry, attn = mechanism(choice.name), None
-    if entry.kind == "core" and getattr(entry.factory, "projections", None) == "qkv":
-        split = None if last or max(grid) <= size.reduction or not entry.quadratic else size.reduction
-        attn = CrossShapedAttention(choice, size.dim, size.num_heads, split=split, **shared)
-    mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
-    layer = attn or make_layer(choice, size.dim, size.num_heads, **shared)
-    return CSwinBlock(size.dim, layer, mlp, drop_path=drop_path, **factory)
+    def make_block(
+        self, size: StageSize, choice: Choice, *, drop_path: float, grid: tuple[int, int], last: bool, **factory: Any
+    ) -> nn.Module:
+        """Pre-norm attention, in stripes where the cost is quadratic, and MLP."""
+        entry, shared = mechanism(choice.name), {"grid": grid, **factory}
+        attn: nn.Module
+        if entry.kind == "core" and getattr(entry.factory, "projections", None) == "qkv":
+            split = None if last or max(grid) <= size.reduction or not entry.quadratic else size.reduction
+            attn = CrossShapedAttention(choice, size.dim, size.num_heads, split=split, **shared)
+        else:  # with projections of its own, and so without LePE
+            attn = make_layer(choice, size.dim, size.num_heads, **shared)
+        mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        return CSwinBlock(size.dim, attn, mlp, drop_path=drop_path, **factory)

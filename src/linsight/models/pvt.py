@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import ClassifierHead, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from linsight.attention import Rename
 from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
 
-from ._plan import Choice, plan
+from ._plan import Choice
 from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize
-from ._seams import make_block, make_layer
+from ._seams import make_layer
 
 
 class PVTStage(Stage):
@@ -30,7 +30,7 @@ class PVTStage(Stage):
 
     def __init__(
         self,
-        downsample: ConvEmbed,
+        downsample: nn.Module,
         blocks: Sequence[nn.Module],
         *,
         dim: int,
@@ -129,22 +129,18 @@ class PyramidVisionTransformer(Pyramid):
         super().__init__(in_chans, num_classes)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = [StageSize(*stage) for stage in stages]
-        depths = [size.depth for size in sizes]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.global_pool = global_pool
         self.stem = nn.Identity()
-        self.stages = nn.ModuleList()
-        width, grid = in_chans, to_2tuple(img_size)
-        for size, choices, drop_paths in zip(sizes, plan(attention, depths, attention_options), rates, strict=True):
-            stride = 2 if self.stages else 4
-            downsample = ConvEmbed(width, size.dim, stride, stride, **factory)
-            width, grid = size.dim, downsample.grid(grid)
-            blocks = [
-                _block(size, choice, drop_path=rate, grid=grid, **factory)
-                for choice, rate in zip(choices, drop_paths, strict=True)
-            ]
-            token = global_pool == "token" and len(self.stages) == len(sizes) - 1
-            self.stages.append(PVTStage(downsample, blocks, dim=width, grid=grid, class_token=token, **factory))
+        self.grow(
+            sizes,
+            in_chans,
+            to_2tuple(img_size),
+            attention=attention,
+            attention_options=attention_options,
+            drop_path_rate=drop_path_rate,
+            **factory,
+        )
+        width = sizes[-1].dim
         norms: dict[str, Callable[[], nn.Module]] = {
             "applied": lambda: nn.LayerNorm(width, eps=1e-6, **factory),
             "absent": nn.Identity,
@@ -153,6 +149,34 @@ class PyramidVisionTransformer(Pyramid):
         self.norm = norms[final_norm]()
         self.head = ClassifierHead(width, num_classes, drop_rate=drop_rate, **factory)
         self.finish([size.dim for size in sizes], [4 * 2**i for i in range(len(sizes))])
+
+    def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvEmbed:
+        """A convolution whose kernel is its stride."""
+        stride = 2 if i else 4
+        return ConvEmbed(in_dim, dim, stride, stride, **factory)
+
+    def make_block(
+        self, size: StageSize, choice: Choice, *, drop_path: float, grid: tuple[int, int], last: bool, **factory: Any
+    ) -> nn.Module:
+        """Pre-norm attention, with the reduction of the stage, and MLP."""
+        shared = {"projections": "q_kv", "reduction": size.reduction, "grid": grid, **factory}
+        layer = make_layer(choice, size.dim, size.num_heads, **shared)
+        mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        return PreNorm(size.dim, layer, mlp, drop_path=drop_path, eps=1e-6, **factory)
+
+    def make_stage(
+        self,
+        downsample: nn.Module,
+        blocks: list[nn.Module],
+        dim: int,
+        grid: tuple[int, int],
+        *,
+        last: bool,
+        **factory: Any,
+    ) -> PVTStage:
+        """A stage with a position table; the last one with the class token."""
+        token = last and self.global_pool == "token"
+        return PVTStage(downsample, blocks, dim=dim, grid=grid, class_token=token, **factory)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -174,13 +198,3 @@ class PyramidVisionTransformer(Pyramid):
         if self.global_pool == "token":
             x = x[:, 0, :, None, None]  # the class token as a map of one place
         return super().forward_head(x, pre_logits)
-
-
-def _block(size: StageSize, choice: Choice, *, drop_path: float, grid: tuple[int, int], **factory: Any) -> nn.Module:
-    shared = {"grid": grid, **factory}
-    whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=size.mlp_ratio, drop_path=drop_path, **shared)
-    if whole is not None:
-        return whole
-    layer = make_layer(choice, size.dim, size.num_heads, projections="q_kv", reduction=size.reduction, **shared)
-    mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
-    return PreNorm(size.dim, layer, mlp, drop_path=drop_path, eps=1e-6, **factory)
