@@ -209,7 +209,7 @@ class Pyramid(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise decay."""
         blocks = [(r"^stages\.(\d+)\.(?!blocks)", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^(stem|cls_token)", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
