@@ -10,6 +10,7 @@ import torch
 
 from linsight import Grid, create_attention, create_model
 from linsight.attention import Tokens, run_rounds, unregister
+from linsight.models import HOSTS, VARIANTS
 from linsight.ops import Layout, tiles
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,25 @@ def execute(path, line, code):
 def test_generated_parts_are_current(path):
     current = (ROOT / path).read_text(encoding="utf-8")
     assert generator().outputs()[ROOT / path] == current, "run python docs/generate.py"
+
+
+def test_every_model_has_a_row_and_none_is_built(monkeypatch):
+    generate = generator()
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda self: pytest.fail("built a module"))
+    rows = re.findall(r"^\| `(\w+)` \|", generate.models(), re.MULTILINE)
+    assert sorted(rows) == sorted([*HOSTS, *VARIANTS])
+
+
+def test_rows_of_models_tell_what_is_published():
+    text = generator().models()
+    for row in (
+        "| `inline_swin_base` | `inline,inline,inline:2/softmax,softmax` | 224x224 | 88.35 | 15.40 | 84.1 "
+        "| `inline_swin_base` |",
+        "| `focused_pvt_large` | `focused` | 224x224 | 50.65 | 10.38 | about 83.45 | `focused_pvt_large` |",
+        "| `cswin_base_384` | any | 384x384 | 77.38 | 46.96 | 85.5 (EMA) | - |",
+        "| `inline_compact_pico` | `inline` | 8x8 | - | - | - | `digits` |",
+    ):
+        assert f"\n{row}\n" in text
 
 
 @pytest.mark.parametrize(
