@@ -147,9 +147,13 @@ def _reason_to_drop(model: nn.Module, key: str, head: bool, pruned: bool) -> str
 
 
 def _is_pruned(model: nn.Module, key: str) -> bool:
-    """Whether the stage, block or norm that `key` belongs to was taken out of the model."""
-    first, second = (*key.split("."), "")[:2]
-    module = getattr(model, first, None)
-    if module is None or isinstance(module, nn.Identity):
-        return True
-    return second.isdecimal() and isinstance(module, nn.Module) and second not in dict(module.named_children())
+    """Whether the stage, block, norm or classifier that `key` belongs to was taken out of the model."""
+    module = model
+    for depth, name in enumerate(key.split(".")[:-1]):
+        child = dict(module.named_children()).get(name)
+        if child is None:
+            return depth == 0 or (depth == 1 and name.isdecimal())
+        if isinstance(child, nn.Identity):
+            return True
+        module = child
+    return False

@@ -33,7 +33,8 @@ def _pvt_v2(model: Any) -> tuple[Rename, ...]:
 
 def _swin(model: Any) -> tuple[Rename, ...]:
     # Published patches are merged at the end of a stage, timm's at the start of the next one.
-    stages = range(len(model.layers) - 1)
+    # All of them, even where `features_only` has cut some.
+    stages = range(model.num_layers - 1)
     merges = (Rename(f"layers.{i}.downsample.", f"layers.{i + 1}.downsample.") for i in stages)
     return (*merges, Rename("head.", "head.fc."))
 
