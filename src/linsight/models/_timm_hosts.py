@@ -15,19 +15,22 @@ from ._registry import TIMM_HOSTS
 Adopt = Callable[[Any, Sequence[Sequence[Choice]], tuple[int, int]], None]
 
 
-def add_timm_host(module: str, adopt: Adopt, depths: Callable[[Any], Sequence[int]], **always: Any) -> None:
+def add_timm_host(
+    module: str, adopt: Adopt, depths: Callable[[Any], Sequence[int]], *, sized: bool = True, **always: Any
+) -> None:
     """Let `create_model` take the models that the timm module `module` defines.
 
-    depths: the blocks of each stage of such a model.  always: arguments that the host needs.
+    depths: the blocks of each stage of such a model.  sized: whether timm's class takes `img_size`.
+    always: arguments that the host needs.
     """
 
     def create(
         name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
     ) -> nn.Module:
         features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+        size = kwargs.get("img_size") if sized else kwargs.pop("img_size", None)
         model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
-        blocks = depths(model)
-        size = kwargs.get("img_size") or model.pretrained_cfg["input_size"][-2:]
+        blocks, size = depths(model), size or model.pretrained_cfg["input_size"][-2:]
         adopt(model, plan(attention, blocks, options), to_2tuple(size))
         if not features:
             return model

@@ -64,4 +64,5 @@ add_timm_host(
     "timm.models.pvt_v2",
     PyramidVisionTransformerV2.adopt,
     depths=lambda model: [len(stage.blocks) for stage in model.stages],
+    sized=False,
 )
