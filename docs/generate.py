@@ -135,11 +135,10 @@ def _host_chapter(doc: str, rows: list[dict[str, Any]]) -> str:
     found = re.match(r"The (.+?) host\b", doc)
     assert found, f"a host's docstring begins 'The NAME host', not '{doc[:40]}'"
     parts = [f"## {found[1]}", doc]
-    papers = {_first(row): "" for row in rows if row["published"]}
-    for name in papers:
-        papers[name] = "the host's" if name == "softmax" else _paper(describe.mechanism_info(name))
-    if papers:
-        parts.append(f"Papers: {'; '.join(f'`{name}`, {paper}' for name, paper in papers.items())}.")
+    papers = {row["name"]: _paper(row) for row in describe.list_mechanisms()} | {"softmax": "the host's"}
+    cited = dict.fromkeys(_first(row) for row in rows if row["published"])
+    if cited:
+        parts.append(f"Papers: {'; '.join(f'`{name}`, {papers[name]}' for name in cited)}.")
     columns = ["model", "attention", "image", "M parameters", "GMACs", "published top-1 %", "recipe"]
     parts.append(_table(columns, [_model(row) for row in rows]))
     return "\n\n".join(parts) + "\n"
