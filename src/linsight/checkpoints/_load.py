@@ -49,7 +49,8 @@ def load_published(
     inner = _inner(model)
     if any(tensor.is_meta for tensor in inner.state_dict().values()):
         raise CheckpointError("the model is on the meta device: give it memory first, model.to_empty(device='cpu')")
-    fitted = fit(inner, found.tensors, head=head, resize=resize, pruned=isinstance(model, FeatureGetterNet))
+    pruned = any(isinstance(module, FeatureGetterNet) for module in model.modules())
+    fitted = fit(inner, found.tensors, head=head, resize=resize, pruned=pruned)
     if fitted.problems and (strict or not fitted.ready):
         summary = describe(inner, found.tensors, fitted)
         raise CheckpointError(f"{name} does not fit the model: {summary}\n{table(fitted.problems)}")
