@@ -1,11 +1,16 @@
 """Every test starts from the same random state; property tests draw the same examples every time."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("linsight", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.load_profile("linsight")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
