@@ -12,8 +12,10 @@ from torch import nn
 
 import linsight
 from linsight import export_published, load_published
+from linsight.checkpoints._guess import _size
 from linsight.checkpoints._report import ROWS
 from linsight.errors import CheckpointError
+from linsight.models import HOSTS, VARIANTS
 from test_hosts import SMALL, build
 
 hosts = pytest.mark.parametrize("host", SMALL)
@@ -307,6 +309,14 @@ def test_another_family_or_size(file, model):
     assert summary.endswith(f"it fits '{file}'")
     assert len(table) == ROWS + 2 and re.fullmatch(r"\.\.\. and \d+ more", table[-1])
     assert len({row.index(" | ") for row in table[:-1]}) == 1
+
+
+def test_every_registered_model_tells_its_size():
+    """Without it, all of them are built to name a checkpoint, which takes seconds."""
+    arguments = [host.args for host in HOSTS.values()] + [
+        {**HOSTS[variant.host].args, **variant.args} for variant in VARIANTS.values()
+    ]
+    assert all(None not in _size(args) for args in arguments)
 
 
 def test_other_blocks_of_the_same_host():
