@@ -2,15 +2,15 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, and those that tests start; before torch reads it
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("linsight", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.load_profile("linsight")
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
