@@ -97,6 +97,13 @@ def test_names_of_timm_with_features_only():
         (lambda: linsight.create_model("vit_tiny", attention="inlin"), "did you mean 'inline'"),
         (lambda: linsight.create_model("vit_tiny", attention_options={"local": True}), "option of 'softmax' 'local'"),
         (lambda: linsight.create_model("resnet18", attention="inline"), "without a linsight host"),
+        (lambda: linsight.create_model("vit_tiny", attention=""), "attention ''"),
+        (lambda: linsight.create_model("pvt_tiny", global_pool="max"), "global_pool 'max'"),
+        (lambda: linsight.create_model("pvt_tiny_meanpool", global_pool="token", final_norm="on"), "final_norm 'on'"),
+        (lambda: linsight.create_model("swin_tiny", attn_drop_rate=0.1), "attn_drop_rate=0"),
+        (lambda: linsight.create_model("pvt_v2_b0", attn_drop_rate=0.1), "attn_drop_rate=0"),
+        (lambda: linsight.create_model("swin_tiny", always_partition=True), "always_partition=False"),
+        (lambda: linsight.create_model("swin_tiny", attention="inline", attention_window=0), "attention_window=0"),
         (lambda: timm.create_model("inline_deit_tiny", pretrained=True), "load_published"),
         (lambda: linsight.create_model("inline_deit_tiny", pretrained=True), "load_published"),
         (
@@ -119,10 +126,12 @@ def test_no_name_of_timm_is_taken():
 
 def test_hosts_are_timm_models():
     """With softmax; ours, but for PVTv2's names, which were timm's already."""
-    for name, host in HOSTS.items():
-        ours = isinstance(timm.create_model(name, device="meta"), host.model_cls)
+    for name in HOSTS:
+        ours = timm.model_entrypoint(name).__module__.startswith("linsight")
         assert ours != name.startswith("pvt_v2")
-        assert isinstance(linsight.create_model(name, device="meta"), host.model_cls)
+    for name in ("swin_tiny", "pvt_v2_b0", "cswin_tiny"):
+        assert isinstance(linsight.create_model(name, device="meta"), HOSTS[name].model_cls)
+    assert isinstance(timm.create_model("swin_tiny", device="meta"), HOSTS["swin_tiny"].model_cls)
 
 
 def test_unknown_names_are_lookups_too():

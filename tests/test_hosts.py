@@ -167,6 +167,43 @@ def test_features_at_their_strides(host):
 
 
 @hosts
+def test_intermediates_and_final_features(host):
+    """The final features are those of `forward_features`, and the head takes them; `norm` is the final norm."""
+    model, x = build(host).eval(), torch.randn(2, 3, 64, 96)
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    torch.testing.assert_close(model.forward_head(final), model(x))
+    (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True, stop_early=True)
+    assert torch.equal(last, maps[-1])
+    if isinstance(getattr(model, "norm", None), torch.nn.LayerNorm):
+        (normed,) = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+        torch.testing.assert_close(normed, model.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    model.prune_intermediate_layers([0])
+    assert torch.equal(model.forward_intermediates(x, indices=[0], intermediates_only=True)[0], maps[0])
+
+
+def test_pvt_pools_its_class_token_or_its_map():
+    model, x = build("pvt_tiny").eval(), torch.randn(2, 3, 64, 64)
+    tokens = model.forward_features(x)
+    assert tokens.shape == (2, 1 + 2 * 2, 16)
+    assert model.no_weight_decay() == {"stages.3.cls_token"}
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, 0])
+    model.reset_classifier(7, "avg")
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, 1:].mean(1))
+    model = build("pvt_tiny", global_pool="avg", final_norm="absent").eval()
+    assert torch.equal(model.forward_features(x), model.forward_intermediates(x, intermediates_only=True)[-1])
+    with pytest.raises(linsight.errors.UnknownNameError, match="global_pool"):
+        model.reset_classifier(7, "token")
+
+
+@pytest.mark.parametrize("host", ["swin_tiny", "pvt_v2_b0"])
+def test_dropped_projections_go_on(host):
+    """timm's `proj_drop_rate` reaches the layers."""
+    model = build(host, proj_drop_rate=0.25)
+    assert {m.proj_drop.p for m in model.modules() if isinstance(m, linsight.attention.Attention)} == {0.25}
+
+
+@hosts
 def test_dtype_and_device_arguments(host):
     model = build(host, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}

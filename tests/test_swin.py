@@ -73,6 +73,13 @@ def test_linear_attention_in_windows_is_each_window_alone(attention):
         torch.testing.assert_close(out[:, top : top + 4, left : left + 4].flatten(1, 2), alone)
 
 
+def test_a_window_of_a_name_of_timm():
+    model = linsight.create_model("swin_tiny_patch4_window7_224", attention="inline", attention_window=(4, 2), **SMALL)
+    assert model.layers[0].blocks[1].window == (4, 2)
+    assert model.layers[0].blocks[1].shift == (2, 1)
+    assert model(torch.randn(1, 3, 50, 70)).shape == (1, 5)
+
+
 def test_softmax_is_timms_where_windows_divide():
     theirs = timm.create_model("swin_tiny_patch4_window7_224", **SMALL).eval()
     ours = linsight.create_model("swin_tiny_patch4_window7_224", **SMALL).eval()

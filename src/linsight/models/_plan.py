@@ -34,7 +34,7 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
             f"attention='{attention}' names {len(stages)} stages, but this host has {len(depths)}: "
             f"give one mechanism, or one for each stage"
         )
-    first = re.split(r"[:/]", stages[0])[0]
+    first = re.split(r"[:/]", stages[0])[0].strip()
     mechanism(first).check_options(dict(options or {}))
 
     def choice(name: str) -> Choice:
@@ -42,8 +42,8 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
 
     table = []
     for stage, depth in zip(stages, depths, strict=True):
-        head, _, tail = stage.partition("/")
-        name, _, count = head.partition(":")
+        head, _, tail = (part.strip() for part in stage.partition("/"))
+        name, _, count = (part.strip() for part in head.partition(":"))
         if bool(tail) != bool(count) or (count and not count.isdecimal()):
             raise LinsightError(f"attention='{stage}' is not understood: write NAME, or NAME:COUNT/NAME")
         blocks = min(int(count), depth) if count else depth

@@ -233,7 +233,7 @@ class Pyramid(nn.Module):
             size = stage.downsample.grid(size)  # type: ignore[union-attr,operator]
             yield stage, size
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None, **_: Any) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Resample position tables, for good, to those of images of `img_size`. Any size works without it, too."""
         if img_size is None:
             return
@@ -244,9 +244,18 @@ class Pyramid(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`(B, in_chans, H, W)` -> the last map `(B, C, h, w)`, normed."""
-        x = self.stem(x)
+        x = last = self.stem(x)
         for stage in self.stages:
-            x = stage(x)
+            x, last = self.run_stage(stage, x)
+        return self.norm_features(last)
+
+    def run_stage(self, stage: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map after a stage, and what `forward_features` goes on with where it is the last: here the same."""
+        x = stage(x)
+        return x, x
+
+    def norm_features(self, x: Tensor) -> Tensor:
+        """The final norm."""
         return self.norm_map(x)
 
     def norm_map(self, x: Tensor) -> Tensor:
@@ -272,18 +281,20 @@ class Pyramid(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """As timm's: the maps after the stages `indices` (`norm`: the last one normed), and the last one."""
+        """As timm's: the maps after the stages `indices` (`norm`: the last one normed), and the final features."""
         if output_fmt != "NCHW":
             raise LinsightError(f"output_fmt='{output_fmt}': this host gives maps, NCHW")
         take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
+        x = last_features = self.stem(x)
         maps = []
         final = len(self.feature_info) - 1
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
+            x, last_features = self.run_stage(stage, x)
             if i in take:
                 maps.append(self.norm_map(x) if norm and i == final else x)
-        return maps if intermediates_only else (self.norm_map(x) if i == final else x, maps)
+        if intermediates_only:
+            return maps
+        return self.norm_features(last_features) if i == final else x, maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -121,7 +121,8 @@ def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.M
         given = kwargs.pop(key, None)
         if key != "cache_dir" and isinstance(given, Mapping):
             cfg.update(given)
-    attention = kwargs.pop("attention", None) or variant.attention
+    attention = kwargs.pop("attention", None)
+    attention = variant.attention if attention is None else attention
     options = kwargs.pop("attention_options", None)
     if options is None:
         options = variant.options if attention == variant.attention else {}

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from linsight.attention import Block, Core, Layer, create_attention, create_block, is_block, mechanism
+from linsight.errors import LinsightError
 
 from ._plan import Choice
 
@@ -40,6 +41,12 @@ def make_block(choice: Choice, dim: int, num_heads: int, **shared: Any) -> Block
     if not is_block(choice.name):
         return None
     return create_block(choice.name, dim, num_heads, **shared, **choice.options)
+
+
+def refuse_dropped_scores(attention: Any) -> None:
+    """Raise where an attention of timm drops scores, which no layer of ours does."""
+    if attention.attn_drop.p:
+        raise LinsightError("linear attention has no score matrix to drop from: pass attn_drop_rate=0")
 
 
 def inherit(new: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -8,20 +8,26 @@ from timm.layers import to_2tuple
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from ._plan import Choice, plan
+from ._plan import plan
 from ._registry import TIMM_HOSTS
 
-# Makes a model of timm one of ours: the model, a choice for each block, and the size of images.
-Adopt = Callable[[Any, Sequence[Sequence[Choice]], tuple[int, int]], None]
+# Makes a model of timm one of ours: the model, a choice for each block, the size of images, arguments of the host.
+Adopt = Callable[..., None]
 
 
 def add_timm_host(
-    module: str, adopt: Adopt, depths: Callable[[Any], Sequence[int]], *, sized: bool = True, **always: Any
+    module: str,
+    adopt: Adopt,
+    depths: Callable[[Any], Sequence[int]],
+    *,
+    sized: bool = True,
+    extra: Sequence[str] = (),
+    **always: Any,
 ) -> None:
     """Let `create_model` take the models that the timm module `module` defines.
 
     depths: the blocks of each stage of such a model.  sized: whether timm's class takes `img_size`.
-    always: arguments that the host needs.
+    extra: names of arguments of the host that timm's class lacks.  always: arguments that the host needs.
     """
 
     def create(
@@ -29,9 +35,10 @@ def add_timm_host(
     ) -> nn.Module:
         features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
         size = kwargs.get("img_size") if sized else kwargs.pop("img_size", None)
+        given = {key: kwargs.pop(key) for key in extra if key in kwargs}
         model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
         blocks, size = depths(model), size or model.pretrained_cfg["input_size"][-2:]
-        adopt(model, plan(attention, blocks, options), to_2tuple(size))
+        adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
         if not features:
             return model
         wrapped = FeatureGetterNet(model, indices or tuple(range(len(blocks))))

@@ -42,7 +42,7 @@ class WindowAttention(Attention):
         return fit_bias_table(table, self.window) if name == "relative_position_bias_table" else None
 
     def set_window(self, window: tuple[int, int]) -> None:
-        """Resample the table to another window, for good."""
+        """Resample the table to another window, for good; bicubic, as published tables are."""
         if window != self.window:
             old = self.relative_position_bias_table
             rows = old.detach().T.unflatten(1, tuple(2 * side - 1 for side in self.window))[None]

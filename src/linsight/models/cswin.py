@@ -210,6 +210,7 @@ class CSwinTransformer(Pyramid):
         in_chans: int = 3,
         num_classes: int = 1000,
         img_size: int | tuple[int, int] = 224,
+        global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -230,7 +231,7 @@ class CSwinTransformer(Pyramid):
         )
         width = sizes[-1].dim
         self.norm = nn.LayerNorm(width, **factory)
-        self.head = ClassifierHead(width, num_classes, drop_rate=drop_rate, **factory)
+        self.head = ClassifierHead(width, num_classes, global_pool, drop_rate=drop_rate, **factory)
         self.finish([size.dim for size in sizes], [4 * 2**i for i in range(len(sizes))])
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvEmbed:

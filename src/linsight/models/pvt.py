@@ -18,10 +18,11 @@ from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from linsight.attention import Rename
+from linsight.errors import UnknownNameError
 from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
 
 from ._plan import Choice
-from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize
+from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize, as_map
 from ._seams import make_layer
 
 
@@ -68,7 +69,7 @@ class PVTStage(Stage):
         self.size = grid
 
     def fit_table(self, name: str, table: Tensor) -> FittedTable | None:
-        """A published table of another size, resampled to ours."""
+        """A published table of another size, resampled to ours; bicubic, as InLine's own loader does."""
         if name != "pos_embed":
             return None
         fitted = fit_square(table[:, self.prefix :], self.size, "bicubic")
@@ -129,7 +130,10 @@ class PyramidVisionTransformer(Pyramid):
         super().__init__(in_chans, num_classes)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = [StageSize(*stage) for stage in stages]
-        self.global_pool = global_pool
+        if final_norm not in ("applied", "absent", "carried"):
+            raise UnknownNameError("final_norm", final_norm, ("applied", "absent", "carried"))
+        self.class_token = global_pool == "token"
+        self.global_pool = self._pool(global_pool)
         self.stem = nn.Identity()
         self.grow(
             sizes,
@@ -175,7 +179,7 @@ class PyramidVisionTransformer(Pyramid):
         **factory: Any,
     ) -> PVTStage:
         """A stage with a position table; the last one with the class token."""
-        token = last and self.global_pool == "token"
+        token = last and self.class_token
         return PVTStage(downsample, blocks, dim=dim, grid=grid, class_token=token, **factory)
 
     @torch.jit.ignore
@@ -184,17 +188,32 @@ class PyramidVisionTransformer(Pyramid):
         tokens = {f"stages.{i}.cls_token" for i, stage in enumerate(self.stages) if stage.cls_token is not None}
         return super().no_weight_decay() | tokens
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images of any size -> the last map `(B, C, h, w)`; with a class token, tokens `(B, 1 + h*w, C)`. Normed."""
-        if self.global_pool != "token":
-            return super().forward_features(x)
-        for stage in self.stages[:-1]:
-            x = stage(x)
-        x, _ = self.stages[-1].tokens(x)  # type: ignore[operator]
-        return self.norm(x)
+    def _pool(self, name: str) -> str:
+        pools = ("token", "avg") if self.class_token else ("avg",)
+        if name not in pools:
+            raise UnknownNameError("global_pool", name, pools)
+        return name
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, for `num_classes` classes, or none (0), on the class token or the mean of the last map."""
+        if global_pool:
+            self.global_pool = self._pool(global_pool)
+        super().reset_classifier(num_classes, "" if global_pool == "" else "avg")
+
+    def run_stage(self, stage: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map after a stage; of the last one also its tokens, the class token first, where there is one."""
+        if not isinstance(stage, PVTStage) or not stage.prefix:
+            return super().run_stage(stage, x)
+        x, grid = stage.tokens(x)
+        return as_map(x, grid), x
+
+    def norm_features(self, x: Tensor) -> Tensor:
+        """The final norm, of a map `(B, C, h, w)` or, with a class token, of tokens `(B, 1 + h*w, C)`."""
+        return self.norm(x) if self.class_token else self.norm_map(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gives, to logits."""
-        if self.global_pool == "token":
-            x = x[:, 0, :, None, None]  # the class token as a map of one place
+        if self.class_token:
+            x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(dim=1)
+            x = x[..., None, None]  # as a map of one place
         return super().forward_head(x, pre_logits)

@@ -18,7 +18,7 @@ from timm.models import pvt_v2 as timm_pvt
 from timm.models._input import update_model_input_size
 
 from ._plan import Choice, plan
-from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, set_grid
+from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores, set_grid
 
 
 class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
@@ -58,6 +58,7 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
 
     def _put(self, blocks: Any, i: int, choice: Choice, grid: tuple[int, int]) -> None:
         block, old = blocks[i], blocks[i].attn
+        refuse_dropped_scores(old)
         shared = {"grid": grid, "device": old.q.weight.device, "dtype": old.q.weight.dtype}
         ratio, rate = block.mlp.fc1.out_features / old.dim, getattr(block.drop_path1, "drop_prob", 0.0)
         whole = make_block(choice, old.dim, old.num_heads, mlp_ratio=ratio, drop_path=rate, **shared)
@@ -87,7 +88,7 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
                 size = (size[0] + 1) // 2, (size[1] + 1) // 2
             yield stage, size
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None, **_: Any) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Resample position tables, for good, to those of images of `img_size`. Any size works without it, too."""
         if img_size is None:
             return

@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Layer, create_core, mechanism
+from linsight.errors import LinsightError
 from linsight.ops import Grid
 
 from ._plan import Choice, plan
 from ._pyramid import init_linear
-from ._seams import asked_no_weight_decay, inherit, make_block, make_layer
+from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores
 from ._windows import WindowAttention, Windows, half_shift, whole, within
+
+Window = int | tuple[int, int] | None
 
 
 class SwinBlock(nn.Module):
@@ -114,6 +117,8 @@ class SwinStage(timm_swin.SwinTransformerStage):
         self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
     ) -> None:
         """As timm's: `feat_size` is the grid before the stage merges patches."""
+        if always_partition:
+            raise LinsightError("a grid of one window is not shifted here: pass always_partition=False")
         grid = feat_size
         if not isinstance(self.downsample, nn.Identity):
             grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
@@ -138,7 +143,7 @@ class SwinTransformer(timm_swin.SwinTransformer):
         *timm_args: Any,
         attention: str = "softmax",
         attention_options: Mapping[str, Any] | None = None,
-        attention_window: int | None = None,
+        attention_window: Window = None,
         depths: Sequence[int] = (2, 2, 6, 2),
         **timm_kwargs: Any,
     ) -> None:
@@ -152,13 +157,13 @@ class SwinTransformer(timm_swin.SwinTransformer):
         model: timm_swin.SwinTransformer,
         choices: Sequence[Sequence[Choice]],
         img_size: tuple[int, int],
-        attention_window: int | None = None,
+        attention_window: Window = None,
     ) -> None:
         """Make a model of timm, its weights too, one of ours: this class adds methods and no state."""
         model.__class__ = cls
         model.put(choices, attention_window)
 
-    def put(self, choices: Sequence[Sequence[Choice]], attention_window: int | None) -> None:
+    def put(self, choices: Sequence[Sequence[Choice]], attention_window: Window) -> None:
         """The chosen mechanisms in the place of timm's attention, whose weights go on where they fit."""
         self.patch_embed.__class__ = WholePatches
         self.patch_embed.strict_img_size, self.dynamic_img_size = False, True
@@ -176,9 +181,15 @@ class SwinTransformer(timm_swin.SwinTransformer):
 
 
 def _replacement(
-    theirs: timm_swin.SwinTransformerBlock, choice: Choice, attention_window: int | None, shifted: bool
+    theirs: timm_swin.SwinTransformerBlock,
+    choice: Choice,
+    attention_window: Window,
+    shifted: bool,
 ) -> nn.Module:
     old, grid = theirs.attn, theirs.input_resolution
+    refuse_dropped_scores(old)
+    if theirs.always_partition:
+        raise LinsightError("a grid of one window is not shifted here: pass always_partition=False")
     factory = {"device": old.proj.weight.device, "dtype": old.proj.weight.dtype}
     whole = make_block(
         choice,
@@ -198,7 +209,11 @@ def _replacement(
         attn: Layer = WindowAttention(core, theirs.dim, window=theirs.window_size, **shared)
         inherit(attn, old.state_dict())
         return SwinBlock(theirs, attn, theirs.window_size, theirs.shift_size)
-    window = (attention_window,) * 2 if attention_window else None
+    window = None if attention_window is None else to_2tuple(attention_window)
+    if window is not None and min(window) < 1:
+        raise LinsightError(
+            f"attention_window={attention_window}: give its side, 1 or more, or None for the whole grid"
+        )
     if entry.quadratic:
         window = theirs.window_size
     place = grid if window is None else within(window, grid)

@@ -66,5 +66,6 @@ add_timm_host(
     "timm.models.swin_transformer",
     SwinTransformer.adopt,
     depths=lambda model: [len(stage.blocks) for stage in model.layers],
+    extra=("attention_window",),
     strict_img_size=False,
 )
