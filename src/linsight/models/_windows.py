@@ -65,7 +65,7 @@ def _places(window: tuple[int, int]) -> int:
     return (2 * window[0] - 1) * (2 * window[1] - 1)
 
 
-def whole(side: int, size: int) -> int:
+def to_multiple(side: int, size: int) -> int:
     """The least multiple of `size` that is not below `side`; in a form that stays short in a graph."""
     return (side + size - 1) // size * size
 
@@ -79,7 +79,7 @@ class Windows:
 
     def __init__(self, grid: Grid, window: tuple[int, int], shift: tuple[int, int]) -> None:
         self.grid, self.window = grid, window
-        self.padded = tuple(whole(side, size) for side, size in zip(grid[:2], window, strict=True))
+        self.padded = tuple(to_multiple(side, size) for side, size in zip(grid[:2], window, strict=True))
         # A side of one window is not shifted.
         self.shift = tuple(
             step if step and side > size else 0 for step, side, size in zip(shift, self.padded, window, strict=True)
@@ -141,6 +141,7 @@ class Windows:
 
 
 def within(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """A window that is not larger than the grid."""
     return min(window[0], grid[0]), min(window[1], grid[1])
 
 

@@ -30,7 +30,7 @@ from linsight.ops import Grid
 from ._plan import Choice, plan
 from ._pyramid import init_linear
 from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores
-from ._windows import WindowAttention, Windows, half_shift, whole, within
+from ._windows import WindowAttention, Windows, half_shift, to_multiple, within
 
 Window = int | tuple[int, int] | None
 
@@ -85,7 +85,7 @@ class WholePatches(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, ceil(H / p), ceil(W / p), C)`."""
-        high, wide = (whole(side, size) for side, size in zip(x.shape[2:], self.patch_size, strict=True))
+        high, wide = (to_multiple(side, size) for side, size in zip(x.shape[2:], self.patch_size, strict=True))
         x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
         return self.norm(x.permute(0, 2, 3, 1))
 
@@ -191,7 +191,7 @@ def _replacement(
     if theirs.always_partition:
         raise LinsightError("a grid of one window is not shifted here: pass always_partition=False")
     factory = {"device": old.proj.weight.device, "dtype": old.proj.weight.dtype}
-    whole = make_block(
+    block = make_block(
         choice,
         theirs.dim,
         old.num_heads,
@@ -200,11 +200,11 @@ def _replacement(
         grid=grid,
         **factory,
     )
-    if whole is not None:
-        return whole.apply(init_linear)
+    if block is not None:
+        return block.apply(init_linear)
     shared = {"qkv_bias": old.qkv.bias is not None, "proj_drop": old.proj_drop.p, **factory}
     entry = mechanism(choice.name)
-    if entry.kind == "core" and entry.capabilities.score_bias:
+    if entry.kind == "core" and entry.quadratic and entry.capabilities.score_bias:
         core = create_core(choice.name, theirs.dim, old.num_heads, **factory, **choice.options)
         attn: Layer = WindowAttention(core, theirs.dim, window=theirs.window_size, **shared)
         inherit(attn, old.state_dict())
