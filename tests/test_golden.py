@@ -6,53 +6,67 @@ import torch
 
 import linsight
 from golden import cases
+from golden.spec import tensor
 
 
-def check(module, call, trace, rules, published):
-    """The output of `call` is the published one; else fail with the first submodule that departs."""
+def check(module, call, trace, rules, recorded):
+    """The outputs of `call` are the published ones; else fail with the first submodule that departs."""
     with torch.no_grad():
-        out = call()
-        assert out.shape == published.shape
-        error = (out - published).abs().max() / published.abs().max()
-        if not error <= cases.TOLERANCE:
-            pytest.fail(f"error {error:.2e}; first to differ: {cases.first_difference(module, call, trace, rules)}")
+        found = cases.outputs(call())
+        for name, out in found.items():
+            published = recorded[name]
+            assert out.shape == published.shape
+            error = (out - published).abs().max() / published.abs().max()
+            if not error <= cases.TOLERANCE:
+                where = cases.first_difference(module, call, trace, rules)
+                pytest.fail(f"{name}: error {error:.2e}; first to differ: {where}")
+    assert "output" in found and not {key for key in recorded if key.startswith("output")} - found.keys()
 
 
 @pytest.mark.parametrize("name", cases.names(models=False))
 def test_part(name):
-    spec, published = cases.load(name)
+    spec, recorded = cases.load(name)
     run = cases.build(spec)
     cases.load_filled(run, spec)
-    check(run.module.eval(), run.call, spec["trace"], list(cases.rules(run)), published)
+    check(run.module.eval(), run.call, spec["trace"], list(cases.rules(run)), recorded)
     assert sum(p.numel() for p in run.module.parameters()) == spec["params"]
+    if "gradients" not in spec:
+        return
+    found = cases.gradients(run, cases.outputs(run.call())["output"])
+    for key in spec["gradients"]["keys"]:
+        error = (found[key] - recorded[key]).abs().max() / recorded[key].abs().max()
+        assert error <= cases.TOLERANCE, f"{key}: error {error:.2e}"
 
 
 @pytest.mark.parametrize("name", cases.names(models=True))
 def test_model(name):
     """As users do it: timm's factory, `load_published`, a forward; and back to the published keys."""
-    spec, published = cases.load(name)
+    spec, recorded = cases.load(name)
     state, model_name = cases.published_state(spec), cases.model_name(name)
-    images = cases.tensor(spec["input_shape"])
+    images = tensor(spec["input_shape"])
     makers = [timm.create_model]
     if type(timm.create_model(model_name, device="meta")) is not type(linsight.create_model(model_name, device="meta")):
         makers.append(linsight.create_model)  # a name that is timm's own, too
     for create in makers:
         model = create(model_name).eval()
         linsight.load_published(model, state)
-        check(model, lambda model=model: model(images), spec["trace"], cases.model_rules(model), published)
+        check(model, lambda model=model: model(images), spec["trace"], cases.model_rules(model), recorded)
         exported = linsight.export_published(model)
-        assert exported.keys() == {key for key, _ in spec["state_dict"]}
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        counters = {key for key in exported if key.endswith("num_batches_tracked")}
+        assert exported.keys() - counters == {key for key, _ in spec["state_dict"]} - counters
         assert all(torch.equal(tensor, state[key]) for key, tensor in exported.items())
-        assert sum(tensor.numel() for tensor in model.state_dict().values()) == spec["params"]
+        own = [tensor for key, tensor in exported.items() if not key.endswith(statistics)]
+        assert sum(tensor.numel() for tensor in own) == spec["params"]
 
 
 def test_a_fault_is_located():
     """The trace names the first submodule behind a fault, here a scaled bias in block 5."""
-    spec, published = cases.load("inline/inline_deit_tiny")
+    spec, recorded = cases.load("inline/inline_deit_tiny")
     model = timm.create_model("inline_deit_tiny").eval()
     linsight.load_published(model, cases.published_state(spec))
     with torch.no_grad():
         model.blocks[5].attn.proj.bias.mul_(1.5)
-    images = cases.tensor(spec["input_shape"])
+    images = tensor(spec["input_shape"])
     with pytest.raises(pytest.fail.Exception, match=r"'blocks.5.attn'"):
-        check(model, lambda: model(images), spec["trace"], cases.model_rules(model), published)
+        check(model, lambda: model(images), spec["trace"], cases.model_rules(model), recorded)

@@ -10,7 +10,7 @@ from timm.models._manipulate import group_parameters
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import linsight
-from linsight.attention import Core, list_attentions
+from linsight.attention import Core, list_attentions, mechanism
 from linsight.models import HOSTS
 
 # Small forms of one host of each class: new hosts are added here with arguments that keep them small.
@@ -53,7 +53,14 @@ hosts = pytest.mark.parametrize("host", SMALL)
 mechanisms = pytest.mark.parametrize("attention", MECHANISMS)
 
 
+# Without a class token, for mechanisms that have no place for it.
+NO_TOKEN = {"vit_tiny": {"class_token": False, "global_pool": "avg"}, "pvt_tiny": {"global_pool": "avg"}}
+
+
 def build(host, attention="inline", **arguments):
+    first = attention.partition(":")[0].partition(",")[0]
+    if not mechanism(first).capabilities.prefix:
+        arguments = {**NO_TOKEN.get(host, {}), **arguments}
     return linsight.create_model(host, attention=attention, **{**SMALL[host], **arguments})
 
 

@@ -16,19 +16,24 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def _run(core: Core, tokens: Tokens, grid: Grid) -> list[Tensor]:
-    """The output, and the gradients of its mean square by q, k and v."""
-    q, k, v = (t.detach().requires_grad_() for t in tokens[:3])
-    out = core(tokens._replace(q=q, k=k, v=v), Layout(grid))
-    used = [t for t in (q, k, v) if t.dtype == tokens.q.dtype]
-    gradients = torch.autograd.grad(out, used, torch.ones_like(out) / out.shape[1])
+    """The output, and the gradients of its mean by what is projected."""
+    leaves = {name: getattr(tokens, name).detach().requires_grad_() for name in projected(tokens)}
+    out = core(tokens._replace(**leaves), Layout(grid))
+    gradients = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out) / out.shape[1])
     return [out.detach(), *gradients]
+
+
+def projected(tokens: Tokens) -> list[str]:
+    """Which tokens a layer projects for this core."""
+    return ["q", "k", "v"] if tokens.extra is None else ["q", "k", "v", "extra"]
 
 
 def _scales(core: Core, tokens: Tokens, grid: Grid, dtype: torch.dtype) -> Iterator[tuple[float, Tokens]]:
     """1e3 and every tenth of it whose results, computed in float64, `dtype` can hold."""
     limit = torch.finfo(dtype).max
     for scale in (1e3, 1e2, 1e1, 1.0):
-        scaled = cast(Tokens(*(t * scale for t in tokens[:4])), dtype)
+        scaled = tokens._replace(**{name: getattr(tokens, name) * scale for name in (*projected(tokens), "x")})
+        scaled = cast(scaled, dtype)
         exact = _run(copy.deepcopy(core).double(), cast(scaled, torch.float64), grid)
         if max(t.abs().max().item() for t in exact) < limit:
             yield scale, scaled

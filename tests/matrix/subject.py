@@ -71,7 +71,9 @@ def random_tokens(core: Core, batch: int, grid: Grid, dim: int = 16, keep: Tenso
     """Standard normal tokens of `core` in float64."""
     shape = (batch, grid.tokens, core.num_heads, dim // core.num_heads)
     q, k, v = torch.randn(3, *shape, dtype=torch.float64)
-    return Tokens(q, k, v, torch.randn(batch, grid.tokens, dim, dtype=torch.float64), keep)
+    x = torch.randn(batch, grid.tokens, dim, dtype=torch.float64)
+    extra = torch.randn(batch, grid.tokens, core.extra_dim, dtype=torch.float64) if core.extra_dim else None
+    return Tokens(q, k, v, x, keep, extra)
 
 
 def cast(tokens: Tokens, dtype: torch.dtype) -> Tokens:

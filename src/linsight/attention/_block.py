@@ -16,7 +16,7 @@ class Block(nn.Module):
     """A mechanism registered with `kind="block"`: residual connections, norms and MLP are its own.
 
     The constructor takes `(dim, num_heads, *, mlp_ratio, drop_path, ..., device=None, dtype=None)`;
-    its other keyword arguments are the mechanism's options. `grid` as of a Core.
+    its other keyword arguments are the mechanism's options. `grid` and `index` as of a Core.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()
@@ -47,11 +47,12 @@ def create_block(
     mlp_ratio: float = 4.0,
     drop_path: float = 0.0,
     grid: tuple[int, int] | None = None,
+    index: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Block:
-    """A block of the mechanism `name`, which must be one of kind "block". `grid` as in `create_attention`.
+    """A block of the mechanism `name`, which must be one of kind "block". `grid` and `index` as in `create_attention`.
 
     Raises:
         UnknownNameError: no such mechanism or option.
@@ -61,7 +62,7 @@ def create_block(
     if entry.kind != "block":
         raise LinsightError(f"'{name}' is an attention, not a block: use create_attention")
     entry.check_options(options)
-    shared = {"mlp_ratio": mlp_ratio, "drop_path": drop_path, "device": device, "dtype": dtype, **entry.placed(grid)}
-    block = entry.factory(dim, num_heads, **shared, **options)
+    shared = {"mlp_ratio": mlp_ratio, "drop_path": drop_path, "device": device, "dtype": dtype}
+    block = entry.factory(dim, num_heads, **shared, **entry.placed(grid, index), **options)
     assert isinstance(block, Block)
     return block

@@ -14,6 +14,7 @@ class Tokens(NamedTuple):
 
     x: `(B, M, C)` what the queries were projected from, or what the host conditions the layer on.
     keep: `(B, N)` bool, False where a key is not to be seen; None when all are.
+    extra: `(B, N, core.extra_dim)`, further projected channels, for a core that asks for them.
     """
 
     q: Tensor
@@ -21,6 +22,7 @@ class Tokens(NamedTuple):
     v: Tensor
     x: Tensor | None = None
     keep: Tensor | None = None
+    extra: Tensor | None = None
 
 
 class Capabilities(NamedTuple):
@@ -63,13 +65,19 @@ class Core(nn.Module):
     The constructor takes `(dim, num_heads, *, ..., device=None, dtype=None)`; its other keyword
     arguments are the mechanism's options. `dim` is the width of the values, heads merged. One with
     parameters that lie on a grid, as a position table, also takes `grid`, the height and width that
-    its keys are built for; it works on any other, and `set_grid` moves it there for good.
+    its keys are built for; it works on any other, and `set_grid` moves it there for good. One that differs
+    from block to block also takes `index`, its block's place in the model, from 0.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()
     rounds: ClassVar[int] = 1
     halos: tuple[int, ...] = (0, 0)  # of each round's absorb, then of read
+    of_queries: ClassVar[tuple[int, ...]] = ()  # rounds that absorb the grid of q and x; the others, that of k and v
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `_layer.py`
+    qkv_bias: ClassVar[bool] = True  # False: projected without one, whatever the host has
+    layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do
+    extra_dim: int = 0  # width of `tokens.extra`
+    out_dim: int | None = None  # width of the outputs, heads merged, where it is not `dim`
     published: ClassVar[tuple[Rename, ...]] = ()  # key map of the layer, beyond qkv and proj
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> State:
@@ -102,10 +110,11 @@ class Core(nn.Module):
         """
         done: tuple[State, ...] = ()
         source = context_layout or layout
-        absorbed = Tile.whole(source.grid, source.sizes)
+        queries, keys = Tile.whole(layout.grid, layout.sizes), Tile.whole(source.grid, source.sizes)
         for r in range(self.rounds):
-            done += (self.finish(r, self.absorb(r, tokens, absorbed, done), absorbed.grid),)
-        return self.read(tokens, Tile.whole(layout.grid, layout.sizes), done)
+            tile = queries if r in self.of_queries else keys
+            done += (self.finish(r, self.absorb(r, tokens, tile, done), tile.grid),)
+        return self.read(tokens, queries, done)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample parameters that lie on a grid to another height and width."""

@@ -26,6 +26,8 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "qkv": (Projection("qkv", ("q", "k", "v")),),
     "q_kv": (Projection("q", ("q",)), Projection("kv", ("k", "v"))),
     "q_k_v": (Projection("q", ("q",)), Projection("k", ("k",)), Projection("v", ("v",))),
+    "qk": (Projection("qk", ("q", "k")),),
+    "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
 }
 
 
@@ -107,16 +109,18 @@ class Attention(Layer):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         reducing = reduction > 1 or pool > 0
+        self.widths = {"q": dim, "k": dim, "v": dim, "extra": core.extra_dim}  # of the parts
         self.num_heads: int = core.num_heads  # type: ignore[assignment]
         self.layout_name = projections or ("q_kv" if reducing else core.projections)
-        if reducing and "qkv" in self.layout_name.split("_"):
+        layout = PROJECTIONS[self.layout_name]
+        if reducing and any("q" in projection.parts and len(projection.parts) > 1 for projection in layout):
             raise LinsightError("a reduction needs keys and values projected apart from queries: projections='q_kv'")
-        for projection in PROJECTIONS[self.layout_name]:
-            out = dim * len(projection.parts)
-            self.add_module(projection.name, nn.Linear(dim, out, bias=qkv_bias, **factory))
+        for projection in layout:
+            out = sum(self.widths[part] for part in projection.parts)
+            self.add_module(projection.name, nn.Linear(dim, out, bias=qkv_bias and core.qkv_bias, **factory))
         self.reduction = Reduction(dim, reduction, pool=pool, **factory) if reducing else None
         self.core = core
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
+        self.proj = nn.Linear(core.out_dim or dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
@@ -167,14 +171,24 @@ class Attention(Layer):
                 x, cond = source, None if cond is None else mask_tokens(cond, keep)
         if self.reduction is not None:
             source, source_layout = self._reduce(source, source_layout, keep)
-        q, k, v = (split_heads(t, self.num_heads) for t in self._project(x, source))
+        tokens = self.tokens(x, source, source_layout, keep)
         out = self.core(
-            Tokens(q, k, v, x if cond is None else cond, keep),
+            tokens if cond is None else tokens._replace(x=cond),
             layout,
             context_layout=None if source_layout is layout else source_layout,
             score_bias=score_bias,
         )
-        return self.proj_drop(self.proj(merge_heads(out)))
+        return self.conclude(merge_heads(out), x)
+
+    def tokens(self, x: Tensor, source: Tensor, layout: Layout, keep: Tensor | None) -> Tokens:
+        """What the core sees: queries of `x`, keys and values of `source`, which lies as `layout` says."""
+        parts = self._project(x, source)
+        q, k, v = (split_heads(parts[name], self.num_heads) for name in "qkv")
+        return Tokens(q, k, v, x, keep, parts.get("extra"))
+
+    def conclude(self, out: Tensor, x: Tensor) -> Tensor:
+        """The output of the layer, of that of the core `(B, M, core.out_dim)`."""
+        return self.proj_drop(self.proj(out))
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample parameters that lie on a grid to another height and width, those of `x`."""
@@ -187,25 +201,23 @@ class Attention(Layer):
         x, grid = self.reduction(x, layout.grid)
         return x, Layout(grid)
 
-    def _project(self, x: Tensor, source: Tensor) -> list[Tensor]:
-        """q from `x`, k and v from `source`, each `(B, N, C)`."""
-        found: dict[str, Tensor] = {}
+    def _project(self, x: Tensor, source: Tensor) -> dict[str, Tensor]:
+        """q from `x`, the rest from `source`, each `(B, N, width)`; what is not projected is its input."""
+        found = {"q": x, "k": source, "v": source}
         for projection in PROJECTIONS[self.layout_name]:
             linear: Any = self.get_submodule(projection.name)
-            parts = projection.parts
+            parts, widths = projection.parts, [self.widths[part] for part in projection.parts]
             if "q" in parts and len(parts) > 1 and source is not x:  # one weight, two inputs
-                width = linear.weight.shape[0] // len(parts)
-                split = [width, linear.weight.shape[0] - width]
+                split = [widths[0], sum(widths[1:])]
                 bias = (None, None) if linear.bias is None else linear.bias.split(split)
                 weight = linear.weight.split(split)
                 found["q"] = F.linear(x, weight[0], bias[0])
-                found.update(
-                    zip(parts[1:], F.linear(source, weight[1], bias[1]).chunk(len(parts) - 1, -1), strict=True)
-                )
+                rest = F.linear(source, weight[1], bias[1]).split(widths[1:], dim=-1)
+                found.update(zip(parts[1:], rest, strict=True))
             else:
                 out = linear(x if "q" in parts else source)
-                found.update(zip(parts, out.chunk(len(parts), dim=-1), strict=True))
-        return [found.get("q", x), found.get("k", source), found.get("v", source)]
+                found.update(zip(parts, out.split(widths, dim=-1), strict=True))
+        return found
 
 
 _LAYER_OPTIONS = ("qkv_bias", "proj_bias", "proj_drop", "projections", "reduction", "pool")
@@ -217,6 +229,7 @@ def create_attention(
     num_heads: int = 8,
     *,
     grid: tuple[int, int] | None = None,
+    index: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
@@ -224,7 +237,8 @@ def create_attention(
     """A layer of `dim` channels and `num_heads` heads with the mechanism `name`.
 
     `grid` is the height and width, in tokens, that position tables are made for, of mechanisms that have
-    them: without it they have none. It does not limit the sizes that the layer works on. `options` are
+    them: without it they have none. It does not limit the sizes that the layer works on. `index` is the place
+    of the layer's block in a model, from 0, for mechanisms that differ from block to block. `options` are
     those of the mechanism (`linsight info NAME`) and of `Attention`: qkv_bias, proj_bias, proj_drop,
     projections, reduction (PVT's, of keys and values) and pool (PVTv2's).
 
@@ -246,13 +260,15 @@ def create_attention(
         raise LinsightError(f"unknown projections '{layer['projections']}': known are {', '.join(PROJECTIONS)}")
     entry.check_options(options)
     if entry.kind == "layer":
-        made = entry.factory(dim, num_heads, device=device, dtype=dtype, **entry.placed(grid), **layer, **options)
+        place = entry.placed(grid, index)
+        made = entry.factory(dim, num_heads, device=device, dtype=dtype, **place, **layer, **options)
         assert isinstance(made, Layer)
         return made
     if grid is not None:
         grid = reduced(grid, layer.get("reduction", 1), layer.get("pool", 0))
-    core = create_core(name, dim, num_heads, grid=grid, device=device, dtype=dtype, **options)
-    return Attention(core, dim, device=device, dtype=dtype, **layer)
+    core = create_core(name, dim, num_heads, grid=grid, index=index, device=device, dtype=dtype, **options)
+    around: Any = core.layer or Attention
+    return around(core, dim, device=device, dtype=dtype, **layer)
 
 
 def create_core(
@@ -261,6 +277,7 @@ def create_core(
     num_heads: int,
     *,
     grid: tuple[int, int] | None = None,
+    index: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
@@ -275,6 +292,6 @@ def create_core(
     if entry.kind != "core":
         raise LinsightError(f"'{name}' is a whole {entry.kind}, without a core of its own")
     entry.check_options(options)
-    core = entry.factory(dim, num_heads, device=device, dtype=dtype, **entry.placed(grid), **options)
+    core = entry.factory(dim, num_heads, device=device, dtype=dtype, **entry.placed(grid, index), **options)
     assert isinstance(core, Core)
     return core

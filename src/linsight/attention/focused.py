@@ -41,6 +41,7 @@ from linsight.ops import (
     linear_absorb,
     linear_read,
     mask_tokens,
+    pad_prefix,
     table_for,
 )
 
@@ -109,7 +110,7 @@ class Focused(Core):
         """sum phi(k + P) v^T, sum phi(k + P) and the number of tokens."""
         k = merge_heads(tokens.k).to(accumulator(tokens.k.dtype))
         if self.positions is not None:
-            k = k + _behind(tile.prefix, table_for(self.positions, self.size, tile, "bicubic").to(k.dtype))
+            k = k + pad_prefix(table_for(self.positions, self.size, tile, "bicubic").to(k.dtype), tile.prefix)
         sums = linear_absorb(self._map(k), tokens.v, tokens.keep)
         return FocusedState(sums, count_tokens(tokens.v, tokens.keep))
 
@@ -173,9 +174,4 @@ class Focused(Core):
         bias = self.dwc.bias.to(out.dtype).repeat(self.num_heads)
         with full_precision(out):
             local = tile.inner_grid(depthwise_conv(v.to(out.dtype), tile.seen, weight, bias))
-        return (out + split_heads(_behind(tile.prefix, local), self.num_heads)).to(q.dtype)
-
-
-def _behind(prefix: int, x: Tensor) -> Tensor:
-    """`x` `(B, n, C)` of the grid, with zeros for the prefix tokens in front."""
-    return F.pad(x, (0, 0, prefix, 0)) if prefix else x
+        return (out + split_heads(pad_prefix(local, tile.prefix), self.num_heads)).to(q.dtype)

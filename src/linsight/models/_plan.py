@@ -9,10 +9,11 @@ from linsight.errors import LinsightError
 
 
 class Choice(NamedTuple):
-    """A mechanism and its options, for one block."""
+    """A mechanism and its options, for the block `index` of a model."""
 
     name: str
     options: Mapping[str, Any]
+    index: int = 0  # type: ignore[assignment]  # also a method of tuples
 
 
 def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | None = None) -> list[list[Choice]]:
@@ -20,11 +21,12 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
 
     attention: "inline" everywhere; "inline,inline,softmax,softmax" one a stage; in place of a name,
         "inline:2/softmax" is inline in the first 2 blocks of the stage and softmax after them.
-    options: keyword arguments of the first mechanism named; the others keep their defaults.
+    options: keyword arguments of the first mechanism named; the others keep their defaults. A list as value
+        gives one to each stage.
 
     Raises:
         UnknownNameError: a mechanism that is not registered.
-        LinsightError: as many stages are named as the host does not have.
+        LinsightError: as many stages are named, or values listed, as the host does not have.
     """
     stages = [part.strip() for part in attention.split(",")]
     if len(stages) == 1:
@@ -35,17 +37,28 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
             f"give one mechanism, or one for each stage"
         )
     first = re.split(r"[:/]", stages[0])[0].strip()
-    mechanism(first).check_options(dict(options or {}))
+    given = _by_stage(options or {}, len(depths))
+    for row in given:
+        mechanism(first).check_options(row)
 
-    def choice(name: str) -> Choice:
-        return Choice(mechanism(name).name, dict(options or {}) if name == first else {})
-
-    table = []
-    for stage, depth in zip(stages, depths, strict=True):
+    table: list[list[Choice]] = []
+    for stage, depth, row in zip(stages, depths, given, strict=True):
         head, _, tail = (part.strip() for part in stage.partition("/"))
         name, _, count = (part.strip() for part in head.partition(":"))
         if bool(tail) != bool(count) or (count and not count.isdecimal()):
             raise LinsightError(f"attention='{stage}' is not understood: write NAME, or NAME:COUNT/NAME")
         blocks = min(int(count), depth) if count else depth
-        table.append([choice(name)] * blocks + ([choice(tail)] * (depth - blocks) if tail else []))
+        start = sum(map(len, table))
+        names = [name] * blocks + [tail] * (depth - blocks)
+        table.append([Choice(mechanism(n).name, row if n == first else {}, start + i) for i, n in enumerate(names)])
     return table
+
+
+def _by_stage(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The options of each stage."""
+    for name, value in options.items():
+        if isinstance(value, list) and len(value) != count:
+            raise LinsightError(f"{name}={value} lists {len(value)} values, but this host has {count} stages")
+    return [
+        {name: value[i] if isinstance(value, list) else value for name, value in options.items()} for i in range(count)
+    ]

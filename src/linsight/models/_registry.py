@@ -7,13 +7,15 @@ configuration. `create_model` understands both, and timm's own names where a hos
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, is_model, list_models, model_entrypoint, register_model
 from torch import nn
 
 from linsight.errors import LinsightError, UnknownNameError
+
+from ._dense import DenseFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Variant:
 
     published: its figures (`top1`, `params`, `gmacs`); `plotted` where its top-1 is read off a plot, so is not exact;
         `ema` where the averaged weights are the published ones.
+    dense: a backbone for dense tasks, whose forward gives the map of each stage: "plain", or "normed" by a LayerNorm
+        of its own.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Variant:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dense: Literal["", "plain", "normed"] = ""
 
 
 def figures(top1: float | None, params: float, gmacs: float, **more: Any) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.M
     options = kwargs.pop("attention_options", None)
     if options is None:
         options = variant.options if attention == variant.attention else {}
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         host.model_cls,
         variant.name,
         pretrained=False,
@@ -136,6 +141,7 @@ def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.M
         attention_options=options,
         **{"img_size": cfg["input_size"][-2:], **host.args, **variant.args, **kwargs},
     )
+    return DenseFeatures(model, normed=variant.dense == "normed") if variant.dense else model
 
 
 def default_attention(name: str) -> str:

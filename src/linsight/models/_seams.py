@@ -1,12 +1,12 @@
 """What mechanisms and hosts may ask of each other, without knowing names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from linsight.attention import Block, Core, Layer, create_attention, create_block, is_block, mechanism
-from linsight.errors import LinsightError
+from linsight.errors import CapabilityError, LinsightError
 
 from ._plan import Choice
 
@@ -33,14 +33,21 @@ def make_layer(
             shared["projections"] = projections
         if entry.quadratic:
             shared |= {"reduction": reduction, "pool": pool}
-    return create_attention(choice.name, dim, num_heads, **{**shared, **choice.options})
+    return create_attention(choice.name, dim, num_heads, index=choice.index, **{**shared, **choice.options})
 
 
 def make_block(choice: Choice, dim: int, num_heads: int, **shared: Any) -> Block | None:
     """The whole block, of a mechanism that is one; None for those that go into the host's own."""
     if not is_block(choice.name):
         return None
-    return create_block(choice.name, dim, num_heads, **shared, **choice.options)
+    return create_block(choice.name, dim, num_heads, index=choice.index, **shared, **choice.options)
+
+
+def refuse_prefix(choices: Iterable[Choice], way: str) -> None:
+    """Raise, naming the way out, where a mechanism has no place for the class token of a host."""
+    for name in dict.fromkeys(choice.name for choice in choices):
+        if not mechanism(name).capabilities.prefix:
+            raise CapabilityError(f"'{name}' works on a grid, which a class token has no place on (prefix): {way}")
 
 
 def refuse_dropped_scores(attention: Any) -> None:

@@ -159,7 +159,7 @@ class CrossShapedAttention(nn.Module):
         self.branches = nn.ModuleList()
         for stripes in cuts:
             place = stripes.inner(grid) if stripes else grid
-            core = create_core(choice.name, dims, heads, grid=place, **factory, **choice.options)
+            core = create_core(choice.name, dims, heads, grid=place, index=choice.index, **factory, **choice.options)
             self.branches.append(Branch(core, dims, stripes=stripes, **factory))
         self.proj = nn.Linear(dim, dim, **factory)
 

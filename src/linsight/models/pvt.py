@@ -21,9 +21,9 @@ from linsight.attention import Rename
 from linsight.errors import UnknownNameError
 from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
 
-from ._plan import Choice
+from ._plan import Choice, plan
 from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize, as_map
-from ._seams import make_layer
+from ._seams import make_layer, refuse_prefix
 
 
 class PVTStage(Stage):
@@ -134,6 +134,9 @@ class PyramidVisionTransformer(Pyramid):
             raise UnknownNameError("final_norm", final_norm, ("applied", "absent", "carried"))
         self.class_token = global_pool == "token"
         self.global_pool = self._pool(global_pool)
+        if self.class_token:
+            depths = [size.depth for size in sizes]
+            refuse_prefix(plan(attention, depths, attention_options)[-1], "pass global_pool='avg'")
         self.stem = nn.Identity()
         self.grow(
             sizes,

@@ -205,7 +205,7 @@ def _replacement(
     shared = {"qkv_bias": old.qkv.bias is not None, "proj_drop": old.proj_drop.p, **factory}
     entry = mechanism(choice.name)
     if entry.kind == "core" and entry.quadratic and entry.capabilities.score_bias:
-        core = create_core(choice.name, theirs.dim, old.num_heads, **factory, **choice.options)
+        core = create_core(choice.name, theirs.dim, old.num_heads, index=choice.index, **factory, **choice.options)
         attn: Layer = WindowAttention(core, theirs.dim, window=theirs.window_size, **shared)
         inherit(attn, old.state_dict())
         return SwinBlock(theirs, attn, theirs.window_size, theirs.shift_size)

@@ -20,11 +20,13 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from linsight.attention import Rename
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid
 
+from ._convs import CPE
 from ._plan import Choice, plan
-from ._seams import asked_no_weight_decay, make_layer, set_grid
+from ._seams import asked_no_weight_decay, make_layer, refuse_prefix, set_grid
 from ._seams import make_block as whole_block
 
 
@@ -44,16 +46,27 @@ def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
 
 
 class Block(timm_vit.Block):
-    """timm's pre-norm block around a linsight layer."""
+    """timm's pre-norm block around a linsight layer, behind a position encoding `cpe` where the host has one."""
+
+    cpe: CPE | None
 
     def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
         """`x` `(B, P + H*W, C)`, on `grid`."""
+        if self.cpe is not None:
+            x = self.cpe(x, grid)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, keep=keep)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 def make_block(
-    dim: int, num_heads: int, *, choices: list[Choice], grid: tuple[int, int], depth: int = 0, **timm_args: Any
+    dim: int,
+    num_heads: int,
+    *,
+    choices: list[Choice],
+    grid: tuple[int, int],
+    cpe: bool,
+    depth: int = 0,
+    **timm_args: Any,
 ) -> nn.Module:
     """For timm's `block_fn=`: the block at `depth`, around the mechanism chosen for it."""
     choice = choices[depth]
@@ -61,7 +74,9 @@ def make_block(
     whole = whole_block(choice, dim, num_heads, grid=grid, **shared)
     if whole is not None:
         return whole
-    return Block(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice, grid)})
+    block = Block(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice, grid)})
+    block.cpe = CPE(dim, device=timm_args["device"], dtype=timm_args["dtype"]) if cpe else None
+    return block
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -69,7 +84,10 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     attention: a mechanism, or `"inline:4/softmax"` for the first 4 blocks and the rest.
     attention_options: keyword arguments of that mechanism.
+    cpe: a depthwise convolution in front of each block, beside `pos_embed` or in its place ("none").
     """
+
+    published = (Rename("init_norm.", "patch_embed.norm."),)
 
     def __init__(
         self,
@@ -78,13 +96,16 @@ class VisionTransformer(timm_vit.VisionTransformer):
         *timm_args: Any,
         attention: str = "softmax",
         attention_options: Mapping[str, Any] | None = None,
+        cpe: bool = False,
         depth: int = 12,
         **timm_kwargs: Any,
     ) -> None:
         (choices,) = plan(attention, [depth], attention_options)
         (height, width), (down, right) = to_2tuple(img_size), to_2tuple(patch_size)
-        ours = host_arguments(choices, (height // down, width // right))
+        ours = host_arguments(choices, (height // down, width // right), cpe)
         super().__init__(img_size, patch_size, *timm_args, depth=depth, **ours, **timm_kwargs)
+        if self.num_prefix_tokens:
+            refuse_prefix(choices, "pass class_token=False, global_pool='avg'")
         if not isinstance(self.patch_drop, nn.Identity):
             raise LinsightError("dropped patches leave no grid: pass patch_drop_rate=0")
 
@@ -175,10 +196,10 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return block(x, grid)
 
 
-def host_arguments(choices: list[Choice], grid: tuple[int, int]) -> dict[str, Any]:
+def host_arguments(choices: list[Choice], grid: tuple[int, int], cpe: bool = False) -> dict[str, Any]:
     """What timm's VisionTransformer is built with to become the host; `grid` is that of its image size."""
     return {
-        "block_fn": functools.partial(make_block, choices=choices, grid=grid),
+        "block_fn": functools.partial(make_block, choices=choices, grid=grid, cpe=cpe),
         "dynamic_img_size": True,
         # without it, timm asserts divisible sizes, which makes a compiled graph for each
         "dynamic_img_pad": True,

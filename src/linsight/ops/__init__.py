@@ -2,10 +2,11 @@
 
 from ._forms import FORMS, ChosenForm, Form, forms
 from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
-from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, tiles
+from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, pad_prefix, tiles
 from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
 from .maps import FEATURE_MAPS
 from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
+from .rotary import check_rotary, rotary_angles, rotate
 from .states import (
     LogSumExp,
     Moments,
@@ -38,6 +39,7 @@ __all__ = [
     "apply_state",
     "as_layout",
     "causal_linear_attention",
+    "check_rotary",
     "check_tokens",
     "count_tokens",
     "depthwise_conv",
@@ -51,8 +53,11 @@ __all__ = [
     "mask_tokens",
     "merge",
     "outer_sum",
+    "pad_prefix",
     "pool_matrix",
     "resize_matrix",
+    "rotary_angles",
+    "rotate",
     "separable",
     "shifted_products",
     "table_for",

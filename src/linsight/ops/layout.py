@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 
@@ -158,6 +159,11 @@ class Tile:
             return x
         top, left = self.top - self.rows[0], self.left - self.columns[0]
         return x.unflatten(1, self.seen)[:, top : top + self.height, left : left + self.width].flatten(1, 2)
+
+
+def pad_prefix(x: Tensor, prefix: int) -> Tensor:
+    """`x` `(B, n, C)` of grid tokens with zeros for `prefix` tokens in front: `(B, prefix + n, C)`."""
+    return F.pad(x, (0, 0, prefix, 0)) if prefix else x
 
 
 def tiles(grid: Grid, height: int, width: int, halo: int = 0) -> list[Tile]:

@@ -61,17 +61,32 @@ def _cubic(x: Tensor, a: float = -0.75) -> Tensor:
 
 
 def pool_matrix(
-    old: int, new: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    old: int | Tensor,
+    new: int,
+    *,
+    start: int = 0,
+    count: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The `(new, old)` matrix of adaptive average pooling: bin i is the mean of floor(i r) to ceil((i + 1) r).
+    """Columns `start` to `start + count` of the `(new, old)` matrix of adaptive average pooling.
 
-    r = old / new.
+    Bin i is the mean of floor(i r) to ceil((i + 1) r), r = old / new; bins overlap where r is no integer. `old`
+    may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, new, count)`, and `device`
+    is that of `old`.
     """
-    bins, place = torch.arange(new, device=device)[:, None], torch.arange(old, device=device)
-    start = bins * old // new
-    stop = ((bins + 1) * old + new - 1) // new
-    inside = ((place >= start) & (place < stop)).to(dtype)
-    return inside / (stop - start)
+    per_image = isinstance(old, Tensor)
+    if isinstance(old, Tensor):
+        assert count is not None
+        old, device = old[:, None, None], old.device
+    elif count is None:
+        count = old - start
+    bins, place = torch.arange(new, device=device)[:, None], torch.arange(count, device=device) + start
+    first = bins * old // new
+    last = ((bins + 1) * old + new - 1) // new
+    inside = ((place >= first) & (place < last)).to(dtype)
+    weights = inside / (last - first)
+    return weights if per_image else weights.reshape(new, count)
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""Backbones of detection and segmentation: a map from each stage, as the published ones give them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from linsight.attention import Rename
+
+
+class DenseFeatures(FeatureGetterNet):
+    """timm's `features_only` wrapper around a hierarchical model, whose head and final norm it drops.
+
+    normed: a LayerNorm (eps 1e-5) on each map that is returned, not on the one that is passed on; it is not in the
+        checkpoint of a classifier, so that is loaded with `head=False`.
+
+    Images of any size, `(B, C, H, W)` -> maps `(B, C_i, H_i, W_i)`; `feature_info` tells channels and strides.
+    """
+
+    published = (*(Rename(f"norm{i}.", f"norm{i}.") for i in range(4)), Rename("", "model."))
+
+    def __init__(self, model: nn.Module, *, normed: bool) -> None:
+        super().__init__(model, out_indices=(0, 1, 2, 3))
+        like: Any = next(model.parameters())
+        factory = {"device": like.device, "dtype": like.dtype}
+        self.norms: Sequence[str] = []
+        if normed:
+            self.norms = [f"norm{i}" for i in range(len(self.feature_info.channels()))]
+            for name, width in zip(self.norms, self.feature_info.channels(), strict=True):
+                self.add_module(name, nn.LayerNorm(width, **factory))
+        self.pretrained_cfg = self.default_cfg = {**model.pretrained_cfg, "classifier": tuple(self.norms)}  # type: ignore[dict-item]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The maps of all stages."""
+        maps = super().forward(x)
+        for i, name in enumerate(self.norms):
+            maps[i] = self[name](maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return maps
