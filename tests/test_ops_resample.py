@@ -61,6 +61,23 @@ def test_pool_matrix(height, width, new):
     torch.testing.assert_close(out.permute(0, 3, 1, 2), F.adaptive_avg_pool2d(canvas, new))
 
 
+@given(old=SIDE, new=SIDE, start=st.integers(0, 12), count=SIDE)
+def test_pool_matrix_of_a_tile_is_a_slice(old, new, start, count):
+    start, whole = min(start, old - 1), pool_matrix(old, new, dtype=F64)
+    count = min(count, old - start)
+    part = pool_matrix(old, new, start=start, count=count, dtype=F64)
+    assert torch.equal(part, whole[:, start : start + count])
+
+
+def test_pool_matrix_of_a_padded_batch():
+    """Each image is pooled over its own length; what pads it weighs nothing."""
+    lengths = (7, 4, 1)
+    matrices = pool_matrix(torch.tensor(lengths), 3, count=7, dtype=F64)
+    for matrix, length in zip(matrices, lengths, strict=True):
+        torch.testing.assert_close(matrix[:, :length], pool_matrix(length, 3, dtype=F64))
+        assert not matrix[:, length:].any()
+
+
 @given(old=st.tuples(SIDE, SIDE), new=st.tuples(SIDE, SIDE), mode=MODE)
 def test_table_for_a_whole_grid(old, new, mode):
     table = random_table(old)

@@ -31,6 +31,24 @@ def test_options_go_to_the_first_mechanism_named():
     assert (first.options, second.options, third.options) == ({"feature_map": "relu"}, {}, {"feature_map": "relu"})
 
 
+def test_a_list_gives_one_value_to_each_stage():
+    rows = plan("inline,softmax,inline", [1, 2, 1], {"feature_map": ["relu", "exp", "identity"], "local": False})
+    assert [[choice.options for choice in row] for row in rows] == [
+        [{"feature_map": "relu", "local": False}],
+        [{}, {}],
+        [{"feature_map": "identity", "local": False}],
+    ]
+    with pytest.raises(LinsightError, match="lists 2 values, but this host has 3 stages"):
+        plan("inline", [1, 1, 1], {"feature_map": ["relu", "exp"]})
+    with pytest.raises(UnknownNameError, match="did you mean 'relu'"):
+        plan("inline", [1, 1], {"feature_map": ["exp", "rely"]})
+
+
+def test_blocks_are_numbered_over_all_stages():
+    rows = plan("inline:1/softmax", [2, 1, 3])
+    assert [choice.index for row in rows for choice in row] == list(range(6))
+
+
 @pytest.mark.parametrize(
     ("attention", "message"),
     [

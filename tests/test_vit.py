@@ -7,6 +7,7 @@ import timm
 import torch
 
 import linsight
+from linsight import Grid
 from linsight.errors import CapabilityError, LinsightError
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
@@ -115,6 +116,19 @@ def test_heads(arguments):
 def test_class_token_starts_as_published():
     token = torch.cat([vit(embed_dim=64).cls_token.detach().flatten() for _ in range(8)])
     assert 0.01 < token.std() < 0.03
+
+
+def test_a_position_encoding_in_front_of_each_block():
+    """x + conv(x) on the grid, the class token left alone, then the block as without it."""
+    model = vit(cpe=True)
+    block, x, grid = model.blocks[1], torch.randn(2, 1 + 4 * 3, 32), Grid(4, 3, 1)
+    encoded = x.clone()
+    canvas = x[:, 1:].transpose(1, 2).unflatten(2, (4, 3))
+    encoded[:, 1:] += block.cpe._conv_forward(canvas, block.cpe.weight, block.cpe.bias).flatten(2).transpose(1, 2)
+    encoding, block.cpe = block.cpe, None
+    plain = block(encoded, grid)
+    block.cpe = encoding
+    torch.testing.assert_close(block(x, grid), plain)
 
 
 def test_blocks_follow_the_plan():

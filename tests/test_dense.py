@@ -1,0 +1,44 @@
+"""Backbones for dense tasks: the maps of a classifier, each with a norm where it was published so."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import linsight
+from linsight.models import Variant
+from linsight.models._registry import _build
+
+SIZE = (70, 45)
+
+
+def backbone(kind):
+    """One that a row of data describes."""
+    small = {"embed_dim": 8, "num_heads": (1, 2, 2, 2)}
+    return _build(Variant("toy_dense", "swin_tiny", "inline", small, dense=kind)).eval()
+
+
+@pytest.mark.parametrize("kind", ["plain", "normed"])
+def test_maps_are_those_of_the_classifier(kind):
+    dense = backbone(kind)
+    model = linsight.create_model("swin_tiny", attention="inline", embed_dim=8, num_heads=(1, 2, 2, 2)).eval()
+    report = linsight.load_published(dense, linsight.export_published(model), head=False)
+    assert set(report.kept) == {key for key in dense.state_dict() if key.startswith("norm")}
+    x = torch.randn(1, 3, *SIZE)
+    maps, wanted = dense(x), model.forward_intermediates(x, intermediates_only=True)
+    assert [m.shape[1] for m in maps] == dense.feature_info.channels() == [8, 16, 32, 64]
+    for i, (ours, theirs) in enumerate(zip(maps, wanted, strict=True)):
+        norm = getattr(dense, f"norm{i}", None)
+        if norm is not None:
+            torch.nn.init.normal_(norm.weight)
+            ours = dense(x)[i]
+            theirs = F.layer_norm(theirs.permute(0, 2, 3, 1), theirs.shape[1:2], norm.weight).permute(0, 3, 1, 2)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_published_keys_go_both_ways():
+    dense = backbone("normed")
+    state = linsight.export_published(dense)
+    assert "norm2.weight" in state and "patch_embed.proj.weight" in state and "head.weight" not in state
+    other = backbone("normed")
+    linsight.load_published(other, state)
+    assert all(torch.equal(tensor, dense.state_dict()[key]) for key, tensor in other.state_dict().items())

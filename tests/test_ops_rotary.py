@@ -1,0 +1,48 @@
+"""The rotary embedding against its published table, in tiles, and what it is for: relative positions."""
+
+import pytest
+import torch
+
+from golden.constants import rotary_table
+from linsight.errors import LinsightError
+from linsight.ops import Grid, Tile, check_rotary, rotate, tiles
+
+F64 = torch.float64
+
+
+def test_is_the_published_table():
+    grid, x = Grid(5, 7, 2), torch.randn(2, 2 + 35, 16)
+    cos, sin = torch.from_numpy(rotary_table(5, 7, 16)).flatten(0, 1).unbind(-1)
+    a, b = x[:, 2:].unflatten(-1, (8, 2)).unbind(-1)
+    wanted = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(2)
+    out = rotate(x, Tile.whole(grid))
+    torch.testing.assert_close(out[:, 2:], wanted)
+    assert torch.equal(out[:, :2], x[:, :2])
+
+
+def test_tiles_have_their_own_positions():
+    grid = Grid(6, 9, 1)
+    x = torch.randn(1, grid.tokens, 8, dtype=F64)
+    whole = rotate(x, Tile.whole(grid))
+    for tile in tiles(grid, 4, 5, halo=1):
+        torch.testing.assert_close(rotate(tile.take(x), tile), tile.take(whole))
+
+
+def test_products_depend_on_offsets_alone():
+    q, k = torch.randn(2, 1, 1, 8, dtype=F64).expand(2, 1, 30, 8)
+    whole = Tile.whole(Grid(5, 6))
+    scores = (rotate(q, whole) @ rotate(k, whole).mT)[0].unflatten(0, (5, 6)).unflatten(2, (5, 6))
+    torch.testing.assert_close(scores[1, 2, 3, 4], scores[0, 1, 2, 3])
+    assert not torch.allclose(scores[1, 2, 3, 4], scores[0, 1, 3, 3])
+
+
+def test_half_tokens_are_turned_in_float32():
+    x = torch.randn(1, 6, 8, dtype=torch.bfloat16)
+    out = rotate(x, Tile.whole(Grid(2, 3)))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), rotate(x.double(), Tile.whole(Grid(2, 3))), rtol=0, atol=1e-5)
+
+
+def test_widths_that_cannot_be_turned():
+    with pytest.raises(LinsightError, match="divisible by 4, not 6"):
+        check_rotary(6)
