@@ -8,15 +8,30 @@ from . import swin_variants as swin_variants
 from . import vit_variants as vit_variants
 from ._plan import Choice, plan
 from ._published import published_keys
-from ._registry import HOSTS, VARIANTS, Host, Variant, add_hosts, add_variants, create_model, default_attention
+from ._registry import (
+    ARCHITECTURES,
+    HOSTS,
+    VARIANTS,
+    Architecture,
+    Host,
+    Variant,
+    add_architectures,
+    add_hosts,
+    add_variants,
+    create_model,
+    default_attention,
+)
 from ._windows import fit_bias_table
 
 __all__ = [
+    "ARCHITECTURES",
     "HOSTS",
     "VARIANTS",
+    "Architecture",
     "Choice",
     "Host",
     "Variant",
+    "add_architectures",
     "add_hosts",
     "add_variants",
     "create_model",

@@ -1,12 +1,15 @@
 """Hosts and variants as tables of data; the variants are registered in timm when linsight is imported.
 
 A host is a builder that takes any mechanism; a variant is a host with a published (or our own)
-configuration. `create_model` understands both, and timm's own names where a host exists for them.
+configuration; an architecture takes no mechanism. `create_model` understands them all, and timm's own
+names where a host exists for them.
 """
 
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
+from functools import partial
 from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -58,6 +61,34 @@ class Variant:
     dense: Literal["", "plain", "normed"] = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A named model whose layers are its own: it takes no mechanism.
+
+    model_cls: the class.  args: its arguments.  cfg, published: as of a variant.
+    """
+
+    name: str
+    model_cls: type[nn.Module]
+    args: Mapping[str, Any]
+    cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A named model whose layers are its own: it takes no mechanism.
+
+    model_cls: the class.  args: its arguments.  cfg, published: as of a variant.
+    """
+
+    name: str
+    model_cls: type[nn.Module]
+    args: Mapping[str, Any]
+    cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def figures(top1: float | None, params: float, gmacs: float, **more: Any) -> dict[str, Any]:
     """Published top-1 in percent (None: not published); of the published code, millions of parameters and GMACs."""
     known = {"params": round(params * 1e6), "gmacs": gmacs, **more}
@@ -79,6 +110,8 @@ DEFAULT_CFG: dict[str, Any] = {
 
 HOSTS: dict[str, Host] = {}
 VARIANTS: dict[str, Variant] = {}
+ARCHITECTURES: dict[str, Architecture] = {}
+ARCHITECTURES: dict[str, Architecture] = {}
 # Adopters of timm's own models: the timm module that defines them -> how to make one with a mechanism.
 TIMM_HOSTS: dict[str, Callable[..., nn.Module]] = {}
 _REGISTERED: set[str] = set()  # in timm, by us
@@ -89,43 +122,69 @@ def add_hosts(*hosts: Host) -> None:
     for host in hosts:
         HOSTS[host.name] = host
         if not is_model(host.name):
-            _register(Variant(host.name, host.name, "softmax"))
+            _register_variant(Variant(host.name, host.name, "softmax"))
 
 
 def add_variants(*variants: Variant) -> None:
     """Make variants known to `create_model` and register them in timm, under names that timm lacks."""
     for variant in variants:
-        if is_model(variant.name) and variant.name not in VARIANTS:
-            raise LinsightError(f"timm has a model called '{variant.name}' already")
+        _refuse_taken(variant.name, VARIANTS)
         VARIANTS[variant.name] = variant
         if not is_model(variant.name):
-            _register(variant)
+            _register_variant(variant)
 
 
-def _register(variant: Variant) -> None:
+def add_architectures(*architectures: Architecture) -> None:
+    """Make models that take no mechanism known to `create_model` and register them in timm."""
+    for entry in architectures:
+        _refuse_taken(entry.name, ARCHITECTURES)
+        ARCHITECTURES[entry.name] = entry
+        if not is_model(entry.name):
+            _register(entry.name, f"{entry.name}: {entry.model_cls.__name__}.", partial(_build_architecture, entry))
+
+
+def _refuse_taken(name: str, own: Mapping[str, Any]) -> None:
+    if is_model(name) and name not in own:
+        raise LinsightError(f"timm has a model called '{name}' already")
+
+
+def _register_variant(variant: Variant) -> None:
+    about = f"{variant.name}: {variant.attention} in the host {variant.host}."
+    _register(variant.name, about, partial(_build, variant))
+
+
+def _register(name: str, about: str, build: Callable[..., nn.Module]) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _build(variant, pretrained=pretrained, **kwargs)
+        return build(pretrained=pretrained, **kwargs)
 
-    entrypoint.__name__ = entrypoint.__qualname__ = variant.name
-    entrypoint.__doc__ = f"{variant.name}: {variant.attention} in the host {variant.host}."
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = about
     entrypoint.__module__ = __name__
-    setattr(sys.modules[__name__], variant.name, entrypoint)
+    setattr(sys.modules[__name__], name, entrypoint)
     register_model(entrypoint)
-    _REGISTERED.add(variant.name)
+    _REGISTERED.add(name)
 
 
-def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    host = HOSTS[variant.host]
+def _take_cfg(name: str, pretrained: bool, kwargs: dict[str, Any], *cfgs: Mapping[str, Any]) -> dict[str, Any]:
+    """The pretrained_cfg of a model, out of `cfgs` and what timm's factory put into `kwargs`."""
     if pretrained:
         raise LinsightError(
-            f"no weights are distributed for '{variant.name}': load a published file with "
-            f"linsight.load_published(model, path)"
+            f"no weights are distributed for '{name}': load a published file with linsight.load_published(model, path)"
         )
-    cfg = {**DEFAULT_CFG, **host.cfg, **variant.cfg, "architecture": variant.name}
+    cfg = dict(DEFAULT_CFG)
+    for entries in cfgs:
+        cfg.update(entries)
+    cfg["architecture"] = name
     for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's factory always passes these
         given = kwargs.pop(key, None)
         if key != "cache_dir" and isinstance(given, Mapping):
             cfg.update(given)
+    return cfg
+
+
+def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    host = HOSTS[variant.host]
+    cfg = _take_cfg(variant.name, pretrained, kwargs, host.cfg, variant.cfg)
     attention = kwargs.pop("attention", None)
     attention = variant.attention if attention is None else attention
     options = kwargs.pop("attention_options", None)
@@ -144,6 +203,24 @@ def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.M
     return DenseFeatures(model, normed=variant.dense == "normed") if variant.dense else model
 
 
+def _build_architecture(entry: Architecture, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    cfg = _take_cfg(entry.name, pretrained, kwargs, entry.cfg)
+    if kwargs.pop("attention", None) is not None or kwargs.pop("attention_options", None):
+        raise LinsightError(
+            f"'{entry.name}' takes no attention mechanism, its layers are its own; these hosts take any: "
+            f"{', '.join(sorted(HOSTS))}"
+        )
+    if kwargs.pop("features_only", False):
+        raise LinsightError(f"'{entry.name}' has no features_only: it classifies, and gives no maps")
+    return build_model_with_cfg(
+        entry.model_cls,
+        entry.name,
+        pretrained=False,
+        pretrained_cfg=cfg,
+        **{"img_size": cfg["input_size"][-2:], **entry.args, **kwargs},
+    )
+
+
 def default_attention(name: str) -> str:
     """The mechanism of the model `name` where none is asked for: a variant's own, else softmax."""
     return VARIANTS[name].attention if name in VARIANTS else "softmax"
@@ -159,8 +236,8 @@ def create_model(
 ) -> nn.Module:
     """A model by name, with any mechanism.
 
-    name: a variant (`"inline_deit_tiny"`), a host (`"vit_tiny"`), or a model of timm whose host
-        linsight has (`"deit_tiny_patch16_224"`).
+    name: a variant (`"inline_deit_tiny"`), a host (`"vit_tiny"`), a model of timm whose host
+        linsight has (`"deit_tiny_patch16_224"`), or an architecture, which takes no mechanism.
     attention: a mechanism, one a stage (`"inline,inline,softmax,softmax"`), or the first k blocks
         of a stage (`"inline:4/softmax"`). A variant has its own; otherwise softmax.
     attention_options: keyword arguments of the mechanism.
@@ -174,6 +251,12 @@ def create_model(
         return _build(
             VARIANTS[name], pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs
         )
+    if name in ARCHITECTURES:
+        mechanism = {"attention": attention, "attention_options": attention_options}
+        return _build_architecture(ARCHITECTURES[name], pretrained=pretrained, **mechanism, **kwargs)
+    if name in ARCHITECTURES:
+        mechanism = {"attention": attention, "attention_options": attention_options}
+        return _build_architecture(ARCHITECTURES[name], pretrained=pretrained, **mechanism, **kwargs)
     if name in HOSTS and name in _REGISTERED:  # not PVTv2's, whose names and weights are timm's
         plain = Variant(name, host=name, attention="softmax")
         return _build(plain, pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs)
@@ -187,4 +270,6 @@ def create_model(
         if pretrained and attention not in (None, "softmax"):
             raise LinsightError(f"the weights of '{name}' are those of softmax attention: pass pretrained=False")
         return adopt(name, attention or default_attention(name), attention_options, pretrained=pretrained, **kwargs)
-    raise UnknownNameError("model", name, {*VARIANTS, *HOSTS, *list_models()}, "'linsight list' shows ours")
+    raise UnknownNameError(
+        "model", name, {*VARIANTS, *ARCHITECTURES, *HOSTS, *list_models()}, "'linsight list' shows ours"
+    )
