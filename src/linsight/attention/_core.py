@@ -65,12 +65,13 @@ class Core(nn.Module):
     The constructor takes `(dim, num_heads, *, ..., device=None, dtype=None)`; its other keyword
     arguments are the mechanism's options. `dim` is the width of the values, heads merged. One with
     parameters that lie on a grid, as a position table, also takes `grid`, the height and width that
-    its keys are built for; it works on any other, and `set_grid` moves it there for good. One that differs
-    from block to block also takes `index`, its block's place in the model, from 0.
+    its keys are built for; it works on any other, and `set_grid` moves it there for good. `query_grid` is that
+    of its queries, which a reduction makes another one. One that differs from block to block also takes `index`,
+    its block's place in the model, from 0.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()
-    rounds: ClassVar[int] = 1
+    rounds: int = 1
     halos: tuple[int, ...] = (0, 0)  # of each round's absorb, then of read
     of_queries: ClassVar[tuple[int, ...]] = ()  # rounds that absorb the grid of q and x; the others, that of k and v
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `_layer.py`

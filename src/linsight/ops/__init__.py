@@ -1,10 +1,22 @@
 """Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
 
 from ._forms import FORMS, ChosenForm, Form, forms
+from .circulant import circular_correlation
 from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
+from .inner import (
+    INNER_MODELS,
+    InnerGradient,
+    InnerLoss,
+    InnerModel,
+    inner_forward,
+    inner_gradient,
+    inner_step,
+    kernel_gradient,
+)
 from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, pad_prefix, tiles
 from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
 from .maps import FEATURE_MAPS
+from .pooled import gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import check_rotary, rotary_angles, rotate
 from .states import (
@@ -23,10 +35,14 @@ from .states import (
 __all__ = [
     "FEATURE_MAPS",
     "FORMS",
+    "INNER_MODELS",
     "ChosenForm",
     "FittedTable",
     "Form",
     "Grid",
+    "InnerGradient",
+    "InnerLoss",
+    "InnerModel",
     "Layout",
     "LayoutLike",
     "LinearState",
@@ -41,12 +57,19 @@ __all__ = [
     "causal_linear_attention",
     "check_rotary",
     "check_tokens",
+    "circular_correlation",
     "count_tokens",
     "depthwise_conv",
     "dynamic_depthwise_conv",
     "fit_square",
     "forms",
     "full_precision",
+    "gather_pooled",
+    "gather_state",
+    "inner_forward",
+    "inner_gradient",
+    "inner_step",
+    "kernel_gradient",
     "linear_absorb",
     "linear_attention",
     "linear_read",
@@ -55,6 +78,8 @@ __all__ = [
     "outer_sum",
     "pad_prefix",
     "pool_matrix",
+    "pool_tokens",
+    "read_pooled",
     "resize_matrix",
     "rotary_angles",
     "rotate",
