@@ -264,9 +264,10 @@ def create_attention(
         made = entry.factory(dim, num_heads, device=device, dtype=dtype, **place, **layer, **options)
         assert isinstance(made, Layer)
         return made
+    place = {"grid": grid, "query_grid": grid, "index": index}
     if grid is not None:
-        grid = reduced(grid, layer.get("reduction", 1), layer.get("pool", 0))
-    core = create_core(name, dim, num_heads, grid=grid, index=index, device=device, dtype=dtype, **options)
+        place["grid"] = reduced(grid, layer.get("reduction", 1), layer.get("pool", 0))
+    core = create_core(name, dim, num_heads, device=device, dtype=dtype, **place, **options)
     around: Any = core.layer or Attention
     return around(core, dim, device=device, dtype=dtype, **layer)
 
@@ -277,12 +278,15 @@ def create_core(
     num_heads: int,
     *,
     grid: tuple[int, int] | None = None,
+    query_grid: tuple[int, int] | None = None,
     index: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Core:
     """The mechanism `name` without projections, for hosts that have their own. `grid` is that of the keys.
+
+    `query_grid` is that of the queries, where it is another.
 
     Raises:
         UnknownNameError: no such mechanism, option or value.
@@ -292,6 +296,7 @@ def create_core(
     if entry.kind != "core":
         raise LinsightError(f"'{name}' is a whole {entry.kind}, without a core of its own")
     entry.check_options(options)
-    core = entry.factory(dim, num_heads, device=device, dtype=dtype, **entry.placed(grid, index), **options)
+    place = entry.placed(grid, index, query_grid)
+    core = entry.factory(dim, num_heads, device=device, dtype=dtype, **place, **options)
     assert isinstance(core, Core)
     return core

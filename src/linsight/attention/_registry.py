@@ -60,10 +60,12 @@ class Mechanism:
         """Whether the cost is that of a score matrix; hosts give such mechanisms their windows and reductions."""
         return "N^2" in self.complexity
 
-    def placed(self, grid: tuple[int, int] | None, index: int | None) -> dict[str, Any]:
-        """`grid=` and `index=` for the constructor, of a mechanism that takes them."""
+    def placed(
+        self, grid: tuple[int, int] | None, index: int | None, query_grid: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """`grid=`, `index=` and `query_grid=` for the constructor, of a mechanism that takes them."""
         takes = inspect.signature(self.factory.__init__).parameters
-        given = {"grid": grid, "index": index}
+        given = {"grid": grid, "index": index, "query_grid": query_grid}
         return {key: value for key, value in given.items() if key in takes and value is not None}
 
     def check_options(self, options: dict[str, Any]) -> None:
@@ -80,7 +82,7 @@ class Mechanism:
 
 _REGISTRY: dict[str, Mechanism] = {}
 # What hosts give; the other keyword arguments of a constructor are options.
-_RESERVED = {"self", "dim", "num_heads", "grid", "index", "mlp_ratio", "drop_path", "device", "dtype"}
+_RESERVED = {"self", "dim", "num_heads", "grid", "query_grid", "index", "mlp_ratio", "drop_path", "device", "dtype"}
 M = TypeVar("M", bound=type[nn.Module])
 
 

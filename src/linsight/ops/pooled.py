@@ -1,0 +1,72 @@
+"""Attention through a few pooled tokens, n of them: they gather from all keys, and every query reads from them.
+
+Axes: B batch, N keys, M queries, n pooled tokens, H heads, D query/key width, E value width. Scores are scaled by
+D^(-1/2). Both steps are plain attention with an additive bias, so both are O(N n). Everything is computed in the
+accumulator's dtype: a pooled token stands for thousands, and an error in it reaches them all.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .layout import Tile
+from .resample import pool_matrix, separable
+from .states import LogSumExp, accumulator, full_precision, mask_tokens
+
+
+def pool_tokens(x: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
+    """What the tokens of `tile` add to the cells of adaptive average pooling of its grid to `size`.
+
+    `x` `(B, P + h*w, ...)` without halo; prefix tokens are in no cell. Returns `(B, n, ...)`, cells row by row, in
+    the accumulator's dtype; the sum over the tiles of a grid is the pooled grid, of each image's own size where
+    the batch is padded.
+    """
+    dtype, width = accumulator(x.dtype), x.shape[2:]
+    sides: tuple[Any, ...] = tile.grid[:2] if tile.sizes is None else tile.sizes.to(x.device).unbind(1)
+    places = ((tile.top, tile.height), (tile.left, tile.width))
+    rows, columns = (
+        pool_matrix(side, cells, start=start, count=count, device=x.device, dtype=dtype)
+        for side, cells, (start, count) in zip(sides, size, places, strict=True)
+    )
+    canvas = x[:, tile.prefix :].to(dtype).flatten(2).unflatten(1, (tile.height, tile.width))
+    return separable(canvas, rows, columns).flatten(1, 2).unflatten(-1, width)
+
+
+def gather_state(pooled: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: Tensor | None = None) -> LogSumExp:
+    """What `gather_pooled` needs of some of the keys, as a state that merges; arguments as there."""
+    dtype = accumulator(v.dtype)
+    with full_precision(v):
+        scores = torch.einsum("bnhd,bahd->bnha", k.to(dtype), pooled.to(dtype) * k.shape[-1] ** -0.5)
+        if bias is not None:
+            scores = scores + bias.permute(0, 3, 1, 2)
+        return LogSumExp.absorb(scores, v, keep)
+
+
+def gather_pooled(pooled: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: Tensor | None = None) -> Tensor:
+    """Means of v under softmax over the keys: `(B, H, n, E)`, in the accumulator's dtype.
+
+    `pooled` `(B, n, H, D)`, `k` `(B, N, H, D)`, `v` `(B, N, H, E)`, `bias` `(B or 1, H, n, N)`, `keep` `(B, N)` with
+    at least one key kept. The same as `gather_state(...).mean()`.
+    """
+    if keep is not None:
+        k, v, seen = mask_tokens(k, keep), mask_tokens(v, keep), keep[:, None, None]
+        bias = seen if bias is None else bias.masked_fill(~seen, float("-inf"))
+    return _attend(pooled, k, v.transpose(1, 2), bias)
+
+
+def read_pooled(q: Tensor, pooled: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Means of `values` `(B, H, n, E)` under softmax over the pooled tokens: `(B, M, H, E)`.
+
+    `q` `(B, M, H, D)`, `pooled` `(B, n, H, D)`, `bias` `(B or 1, H, M, n)`. In the accumulator's dtype.
+    """
+    return _attend(q, pooled, values, bias).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = accumulator(v.dtype)
+    with full_precision(v):
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2).to(dtype), k.transpose(1, 2).to(dtype), v.to(dtype), bias
+        )
