@@ -9,7 +9,6 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from functools import partial
 from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -75,20 +74,6 @@ class Architecture:
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A named model whose layers are its own: it takes no mechanism.
-
-    model_cls: the class.  args: its arguments.  cfg, published: as of a variant.
-    """
-
-    name: str
-    model_cls: type[nn.Module]
-    args: Mapping[str, Any]
-    cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
 def figures(top1: float | None, params: float, gmacs: float, **more: Any) -> dict[str, Any]:
     """Published top-1 in percent (None: not published); of the published code, millions of parameters and GMACs."""
     known = {"params": round(params * 1e6), "gmacs": gmacs, **more}
@@ -110,7 +95,6 @@ DEFAULT_CFG: dict[str, Any] = {
 
 HOSTS: dict[str, Host] = {}
 VARIANTS: dict[str, Variant] = {}
-ARCHITECTURES: dict[str, Architecture] = {}
 ARCHITECTURES: dict[str, Architecture] = {}
 # Adopters of timm's own models: the timm module that defines them -> how to make one with a mechanism.
 TIMM_HOSTS: dict[str, Callable[..., nn.Module]] = {}
@@ -251,9 +235,6 @@ def create_model(
         return _build(
             VARIANTS[name], pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs
         )
-    if name in ARCHITECTURES:
-        mechanism = {"attention": attention, "attention_options": attention_options}
-        return _build_architecture(ARCHITECTURES[name], pretrained=pretrained, **mechanism, **kwargs)
     if name in ARCHITECTURES:
         mechanism = {"attention": attention, "attention_options": attention_options}
         return _build_architecture(ARCHITECTURES[name], pretrained=pretrained, **mechanism, **kwargs)
