@@ -37,6 +37,9 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "apply_state": (),
     "linear_attention": (),
     "causal_linear_attention": (),
+    "circular_correlation": (
+        Form("real FFT", "run eagerly or compiled; matrices of cosines and sines when exported", lambda device: ""),
+    ),
     "depthwise_conv": (),
     "dynamic_depthwise_conv": (
         Form("one grouped convolution", "run eagerly; shifted products when compiled or exported", lambda device: ""),
