@@ -1,0 +1,179 @@
+"""The convolutional branches of Dynamic Perceiver: torchvision's networks, cut into a stem and four stages."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from timm.layers import calculate_drop_path_rates, drop_path
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v3_large
+from torchvision.models.mobilenetv3 import InvertedResidual
+from torchvision.models.regnet import BlockParams, RegNet, ResBottleneckBlock, SimpleStemIN
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import Conv2dNormActivation
+
+from linsight.attention import Rename
+from linsight.errors import UnknownNameError
+
+
+class Cut(NamedTuple):
+    """A network in parts.
+
+    widths: channels after the stem and after each stage.
+    hidden: width of a hidden layer in the classifier, 0 for none.
+    drop: dropout before the network's own classifier, or inside one with a hidden layer.
+    head_std: of the classifier's initial weights; None for PyTorch's default.
+    published: the names of its parts in published checkpoints.
+    """
+
+    stem: nn.Sequential
+    stages: Sequence[nn.Module]
+    widths: tuple[int, ...]
+    hidden: int = 0
+    drop: float = 0.0
+    head_std: float | None = None
+    published: tuple[Rename, ...] = ()
+
+
+class _RegNet(NamedTuple):
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    group_width: int
+
+
+# RegNet-Y (arXiv 2003.13678), as torchvision's rule for the widths rounds them.
+_REGNETS = {
+    "regnet_y_400mf": _RegNet((1, 3, 6, 6), (48, 104, 208, 440), 8),
+    "regnet_y_800mf": _RegNet((1, 3, 8, 2), (64, 144, 320, 784), 16),
+    "regnet_y_1_6gf": _RegNet((2, 6, 17, 2), (48, 120, 336, 888), 24),
+    "regnet_y_3_2gf": _RegNet((2, 5, 13, 1), (72, 216, 576, 1512), 24),
+}
+_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+_MOBILENET = "mobilenet_v3_large"
+# Where MobileNetV3-Large is cut, in its `features`.
+_MOBILENET_CUTS = (0, 3, 5, 8, 14, 17)
+CNNS = (*_REGNETS, *_RESNETS, _MOBILENET)
+
+
+def cut(name: str, width: float = 1.0, fine: bool = False, *, in_chans: int = 3, drop_path_rate: float = 0.0) -> Cut:
+    """One of `CNNS`, its channels times `width` (a RegNet's stay).
+
+    fine: a stem that keeps the sides of the image, for small ones.
+    drop_path_rate: of the last residual branch; that of the others grows linearly up to it.
+    """
+    if name in _REGNETS:
+        parts = _regnet(name, in_chans)
+    elif name in _RESNETS:
+        parts = _resnet(name, width, in_chans, fine)
+    elif name == _MOBILENET:
+        parts = _mobilenet(width, in_chans)
+    else:
+        raise UnknownNameError("convolutional network", name, CNNS)
+    if fine:
+        for module in parts.stem.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+    if drop_path_rate:
+        _drop_branches(parts.stages, drop_path_rate)
+    return parts
+
+
+def _regnet(name: str, in_chans: int) -> Cut:
+    spec = _REGNETS[name]
+    four = len(spec.depths)
+    params = BlockParams([*spec.depths], [*spec.widths], [spec.group_width] * four, [1.0] * four, [2] * four, 0.25)
+    net = RegNet(params, num_classes=1, stem_type=lambda _, *rest: SimpleStemIN(in_chans, *rest))
+    return Cut(
+        net.stem,
+        [*net.trunk_output],
+        (net.stem.out_channels, *spec.widths),
+        head_std=0.01,
+        published=(
+            Rename("cnn_stem.", "stem."),
+            *(Rename(f"cnn_body.block{i + 1}.", f"stages.{i}.") for i in range(four)),
+        ),
+    )
+
+
+def _mobilenet(width: float, in_chans: int) -> Cut:
+    net = mobilenet_v3_large(width_mult=width, num_classes=1)
+    if in_chans != 3:
+        first = net.features[0][0]
+        net.features[0][0] = nn.Conv2d(in_chans, first.out_channels, 3, stride=2, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.features[0][0].weight, mode="fan_out")
+    parts = [nn.Sequential(*net.features[a:b]) for a, b in itertools.pairwise(_MOBILENET_CUTS)]
+    hidden, _, drop, _ = net.classifier
+    return Cut(
+        parts[0],
+        parts[1:],
+        tuple(part[-1].out_channels for part in parts),
+        hidden=hidden.out_features,
+        drop=drop.p,
+        head_std=0.01,
+        published=_BY_STAGE,
+    )
+
+
+def _resnet(name: str, width: float, in_chans: int, fine: bool) -> Cut:
+    block, depths = _RESNETS[name]
+    planes = [int(width * base) for base in (64, 128, 256, 512)]
+    first = Conv2dNormActivation(in_chans, planes[0], 3 if fine else 7, 2)
+    stem = nn.Sequential(*first, nn.Identity() if fine else nn.MaxPool2d(3, 2, 1))
+    stages, widths = [], [planes[0]]
+    for i, (plane, depth) in enumerate(zip(planes, depths, strict=True)):
+        stages.append(_resnet_stage(block, widths[-1], plane, depth, stride=2 if i else 1))
+        widths.append(plane * block.expansion)
+    for part in (stem, *stages):
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_(_branch_norm(module).weight)
+    return Cut(stem, stages, tuple(widths), drop=0.2, published=_BY_STAGE)
+
+
+def _resnet_stage(block: type[BasicBlock | Bottleneck], in_dim: int, plane: int, depth: int, stride: int) -> nn.Module:
+    dim = plane * block.expansion
+    shortcut = None
+    if stride != 1 or in_dim != dim:
+        shortcut = Conv2dNormActivation(in_dim, dim, 1, stride, activation_layer=None)
+    return nn.Sequential(block(in_dim, plane, stride, shortcut), *(block(dim, plane) for _ in range(depth - 1)))
+
+
+_BY_STAGE = (
+    Rename("cnn_stem.", "stem."),
+    *(Rename(f"cnn_body_stage{i + 1}.", f"stages.{i}.") for i in range(4)),
+)
+
+
+class _DroppedNorm(nn.BatchNorm2d):
+    """The batch norm at the end of a residual branch, which training drops whole for some of the images."""
+
+    rate = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Batch norm, then stochastic depth."""
+        return drop_path(super().forward(x), self.rate, self.training)
+
+
+def _drop_branches(stages: Iterable[nn.Module], rate: float) -> None:
+    """Give the residual branches of `stages` stochastic depth. Their parameters stay what they are."""
+    norms = [norm for stage in stages for module in stage.modules() if (norm := _branch_norm(module)) is not None]
+    for norm, p in zip(norms, calculate_drop_path_rates(rate, len(norms)), strict=True):
+        norm.__class__ = _DroppedNorm
+        norm.rate = p
+
+
+def _branch_norm(block: nn.Module) -> Any:
+    """The last norm of a block's residual branch; None where the module is no residual block."""
+    if isinstance(block, Bottleneck):
+        return block.bn3
+    if isinstance(block, BasicBlock):
+        return block.bn2
+    if isinstance(block, ResBottleneckBlock):
+        return block.f.c[1]
+    return block.block[-1][1] if isinstance(block, InvertedResidual) and block.use_res_connect else None
