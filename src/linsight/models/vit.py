@@ -7,10 +7,14 @@ cost or linear, sees the whole grid and the class token.
 Any image size: what differs from timm's class is that blocks are given the grid of their tokens with the
 call (so checkpointing and compilation see it), that images are padded at the right and bottom to whole
 patches, and that the position table is resampled (bicubic) to their grid.
+
+Two designs of the residual stream go with any mechanism, and with each other: `norm="siamese"` keeps two of it
+(`_siamese`), `steps=` widens it from step to step (`_steps`). Between blocks, the tensor that features are taken
+from is the merged and whole one.
 """
 
-import functools
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,59 +28,19 @@ from linsight.attention import Rename
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid
 
-from ._convs import CPE
-from ._plan import Choice, plan
-from ._seams import asked_no_weight_decay, make_layer, refuse_prefix, set_grid
-from ._seams import make_block as whole_block
+from ._plan import plan
+from ._seams import asked_no_weight_decay, refuse_prefix, set_grid
+from ._siamese import Merge, Pair
+from ._steps import Steps, block_widths, check_last, widened
+from ._vit_blocks import host_arguments
 
-
-def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
-    """A class for timm's `attn_layer=`, whose instances are linsight layers."""
-
-    class Layer(nn.Module):
-        def __new__(cls, dim: int, num_heads: int, **timm_args: Any) -> Any:
-            if timm_args.get("qk_norm") or timm_args.get("scale_norm"):
-                raise LinsightError("the ViT host has no query/key normalisation: pass qk_norm=False")
-            if timm_args.get("attn_drop"):
-                raise LinsightError("linear attention has no score matrix to drop from: pass attn_drop_rate=0")
-            shared = {key: timm_args[key] for key in ("qkv_bias", "proj_bias", "proj_drop", "device", "dtype")}
-            return make_layer(choice, dim, num_heads, grid=grid, **shared)
-
-    return Layer
-
-
-class Block(timm_vit.Block):
-    """timm's pre-norm block around a linsight layer, behind a position encoding `cpe` where the host has one."""
-
-    cpe: CPE | None
-
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
-        """`x` `(B, P + H*W, C)`, on `grid`."""
-        if self.cpe is not None:
-            x = self.cpe(x, grid)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, keep=keep)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-def make_block(
-    dim: int,
-    num_heads: int,
-    *,
-    choices: list[Choice],
-    grid: tuple[int, int],
-    cpe: bool,
-    depth: int = 0,
-    **timm_args: Any,
-) -> nn.Module:
-    """For timm's `block_fn=`: the block at `depth`, around the mechanism chosen for it."""
-    choice = choices[depth]
-    shared = {key: timm_args[key] for key in ("mlp_ratio", "drop_path", "device", "dtype")}
-    whole = whole_block(choice, dim, num_heads, grid=grid, **shared)
-    if whole is not None:
-        return whole
-    block = Block(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice, grid)})
-    block.cpe = CPE(dim, device=timm_args["device"], dtype=timm_args["dtype"]) if cpe else None
-    return block
+_INIT_NORM = Rename("init_norm.", "patch_embed.norm.")
+# At the end of the published SiameseNorm, unlike in its blocks, pre is x and post is y.
+_SIAMESE = (
+    Rename("pre_norm.", "norm_pair.norm_x."),
+    Rename("post_norm.", "norm_pair.norm_y."),
+    Rename("final_norm.", "norm."),
+)
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -85,9 +49,12 @@ class VisionTransformer(timm_vit.VisionTransformer):
     attention: a mechanism, or `"inline:4/softmax"` for the first 4 blocks and the rest.
     attention_options: keyword arguments of that mechanism.
     cpe: a depthwise convolution in front of each block, beside `pos_embed` or in its place ("none").
+    norm: "pre", or "siamese" for two residual streams.
+    steps: `(width, number of blocks)` of each step, the last as wide as the model, in place of `depth`; a head is as
+        wide in all of them.
     """
 
-    published = (Rename("init_norm.", "patch_embed.norm."),)
+    norm_pair: Merge | None
 
     def __init__(
         self,
@@ -97,29 +64,53 @@ class VisionTransformer(timm_vit.VisionTransformer):
         attention: str = "softmax",
         attention_options: Mapping[str, Any] | None = None,
         cpe: bool = False,
+        norm: str = "pre",
+        steps: Steps | None = None,
         depth: int = 12,
         **timm_kwargs: Any,
     ) -> None:
+        depth = depth if steps is None else len(block_widths(steps))
         (choices,) = plan(attention, [depth], attention_options)
         (height, width), (down, right) = to_2tuple(img_size), to_2tuple(patch_size)
-        ours = host_arguments(choices, (height // down, width // right), cpe)
+        ours = host_arguments(choices, (height // down, width // right), cpe=cpe, norm=norm, steps=steps)
         super().__init__(img_size, patch_size, *timm_args, depth=depth, **ours, **timm_kwargs)
+        self._set_streams(norm, steps)
         if self.num_prefix_tokens:
             refuse_prefix(choices, "pass class_token=False, global_pool='avg'")
         if not isinstance(self.patch_drop, nn.Identity):
             raise LinsightError("dropped patches leave no grid: pass patch_drop_rate=0")
 
     @classmethod
-    def adopt(cls, model: timm_vit.VisionTransformer) -> "VisionTransformer":
+    def adopt(
+        cls, model: timm_vit.VisionTransformer, *, norm: str = "pre", steps: Steps | None = None
+    ) -> "VisionTransformer":
         """A VisionTransformer that timm built with `host_arguments`, as one of ours.
 
-        This class adds methods to timm's and no state, so the object itself changes class.
+        `norm` and `steps` are those that it was built with. The object itself changes class.
         """
         if type(model) is not timm_vit.VisionTransformer:
             raise LinsightError(f"the ViT host cannot take over a {type(model).__name__}")
         model.__class__ = cls
         assert isinstance(model, cls)
+        model._set_streams(norm, steps)
         return model
+
+    def _set_streams(self, norm: str, steps: Steps | None) -> None:
+        """What is between and behind the blocks: the width that each takes, and how two streams are merged."""
+        if steps is not None:
+            check_last(steps, self.embed_dim)
+        self.widths = [self.embed_dim] * len(self.blocks) if steps is None else block_widths(steps)
+        self.norm_pair = None
+        if norm == "siamese":
+            last = self.fc_norm if isinstance(self.norm, nn.Identity) else self.norm
+            if isinstance(last, nn.Identity):
+                raise LinsightError("two streams are merged by norms: pass final_norm=True, or norm='pre'")
+            self.norm_pair = Merge(copy.deepcopy(last), copy.deepcopy(last))
+
+    @property
+    def published(self) -> tuple[Rename, ...]:
+        """Published names of what is outside the blocks."""
+        return (_INIT_NORM,) if self.norm_pair is None else (_INIT_NORM, *_SIAMESE)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """timm's, with the class token at the published standard deviation of 0.02."""
@@ -140,9 +131,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images `(B, 3, H, W)` of any size -> normed tokens `(B, P + h*w, C)`."""
         x, grid = self._embed(x, attn_mask, is_causal)
-        for block in self.blocks:
-            x = self._run(block, x, grid)
-        return self.norm(x)
+        return self.norm(self._through(self.blocks, x, grid)[0])
 
     def forward_intermediates(
         self,
@@ -162,16 +151,14 @@ class VisionTransformer(timm_vit.VisionTransformer):
             raise LinsightError(f"output_fmt='{output_fmt}' is not one of NCHW, NLC")
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid = self._embed(x, attn_mask, is_causal)
+        x, taken = self._through(self.blocks[: last + 1] if stop_early else self.blocks, x, grid, take)
         prefixes, maps = [], []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run(block, x, grid)
-            if i in take:
-                tokens = self.norm(x) if norm else x
-                prefix, spatial = tokens[:, : grid.prefix], tokens[:, grid.prefix :]
-                if output_fmt == "NCHW":
-                    spatial = spatial.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2).contiguous()
-                prefixes.append(prefix)
-                maps.append(spatial)
+        for tokens in map(self.norm, taken) if norm else taken:
+            prefix, spatial = tokens[:, : grid.prefix], tokens[:, grid.prefix :]
+            if output_fmt == "NCHW":
+                spatial = spatial.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2).contiguous()
+            prefixes.append(prefix)
+            maps.append(spatial)
         with_prefix = return_prefix_tokens and grid.prefix > 0
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": maps}
@@ -190,17 +177,33 @@ class VisionTransformer(timm_vit.VisionTransformer):
         grid = Grid(x.shape[1], x.shape[2], self.num_prefix_tokens)
         return self.norm_pre(self._pos_embed(x)), grid
 
-    def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-        if self.grad_checkpointing:
-            return checkpoint(block, x, grid)
-        return block(x, grid)
+    def _through(
+        self, blocks: nn.Sequential, x: Tensor, grid: Grid, take: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The residual stream `(B, P + H*W, C)` behind `blocks`, and behind each of those to `take`."""
+        stream, taken = self._opened(x), []
+        for i, block in enumerate(blocks):
+            stream = self._widened(stream, x, self.widths[i])
+            stream = checkpoint(block, stream, grid) if self.grad_checkpointing else block(stream, grid)
+            if i in take:
+                taken.append(self._whole(stream, x))
+        return self._whole(stream, x), taken
 
+    def _opened(self, x: Tensor) -> Tensor | Pair:
+        """What the first block is given, of the embedded tokens."""
+        width = self.widths[0] if self.widths else self.embed_dim
+        first = x if width == self.embed_dim else x[..., :width]
+        return first if self.norm_pair is None else Pair.of(first)
 
-def host_arguments(choices: list[Choice], grid: tuple[int, int], cpe: bool = False) -> dict[str, Any]:
-    """What timm's VisionTransformer is built with to become the host; `grid` is that of its image size."""
-    return {
-        "block_fn": functools.partial(make_block, choices=choices, grid=grid, cpe=cpe),
-        "dynamic_img_size": True,
-        # without it, timm asserts divisible sizes, which makes a compiled graph for each
-        "dynamic_img_pad": True,
-    }
+    def _widened(self, stream: Tensor | Pair, x: Tensor, width: int) -> Tensor | Pair:
+        if isinstance(stream, Pair):
+            return Pair(widened(stream.x, x, width), widened(stream.y, x, width))
+        return widened(stream, x, width)
+
+    def _whole(self, stream: Tensor | Pair, x: Tensor) -> Tensor:
+        """The tensor that a stream stands for: all channels, those of later steps too; of two streams, merged."""
+        stream = self._widened(stream, x, self.embed_dim)
+        if isinstance(stream, Tensor):
+            return stream
+        assert self.norm_pair is not None
+        return self.norm_pair(stream)

@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from timm.models._features import FeatureGetterNet
 from torch import nn
+
+from linsight.errors import LinsightError
 
 from ._plan import plan
 from ._registry import TIMM_HOSTS, Host, Variant, add_hosts, add_variants, figures
-from .vit import VisionTransformer, host_arguments
+from ._steps import block_widths
+from ._vit_blocks import host_arguments
+from .vit import VisionTransformer
 
 _PATCH16 = {"patch_size": 16, "depth": 12}
 _CFG = {"first_conv": "patch_embed.proj", "classifier": "head"}
@@ -52,13 +57,23 @@ def _timm_vit(
     name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
     """timm's own ViT `name`, its weights too where asked, on our host."""
+    extra = {key: kwargs.pop(key) for key in ("cpe", "norm", "steps") if key in kwargs}
+    if pretrained and extra:
+        raise LinsightError(f"the weights of '{name}' are those of timm's blocks: pass pretrained=False")
+    if extra.get("steps") is not None:
+        kwargs["depth"] = len(block_widths(extra["steps"]))
     shape = {key: value for key, value in kwargs.items() if key in ("img_size", "patch_size", "depth")}
     plain = timm.create_model(name, device="meta", **shape)
     (choices,) = plan(attention, [len(plain.blocks)], options)
-    ours = host_arguments(choices, plain.patch_embed.grid_size)
-    model = timm.create_model(name, pretrained=pretrained, **{**kwargs, **ours})
-    VisionTransformer.adopt(model.model if kwargs.get("features_only") else model)
-    return model
+    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
+    ours = host_arguments(choices, plain.patch_embed.grid_size, **extra)
+    extra.pop("cpe", None)
+    model = VisionTransformer.adopt(timm.create_model(name, pretrained=pretrained, **{**kwargs, **ours}), **extra)
+    if not features:
+        return model
+    wrapped = FeatureGetterNet(model, indices)
+    wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
+    return wrapped
 
 
 TIMM_HOSTS["timm.models.vision_transformer"] = _timm_vit

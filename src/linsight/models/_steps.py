@@ -1,0 +1,56 @@
+"""StepsNet: residual sub-networks of growing width, each given the output of the last and a fresh slice of channels.
+
+"Step by Step Network", arXiv 2511.14329:
+
+    y_1 = F_1(x_1);  y_i = F_i([y_(i-1), x_i]);  x = [x_1, ..., x_n], slices of the channels
+
+F_i is a stack of a host's ordinary blocks of the width of all slices so far. What is processed goes first and the
+new slice last, as in this formula; no code is published that would settle it.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from linsight.errors import LinsightError
+
+Steps = Sequence[tuple[int, int]]  # (width, number of blocks) of each step; 0 blocks: its slice passes by
+
+
+def block_widths(steps: Steps) -> list[int]:
+    """The width of each block.
+
+    Raises:
+        LinsightError: these are not pairs, or the widths do not grow.
+    """
+    pairs = [tuple(step) if isinstance(step, list | tuple) else () for step in steps]
+    if not pairs or not all(len(pair) == 2 and isinstance(pair[0], int) and pair[1] >= 0 for pair in pairs):
+        raise LinsightError(f"steps={steps}: give pairs of a width and a number of blocks, as [(96, 4), (192, 8)]")
+    widths = [width for width, _ in pairs]
+    if widths[0] < 1 or any(wide <= narrow for narrow, wide in pairwise(widths)):
+        raise LinsightError(f"steps={steps}: each step adds channels, so widths must grow")
+    return [width for width, depth in pairs for _ in range(depth)]
+
+
+def check_last(steps: Steps, width: int) -> None:
+    """Raise unless the last step has the whole `width`."""
+    if steps[-1][0] != width:
+        raise LinsightError(f"steps={steps}: the last step takes all {width} channels, not {steps[-1][0]}")
+
+
+def heads_of(width: int, dim: int, num_heads: int) -> int:
+    """The heads of a step, of the width that `num_heads` have in `dim`; raises where that does not divide `width`."""
+    if dim % num_heads or width % (dim // num_heads):
+        raise LinsightError(
+            f"a step of {width} channels does not divide into the heads of {num_heads} in {dim}: "
+            f"choose a multiple of {dim / num_heads:g}"
+        )
+    return width * num_heads // dim
+
+
+def widened(part: Tensor, whole: Tensor, width: int) -> Tensor:
+    """`part`, the processed first channels of `whole`, followed by the fresh ones up to `width`; channels last."""
+    known = part.shape[-1]
+    return part if known == width else torch.cat([part, whole[..., known:width]], dim=-1)
