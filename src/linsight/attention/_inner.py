@@ -67,12 +67,13 @@ class InnerTraining(Core):
         self.rounds = 2 if key_norm else 1
         for i in range(self.model.matrices):
             matrix = nn.Parameter(torch.empty(1, num_heads, width, width, **factory))
-            self.register_parameter(f"w{i + 1}", nn.init.trunc_normal_(matrix, std=0.02))
+            nn.init.trunc_normal_(matrix, std=0.02)
+            self.register_parameter(f"w{i + 1}", matrix)
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Any:
         """Moments of each key channel, where keys are normed; then the sum of inner gradients."""
         keep = tokens.keep
-        k = self.prepare("k", mask_tokens(merge_heads(tokens.k), keep), tile)
+        k = mask_tokens(self.prepare("k", merge_heads(tokens.k), tile), keep)
         if r < self.rounds - 1:
             k = tile.inner(k)[..., None]
             return Moments.absorb(k, k, None if keep is None else tile.inner(keep))
@@ -96,7 +97,7 @@ class InnerTraining(Core):
 
     def answer(self, tokens: Tokens, tile: Tile, w: Tensor) -> Tensor:
         """`read`, in the dtype of the trained matrices `w`."""
-        q = self.prepare("q", mask_tokens(merge_heads(tokens.q), tokens.keep), tile)
+        q = mask_tokens(self.prepare("q", merge_heads(tokens.q), tile), tokens.keep)
         q = tile.inner(self.localise("q", q, tile))
         return inner_forward(self.model, split_heads(q, self.num_heads), w)
 

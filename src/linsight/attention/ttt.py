@@ -77,7 +77,7 @@ class TTT(InnerTraining):
 
     capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
     projections = "qkvx"
-    halos = (1, 1)
+    halos: tuple[int, ...] = (1, 1)
     published = (
         Rename("w1", "core.w1"),
         Rename("w2", "core.w2"),

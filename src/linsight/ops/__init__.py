@@ -16,6 +16,7 @@ from .inner import (
 from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, pad_prefix, tiles
 from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
 from .maps import FEATURE_MAPS
+from .neighbourhood import neighbourhood_attention
 from .pooled import gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import check_rotary, rotary_angles, rotate
@@ -75,6 +76,7 @@ __all__ = [
     "linear_read",
     "mask_tokens",
     "merge",
+    "neighbourhood_attention",
     "outer_sum",
     "pad_prefix",
     "pool_matrix",
