@@ -1,11 +1,17 @@
 """Floor 3: hosts that take any mechanism, and their variants as tables, registered in timm."""
 
+from . import agent_variants as agent_variants
+from . import circulant_variants as circulant_variants
 from . import compact_variants as compact_variants
 from . import cswin_variants as cswin_variants
+from . import h_vittt_variants as h_vittt_variants
+from . import mlla_variants as mlla_variants
 from . import pvt_v2_variants as pvt_v2_variants
 from . import pvt_variants as pvt_variants
+from . import siamese_variants as siamese_variants
 from . import swin_variants as swin_variants
 from . import vit_variants as vit_variants
+from . import weightformer_variants as weightformer_variants
 from ._plan import Choice, plan
 from ._published import published_keys
 from ._registry import (

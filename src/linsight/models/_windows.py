@@ -75,14 +75,17 @@ class Windows:
 
     The grid is padded at the bottom and right to whole windows, then rolled by the shift, so the last
     windows hold tokens from opposite rims: up to three regions a side, which do not see each other.
+
+    always: shift a side of one window, too.
     """
 
-    def __init__(self, grid: Grid, window: tuple[int, int], shift: tuple[int, int]) -> None:
+    def __init__(self, grid: Grid, window: tuple[int, int], shift: tuple[int, int], *, always: bool = False) -> None:
         self.grid, self.window = grid, window
         self.padded = tuple(to_multiple(side, size) for side, size in zip(grid[:2], window, strict=True))
         # A side of one window is not shifted.
         self.shift = tuple(
-            step if step and side > size else 0 for step, side, size in zip(shift, self.padded, window, strict=True)
+            step if step and (always or side > size) else 0
+            for step, side, size in zip(shift, self.padded, window, strict=True)
         )
 
     @property

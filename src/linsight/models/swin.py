@@ -9,6 +9,9 @@ pads a window is never seen by a token. (timm lets it be seen, so with softmax t
 does not divide the grid.) The windows of a call are those that the model is built with; `set_input_size` scales
 them with the grid, as timm does, or takes `window_size`, and resamples the bias (bicubic).
 
+The published backbones for dense tasks differ: their windows keep their size and shift on any grid, and what pads
+them is seen. `dense_windows` is that.
+
 A compiled or exported graph with windows serves all sizes that leave several in each stage: whether there is
 one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.
 """
@@ -30,6 +33,8 @@ from linsight.ops import Grid
 from ._plan import Choice, plan
 from ._pyramid import init_linear
 from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores
+from ._steps import Steps, block_widths, widened
+from ._steps_swin import narrow
 from ._windows import WindowAttention, Windows, half_shift, to_multiple, within
 
 Window = int | tuple[int, int] | None
@@ -44,18 +49,21 @@ class SwinBlock(nn.Module):
         attn: Layer,
         window: tuple[int, int] | None,
         shift: tuple[int, int],
+        *,
+        dense: bool = False,
     ) -> None:
         super().__init__()
         self.norm1, self.attn, self.drop_path1 = theirs.norm1, attn, theirs.drop_path1
         self.norm2, self.mlp, self.drop_path2 = theirs.norm2, theirs.mlp, theirs.drop_path2
-        self.window, self.shift = window, shift
+        self.window, self.shift, self.dense = window, shift, dense
 
     def set_size(self, grid: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:
         """Move tables to another grid or, where the host's windows are used, to another window."""
         if isinstance(self.attn, WindowAttention):
-            self.window = within(window, grid)
+            self.window = window if self.dense else within(window, grid)
             self.attn.set_window(self.window)
-            self.shift = half_shift(self.window, grid) if shifted else (0, 0)
+            half = (window[0] // 2, window[1] // 2) if self.dense else half_shift(self.window, grid)
+            self.shift = half if shifted else (0, 0)
         else:
             self.attn.set_grid(grid if self.window is None else within(self.window, grid))
 
@@ -68,9 +76,9 @@ class SwinBlock(nn.Module):
         if self.window is None:
             return self.attn(x, grid)
         window = self.window if isinstance(self.attn, WindowAttention) else within(self.window, grid[:2])
-        windows = Windows(grid, window, self.shift)
+        windows = Windows(grid, window, self.shift, always=self.dense)
         inside = windows.cut(x)
-        arguments = {"keep": windows.keep(x)}
+        arguments = {"keep": None if self.dense else windows.keep(x)}
         if isinstance(self.attn, WindowAttention):  # a mechanism without scores has no use for what is added to them
             arguments["score_bias"] = windows.apart(x)
         batch = x.shape[0]
@@ -102,16 +110,20 @@ class Merging(timm_swin.PatchMerging):
 
 
 class SwinStage(timm_swin.SwinTransformerStage):
-    """timm's stage around blocks that work on tokens and their grid."""
+    """timm's stage around blocks that work on tokens and their grid, each on its first `widths[i]` channels."""
+
+    widths: list[int]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, H, W, C)` in and out."""
         x = self.downsample(x)
         grid = Grid(x.shape[1], x.shape[2])
-        x = x.flatten(1, 2)
-        for block in self.blocks:
+        whole = x.flatten(1, 2)
+        x = whole[..., : self.widths[0]] if self.widths else whole
+        for block, width in zip(self.blocks, self.widths, strict=True):
+            x = widened(x, whole, width)
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
-        return x.unflatten(1, (grid.height, grid.width))
+        return widened(x, whole, whole.shape[-1]).unflatten(1, (grid.height, grid.width))
 
     def set_input_size(
         self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
@@ -136,6 +148,10 @@ class SwinTransformer(timm_swin.SwinTransformer):
     attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
     attention_options: keyword arguments of that mechanism.
     attention_window: a window for mechanisms of linear cost; None: the whole grid.
+    dense_windows: the host's windows as in the published backbones for dense tasks: they keep their size and shift
+        on any grid, and what pads the grid to whole windows is seen, by softmax.
+    steps: in place of `depths`, those of each stage, as `(width, number of blocks)`, the last of the whole width; a
+        head is as wide in all of them. Shifts go on alternating from step to step. See `_steps`.
     """
 
     def __init__(
@@ -144,12 +160,20 @@ class SwinTransformer(timm_swin.SwinTransformer):
         attention: str = "softmax",
         attention_options: Mapping[str, Any] | None = None,
         attention_window: Window = None,
+        dense_windows: bool = False,
         depths: Sequence[int] = (2, 2, 6, 2),
+        steps: Sequence[Steps] | None = None,
         **timm_kwargs: Any,
     ) -> None:
+        if steps is not None:
+            depths = [len(block_widths(row)) for row in steps]
         choices = plan(attention, depths, attention_options)
+        if dense_windows:
+            timm_kwargs["always_partition"] = True
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
-        self.put(choices, attention_window)
+        for stage, row in zip(self.layers, steps or (), strict=steps is not None):
+            narrow(stage.blocks, row, timm_kwargs.get("norm_layer", nn.LayerNorm))
+        self.put(choices, attention_window, dense_windows)
 
     @classmethod
     def adopt(
@@ -163,16 +187,19 @@ class SwinTransformer(timm_swin.SwinTransformer):
         model.__class__ = cls
         model.put(choices, attention_window)
 
-    def put(self, choices: Sequence[Sequence[Choice]], attention_window: Window) -> None:
+    def put(self, choices: Sequence[Sequence[Choice]], attention_window: Window, dense_windows: bool = False) -> None:
         """The chosen mechanisms in the place of timm's attention, whose weights go on where they fit."""
         self.patch_embed.__class__ = WholePatches
         self.patch_embed.strict_img_size, self.dynamic_img_size = False, True
         for stage, row in zip(self.layers, choices, strict=True):
             stage.__class__ = SwinStage
+            stage.widths = [block.dim for block in stage.blocks]
             if isinstance(stage.downsample, timm_swin.PatchMerging):
                 stage.downsample.__class__ = Merging
             for i, choice in enumerate(row):
-                stage.blocks[i] = _replacement(stage.blocks[i], choice, attention_window, i % 2 == 1)
+                stage.blocks[i] = _replacement(
+                    stage.blocks[i], choice, attention_window, shifted=i % 2 == 1, dense=dense_windows
+                )
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -184,12 +211,16 @@ def _replacement(
     theirs: timm_swin.SwinTransformerBlock,
     choice: Choice,
     attention_window: Window,
+    *,
     shifted: bool,
+    dense: bool,
 ) -> nn.Module:
     old, grid = theirs.attn, theirs.input_resolution
     refuse_dropped_scores(old)
-    if theirs.always_partition:
-        raise LinsightError("a grid of one window is not shifted here: pass always_partition=False")
+    if theirs.always_partition and not dense:
+        raise LinsightError(
+            "a grid of one window is not shifted here: pass always_partition=False, or dense_windows=True"
+        )
     factory = {"device": old.proj.weight.device, "dtype": old.proj.weight.dtype}
     block = make_block(
         choice,
@@ -208,7 +239,7 @@ def _replacement(
         core = create_core(choice.name, theirs.dim, old.num_heads, index=choice.index, **factory, **choice.options)
         attn: Layer = WindowAttention(core, theirs.dim, window=theirs.window_size, **shared)
         inherit(attn, old.state_dict())
-        return SwinBlock(theirs, attn, theirs.window_size, theirs.shift_size)
+        return SwinBlock(theirs, attn, theirs.window_size, theirs.shift_size, dense=dense)
     window = None if attention_window is None else to_2tuple(attention_window)
     if window is not None and min(window) < 1:
         raise LinsightError(

@@ -24,13 +24,18 @@ def pool_tokens(x: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
     the batch is padded.
     """
     dtype, width = accumulator(x.dtype), x.shape[2:]
+    canvas = x[:, tile.prefix :].to(dtype).flatten(2).unflatten(1, (tile.height, tile.width))
+    learning = x.requires_grad and torch.is_grad_enabled()
+    if tile.is_whole and tile.sizes is None and not learning and not torch.compiler.is_compiling():
+        # One pass over memory. Its gradient is not deterministic on a GPU, and each size would be a graph of its own.
+        pooled = F.adaptive_avg_pool2d(canvas.permute(0, 3, 1, 2), size)
+        return pooled.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, width)
     sides: tuple[Any, ...] = tile.grid[:2] if tile.sizes is None else tile.sizes.to(x.device).unbind(1)
     places = ((tile.top, tile.height), (tile.left, tile.width))
     rows, columns = (
         pool_matrix(side, cells, start=start, count=count, device=x.device, dtype=dtype)
         for side, cells, (start, count) in zip(sides, size, places, strict=True)
     )
-    canvas = x[:, tile.prefix :].to(dtype).flatten(2).unflatten(1, (tile.height, tile.width))
     return separable(canvas, rows, columns).flatten(1, 2).unflatten(-1, width)
 
 
