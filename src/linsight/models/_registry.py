@@ -65,6 +65,7 @@ class Architecture:
     """A named model whose layers are its own: it takes no mechanism.
 
     model_cls: the class.  args: its arguments.  cfg, published: as of a variant.
+    feature_cfg: how timm's `features_only` wraps it; None: it gives no maps.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Architecture:
     args: Mapping[str, Any]
     cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    feature_cfg: Mapping[str, Any] | None = None
 
 
 def figures(top1: float | None, params: float, gmacs: float, **more: Any) -> dict[str, Any]:
@@ -194,13 +196,14 @@ def _build_architecture(entry: Architecture, *, pretrained: bool = False, **kwar
             f"'{entry.name}' takes no attention mechanism, its layers are its own; these hosts take any: "
             f"{', '.join(sorted(HOSTS))}"
         )
-    if kwargs.pop("features_only", False):
+    if entry.feature_cfg is None and kwargs.pop("features_only", False):
         raise LinsightError(f"'{entry.name}' has no features_only: it classifies, and gives no maps")
     return build_model_with_cfg(
         entry.model_cls,
         entry.name,
         pretrained=False,
         pretrained_cfg=cfg,
+        feature_cfg=dict(entry.feature_cfg or {}),
         **{"img_size": cfg["input_size"][-2:], **entry.args, **kwargs},
     )
 

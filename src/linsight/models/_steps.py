@@ -50,6 +50,12 @@ def heads_of(width: int, dim: int, num_heads: int) -> int:
     return width * num_heads // dim
 
 
+def opened(whole: Tensor, widths: Sequence[int]) -> Tensor:
+    """What the first of blocks of these `widths` is given of `whole`; channels last."""
+    width = widths[0] if widths else whole.shape[-1]
+    return whole if width == whole.shape[-1] else whole[..., :width]
+
+
 def widened(part: Tensor, whole: Tensor, width: int) -> Tensor:
     """`part`, the processed first channels of `whole`, followed by the fresh ones up to `width`; channels last."""
     known = part.shape[-1]

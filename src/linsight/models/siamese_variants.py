@@ -2,7 +2,23 @@
 
 from ._registry import Variant, add_variants, figures
 
+_CENTRE = {"crop_mode": "center"}  # of an image whose aspect ratio is kept
+
 add_variants(
-    Variant("siamese_deit_tiny", "vit_tiny", "softmax", {"norm": "siamese"}, published=figures(73.6, 5.737, 1.25)),
-    Variant("siamese_deit_small", "vit_small", "softmax", {"norm": "siamese"}, published=figures(81.3, 22.089, 4.60)),
+    Variant(
+        "siamese_deit_tiny",
+        "vit_tiny",
+        "softmax",
+        {"norm": "siamese"},
+        cfg=_CENTRE,
+        published=figures(73.6, 5.737, 1.25),
+    ),
+    Variant(
+        "siamese_deit_small",
+        "vit_small",
+        "softmax",
+        {"norm": "siamese"},
+        cfg=_CENTRE,
+        published=figures(81.3, 22.089, 4.60),
+    ),
 )

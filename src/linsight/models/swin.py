@@ -33,7 +33,7 @@ from linsight.ops import Grid
 from ._plan import Choice, plan
 from ._pyramid import init_linear
 from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores
-from ._steps import Steps, block_widths, widened
+from ._steps import Steps, block_widths, opened, widened
 from ._steps_swin import narrow
 from ._windows import WindowAttention, Windows, half_shift, to_multiple, within
 
@@ -119,7 +119,7 @@ class SwinStage(timm_swin.SwinTransformerStage):
         x = self.downsample(x)
         grid = Grid(x.shape[1], x.shape[2])
         whole = x.flatten(1, 2)
-        x = whole[..., : self.widths[0]] if self.widths else whole
+        x = opened(whole, self.widths)
         for block, width in zip(self.blocks, self.widths, strict=True):
             x = widened(x, whole, width)
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)

@@ -31,7 +31,7 @@ from linsight.ops import Grid
 from ._plan import plan
 from ._seams import asked_no_weight_decay, refuse_prefix, set_grid
 from ._siamese import Merge, Pair
-from ._steps import Steps, block_widths, check_last, widened
+from ._steps import Steps, block_widths, check_last, opened, widened
 from ._vit_blocks import host_arguments
 
 _INIT_NORM = Rename("init_norm.", "patch_embed.norm.")
@@ -181,19 +181,14 @@ class VisionTransformer(timm_vit.VisionTransformer):
         self, blocks: nn.Sequential, x: Tensor, grid: Grid, take: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """The residual stream `(B, P + H*W, C)` behind `blocks`, and behind each of those to `take`."""
-        stream, taken = self._opened(x), []
+        first = opened(x, self.widths)
+        stream, taken = first if self.norm_pair is None else Pair.of(first), []
         for i, block in enumerate(blocks):
             stream = self._widened(stream, x, self.widths[i])
             stream = checkpoint(block, stream, grid) if self.grad_checkpointing else block(stream, grid)
             if i in take:
                 taken.append(self._whole(stream, x))
         return self._whole(stream, x), taken
-
-    def _opened(self, x: Tensor) -> Tensor | Pair:
-        """What the first block is given, of the embedded tokens."""
-        width = self.widths[0] if self.widths else self.embed_dim
-        first = x if width == self.embed_dim else x[..., :width]
-        return first if self.norm_pair is None else Pair.of(first)
 
     def _widened(self, stream: Tensor | Pair, x: Tensor, width: int) -> Tensor | Pair:
         if isinstance(stream, Pair):
