@@ -9,6 +9,7 @@ from . import mlla_variants as mlla_variants
 from . import pvt_v2_variants as pvt_v2_variants
 from . import pvt_variants as pvt_variants
 from . import siamese_variants as siamese_variants
+from . import steps_variants as steps_variants
 from . import swin_variants as swin_variants
 from . import vit_variants as vit_variants
 from . import weightformer_variants as weightformer_variants
