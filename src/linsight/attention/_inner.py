@@ -17,7 +17,6 @@ from linsight.ops import (
     Grid,
     InnerGradient,
     InnerLoss,
-    Moments,
     State,
     Tile,
     accumulator,
@@ -27,13 +26,41 @@ from linsight.ops import (
     inner_gradient,
     inner_step,
     mask_tokens,
+    merge,
 )
 
 from ._core import Core, Tokens, merge_heads, split_heads
 
 
+class KeyMoments(NamedTuple):
+    """Of each key channel. tokens: `(B, 1)`.  mean: `(B, C)`.  squares: `(B, C)`, of the distances to the mean.
+
+    `Moments` without the products of two channels, which would cost as much again as the inner step.
+    """
+
+    tokens: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    @classmethod
+    def absorb(cls, k: Tensor, keep: Tensor | None) -> "KeyMoments":
+        """`k` `(B, N, C)`, in the accumulator's dtype, zero where not kept."""
+        tokens = count_tokens(k, keep)[:, None]
+        share = 1 / tokens.clamp(min=1)
+        mean = k.sum(dim=1) * share
+        centred = mask_tokens(k - mean[:, None], keep)
+        return cls(tokens, mean + centred.sum(dim=1) * share, centred.square().sum(dim=1))
+
+    def merge(self, other: "KeyMoments") -> "KeyMoments":
+        """The moments of both sets of tokens (Chan, Golub, LeVeque 1979)."""
+        tokens, apart = self.tokens + other.tokens, other.mean - self.mean
+        share = other.tokens / tokens.clamp(min=1)
+        squares = self.squares + other.squares + self.tokens * share * apart.square()
+        return KeyMoments(tokens, self.mean + apart * share, squares)
+
+
 class KeyNorm(NamedTuple):
-    """Of each key channel over the tokens. mean, scale: `(B, 1, C)`."""
+    """mean, scale: `(B, 1, C)`."""
 
     mean: Tensor
     scale: Tensor
@@ -75,8 +102,7 @@ class InnerTraining(Core):
         keep = tokens.keep
         k = mask_tokens(self.prepare("k", merge_heads(tokens.k), tile), keep)
         if r < self.rounds - 1:
-            k = tile.inner(k)[..., None]
-            return Moments.absorb(k, k, None if keep is None else tile.inner(keep))
+            return KeyMoments.absorb(k, keep)
         if done:
             k = mask_tokens((k - done[0].mean) * done[0].scale, keep)
         k = split_heads(tile.inner(self.localise("k", k, tile)), self.num_heads)
@@ -84,11 +110,15 @@ class InnerTraining(Core):
         total = inner_gradient(self.model, self.loss, k, v, self.matrices(k.dtype), keep)
         return InnerGradient(total, count_tokens(v, keep))
 
+    def merge(self, r: int, a: Any, b: Any) -> State:
+        """The state of two disjoint sets of tokens."""
+        return a.merge(b) if isinstance(a, KeyMoments) else merge(a, b)
+
     def finish(self, r: int, state: Any, grid: Grid) -> Any:
         """The key norm; the trained matrices."""
         if r < self.rounds - 1:
-            variance = state.covariance()[..., 0]
-            return KeyNorm(state.k[:, None, :, 0], torch.rsqrt(variance + self.key_norm_eps).transpose(1, 2))
+            variance = state.squares / state.tokens.clamp(min=1)
+            return KeyNorm(state.mean[:, None], torch.rsqrt(variance + self.key_norm_eps)[:, None])
         return self.trained(self.matrices(state.total.dtype), state, -2)
 
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
