@@ -137,3 +137,77 @@ def test_a_resumed_run_keeps_what_it_started_from(tmp_path, published):
         train(resolve("digits", START), out=tmp_path / "run", report=Interrupt(1))
     with pytest.raises(LinsightError, match="a resumed run keeps its init"):
         resume(tmp_path / "run", overrides={"init": str(published[1])})
+
+
+SOFTMAX = {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10, "in_chans": 1}
+# Another mechanism in the same host: the convolutions of InLine are new, and there is no class token.
+CONVERT = {**START, "model_args": f"{MODEL},fc_norm=False", "epochs": 1, "init_partial": True, "new_lr_scale": 20.0}
+
+
+@pytest.fixture
+def softmax(tmp_path):
+    """Weights of a plain ViT with a class token."""
+    model = linsight.create_model("vit_tiny", attention="softmax", img_size=8, **SOFTMAX)
+    torch.save({"model": model.state_dict()}, tmp_path / "softmax.pth")
+    return model.state_dict(), str(tmp_path / "softmax.pth")
+
+
+def test_what_other_weights_lack_stays_as_initialised_and_learns_faster(tmp_path, softmax):
+    state, path = softmax
+    with pytest.raises(CheckpointError, match="not in the checkpoint"):
+        before_training(tmp_path / "strict", init=path)
+    learner, notes = before_training(tmp_path / "run", **{**CONVERT, "init": path})
+    plain, _ = before_training(tmp_path / "plain")
+    own = learner.model.state_dict()
+    new = [name for name in own if name not in state]
+    assert learner.new == sorted(new) and len(new) == 8 and all(".attn." in name for name in new)
+    for name, value in own.items():
+        inherited = state[name][:, 1:] if name == "pos_embed" else state.get(name)
+        assert torch.equal(value, plain.model.state_dict()[name] if name in new else inherited), name
+    count = sum(own[name].numel() for name in new)
+    assert any(note.startswith(f"new: {count} parameters in 8 tensors stay as initialised: blocks.0") for note in notes)
+    learner.step(sum(p.sum() for p in learner.model.parameters()), 1)
+    named = {id(p): name for name, p in learner.model.named_parameters()}
+    rates = {named[id(p)]: g["lr"] for g in learner.optimiser.param_groups for p in g["params"]}
+    assert rates.keys() == set(named.values())
+    assert learner.lr == rates["pos_embed"] > 0
+    for name, rate in rates.items():
+        assert rate == pytest.approx(learner.lr * (20 if name in new else 1)), name
+    decayed = {named[id(p)] for g in learner.optimiser.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {name for name in own if own[name].ndim > 1 and name != "pos_embed"}
+
+
+def test_a_rate_without_a_schedule_is_scaled_too(tmp_path, softmax):
+    learner, _ = before_training(tmp_path / "run", **{**CONVERT, "init": softmax[1], "sched": "none", "lr": 1e-3})
+    learner.step(sum(p.sum() for p in learner.model.parameters()), 0)
+    assert sorted({group["lr"] for group in learner.optimiser.param_groups}) == pytest.approx([1e-3, 2e-2])
+
+
+def test_frozen_weights_stay_and_a_resumed_run_knows_the_new_ones(tmp_path, softmax):
+    state, path = softmax
+    overrides = {**CONVERT, "init": path, "freeze": True, "save_every": 1, "weight_decay": 0.1}
+    with pytest.raises(Interrupted):
+        train(resolve("digits", overrides), out=tmp_path / "run", report=Interrupt(2))
+    train(resolve("digits", overrides), out=tmp_path / "whole")
+    torch.save({}, path)
+    resume(tmp_path / "run")
+    whole, ours = (load_trained(tmp_path / name).model.state_dict() for name in ("whole", "run"))
+    for name, value in ours.items():
+        assert torch.equal(value, whole[name])
+        assert name not in state or torch.equal(value, state[name][:, -16:] if name == "pos_embed" else state[name])
+    plain, _ = before_training(tmp_path / "plain")
+    assert all(name in state or not torch.equal(value, plain.model.state_dict()[name]) for name, value in ours.items())
+
+
+def test_new_weights_need_old_ones(tmp_path, published):
+    for overrides, message in (
+        ({"freeze": True}, "give it weights, init="),
+        ({"new_lr_scale": 20}, "give it weights, init="),
+        ({"freeze": True, "init": str(tmp_path / "same.safetensors")}, "leaves none to train"),
+    ):
+        save_file(small(10).state_dict(), tmp_path / "same.safetensors")
+        with pytest.raises(LinsightError, match=message):
+            train(resolve("digits", {**START, **overrides}), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    learner, _ = before_training(tmp_path / "linear", init=str(published[1]), freeze=True)
+    assert [name for name, p in learner.model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]

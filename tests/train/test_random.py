@@ -40,6 +40,18 @@ def test_an_epoch_is_a_permutation_that_resumes_at_any_step():
     assert [index for batch in batches for _, index in batch] != indices
 
 
+def test_copies_of_an_image_lie_beside_each_other_and_an_epoch_stays_as_long():
+    batches = Batches(23, 4, seed=5, shuffle=True, repeats=3)
+    whole = list(batches)
+    assert len(whole) == len(batches) == 5
+    items = [item for batch in whole for item in batch]
+    assert [copy for _, _, copy in items[:6]] == [0, 1, 2, 0, 1, 2]
+    images = [index for _, index, _ in items]
+    assert images[0::3][:6] == images[1::3][:6] == images[2::3] and len(set(images)) == 7
+    batches.start = 3
+    assert list(batches) == whole[3:]
+
+
 def test_evaluation_sees_every_image_once_and_a_small_data_set_has_one_batch():
     assert [len(batch) for batch in Batches(10, 4, shuffle=False)] == [4, 4, 2]
     assert [len(batch) for batch in Batches(3, 4, shuffle=True)] == [3]

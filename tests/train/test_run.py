@@ -16,7 +16,8 @@ from linsight.train import load_trained, resolve, resume, train
 from linsight.train._progress import Silent, reporter
 from linsight.train._signals import Interrupted
 
-# Every source of randomness and of state is on: dropped paths, erasing, mixing, averaging, a schedule.
+# Every source of randomness and of state is on: dropped paths, erasing, mixing, copies, averaging and what is learnt
+# from it in the last two epochs, a schedule.
 RANDOM = {
     **TINY,
     "batch_size": 256,
@@ -27,6 +28,9 @@ RANDOM = {
     "smoothing": 0.1,
     "ema": 0.9,
     "ema_warmup": True,
+    "mesa": 1.0,
+    "mesa_start": 0.4,
+    "aug_repeats": 2,
     "clip_grad": 1.0,
     "hflip": 0.5,
     "epochs": 3,

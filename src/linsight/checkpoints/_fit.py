@@ -132,6 +132,8 @@ def _fit_of_timm(owner: Any, name: str, table: Tensor) -> FittedTable | None:
     if name != "pos_embed" or not grid or table.ndim != 3:
         return None
     prefix = owner.pos_embed.shape[1] - math.prod(grid)  # which has no place on the grid
+    if not prefix and math.isqrt(table.shape[1]) ** 2 == table.shape[1] - 1:
+        table = table[:, 1:]  # the row of a class token, for a model without one
     side = math.isqrt(max(table.shape[1] - prefix, 0))
     if not side or side * side != table.shape[1] - prefix:
         return None

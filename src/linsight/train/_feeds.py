@@ -45,7 +45,7 @@ def open_feeds(
                 raise LinsightError(f"no image could be read: {lost[0]}")
     workers = default_workers() if recipe.workers is None else recipe.workers
     pin = device.type == "cuda"
-    order = Batches(len(train), recipe.batch_size, seed=recipe.seed, shuffle=True)
+    order = Batches(len(train), recipe.batch_size, seed=recipe.seed, shuffle=True, repeats=recipe.aug_repeats)
     once = Batches(len(val), recipe.batch_size, shuffle=False)
     samples = Samples(train, train_transform(recipe, size), recipe.in_chans, recipe.seed)
     val_samples = Samples(val, eval_transform(recipe, size), recipe.in_chans, recipe.seed)

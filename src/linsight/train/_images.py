@@ -33,7 +33,9 @@ class Batch(NamedTuple):
 
 
 class Samples(Dataset[Any]):
-    """Transformed images of a source. The randomness of one depends on (seed, epoch, index) only."""
+    """Transformed images of a source. The randomness of one depends on the seed and its item only: `(epoch, index)`,
+    and the number of the copy where an epoch has several.
+    """
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], in_chans: int, seed: int) -> None:
         self.source, self.transform, self.mode, self.seed = source, transform, _MODES[in_chans], seed
@@ -41,12 +43,12 @@ class Samples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | str:
-        epoch, index = item
+    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int] | str:
+        index = item[1]
         image = decode(self.source, index, self.mode)
         if isinstance(image, str):
             return image
-        seed_sample(self.seed, epoch, index)
+        seed_sample(self.seed, *item)
         return self.transform(image), self.source.targets[index]
 
 

@@ -1,5 +1,6 @@
 """One update of the weights, around timm's optimisers, schedules, mixing and averaging."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,8 +20,20 @@ from ._images import Batch, Normalise
 from ._recipe import Recipe
 
 
+def ema_decay(recipe: Recipe) -> float:
+    """The decay of the averaged weights at the recipe's batch."""
+    return recipe.ema ** (recipe.batch_size / recipe.ema_base_batch if recipe.ema_base_batch else 1)
+
+
 class Learner:
-    """A model in training. All of its state but the number of updates done is in `state`."""
+    """A model in training. All of its state but the number of updates done is in `state`.
+
+    A model whose loss is not that of one set of logits has `training_loss(outputs, targets, criterion) -> Tensor`, with
+    what its forward gives in training mode, in the dtype of mixed precision, and `criterion(logits, targets)`, the
+    recipe's loss. In evaluation mode it gives logits like any other.
+
+    new: names of the parameters that `init` did not fill, None where there is no `init`.
+    """
 
     def __init__(
         self,
@@ -31,8 +44,19 @@ class Learner:
         *,
         classes: int,
         updates: int,
+        new: Collection[str] | None = None,
     ) -> None:
         self.recipe, self.device, self.dtype = recipe, device, dtype
+        if new is None and (recipe.freeze or recipe.new_lr_scale != 1):
+            raise LinsightError("freeze and new_lr_scale part what init fills from what is new: give it weights, init=")
+        if recipe.mesa and hasattr(model, "training_loss"):
+            raise LinsightError(f"mesa needs a model with one set of logits: '{recipe.model}' has a loss of its own")
+        self.new = sorted(new or ())
+        if recipe.freeze:
+            if not self.new:
+                raise LinsightError("init fills every parameter: freeze leaves none to train")
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in self.new)
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if recipe.channels_last:
@@ -52,7 +76,7 @@ class Learner:
                 num_classes=recipe.num_classes or classes,
             )
         self._optimise(updates)
-        self.ema = ModelEmaV3(self.model, recipe.ema, use_warmup=recipe.ema_warmup) if recipe.ema else None
+        self.ema = ModelEmaV3(self.model, ema_decay(recipe), use_warmup=recipe.ema_warmup) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self._run: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
 
@@ -63,6 +87,7 @@ class Learner:
             self.optimiser = create_optimizer_v2(
                 self.model, recipe.opt, lr=recipe.lr * scale, weight_decay=recipe.weight_decay, **recipe.opt_args
             )
+            self._scale_new()
             self.schedule, self.epochs = create_scheduler_v2(
                 self.optimiser,
                 recipe.sched,
@@ -77,6 +102,23 @@ class Learner:
             )
         except (TypeError, ValueError) as error:
             raise LinsightError(f"opt_args or sched_args cannot be used: {error}") from error
+
+    def _scale_new(self) -> None:
+        """Part the groups of the optimiser by whether `init` filled them; timm's schedules know `lr_scale`."""
+        recipe, named = self.recipe, dict(self.model.named_parameters())
+        if recipe.new_lr_scale == 1:
+            return
+        change = {"lr_scale": recipe.new_lr_scale}
+        if recipe.sched == "none":
+            change = {"lr": self.lr * recipe.new_lr_scale}
+        new = {id(named[name]) for name in self.new}
+        for group in list(self.optimiser.param_groups):
+            parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for parameter in group["params"]:
+                parts[id(parameter) in new].append(parameter)
+            group["params"] = parts[0]
+            if parts[1]:
+                self.optimiser.add_param_group({**group, "params": parts[1], **change})
 
     @property
     def evaluated(self) -> nn.Module:
@@ -93,8 +135,8 @@ class Learner:
         """The learning rate of the last update."""
         return self.optimiser.param_groups[0]["lr"]
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int] | None:
-        """The mean loss of a batch and the number of its images, None where none could be read."""
+    def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
+        """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
         if not len(batch.targets):
             return None
         images, targets = self.normalise(batch.images), batch.targets.to(self.device, non_blocking=True)
@@ -108,10 +150,25 @@ class Learner:
         if self.mix:
             images, targets = self.mix(images, targets)
             smoothing = 0.0  # mixed targets have it in them
+
+        def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
         self._run.train()
         with autocast(self.device, self.dtype):
-            logits = self._run(images)
-        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing), len(images)
+            outputs = self._run(images)
+        own = getattr(self.model, "training_loss", None)
+        loss = criterion(outputs, targets) if own is None else own(outputs, targets, criterion)
+        if self.recipe.mesa and epoch >= int(self.recipe.mesa_start * self.recipe.epochs):
+            loss = loss + self.recipe.mesa * F.cross_entropy(outputs.float(), self._taught(images))
+        return loss, len(images)
+
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> Tensor:
+        """Class probabilities by the averaged weights (MESA, Du et al., NeurIPS 2022)."""
+        assert self.ema is not None, "the recipe was checked"
+        with autocast(self.device, self.dtype):
+            return self.ema.module.eval()(images).float().softmax(-1)
 
     def step(self, loss: Tensor, done: int) -> None:
         """Update the weights, after `done` updates before."""
@@ -134,6 +191,7 @@ class Learner:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "new": self.new,
         }
 
     def load(self, state: dict[str, Any], source: str) -> None:

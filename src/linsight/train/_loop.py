@@ -60,9 +60,7 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
     for note in data.notes:
         report.note(note)
     state = run.load_state()
-    trainer = Trainer(run, data, report, fresh=state is None)
-    if state is not None:
-        trainer.load(state)
+    trainer = Trainer(run, data, report, state)
     try:
         with Stop() as stop:
             return trainer.run_epochs(stop)
@@ -71,9 +69,9 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
 
 
 class Trainer:
-    """One run in progress. `fresh`: it has no saved state, and so starts from the weights of its recipe."""
+    """One run in progress, from a saved state, or else from the weights of its recipe."""
 
-    def __init__(self, run: Run, data: Data, report: Silent, *, fresh: bool = True) -> None:
+    def __init__(self, run: Run, data: Data, report: Silent, state: dict[str, Any] | None = None) -> None:
         recipe = self.recipe = run.recipe
         self.run, self.data, self.report = run, data, report
         self.stop = Stop()
@@ -81,12 +79,19 @@ class Trainer:
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
         model = _model.build(recipe, len(data.classes))
-        if recipe.init and fresh:
-            report.note(str(_model.start_from(model, recipe.init)))
+        new = state.get("new") if state and recipe.init else None
+        if recipe.init and state is None:
+            filled = _model.start_from(model, recipe.init, partial=recipe.init_partial)
+            report.note(str(filled))
+            new = _model.left_new(model, filled)
+            if new:
+                report.note(f"new: {_model.count_of(model, new)}")
         size = _model.image_size(recipe, model)
         self.feeds = open_feeds(recipe, data, size, device, report.note)
         self.steps = len(self.feeds.order)
-        self.learner = Learner(recipe, model, device, self.dtype, classes=len(data.classes), updates=self.steps)
+        self.learner = Learner(
+            recipe, model, device, self.dtype, classes=len(data.classes), updates=self.steps, new=new
+        )
         self.epoch = self.step = 0
         self.best: tuple[float, int] = (-1.0, 0)
         self.seconds = 0.0
@@ -99,6 +104,8 @@ class Trainer:
             f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate, "
             f"{len(data.classes)} classes; {device}, {precision}; folder {run.path}"
         )
+        if state is not None:
+            self._load(state)
 
     def _reset_sums(self) -> None:
         self.loss_sum = 0.0
@@ -144,7 +151,7 @@ class Trainer:
                 self._save()
 
     def _update(self, batch: Batch) -> None:
-        found = self.learner.loss(batch)
+        found = self.learner.loss(batch, self.epoch)
         if found is None:
             return
         loss, count = found
@@ -279,8 +286,7 @@ class Trainer:
             }
         )
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+    def _load(self, state: dict[str, Any]) -> None:
         self.learner.load(state, str(self.run.path))
         self.epoch, self.step = state["epoch"], state["step"]
         self.best = (state["best"][0], state["best"][1])

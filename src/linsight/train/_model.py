@@ -23,7 +23,7 @@ WEIGHTS = "best.safetensors"
 _KEPT = [
     name
     for name, field in FIELDS.items()
-    if (field.metadata["group"] == "Model" and name != "init")
+    if (field.metadata["group"] == "Model" and not name.startswith("init"))
     or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop")
 ]
 
@@ -68,8 +68,10 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
 
 
-def start_from(model: nn.Module, source: str) -> LoadReport:
+def start_from(model: nn.Module, source: str, *, partial: bool = False) -> LoadReport:
     """Fill a model from other weights; a classifier of another number of classes stays as it is.
+
+    partial: so does all else that the weights lack, or have in another shape.
 
     Raises:
         CheckpointError: they cannot be read safely, or are of another model.
@@ -77,7 +79,19 @@ def start_from(model: nn.Module, source: str) -> LoadReport:
     path = pathlib.Path(source)
     source = str(path / WEIGHTS) if path.is_dir() else source
     report = load_published(model, source, strict=False)
-    return load_published(model, source, head=False) if report.mismatched else report
+    return load_published(model, source, head=False) if report.mismatched and not partial else report
+
+
+def left_new(model: nn.Module, report: LoadReport) -> list[str]:
+    """The parameters that a load did not fill."""
+    return sorted({name for name, _ in model.named_parameters()} - set(report.loaded))
+
+
+def count_of(model: nn.Module, names: list[str]) -> str:
+    """How many parameters these are, and the first few of them."""
+    count = sum(model.get_parameter(name).numel() for name in names)
+    more = ", ..." if names[4:] else ""
+    return f"{count} parameters in {len(names)} tensors stay as initialised: {', '.join(names[:4])}{more}"
 
 
 def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:

@@ -48,10 +48,15 @@ class Batches:
 
     The epoch travels with the index, so worker processes need no telling of it. Set `epoch` and
     `start` before iterating.
+
+    repeats: more than 1 puts so many copies of an image beside each other, as (epoch, image, copy), and as many
+        times fewer images into the epoch (Hoffer et al., CVPR 2020). timm's sampler spreads the copies over
+        devices, and starts at the beginning of an epoch only.
     """
 
-    def __init__(self, count: int, batch_size: int, *, seed: int = 0, shuffle: bool) -> None:
+    def __init__(self, count: int, batch_size: int, *, seed: int = 0, shuffle: bool, repeats: int = 1) -> None:
         self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
+        self.repeats = repeats
         self.epoch = 0
         self.start = 0
 
@@ -60,12 +65,16 @@ class Batches:
         whole, rest = divmod(self.count, self.batch_size)
         return whole + (rest > 0 and (not self.shuffle or whole == 0))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         order: Sequence[int] = range(self.count)
         if self.shuffle:
             order = np.random.default_rng(key(self.seed, self.epoch)).permutation(self.count).tolist()
         for step in range(self.start, len(self)):
-            yield [(self.epoch, i) for i in order[step * self.batch_size : (step + 1) * self.batch_size]]
+            places = range(step * self.batch_size, min((step + 1) * self.batch_size, self.count))
+            if self.repeats == 1:
+                yield [(self.epoch, order[i]) for i in places]
+            else:
+                yield [(self.epoch, order[i // self.repeats], i % self.repeats) for i in places]
 
 
 def hold_out(targets: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:

@@ -37,6 +37,7 @@ class Recipe:
     num_classes: int | None = _field(_MODEL, None, "none: as many as the data has")
     drop_path: float = _field(_MODEL, 0.0, "stochastic depth of the last block")
     init: str | None = _field(_MODEL, None, "weights to start from, published or one's own: a run, a file, an address")
+    init_partial: bool = _field(_MODEL, False, "what init lacks stays as initialised, as with another mechanism")
 
     data: str = _field(_DATA, "digits", "a folder, a tar, Parquet files, 'digits', or a name of timm's: torch/cifar10")
     data_dir: str | None = _field(_DATA, None, "where the data of a torch/ or hfds/ name is kept")
@@ -70,6 +71,7 @@ class Recipe:
     mixup_prob: float = _field(_AUGMENT, 1.0, "share of batches that are mixed")
     mixup_switch_prob: float = _field(_AUGMENT, 0.5, "share of those that get cutmix, where both are on")
     smoothing: float = _field(_AUGMENT, 0.0, "label smoothing")
+    aug_repeats: int = _field(_AUGMENT, 1, "copies of an image in an epoch, which has as many times fewer images")
     interpolation: str = _field(
         _AUGMENT, "bicubic", "how images are resized", ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
     )
@@ -87,6 +89,8 @@ class Recipe:
     opt_args: Mapping[str, Any] = _field(_OPTIMISE, {}, "its other arguments, as in betas=(0.9,0.95)")
     lr: float = _field(_OPTIMISE, 1e-3, "peak learning rate")
     lr_base_batch: int = _field(_OPTIMISE, 0, "rates are for this batch and scale with it; 0: used as they are")
+    new_lr_scale: float = _field(_OPTIMISE, 1.0, "times the learning rate, for what init did not fill")
+    freeze: bool = _field(_OPTIMISE, False, "train only what init did not fill")
     weight_decay: float = _field(_OPTIMISE, 0.05, "not applied to vectors and what the model exempts")
     clip_grad: float = _field(_OPTIMISE, 0.0, "largest norm of the gradient, 0 is off")
     sched: str = _field(
@@ -100,6 +104,9 @@ class Recipe:
     cooldown_epochs: int = _field(_OPTIMISE, 0, "more epochs at that rate")
     ema: float = _field(_OPTIMISE, 0.0, "decay of the averaged weights, which are then the ones evaluated; 0 is off")
     ema_warmup: bool = _field(_OPTIMISE, False, "let that decay grow from 0")
+    ema_base_batch: int = _field(_OPTIMISE, 0, "the decay is for this batch, a larger one takes its power; 0: as it is")
+    mesa: float = _field(_OPTIMISE, 0.0, "weight of a second loss, against what the averaged weights say; 0 is off")
+    mesa_start: float = _field(_OPTIMISE, 0.25, "share of the epochs after which that loss sets in")
 
     batch_size: int = _field(_RUN, 128, "images of one update")
     seed: int = _field(_RUN, 0, "decides initial weights, order and augmentation")
@@ -233,8 +240,9 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-_POSITIVE = ("epochs", "batch_size", "lr", "crop_pct")
+_POSITIVE = ("epochs", "batch_size", "lr", "crop_pct", "aug_repeats", "new_lr_scale")
 _SHARES = ("val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "ema")
+_SHARES += ("mesa_start",)
 
 
 def check(recipe: Recipe) -> Recipe:
@@ -264,4 +272,6 @@ def check(recipe: Recipe) -> Recipe:
             raise LinsightError(f"{name} takes {wanted} numbers, not {len(getattr(recipe, name))}")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise LinsightError(f"mixup and cutmix pair the images of a batch: batch_size={recipe.batch_size} must be even")
+    if recipe.mesa and not recipe.ema:
+        raise LinsightError(f"mesa={recipe.mesa:g} learns from averaged weights: set their decay, as in ema=0.9999")
     return recipe

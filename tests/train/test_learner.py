@@ -1,0 +1,114 @@
+"""What an update does: the losses, which parameters it changes, and how fast."""
+
+import dataclasses
+import typing
+
+import pytest
+import torch
+from small import TINY
+from torch import nn
+from torch.nn import functional as F
+
+from linsight.errors import LinsightError
+from linsight.train import _model as models
+from linsight.train import load_trained, open_data, resolve, train
+from linsight.train._images import Batch, Samples, train_transform
+from linsight.train._learner import Learner, ema_decay
+from linsight.train._model import build
+
+CPU = torch.device("cpu")
+
+
+def learner(model=None, **overrides):
+    recipe = resolve("digits", {**TINY, "smoothing": 0.1, **overrides})
+    torch.manual_seed(0)
+    return Learner(recipe, model or build(recipe, 10), CPU, None, classes=10, updates=5)
+
+
+def batch(count=6):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return Batch(images, torch.randint(10, (count,), generator=generator), [])
+
+
+def test_mesa_adds_what_the_averaged_weights_say_from_its_epoch_on():
+    ours = learner(ema=0.5, mesa=1.5, mesa_start=0.5, epochs=5)
+    with torch.no_grad():
+        for parameter in ours.ema.module.parameters():
+            parameter.add_(0.1)
+    images = ours.normalise(batch().images)
+    logits = ours.model.train()(images)
+    plain = F.cross_entropy(logits, batch().targets, label_smoothing=0.1)
+    taught = -(ours.ema.module(images).softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    for epoch, expected in ((0, plain), (1, plain), (2, plain + 1.5 * taught), (4, plain + 1.5 * taught)):
+        loss, count = ours.loss(batch(), epoch)
+        torch.testing.assert_close(loss, expected)
+        assert count == 6
+    loss.backward()
+    assert all(parameter.grad is None for parameter in ours.ema.module.parameters())
+
+
+def test_mesa_sees_the_mixed_images():
+    ours = learner(ema=0.5, mesa=1.0, mesa_start=0.0, mixup=0.8)
+    seen = []
+    for model in (ours.model, ours.ema.module):
+        model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    ours.loss(batch(), 0)
+    assert len(seen) == 2 and torch.equal(*seen) and not torch.equal(seen[0], ours.normalise(batch().images))
+
+
+class Outputs(typing.NamedTuple):
+    early: torch.Tensor
+    late: torch.Tensor
+
+
+class Exits(nn.Module):
+    """Two sets of logits in training, the last one in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = nn.Linear(64, 10), nn.Linear(64, 10)
+        self.pretrained_cfg = {"input_size": (1, 8, 8)}
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return Outputs(self.early(x), self.late(x)) if self.training else self.late(x)
+
+    def training_loss(self, outputs, targets, criterion):
+        return 0.25 * criterion(outputs.early, targets) + criterion(outputs.late, targets)
+
+
+def test_a_model_may_have_a_loss_of_its_own():
+    ours = learner(Exits())
+    loss, _ = ours.loss(batch(), 0)
+    early, late = ours.model(ours.normalise(batch().images))
+    targets = batch().targets
+    expected = 0.25 * F.cross_entropy(early, targets, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected + F.cross_entropy(late, targets, label_smoothing=0.1))
+    with pytest.raises(LinsightError, match="'vit_tiny' has a loss of its own"):
+        learner(Exits(), ema=0.9, mesa=1.0)
+
+
+def test_such_a_model_goes_through_a_whole_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "build", lambda recipe, classes: Exits())
+    options = {"batch_size": 128, "lr": "1e-2", "epochs": 6, "mixup": 0.2, "ema": 0.5}
+    recipe = resolve("digits", {**TINY, **options})
+    summary = train(recipe, out=tmp_path / "run")
+    assert summary["top1"] > 60
+    assert isinstance(load_trained(tmp_path / "run").model, Exits)
+
+
+def test_copies_of_an_image_are_augmented_each_in_its_own_way():
+    recipe = resolve("digits", {"re_prob": 0.0})
+    samples = Samples(open_data(recipe).train, train_transform(recipe, (8, 8)), 1, 0)
+    copies = [samples[0, 3, copy][0] for copy in range(8)]
+    assert torch.equal(copies[5], samples[0, 3, 5][0]) and samples[0, 3, 5][1] == samples[0, 3][1]
+    assert len({tuple(image.flatten().tolist()) for image in copies}) > 3
+
+
+def test_the_decay_of_averages_is_that_of_the_batch():
+    recipe = dataclasses.replace(resolve(), ema=0.9996, ema_base_batch=4096)
+    for size, decay in ((4096, 0.9996), (1024, 0.9999), (512, 0.99995)):
+        assert ema_decay(dataclasses.replace(recipe, batch_size=size)) == pytest.approx(decay, abs=1e-7)
+    assert ema_decay(dataclasses.replace(recipe, ema_base_batch=0)) == 0.9996
+    assert learner(ema=0.5, ema_base_batch=64, batch_size=128).ema.decay == 0.25
