@@ -32,6 +32,16 @@ SMALL = {
         "drop_path_rate": 0.0,
         "num_classes": 7,
     },
+    "mlla_pyramid_tiny": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "img_size": 64,
+        "num_classes": 7,
+    },
+    "h_vit_tiny": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "img_size": 64,
+        "num_classes": 7,
+    },
     "cswin_tiny": {
         "stages": [(8, 1, 2, 2.0, 1), (16, 2, 2, 2.0, 2), (16, 2, 2, 2.0, 2), (16, 1, 2, 2.0, 2)],
         "img_size": 64,

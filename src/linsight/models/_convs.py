@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from linsight.ops import Grid, depthwise_conv, pad_prefix
 
@@ -20,3 +22,56 @@ class CPE(nn.Conv2d):
         """`(B, P + H*W, C)`; the shape is kept."""
         local = depthwise_conv(x[:, grid.prefix :], grid[:2], self.weight, self.bias)
         return x + pad_prefix(local, grid.prefix)
+
+
+class ConvEmbed(nn.Module):
+    """A strided convolution and LayerNorm: images or maps `(B, C, H, W)` to tokens.
+
+    Floors as convolutions do; a map smaller than the kernel is first padded to it with zeros.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel: int,
+        stride: int,
+        padding: int = 0,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    @property
+    def stride(self) -> int:
+        """By what the sides of a map are divided."""
+        return self.proj.stride[0]
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the tokens of a map of `size`."""
+        (kernel, _), (stride, _), padding = self.proj.kernel_size, self.proj.stride, self.proj.padding[0]
+        height, width = ((max(side + 2 * int(padding), kernel) - kernel) // stride + 1 for side in size)
+        return height, width
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """`(B, H*W, C)` and its grid."""
+        low, wide = (self.proj.kernel_size[0] - 2 * int(self.proj.padding[0]) - side for side in x.shape[2:])
+        if low > 0 or wide > 0:
+            x = F.pad(x, (0, max(0, wide), 0, max(0, low)))
+        x = self.proj(x)
+        return self.norm(x.flatten(2).transpose(1, 2)), Grid(x.shape[2], x.shape[3])
+
+
+class ConvMlp(Mlp):
+    """An MLP on a grid: u = GELU(fc1 x), u = GELU(u + conv3x3(u)), fc2 u, the convolution depthwise."""
+
+    def __init__(self, dim: int, hidden: int, **factory: Any) -> None:
+        super().__init__(dim, hidden, **factory)
+        self.dwc = CPE(hidden, **factory)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """`(B, P + H*W, C)`; the shape is kept."""
+        return self.fc2(self.act(self.dwc(self.act(self.fc1(x)), grid)))

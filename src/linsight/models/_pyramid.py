@@ -4,17 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
+from ._convs import ConvMlp
 from ._plan import Choice, plan
 from ._seams import asked_no_weight_decay, make_block, set_grid
 
@@ -29,42 +29,6 @@ class StageSize(NamedTuple):
     num_heads: int
     mlp_ratio: float = 4.0
     reduction: int = 1
-
-
-class ConvEmbed(nn.Module):
-    """A strided convolution and LayerNorm: images or maps `(B, C, H, W)` to tokens.
-
-    Floors as convolutions do; a map smaller than the kernel is first padded to it with zeros.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        kernel: int,
-        stride: int,
-        padding: int = 0,
-        *,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the tokens of a map of `size`."""
-        (kernel, _), (stride, _), padding = self.proj.kernel_size, self.proj.stride, self.proj.padding[0]
-        height, width = ((max(side + 2 * int(padding), kernel) - kernel) // stride + 1 for side in size)
-        return height, width
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """`(B, H*W, C)` and its grid."""
-        low, wide = (self.proj.kernel_size[0] - 2 * int(self.proj.padding[0]) - side for side in x.shape[2:])
-        if low > 0 or wide > 0:
-            x = F.pad(x, (0, max(0, wide), 0, max(0, low)))
-        x = self.proj(x)
-        return self.norm(x.flatten(2).transpose(1, 2)), Grid(x.shape[2], x.shape[3])
 
 
 def init_linear(module: nn.Module) -> None:
@@ -88,12 +52,19 @@ class PreNorm(nn.Module):
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=eps, **factory)
         self.mlp = mlp
-        self.mlp_on_grid = isinstance(mlp, MlpWithDepthwiseConv)
+        self.mlp_on_grid = isinstance(mlp, MlpWithDepthwiseConv | ConvMlp)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """`(B, P + H*W, C)`; the shape is kept."""
-        x = x + self.drop_path(self.attn(self.norm1(x), grid, cond=x if self.stream_as_cond else None))
+        return self.add_mlp(self.add_attention(x, grid), grid)
+
+    def add_attention(self, x: Tensor, grid: Grid) -> Tensor:
+        """The first half."""
+        return x + self.drop_path(self.attn(self.norm1(x), grid, cond=x if self.stream_as_cond else None))
+
+    def add_mlp(self, x: Tensor, grid: Grid) -> Tensor:
+        """The second half."""
         inner = self.norm2(x)
         return x + self.drop_path(self.mlp(inner, grid) if self.mlp_on_grid else self.mlp(inner))
 
@@ -133,9 +104,9 @@ def as_map(x: Tensor, grid: Grid) -> Tensor:
 
 
 class Pyramid(nn.Module):
-    """The base class. A host makes `stem`, calls `grow`, makes `norm` and `head`, then calls `finish`.
+    """The base class. A host makes `stem`, calls `grow`, makes `norm` and `head`, then draws the initial weights.
 
-    What is its own are `make_downsample`, `make_block` and perhaps `make_stage`.
+    What is its own are `make_downsample`, `make_block` and perhaps `make_stage`. See `PlainPyramid`.
     """
 
     output_fmt = "NCHW"
@@ -157,16 +128,21 @@ class Pyramid(nn.Module):
         attention: str,
         attention_options: Mapping[str, Any] | None,
         drop_path_rate: float,
+        reduction: int = 1,
         **factory: Any,
     ) -> None:
-        """Make the stages, on maps of `width` channels and of size `grid`."""
+        """Make the stages, on maps of `width` channels and of size `grid`, `reduction` times smaller than images.
+
+        They are described as timm does, in `feature_info`.
+        """
         depths = [size.depth for size in sizes]
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         rows = plan(attention, depths, attention_options)
         self.stages = nn.ModuleList()
+        self.feature_info: list[dict[str, Any]] = []
         for i, (size, row, drop_paths) in enumerate(zip(sizes, rows, rates, strict=True)):
             downsample = self.make_downsample(i, width, size.dim, **factory)
-            width, grid = size.dim, downsample.grid(grid)
+            width, grid, reduction = size.dim, downsample.grid(grid), reduction * downsample.stride
             last = i == len(sizes) - 1
             blocks: list[nn.Module] = []
             for choice, rate in zip(row, drop_paths, strict=True):
@@ -174,9 +150,11 @@ class Pyramid(nn.Module):
                 whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=size.mlp_ratio, **shared)
                 blocks.append(self.make_block(size, choice, last=last, **shared) if whole is None else whole)
             self.stages.append(self.make_stage(downsample, blocks, width, grid, last=last, **factory))
+            self.feature_info.append({"num_chs": width, "reduction": reduction, "module": f"stages.{i}"})
+        self.num_features = self.head_hidden_size = width
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> Any:
-        """What makes the tokens of stage `i`, and tells their `grid`."""
+        """What makes the tokens of stage `i`, and tells their `grid` and its `stride`."""
         raise NotImplementedError
 
     def make_block(
@@ -190,15 +168,6 @@ class Pyramid(nn.Module):
     ) -> nn.Module:
         """A stage of these parts."""
         return Stage(downsample, blocks)
-
-    def finish(self, widths: Sequence[int], reductions: Sequence[int]) -> None:
-        """Describe the stages as timm does, and draw the initial weights."""
-        self.feature_info = [
-            {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
-        ]
-        self.num_features = self.head_hidden_size = widths[-1]
-        self.apply(init_linear)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -308,3 +277,48 @@ class Pyramid(nn.Module):
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take
+
+
+class PlainPyramid(Pyramid):
+    """A pyramid without a stem of its own, that ends in a norm, the mean of the last map and a linear layer.
+
+    Args:
+        stages: the `StageSize` of each stage; plain tuples do.
+        attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
+        img_size: what tables on the grid of tokens are made for; any size works.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[StageSize],
+        attention: str = "softmax",
+        attention_options: Mapping[str, Any] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        img_size: int | tuple[int, int] = 224,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chans, num_classes)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.stem = nn.Identity()
+        self.grow(
+            [StageSize(*stage) for stage in stages],
+            in_chans,
+            to_2tuple(img_size),
+            attention=attention,
+            attention_options=attention_options,
+            drop_path_rate=drop_path_rate,
+            **factory,
+        )
+        self.norm = self.make_norm(self.num_features, **factory)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate=drop_rate, **factory)
+        self.apply(init_linear)
+
+    def make_norm(self, dim: int, **factory: Any) -> nn.Module:
+        """The final norm, of maps."""
+        return nn.LayerNorm(dim, **factory)

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from linsight.ops import Grid
 
 from ._plan import Choice
-from ._pyramid import PreNorm, Pyramid, StageSize
+from ._pyramid import PreNorm, Pyramid, StageSize, init_linear
 from ._seams import make_layer
 
 
 class Down(ConvNormAct):
     """A 3x3 convolution of stride 2 and batch norm: a map to tokens of half its sides, rounded up."""
+
+    stride = 2
 
     def __init__(self, in_dim: int, dim: int, **factory: Any) -> None:
         super().__init__(in_dim, dim, 3, stride=2, apply_act=False, **factory)
@@ -84,12 +86,12 @@ class Compact(Pyramid):
             attention=attention,
             attention_options=attention_options,
             drop_path_rate=drop_path_rate,
+            reduction=math.prod(stride for _, stride in stem),
             **factory,
         )
         self.norm = nn.Identity()
-        self.head = NormMlpClassifierHead(sizes[-1].dim, num_classes, drop_rate=drop_rate, **factory)
-        reduction = math.prod(stride for _, stride in stem)
-        self.finish([size.dim for size in sizes], [reduction * 2 ** (i + 1) for i in range(len(sizes))])
+        self.head = NormMlpClassifierHead(self.num_features, num_classes, drop_rate=drop_rate, **factory)
+        self.apply(init_linear)
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> Down:
         """A convolution of stride 2."""

@@ -12,11 +12,10 @@ is padded, and the padding is never absorbed. The stripes are those that the mod
 at another size their width and number of heads stay.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import ClassifierHead, Mlp, to_2tuple
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,8 +23,9 @@ from linsight.attention import Core, Rename, Tokens, create_core, mechanism, mer
 from linsight.errors import LinsightError
 from linsight.ops import Grid, Layout, depthwise_conv, shifted_products
 
+from ._convs import ConvEmbed
 from ._plan import Choice
-from ._pyramid import ConvEmbed, PreNorm, Pyramid, StageSize
+from ._pyramid import PlainPyramid, PreNorm, StageSize
 from ._seams import make_layer
 
 
@@ -183,14 +183,8 @@ class CSwinBlock(PreNorm):
     )
 
 
-class CSwinTransformer(Pyramid):
-    """The host.
-
-    Args:
-        stages: width, depth, heads, MLP ratio and width of stripes of each stage; plain tuples do.
-        attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
-        img_size: what stripes and position tables are made for; any size works.
-    """
+class CSwinTransformer(PlainPyramid):
+    """The host. The `reduction` of a stage is the width of its stripes, which are made for `img_size`."""
 
     published = (
         Rename("stage1_conv_embed.0.", "stages.0.downsample.proj."),
@@ -200,39 +194,6 @@ class CSwinTransformer(Pyramid):
         *(Rename(f"stage{i + 1}.", f"stages.{i}.blocks.") for i in range(4)),
         Rename("head.", "head.fc."),
     )
-
-    def __init__(
-        self,
-        *,
-        stages: Sequence[StageSize],
-        attention: str = "softmax",
-        attention_options: Mapping[str, Any] | None = None,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        img_size: int | tuple[int, int] = 224,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_chans, num_classes)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        sizes = [StageSize(*stage) for stage in stages]
-        self.stem = nn.Identity()
-        self.grow(
-            sizes,
-            in_chans,
-            to_2tuple(img_size),
-            attention=attention,
-            attention_options=attention_options,
-            drop_path_rate=drop_path_rate,
-            **factory,
-        )
-        width = sizes[-1].dim
-        self.norm = nn.LayerNorm(width, **factory)
-        self.head = ClassifierHead(width, num_classes, global_pool, drop_rate=drop_rate, **factory)
-        self.finish([size.dim for size in sizes], [4 * 2**i for i in range(len(sizes))])
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvEmbed:
         """An overlapping convolution."""

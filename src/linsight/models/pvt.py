@@ -21,8 +21,9 @@ from linsight.attention import Rename
 from linsight.errors import UnknownNameError
 from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
 
+from ._convs import ConvEmbed
 from ._plan import Choice, plan
-from ._pyramid import ConvEmbed, PreNorm, Pyramid, Stage, StageSize, as_map
+from ._pyramid import PreNorm, Pyramid, Stage, StageSize, as_map, init_linear
 from ._seams import make_layer, refuse_prefix
 
 
@@ -147,7 +148,7 @@ class PyramidVisionTransformer(Pyramid):
             drop_path_rate=drop_path_rate,
             **factory,
         )
-        width = sizes[-1].dim
+        width = self.num_features
         norms: dict[str, Callable[[], nn.Module]] = {
             "applied": lambda: nn.LayerNorm(width, eps=1e-6, **factory),
             "absent": nn.Identity,
@@ -155,7 +156,7 @@ class PyramidVisionTransformer(Pyramid):
         }
         self.norm = norms[final_norm]()
         self.head = ClassifierHead(width, num_classes, drop_rate=drop_rate, **factory)
-        self.finish([size.dim for size in sizes], [4 * 2**i for i in range(len(sizes))])
+        self.apply(init_linear)
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvEmbed:
         """A convolution whose kernel is its stride."""

@@ -1,0 +1,118 @@
+"""The pyramid that MLLA (arXiv 2405.16605) and ViT^3 (arXiv 2512.01643) share: a stem of five convolutions, three
+between stages, and no position table.
+
+Any image size: images are padded with zeros at the right and bottom to a multiple of 4, odd maps between stages to
+even ones, as in the published dense backbones. Padding is part of the grid.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from timm.layers.conv_bn_act import ConvNormAct
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linsight.attention import Rename
+from linsight.ops import Grid
+
+from ._pyramid import PlainPyramid
+
+
+class ConvNorm(ConvNormAct):
+    """timm's convolution, batch norm and ReLU, by its published names."""
+
+    published = (Rename("norm.", "bn."),)
+
+
+class ConvStem(nn.Module):
+    """Five convolutions with batch norm: images to tokens of a quarter of their sides.
+
+    3x3 to C/2 of stride 2, two of 3x3, 3x3 to 4C of stride 2, 1x1 to C; ReLU after each but the last. `residual`: the
+    two in the middle are a branch that is added, without the second ReLU.
+    """
+
+    stride = 4
+
+    def __init__(self, in_chans: int, dim: int, residual: bool, **factory: Any) -> None:
+        super().__init__()
+        half, wide = dim // 2, 4 * dim
+        self.residual = residual
+        self.first = ConvNorm(in_chans, half, 3, stride=2, **factory)
+        self.middle = nn.Sequential(
+            ConvNorm(half, half, 3, **factory), ConvNorm(half, half, 3, apply_act=not residual, **factory)
+        )
+        self.last = nn.Sequential(
+            ConvNorm(half, wide, 3, stride=2, **factory), ConvNorm(wide, dim, 1, apply_act=False, **factory)
+        )
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the tokens of an image of `size`."""
+        return (size[0] + 3) // 4, (size[1] + 3) // 4
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """`(B, in_chans, H, W)` to tokens `(B, h*w, C)` and their grid."""
+        x = self.first(pad_to_multiple(x, 4))
+        branch = self.middle(x)
+        return as_tokens(self.last(x + branch if self.residual else branch))
+
+
+class ConvMerge(nn.Module):
+    """A map to tokens of half its sides and C channels: 1x1 to 4C, 3x3 depthwise of stride 2, 1x1.
+
+    ReLU after the first two; batch norm after the last.
+    """
+
+    stride = 2
+    published = (Rename("conv.0.conv.", "widen."), Rename("conv.1.conv.", "stride2."), Rename("conv.2.", "narrow."))
+
+    def __init__(self, in_dim: int, dim: int, **factory: Any) -> None:
+        super().__init__()
+        wide = 4 * dim
+        self.widen = nn.Conv2d(in_dim, wide, 1, **factory)
+        self.stride2 = nn.Conv2d(wide, wide, 3, stride=2, padding=1, groups=wide, **factory)
+        self.narrow = ConvNorm(wide, dim, 1, bias=True, apply_act=False, **factory)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the tokens of a map of `size`."""
+        return (size[0] + 1) // 2, (size[1] + 1) // 2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """`(B, in_dim, H, W)` to tokens `(B, h*w, C)` and their grid."""
+        x = F.relu(self.widen(pad_to_multiple(x, 2)))
+        return as_tokens(self.narrow(F.relu(self.stride2(x))))
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """A map `(B, C, H, W)` with zeros at the right and bottom, where its sides are no multiples."""
+    # Not -n % multiple: of this form, sizes after padding and strides are simple terms in a graph.
+    low, right = ((n + multiple - 1) // multiple * multiple - n for n in x.shape[2:])
+    # There, whether there is padding must not be asked: each answer would be a graph of its own.
+    return F.pad(x, (0, right, 0, low)) if torch.compiler.is_compiling() or low or right else x
+
+
+def as_tokens(x: Tensor) -> tuple[Tensor, Grid]:
+    """A map `(B, C, H, W)` as tokens `(B, H*W, C)`, and their grid."""
+    return x.flatten(2).transpose(1, 2), Grid(x.shape[2], x.shape[3])
+
+
+class ConvPyramid(PlainPyramid):
+    """A pyramid with these convolutions. A host tells the published names of its stem and makes the blocks."""
+
+    residual_stem: ClassVar[bool]
+    published: ClassVar[tuple[Rename, ...]] = (
+        *(Rename(f"layers.{i}.", f"stages.{i}.") for i in range(4)),
+        *(Rename(f"layers.{i}.downsample.", f"stages.{i + 1}.downsample.") for i in range(3)),
+        Rename("head.", "head.fc."),
+    )
+
+    def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvStem | ConvMerge:
+        """The stem, then the convolutions between stages."""
+        return ConvMerge(in_dim, dim, **factory) if i else ConvStem(in_dim, dim, self.residual_stem, **factory)
+
+
+def stem_names(*published: str) -> tuple[Rename, ...]:
+    """The published names of the five convolutions of the stem, in order."""
+    ours = ("first", "middle.0", "middle.1", "last.0", "last.1")
+    return tuple(
+        Rename(f"patch_embed.{name}.", f"stages.0.downsample.{own}.") for name, own in zip(published, ours, strict=True)
+    )
