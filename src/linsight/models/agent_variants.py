@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from . import cswin_variants, pvt_variants, swin_variants, vit_variants
 from ._registry import Variant, add_variants, figures
-
-_HOSTS = (cswin_variants, pvt_variants, swin_variants, vit_variants)  # which these variants are of
+from .cswin_variants import stages
+from .pvt_variants import DEPTHS
 
 # Of each stage: agents, and what queries are pooled to in backbones for dense tasks. Where softmax stands, unused.
 _AGENTS = {"agents": [9, 16, 49, 49]}
@@ -51,10 +50,7 @@ add_variants(
     _pvt("medium", 83.4, 35.922, 7.00),
     _pvt("medium_256", 83.8, 36.084, 9.14, **_size(256)),
     _pvt("large", 83.7, 48.738, 10.34),
-    *(
-        Variant(f"agent_pvt_{size}_dense", f"pvt_{size}", "agent", _PVT, _DENSE_PVT, dense="plain")
-        for size in pvt_variants.DEPTHS
-    ),
+    *(Variant(f"agent_pvt_{size}_dense", f"pvt_{size}", "agent", _PVT, _DENSE_PVT, dense="plain") for size in DEPTHS),
 )
 
 _SWIN = {
@@ -106,7 +102,7 @@ def _cswin(
         f"agent_cswin_{name}",
         f"cswin_{name}",
         "agent,agent,softmax,softmax",
-        {"stages": cswin_variants.stages(width, depths, split)},
+        {"stages": stages(width, depths, split)},
         {**_AGENTS, "local": False},
         more,
         figures(top1, params, gmacs, ema=True),
