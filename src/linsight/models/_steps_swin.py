@@ -1,6 +1,7 @@
 """Narrow blocks in a stage of Swin."""
 
 from collections.abc import Callable
+from typing import Any
 
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
@@ -12,7 +13,7 @@ from ._steps import Steps, block_widths, check_last, heads_of
 def narrow(blocks: nn.Sequential, steps: Steps, norm_layer: Callable[..., nn.Module]) -> None:
     """Give each of timm's `blocks`, in place, the width of its step; in all else it is as it was."""
     for i, width in enumerate(block_widths(steps)):
-        old = blocks[i]
+        old: Any = blocks[i]
         if i == 0:
             check_last(steps, old.dim)
         if width == old.dim:

@@ -31,7 +31,10 @@ class Step(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)`; channels from `width` on are passed by."""
-        return torch.cat([super().forward(x[:, : self.width]), x[:, self.width :]], dim=1)
+        first = x[:, : self.width]
+        for block in self:
+            first = block(first)
+        return torch.cat([first, x[:, self.width :]], dim=1)
 
 
 class _StageBlocks:
