@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
 from linsight.attention import Rename
-from linsight.errors import UnknownNameError
+from linsight.errors import LinsightError, UnknownNameError
 
 
 class Cut(NamedTuple):
@@ -59,52 +59,55 @@ _MOBILENET_CUTS = (0, 3, 5, 8, 14, 17)
 CNNS = (*_REGNETS, *_RESNETS, _MOBILENET)
 
 
-def cut(name: str, width: float = 1.0, fine: bool = False, *, in_chans: int = 3, drop_path_rate: float = 0.0) -> Cut:
+def cut(
+    name: str, width: float = 1.0, stem_stride: int | None = None, *, in_chans: int = 3, drop_path_rate: float = 0.0
+) -> Cut:
     """One of `CNNS`, its channels times `width` (a RegNet's stay).
 
-    fine: a stem that keeps the sides of the image, for small ones.
+    stem_stride: how much smaller the map is that the stem gives, for small images; None: the network's own.
     drop_path_rate: of the last residual branch; that of the others grows linearly up to it.
     """
-    if name in _REGNETS:
-        parts = _regnet(name, in_chans)
-    elif name in _RESNETS:
-        parts = _resnet(name, width, in_chans, fine)
-    elif name == _MOBILENET:
-        parts = _mobilenet(width, in_chans)
-    else:
+    if name not in CNNS:
         raise UnknownNameError("convolutional network", name, CNNS)
-    if fine:
-        for module in parts.stem.modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
+    strides = (1, 2) if name in _REGNETS else (1, 2, 4)
+    stem_stride = strides[-1] if stem_stride is None else stem_stride
+    if stem_stride not in strides:
+        raise LinsightError(f"stem_stride={stem_stride}: for {name} it is one of {', '.join(map(str, strides))}")
+    if name in _REGNETS:
+        parts = _regnet(name, in_chans, stem_stride)
+    elif name in _RESNETS:
+        parts = _resnet(name, width, in_chans, stem_stride)
+    else:
+        parts = _mobilenet(width, in_chans, stem_stride)
     if drop_path_rate:
         _drop_branches(parts.stages, drop_path_rate)
     return parts
 
 
-def _regnet(name: str, in_chans: int) -> Cut:
+def _regnet(name: str, in_chans: int, stem_stride: int) -> Cut:
     spec = _REGNETS[name]
     four = len(spec.depths)
     params = BlockParams([*spec.depths], [*spec.widths], [spec.group_width] * four, [1.0] * four, [2] * four, 0.25)
     net = RegNet(params, num_classes=1, stem_type=lambda _, *rest: SimpleStemIN(in_chans, *rest))
+    _set_stride(net.stem[0], stem_stride)
+    blocks = (Rename(f"cnn_body.block{i + 1}.", f"stages.{i}.") for i in range(four))
     return Cut(
         net.stem,
         [*net.trunk_output],
         (net.stem.out_channels, *spec.widths),
         head_std=0.01,
-        published=(
-            Rename("cnn_stem.", "stem."),
-            *(Rename(f"cnn_body.block{i + 1}.", f"stages.{i}.") for i in range(four)),
-        ),
+        published=(Rename("cnn_stem.", "stem."), *blocks),
     )
 
 
-def _mobilenet(width: float, in_chans: int) -> Cut:
+def _mobilenet(width: float, in_chans: int, stem_stride: int) -> Cut:
     net = mobilenet_v3_large(width_mult=width, num_classes=1)
+    first, second = net.features[0], net.features[2].block
     if in_chans != 3:
-        first = net.features[0][0]
-        net.features[0][0] = nn.Conv2d(in_chans, first.out_channels, 3, stride=2, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.features[0][0].weight, mode="fan_out")
+        first[0] = nn.Conv2d(in_chans, first.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(first[0].weight, mode="fan_out")
+    _set_stride(first[0], 2 if stem_stride == 4 else 1)
+    _set_stride(second[1][0], 1 if stem_stride == 1 else 2)
     parts = [nn.Sequential(*net.features[a:b]) for a, b in itertools.pairwise(_MOBILENET_CUTS)]
     hidden, _, drop, _ = net.classifier
     return Cut(
@@ -118,11 +121,12 @@ def _mobilenet(width: float, in_chans: int) -> Cut:
     )
 
 
-def _resnet(name: str, width: float, in_chans: int, fine: bool) -> Cut:
+def _resnet(name: str, width: float, in_chans: int, stem_stride: int) -> Cut:
     block, depths = _RESNETS[name]
     planes = [int(width * base) for base in (64, 128, 256, 512)]
-    first = Conv2dNormActivation(in_chans, planes[0], 3 if fine else 7, 2)
-    stem = nn.Sequential(*first, nn.Identity() if fine else nn.MaxPool2d(3, 2, 1))
+    kernel, stride = (7, 2) if stem_stride == 4 else (3, 1)
+    pool = nn.Identity() if stem_stride == 1 else nn.MaxPool2d(3, 2, 1)
+    stem = nn.Sequential(*Conv2dNormActivation(in_chans, planes[0], kernel, stride), pool)
     stages, widths = [], [planes[0]]
     for i, (plane, depth) in enumerate(zip(planes, depths, strict=True)):
         stages.append(_resnet_stage(block, widths[-1], plane, depth, stride=2 if i else 1))
@@ -148,6 +152,10 @@ _BY_STAGE = (
     Rename("cnn_stem.", "stem."),
     *(Rename(f"cnn_body_stage{i + 1}.", f"stages.{i}.") for i in range(4)),
 )
+
+
+def _set_stride(conv: nn.Conv2d, stride: int) -> None:
+    conv.stride = (stride, stride)
 
 
 class _DroppedNorm(nn.BatchNorm2d):

@@ -49,11 +49,14 @@ _TEACHING, _TEMPERATURE = 0.5, 1.0
 
 
 class Network(NamedTuple):
-    """The convolutional branch: one of `CNNS`, its channels times `width`; `fine` for small images."""
+    """The convolutional branch: one of `CNNS`, its channels times `width`.
+
+    stem_stride: how much smaller the stem's map is than the image; None: the network's own.
+    """
 
     name: str
     width: float = 1.0
-    fine: bool = False
+    stem_stride: int | None = None
 
 
 class Latents(NamedTuple):
