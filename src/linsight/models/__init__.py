@@ -4,6 +4,7 @@ from . import agent_variants as agent_variants
 from . import circulant_variants as circulant_variants
 from . import compact_variants as compact_variants
 from . import cswin_variants as cswin_variants
+from . import dyn_perceiver_variants as dyn_perceiver_variants
 from . import h_vittt_variants as h_vittt_variants
 from . import mlla_variants as mlla_variants
 from . import pvt_v2_variants as pvt_v2_variants
