@@ -1,7 +1,8 @@
 """The published variants of WeightFormer, as data.
 
 arXiv 2605.01711: no class token and no position table, a norm of the embedded patches, the mean of the normed
-tokens. The base model is the small one at 448.
+tokens. The base model is the small one at 448. Images are normalised as the training code does it, by the mean and
+deviation of ImageNet; the published weights' page says 0.5 for both.
 """
 
 from collections.abc import Mapping
