@@ -48,7 +48,7 @@ def test_recipes_agree_with_their_models(name):
 
 
 # Of the repositories whose evaluation squashes images to a square; others take the centre of the image.
-SQUASHED = ("inline", "focused", "agent")
+SQUASHED = ("inline", "focused", "agent", "vca", "steps")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -61,7 +61,7 @@ def test_published_recipes_share_augmentation_and_optimiser(name):
     assert recipe.crop_pct == (1.0 if re.search("_swin_(base_384|small_288)$", name) else 0.875)
     assert recipe.eval_crop == ("squash" if name.startswith(SQUASHED) else "center")
     assert recipe.amp == ("off" if name.startswith(("focused", "agent", "dynp")) or name == "wfm_base" else "auto")
-    like_deit = name.startswith(("siamese", "vca", "t5"))
+    like_deit = name.startswith(("siamese", "vca", "t5", "steps_deit"))
     assert (recipe.aug_repeats, recipe.color_jitter) == ((3, 0.3) if like_deit else (1, 0.4))
     assert recipe.lr_base_batch == (1024 if name.startswith("dynp") else 512)
     assert not recipe.ema or any(family in name for family in ("cswin", "mlla", "h_vittt", "dynp"))

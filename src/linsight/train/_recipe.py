@@ -241,8 +241,8 @@ def _tuples(value: Any) -> Any:
 
 
 _POSITIVE = ("epochs", "batch_size", "lr", "crop_pct", "aug_repeats", "new_lr_scale")
-_SHARES = ("val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "ema")
-_SHARES += ("mesa_start",)
+_SHARES = {"val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing"}
+_SHARES |= {"drop_path", "ema", "mesa_start"}
 
 
 def check(recipe: Recipe) -> Recipe:

@@ -1,7 +1,7 @@
 """The shipped recipes, as data. `about` says what to expect, on what, and the command."""
 
 from ._agent import AGENT
-from ._deit import SIAMESE, VCA
+from ._deit import SIAMESE, STEPS, VCA
 from ._dyn_perceiver import DYN_PERCEIVER
 from ._inline import FLATTEN, INLINE
 from ._inner import T5, VIT3, WEIGHTFORMER
@@ -21,6 +21,7 @@ RECIPES: dict[str, Shipped] = {
     **VCA,
     **T5,
     **SIAMESE,
+    **STEPS,
     **DYN_PERCEIVER,
 }
 

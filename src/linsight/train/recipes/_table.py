@@ -47,24 +47,31 @@ IMAGENET = Recipe(
 )
 
 # What hosts and families change of it.
-DEIT: Mapping[str, Any] = {}
-SWIN: Mapping[str, Any] = {}
-PVT = {"warmup_lr": 1e-6, "min_lr": 1e-5, "warmup_epochs": 5, "cooldown_epochs": 10, "clip_grad": 0.0}
-PVT_DEEP = {**PVT, "clip_grad": 1.0}
-CSWIN = {**PVT, "warmup_epochs": 20}
-CSWIN_BASE = {**CSWIN, "weight_decay": 0.1}
+Change = dict[str, Any]
+DEIT: Change = {}
+SWIN: Change = {}
+PVT: Change = {"warmup_lr": 1e-6, "min_lr": 1e-5, "warmup_epochs": 5, "cooldown_epochs": 10, "clip_grad": 0.0}
+PVT_DEEP: Change = {**PVT, "clip_grad": 1.0}
+CSWIN: Change = {**PVT, "warmup_epochs": 20}
+CSWIN_BASE: Change = {**CSWIN, "weight_decay": 0.1}
 # Fine-tuning at 384 pixels; Swin's images go straight to the square.
-SWIN_384 = {"lr": 2e-5, "warmup_lr": 2e-8, "min_lr": 2e-7, "epochs": 30, "warmup_epochs": 5}
+SWIN_384: Change = {"lr": 2e-5, "warmup_lr": 2e-8, "min_lr": 2e-7, "epochs": 30, "warmup_epochs": 5}
 SWIN_384 |= {"weight_decay": 1e-8, "crop_pct": 1.0}
-CSWIN_384 = {"lr": 5e-6, "warmup_lr": 5e-6, "min_lr": 5e-7, "epochs": 20, "warmup_epochs": 0}
+CSWIN_384: Change = {"lr": 5e-6, "warmup_lr": 5e-6, "min_lr": 5e-7, "epochs": 20, "warmup_epochs": 0}
 CSWIN_384 |= {"cooldown_epochs": 10, "weight_decay": 1e-8, "clip_grad": 0.0}
 # Evaluated on the centre of an image whose short side is 256/224 of the side.
-CENTRE = {"eval_crop": "center"}
+CENTRE: Change = {"eval_crop": "center"}
 # DeiT's own (arXiv 2012.12877), at a batch of 1024; its warm-up and last rate do not scale with the batch.
-DEIT_PIPELINE = {"color_jitter": 0.3, "warmup_epochs": 5, "warmup_lr": 5e-7, "min_lr": 5e-6, "clip_grad": 0.0}
+DEIT_PIPELINE: Change = {
+    "color_jitter": 0.3,
+    "warmup_epochs": 5,
+    "warmup_lr": 5e-7,
+    "min_lr": 5e-6,
+    "clip_grad": 0.0,
+}
 DEIT_PIPELINE |= {"aug_repeats": 3, "amp": "auto", **CENTRE}
 # The published rule for the decay of averages: 0.9996 ** (batch of all GPUs / 4096).
-AVERAGED = {"ema": 0.9996, "ema_base_batch": 4096}
+AVERAGED: Change = {"ema": 0.9996, "ema_base_batch": 4096}
 
 
 class Row(NamedTuple):
@@ -73,7 +80,7 @@ class Row(NamedTuple):
     starts from some.  model: the model, where it has another name.
     """
 
-    change: Mapping[str, Any]
+    change: Change
     batch: int
     drop_path: float
     top1: str = ""
