@@ -15,8 +15,8 @@ from linsight.models import published_keys
 
 # Not the mechanism's but the layer's own: PVT's spatial reduction.
 REDUCTION = (Rename("sr.", "reduction.sr."), Rename("norm.", "reduction.norm."))
-# Published buffers that follow from shapes alone; models rebuild them.
-CONSTANTS = ("relative_position_index", "relative_coords_table", "attn_mask", "rotations")
+# Published buffers that follow from shapes alone, and counters that no result depends on; models have their own.
+CONSTANTS = ("relative_position_index", "relative_coords_table", "attn_mask", "rotations", "num_batches_tracked")
 
 
 class Rules(NamedTuple):
