@@ -26,10 +26,7 @@ VCA = published(
 _HOST = "recipe not published, so that of its host, unverified"
 STEPS = published(
     {
-        **{
-            f"steps_deit_{size}": Row(DEIT_PIPELINE | _SQUASH, 128, 0.1, note=_HOST)
-            for size in ("tiny", "small", "base")
-        },
+        **{f"steps_deit_{size}": Row(_DEIT, 128, 0.1, note=_HOST) for size in ("tiny", "small", "base")},
         "steps_swin_tiny": Row({}, 128, 0.2, note=_HOST),
         "steps_swin_small": Row({}, 128, 0.3, note=_HOST),
         "steps_swin_base": Row({}, 128, 0.5, note=_HOST),
