@@ -97,6 +97,15 @@ def test_parquet_files_are_read_by_the_types_of_their_columns(tmp_path):
     assert "evaluated on test" in data.notes[0]
 
 
+def test_parts_of_splits_are_those_of_hugging_face(tmp_path):
+    for split, count in (("train", 12), ("test", 6)):
+        images, labels = [png(i) for i in range(count)], [i % 3 for i in range(count)]
+        parquet(tmp_path / "d" / f"{split}-00000-of-00001.parquet", images, labels)
+    splits = {"train_split": "train[:9]", "val_split": "test[3:]"}
+    data = open_data(recipe(tmp_path / "d", data_dir=str(tmp_path / "cache"), **splits))
+    assert (len(data.train), len(data.val), data.notes) == (9, 3, ())
+
+
 def test_a_row_without_a_label_or_an_image_is_named(tmp_path):
     parquet(tmp_path / "a" / "train.parquet", [png(1), png(2)], [0, None])
     with pytest.raises(LinsightError, match="has no label"):

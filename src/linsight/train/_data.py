@@ -124,7 +124,7 @@ def _splits(place: tuple[str, str], recipe: Recipe) -> list[str] | None:
         return ["train", "validation", "test"]
     if kind == "hfds":
         names = sources.hugging_face_splits(path)
-        return names if recipe.train_split in names else None
+        return names if _base(recipe.train_split) in names else None
     if kind == "tars":
         return [file.stem for file in sorted(pathlib.Path(path).glob("*.tar"))]
     if kind == "folder":
@@ -134,9 +134,14 @@ def _splits(place: tuple[str, str], recipe: Recipe) -> list[str] | None:
     return None
 
 
+def _base(split: str) -> str:
+    """The split that a part is of, in Hugging Face's words: train of train[:10%]."""
+    return split.partition("[")[0]
+
+
 def _pick(splits: list[str], wanted: tuple[str | None, ...], data: str) -> str:
     for name in wanted:
-        if name and name.partition("[")[0] in splits:  # Hugging Face: train[:10%]
+        if name and _base(name) in splits:
             return name
     if len(wanted) == 1:
         raise UnknownNameError(f"split of '{data}'", str(wanted[0]), splits)
