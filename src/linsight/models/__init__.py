@@ -12,8 +12,8 @@ from . import pvt_variants as pvt_variants
 from . import siamese_variants as siamese_variants
 from . import steps_variants as steps_variants
 from . import swin_variants as swin_variants
-from . import vca_variants as vca_variants
 from . import ttt_variants as ttt_variants
+from . import vca_variants as vca_variants
 from . import vit_variants as vit_variants
 from . import weightformer_variants as weightformer_variants
 from ._plan import Choice, plan
