@@ -10,7 +10,7 @@ import torch
 
 from linsight import Grid, create_attention, create_model
 from linsight.attention import Tokens, run_rounds, unregister
-from linsight.models import HOSTS, VARIANTS
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 from linsight.ops import Layout, tiles
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def test_every_model_has_a_row_and_none_is_built(monkeypatch):
     generate = generator()
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda self: pytest.fail("built a module"))
     rows = re.findall(r"^\| `(\w+)` \|", generate.models(), re.MULTILINE)
-    assert sorted(rows) == sorted([*HOSTS, *VARIANTS])
+    assert sorted(rows) == sorted([*HOSTS, *VARIANTS, *ARCHITECTURES])
 
 
 def test_rows_of_models_tell_what_is_published():

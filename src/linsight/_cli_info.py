@@ -43,7 +43,11 @@ def list_(
         tables.append(_table("mechanisms", ["name", "complexity", "can do"], rows))
     if "models" in found:
         columns = ["name", "attention", "image", "published top-1 %"]
-        for kind, title in (("variant", "models"), ("host", "hosts, which take any mechanism")):
+        for kind, title in (
+            ("variant", "models"),
+            ("host", "hosts, which take any mechanism"),
+            ("architecture", "models that take none"),
+        ):
             rows = [_model_row(row) for row in found["models"] if row["kind"] == kind]
             tables.append(_table(title, columns, rows))
     _console().print(*tables, sep="\n")
@@ -123,11 +127,12 @@ def _model(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]
     recipe = RECIPES.get(found["name"]) if found["published"] else None  # none of another mechanism in this model
     lines = [
         ("model", found["name"]),
-        ("host", found["host"] + ", takes any mechanism: --attention NAME"),
+        ("host", found["host"] and found["host"] + ", takes any mechanism: --attention NAME"),
         ("attention", found["attention"]),
         ("image size", f"{found['image_size']}; any other works too"),
         ("parameters", f"{found['params']:,}"),
         ("multiply-adds", f"{found['gmacs']:.2f} G for one image"),
+        ("to its exits", ", ".join(f"{cost:.3f} G" for cost in found.get("exit_gmacs", ()))),
         ("published", _figures(found)),
         ("recipe", recipe.about if recipe else ""),
     ]

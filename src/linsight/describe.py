@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linsight.attention import Mechanism, create_attention, create_block, list_attentions, mechanism
 from linsight.errors import UnknownNameError
-from linsight.models import HOSTS, VARIANTS, create_model
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention
+from linsight.models.dyn_perceiver import DynamicPerceiver
 from linsight.ops import Grid
 
 # What `mechanism_info` measures a layer at: tokens of a 224 and of a 1024 image in patches of 16.
@@ -23,9 +24,8 @@ def list_mechanisms() -> list[dict[str, Any]]:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """One row for each variant, then one for each host that takes any mechanism."""
-    rows = [_model_row(name) for name in sorted(VARIANTS)]
-    return rows + [_model_row(name) for name in sorted(HOSTS)]
+    """One row for each variant, then for each host that takes any mechanism, then for each model that takes none."""
+    return [_model_row(name) for names in (VARIANTS, HOSTS, ARCHITECTURES) for name in sorted(names)]
 
 
 def info(name: str, attention: str | None = None) -> dict[str, Any]:
@@ -37,9 +37,10 @@ def info(name: str, attention: str | None = None) -> dict[str, Any]:
     mechanisms = {entry.name for entry in list_attentions()}
     if name in mechanisms:
         return mechanism_info(name)
-    if name in VARIANTS or name in HOSTS:
+    models = {*VARIANTS, *HOSTS, *ARCHITECTURES}
+    if name in models:
         return model_info(name, attention)
-    raise UnknownNameError("mechanism or model", name, {*mechanisms, *VARIANTS, *HOSTS}, "'linsight list' shows all")
+    raise UnknownNameError("mechanism or model", name, mechanisms | models, "'linsight list' shows all")
 
 
 def mechanism_info(name: str) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def model_info(name: str, attention: str | None = None) -> dict[str, Any]:
         row |= {"attention": attention, "published": {}}
     row["params"] = count_parameters(model)
     row["gmacs"] = count_macs(model, torch.empty(1, *size, device="meta")) / 1e9
+    if isinstance(model, DynamicPerceiver):
+        row["exit_gmacs"] = [cost / 1e9 for cost in model.exit_costs()]
     return row
 
 
@@ -120,14 +123,15 @@ def _mechanism_row(entry: Mechanism) -> dict[str, Any]:
 
 
 def _model_row(name: str) -> dict[str, Any]:
-    variant = VARIANTS.get(name)
-    host = HOSTS[variant.host if variant else name]
-    cfg: Mapping[str, Any] = {"input_size": (3, 224, 224), **host.cfg, **(variant.cfg if variant else {})}
+    variant, alone = VARIANTS.get(name), ARCHITECTURES.get(name)
+    host = None if alone else HOSTS[variant.host if variant else name]
+    entry: Any = alone or variant or host
+    cfg: Mapping[str, Any] = {"input_size": (3, 224, 224), **(host.cfg if host else {}), **entry.cfg}
     return {
         "name": name,
-        "kind": "variant" if variant else "host",
-        "host": host.name,
-        "attention": variant.attention if variant else "softmax",
+        "kind": "architecture" if alone else "variant" if variant else "host",
+        "host": host.name if host else "",
+        "attention": default_attention(name) if host else "",
         "image_size": "x".join(map(str, cfg["input_size"][-2:])),
-        "published": dict(variant.published if variant else host.published),
+        "published": dict(entry.published),
     }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from linsight.attention import Attention
 from linsight.errors import CheckpointError
-from linsight.models import HOSTS, VARIANTS
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 
 from ._fit import Fitted, fit
 from ._guess import describe
@@ -82,7 +82,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 def _prefers_ema(model: nn.Module) -> bool:
     name = (getattr(_inner(model), "pretrained_cfg", None) or {}).get("architecture", "")
-    known = VARIANTS.get(name) or HOSTS.get(name)
+    known = VARIANTS.get(name) or HOSTS.get(name) or ARCHITECTURES.get(name)
     return bool(known and known.published.get("ema", False))
 
 

@@ -193,8 +193,8 @@ def _build_architecture(entry: Architecture, *, pretrained: bool = False, **kwar
     cfg = _take_cfg(entry.name, pretrained, kwargs, entry.cfg)
     if kwargs.pop("attention", None) is not None or kwargs.pop("attention_options", None):
         raise LinsightError(
-            f"'{entry.name}' takes no attention mechanism, its layers are its own; these hosts take any: "
-            f"{', '.join(sorted(HOSTS))}"
+            f"'{entry.name}' takes no attention mechanism, its layers are its own: take a host, as vit_tiny "
+            f"('linsight list --models' shows them)"
         )
     if entry.feature_cfg is None and kwargs.pop("features_only", False):
         raise LinsightError(f"'{entry.name}' has no features_only: it classifies, and gives no maps")

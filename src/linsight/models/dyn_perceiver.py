@@ -21,10 +21,9 @@ Any image size. The networks are torchvision's.
 """
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
@@ -38,6 +37,7 @@ from linsight.errors import LinsightError
 
 from ._dyn_cnn import cut
 from ._dyn_parts import CrossAttention, Exchange, Writer
+from ._dyn_types import Decision, Exit, ExitLogits, Latents, Network, State
 
 EXITS = ("early", "att", "cnn", "merge")
 LAST = len(EXITS)
@@ -46,85 +46,6 @@ _DEPTHS = (3, 3, 9, 3)  # self layers before each stage, times the depth factor
 # Of the loss, for the exits in order; then of what the last one teaches the others.
 _WEIGHTS = (0.5, 0.5, 1.0, 1.0)
 _TEACHING, _TEMPERATURE = 0.5, 1.0
-
-
-class Network(NamedTuple):
-    """The convolutional branch: one of `CNNS`, its channels times `width`.
-
-    stem_stride: how much smaller the stem's map is than the image; None: the network's own.
-    """
-
-    name: str
-    width: float = 1.0
-    stem_stride: int | None = None
-
-
-class Latents(NamedTuple):
-    """The latent branch.
-
-    tokens: how many; half as many at each later stage.
-    depth_factor: 3, 3, 9 and 3 self-attention layers before the four stages, times these.
-    mlp_ratio: of the self-attention layers.
-    pool: sides of the map that latents read.
-    isc: logits of an exit feed the next one.  last_z2x: x reads z before the last exit.
-    dwc: a convolution before pooling.  x2z, z2x: the exchange, from the second stage on.
-    """
-
-    tokens: int = 128
-    depth_factor: tuple[float, ...] = (1, 1, 1, 1)
-    num_heads: tuple[int, ...] = (1, 2, 4, 8)
-    mlp_ratio: int = 4
-    pool: int = 7
-    isc: bool = True
-    last_z2x: bool = True
-    dwc: bool = True
-    x2z: bool = True
-    z2x: bool = True
-
-
-class ExitLogits(NamedTuple):
-    """What the model gives in training: logits `(B, classes)` of each exit."""
-
-    early: Tensor
-    att: Tensor
-    cnn: Tensor
-    merge: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What it takes to go on after an exit, for a batch of images.
-
-    state[which]: that of some of them; a mask, indices or a slice.
-    passed: the exit.  x: the map.  z: the latents.  logits: of the latents' last exit, if they feed the next.
-    """
-
-    passed: int
-    x: Tensor
-    z: Tensor
-    logits: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, which: Any) -> "State":
-        logits = None if self.logits is None else self.logits[which]
-        return State(self.passed, self.x[which], self.z[which], logits)
-
-
-class Exit(NamedTuple):
-    """An exit passed: its number, from 1; its logits; the state to resume from."""
-
-    number: int
-    logits: Tensor
-    state: State
-
-
-class Decision(NamedTuple):
-    """Logits `(B, classes)` of the exits at which images left, and the numbers of those, `(B,)`."""
-
-    logits: Tensor
-    exits: Tensor
 
 
 class DynamicPerceiver(nn.Module):
@@ -258,7 +179,7 @@ class DynamicPerceiver(nn.Module):
 
     def start(self, images: Tensor, to: int = 1) -> Exit:
         """Go to the exit numbered `to`, and no further."""
-        return self.resume(State(0, images, self.latent[None]), to)
+        return self.resume(self._begin(images), to)
 
     def resume(self, state: State, to: int | None = None) -> Exit:
         """Go on to the next exit, or to the one numbered `to`; those between are passed by.
@@ -273,6 +194,10 @@ class DynamicPerceiver(nn.Module):
             state = self._pass(state, number, wanted=False)[1]
         logits, state = self._pass(state, to, wanted=True)
         return Exit(to, logits, state)
+
+    def _begin(self, images: Tensor) -> State:
+        # a copy: PyTorch's counter of operations cannot follow a view of a parameter
+        return State(0, images, torch.stack([self.latent]))
 
     def _pass(self, state: State, number: int, *, wanted: bool) -> tuple[Any, State]:
         """Logits of an exit (None if nobody needs them), and the state after it."""
@@ -322,24 +247,18 @@ class DynamicPerceiver(nn.Module):
         """
         if len(thresholds) != LAST - 1:
             raise LinsightError(f"there are {LAST - 1} exits before the last one, not {len(thresholds)}")
-        logits, exits = torch.Tensor(), torch.full((len(images),), LAST, device=images.device)
-        left = torch.arange(len(images), device=images.device)
-        used = [number for number, least in enumerate(thresholds, 1) if least < math.inf]
-        state = State(0, images, self.latent[None])
-        for number in (*used, LAST):
-            found = self.resume(state, to=number)
-            if number == LAST:
-                leave = torch.ones_like(left, dtype=torch.bool)
-            else:
-                leave = found.logits.float().softmax(1).amax(1) >= thresholds[number - 1]
-            if not len(logits):
-                logits = found.logits.new_empty(len(images), found.logits.shape[1])
-            logits[left[leave]] = found.logits[leave]
-            exits[left[leave]] = number
-            left, state = left[~leave], found.state[~leave]
-            if not len(left):
-                break
-        return Decision(logits, exits)
+        left, state = torch.arange(len(images), device=images.device), self._begin(images)
+        gone = []
+        for number, least in enumerate((*thresholds, -math.inf), 1):
+            if least < math.inf and len(left):
+                found = self.resume(state, to=number)
+                unsure = found.logits.float().softmax(1).amax(1) < least
+                done = left[~unsure]
+                gone.append((done, found.logits[~unsure], torch.full_like(done, number)))
+                left, state = left[unsure], found.state[unsure]
+        places, logits, exits = (torch.cat(parts) for parts in zip(*gone, strict=True))
+        order = places.argsort()
+        return Decision(logits[order], exits[order])
 
     def exit_costs(
         self, img_size: int | tuple[int, int] | None = None, numbers: Sequence[int] = range(1, LAST + 1)
@@ -348,7 +267,7 @@ class DynamicPerceiver(nn.Module):
 
         Counted on the meta device, by running to one exit after the other, the rest being passed by.
         """
-        twin = copy.deepcopy(self).to("meta").eval().requires_grad_(False)
+        twin = copy.deepcopy(self).to("meta").eval()
         height, width = to_2tuple(self.img_size if img_size is None else img_size)
         images = torch.empty(1, self.in_chans, height, width, device="meta", dtype=self.latent.dtype)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

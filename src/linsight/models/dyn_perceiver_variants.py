@@ -6,8 +6,9 @@ Names: the network, its width, and the number of latents, as in `dynp_mobilenetv
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ._dyn_types import Latents, Network
 from ._registry import Architecture, add_architectures, figures
-from .dyn_perceiver import DynamicPerceiver, Latents, Network
+from .dyn_perceiver import DynamicPerceiver
 
 _HEADS = ("head_early", "head_att", "head_cnn", "head_merge", "feedback_att", "feedback_merge")
 _CFG: Mapping[str, Any] = {"classifier": _HEADS, "first_conv": "stem.0", "crop_mode": "center"}
