@@ -1,0 +1,295 @@
+"""Every mechanism in one small host, trained alike on CIFAR-10: accuracy over seeds, size, operations, speed.
+
+    python benchmarks/accuracy.py
+    python benchmarks/accuracy.py --epochs 30 --subset 50000 --device cuda --amp bf16
+    python benchmarks/accuracy.py --docs docs
+
+The host is a plain ViT of 64 tokens without a class token, which takes whole blocks as well as layers; a mechanism is
+what is registered, with its default options. Nothing is tuned for any of them. A run is done with linsight's own
+trainer; each one that ends is a row of the CSV file, and is not done again. What diverges, or does not fit in time or
+memory, is a row like the others. At the end all models are timed in rounds that alternate between them.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import dataclasses
+import fnmatch
+import functools
+import os
+import queue
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import _accuracy_docs as docs
+import timm
+import torch
+from _cells import Send, Worker, alternate
+from torch import nn
+from torch.nn import functional as F
+
+import linsight
+from linsight.attention import list_attentions
+from linsight.describe import count_macs, count_parameters
+from linsight.doctor import diagnose
+from linsight.errors import LinsightError, UnknownNameError
+from linsight.models import create_model
+from linsight.train import Interrupted, Recipe, resolve, train
+from linsight.train._device import autocast, pick_device, pick_dtype
+
+SIDE, CLASSES, BATCH = 32, 10, 64
+HOST: dict[str, Any] = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
+HOST |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+# On top of the recipe cifar10. AdamW, as in all of the papers.
+TRAINING: dict[str, Any] = {"model": "vit_tiny", "img_size": SIDE, "model_args": HOST, "batch_size": BATCH}
+TRAINING |= {"opt": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 1, "clip_grad": 1.0}
+TRAINING |= {"channels_last": False, "workers": 0, "figures": False}
+SPEEDS = {"infer": "forward_images_per_second", "train": "training_images_per_second"}
+COLUMNS = ("mechanism", "kind", "seed", "budget", "top1", "seconds", "error", "params", "mmacs", *SPEEDS.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all runs share."""
+
+    data: str
+    epochs: int
+    subset: int
+    test: int
+    device: str
+    amp: str
+    threads: int
+    seconds: float
+
+    @property
+    def budget(self) -> str:
+        """What a row's accuracy was reached with."""
+        return f"{self.epochs} epochs of {self.subset} images, {self.test} to evaluate"
+
+
+def recipe(setting: Setting, mechanism: str, seed: int) -> Recipe:
+    """How each run is done."""
+    given = {
+        "attention": mechanism,
+        "seed": seed,
+        "data": setting.data,
+        "train_split": f"train[:{setting.subset}]",
+        "val_split": f"test[:{setting.test}]",
+        "epochs": setting.epochs,
+        "warmup_epochs": min(TRAINING["warmup_epochs"], setting.epochs - 1),
+        "device": setting.device,
+        "amp": setting.amp,
+        "threads": setting.threads,
+    }
+    return resolve("cifar10", {**TRAINING, **given})
+
+
+def build(mechanism: str, device: str | torch.device) -> nn.Module:
+    """The model of a run, with fresh weights."""
+    with torch.device(device):
+        return create_model("vit_tiny", attention=mechanism, img_size=SIDE, num_classes=CLASSES, **HOST)
+
+
+def work(cell: tuple[str, Setting], sides: dict[int, str], send: Send) -> None:
+    """Runs in the process of a `Worker`: trainings, each of a side called `mechanism seed`; or all sides timed by turns
+    in a step of `SPEEDS`.
+    """
+    what, setting = cell
+    if what == "run":
+        for side, name in sides.items():
+            learn(setting, side, *name.split(), send)
+        return
+    torch.set_num_threads(setting.threads)
+    timed = functools.partial(make, step=what, setting=setting)
+    alternate(sides, timed, send, torch.device(setting.device), setting.seconds)
+
+
+def learn(setting: Setting, side: int, mechanism: str, seed: str, send: Send) -> None:
+    """Train, and send the accuracy of the last weights, on which nothing was selected."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            summary = train(recipe(setting, mechanism, int(seed)), out=Path(folder, "run"))
+        send(side, "facts", {"top1": summary["last_top1"], "seconds": summary["seconds"]})
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    except Exception as error:  # of whatever kind: it is what there is to report
+        send(side, "error", (str(error).strip() or type(error).__name__).splitlines()[0][:200])
+
+
+def make(mechanism: str, step: str, setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
+    """No facts, and the step to time, on random images."""
+    device = torch.device(setting.device)
+    dtype, _ = pick_dtype(setting.amp, device)
+    model = build(mechanism, device).train(step == "train")
+    images = torch.randn(BATCH, 3, SIDE, SIDE, device=device)
+    if step == "infer":
+
+        def infer() -> None:
+            with torch.inference_mode(), autocast(device, dtype):
+                model(images)
+
+        return {}, infer
+    labels = torch.randint(CLASSES, (BATCH,), device=device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+    def update() -> None:
+        with autocast(device, dtype):
+            logits = model(images)
+        optimiser.zero_grad(set_to_none=True)
+        scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
+        scaler.step(optimiser)
+        scaler.update()
+
+    return {}, update
+
+
+def chosen(patterns: list[str]) -> dict[str, str]:
+    """The mechanisms that match, and what kind each is."""
+    known = {entry.name: entry.kind for entry in list_attentions()}
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise UnknownNameError("mechanism", pattern, known)
+    return {name: kind for name, kind in known.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file of ours, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not rows[0].keys() >= set(COLUMNS):
+        raise LinsightError(f"'{path}' is no file of this benchmark: name another with --csv")
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The CSV file, whole at any moment."""
+    columns = list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))
+    temporary = path.with_name(f"{path.name}.part")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def train_all(workers: list[Worker], setting: Setting, runs: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """The columns of each run as it ends, as many side by side as there are workers."""
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def do(mechanism: str, seed: int) -> dict[str, Any]:
+        worker = idle.get()
+        (side,) = worker.run(("run", setting), [f"{mechanism} {seed}"])
+        idle.put(worker)
+        return {"mechanism": mechanism, "seed": seed, "error": side.error, **side.facts}
+
+    pool = concurrent.futures.ThreadPoolExecutor(len(workers))
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(do, *run) for run in runs]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def time_all(worker: Worker, setting: Setting, names: list[str]) -> dict[str, dict[str, float]]:
+    """Images a second of each mechanism, by column."""
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for step, column in SPEEDS.items():
+        for name, side in zip(names, worker.run((step, setting), names), strict=True):
+            found[name][column] = round(docs.median(BATCH / seconds for seconds in side.times), 1)
+    return found
+
+
+def size(mechanism: str) -> dict[str, float]:
+    """Parameters, and millions of multiply-adds for one image."""
+    model = build(mechanism, "meta").eval()
+    macs = count_macs(model, torch.empty(1, 3, SIDE, SIDE, device="meta"))
+    return {"params": count_parameters(model), "mmacs": round(macs / 1e6, 2)}
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train what has no row yet, time all, and write."""
+    device = pick_device(options.device)
+    _, precision = pick_dtype(options.amp, device)
+    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)}
+    setting = Setting(**{**shared, "device": str(device)})
+    machine = next(row["name"] for row in diagnose()["devices"] if row["type"] == device.type)
+    same = {"budget": setting.budget, "device": f"{device}: {machine}", "precision": precision}
+    facts = {**same, "threads": options.threads, "jobs": options.jobs}
+    facts |= {"torch": torch.__version__, "timm": timm.__version__, "linsight": linsight.__version__}
+    kinds = chosen(options.only)
+    rows = read(options.csv)
+    write(options.csv, rows)  # before hours are spent, in case it can't be written
+    ours = [row for row in rows if same.items() <= row.items() and row["mechanism"] in kinds]
+    done = {(row["mechanism"], int(row["seed"])) for row in ours}
+    todo = [(name, seed) for seed in options.seeds for name in kinds if (name, seed) not in done]
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    print(f"{len(todo)} runs to do, {len(ours)} done before", flush=True)
+    workers = [Worker(work, options.limit) for _ in range(options.jobs)]
+    try:
+        for row in train_all(workers, setting, todo):
+            row |= {"kind": kinds[row["mechanism"]], **size(row["mechanism"]), **facts}
+            rows.append(row)
+            ours.append(row)
+            write(options.csv, rows)
+            result = row["error"] or f"{row['top1']:.2f} % in {row['seconds']:.0f} s"
+            print(f"{row['mechanism']}, seed {row['seed']}: {result}", flush=True)
+        if options.seconds:
+            speeds = time_all(workers[0], setting, list(kinds))
+            for row in ours:
+                row |= speeds[row["mechanism"]]
+            write(options.csv, rows)
+    finally:
+        for worker in workers:
+            if worker.process is not None:
+                worker.process.kill()
+    print(docs.table(ours))
+    if options.docs:
+        docs.write(options.docs, ours, facts, sys.argv[1:])
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="../shared/data/cifar10", help="a folder of Parquet files with the splits train and test")
+    add("--only", type=lambda text: text.split(","), default="*", help="names of mechanisms, also with *")
+    add("--seeds", type=lambda text: [int(part) for part in text.split(",")], default="0,1,2")
+    add("--epochs", type=int, default=5, help="of which the first is for warming up")
+    add("--subset", type=int, default=6000, help="images to train on, the first ones")
+    add("--test", type=int, default=3000, help="images to evaluate on, the first ones")
+    add("--jobs", type=int, default=2, help="runs side by side")
+    add("--threads", type=int, default=1, help="of the CPU, for each run and for timing")
+    add("--device", default="cpu", help="cpu, cuda, mps ...")
+    add("--amp", default="off", choices=("off", "auto", "bf16", "fp16"), help="mixed precision")
+    add("--seconds", type=float, default=60.0, help="to time all forwards, and all training steps; 0: not at all")
+    add("--limit", type=float, default=3600.0, help="seconds for a run: else it is given up")
+    add("--csv", type=Path, default=Path("accuracy.csv"), help="file to add to")
+    add("--docs", type=Path, help="folder whose accuracy.md and accuracy.png are to show the result")
+    options = parser.parse_args(arguments)
+    for name in ("epochs", "subset", "test", "jobs", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be 1 or more")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run(parse(arguments))
+    except (LinsightError, OSError) as error:
+        print(f"accuracy.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

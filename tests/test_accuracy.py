@@ -1,0 +1,143 @@
+"""The benchmark of accuracy trains each mechanism once a seed, keeps what it has, and hides no failure."""
+
+import csv
+import io
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import _accuracy_docs as docs
+import accuracy
+
+from linsight.attention import list_attentions
+
+
+def png(pixels):
+    data = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(data, "png")
+    return {"bytes": data.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten classes of grey levels, as Parquet files."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for split, count in (("train", 80), ("test", 20)):
+        labels = [i % 10 for i in range(count)]
+        images = [png(25 * label + rng.integers(0, 5, (32, 32, 3))) for label in labels]
+        table = datasets.Dataset.from_dict({"img": images, "label": labels}, features=features)
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_mechanism_is_trained_once_a_seed_and_timed(data, tmp_path, capsys):
+    path, page = tmp_path / "accuracy.csv", tmp_path / "accuracy.md"
+    page.write_text("# Words\n\n<!-- generated: accuracy -->\nold\n<!-- end -->\n\nMore words\n")
+    budget = ["--data", str(data), "--epochs", "1", "--subset", "64", "--test", "20", "--seconds", "0.001"]
+    options = [*budget, "--only", "linear,softmax", "--jobs", "1", "--csv", str(path)]
+    assert accuracy.main([*options, "--seeds", "3"]) == 0
+    first = rows(path)
+    assert sorted(row["mechanism"] for row in first) == ["linear", "softmax"]
+    for row in first:
+        assert (row["seed"], row["error"], row["kind"], row["threads"]) == ("3", "", "core", "1")
+        assert 0 <= float(row["top1"]) <= 100 and float(row["top1"]) % 5 == 0
+        assert float(row["seconds"]) > 0 and float(row["forward_images_per_second"]) > 0
+        assert float(row["training_images_per_second"]) > 0
+    assert len({(row["params"], row["mmacs"]) for row in first}) == 2
+
+    capsys.readouterr()
+    again = ["--seeds", "3", "--seconds", "0", "--docs", str(tmp_path)]
+    assert accuracy.main([*options, *again]) == 0
+    assert rows(path) == first
+    out = capsys.readouterr().out
+    assert "0 runs to do, 2 done before" in out
+    text = page.read_text()
+    assert text.startswith("# Words\n") and text.endswith("<!-- end -->\n\nMore words\n") and "old" not in text
+    assert "budget 1 epochs of 64 images, 20 to evaluate, device cpu: " in text and docs.table(first) in text
+    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_is_the_same_for_all_but_the_mechanism_and_the_seed(data):
+    setting = accuracy.Setting(str(data), 5, 6000, 3000, "cpu", "off", 1, 0.0)
+    first, second = (accuracy.recipe(setting, *run) for run in (("linear", 0), ("softmax", 7)))
+    differing = {name for name in vars(first) if getattr(first, name) != getattr(second, name)}
+    assert differing == {"attention", "seed"}
+    assert (first.train_split, first.val_split, first.epochs) == ("train[:6000]", "test[:3000]", 5)
+    assert (first.opt, first.warmup_epochs, first.threads, first.workers) == ("adamw", 1, 1, 0)
+
+
+def test_whatever_is_registered_fits_the_host():
+    kinds = accuracy.chosen(["*"])
+    assert kinds.keys() == {entry.name for entry in list_attentions()}
+    for name in kinds:
+        assert accuracy.count_parameters(accuracy.build(name, "meta")) > 50_000
+
+
+def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def fails(workers, setting, runs):
+        for name, seed in runs:
+            lost = name == "linear" and seed == 1
+            yield {"mechanism": name, "seed": seed, "error": "the loss became nan" if lost else ""} | (
+                {} if lost else {"top1": 40.0 + seed, "seconds": 1.0}
+            )
+
+    monkeypatch.setattr(accuracy, "train_all", fails)
+    path = tmp_path / "a.csv"
+    options = ["--only", "linear,softmax", "--seconds", "0", "--csv", str(path)]
+    assert accuracy.main(options) == 0
+    assert [row["top1"] for row in rows(path) if row["error"]] == [""]
+    out = capsys.readouterr().out
+    assert "| `linear` | 41.00 ± 1.41, 1 of 3 failed | 40.00 42.00 | +0.00 |" in out
+    assert "| `softmax` | 41.00 ± 1.00 | 40.00 41.00 42.00 | +0.00 |" in out
+    assert "`linear`, seed 1, failed: the loss became nan" in out
+
+
+def test_what_diverges_is_one_line(data, monkeypatch):
+    monkeypatch.setitem(accuracy.TRAINING, "lr", 1e30)
+    monkeypatch.setitem(accuracy.TRAINING, "opt", "sgd")
+    setting, sent = accuracy.Setting(str(data), 2, 80, 20, "cpu", "off", 1, 0.0), []
+    accuracy.work(("run", setting), {0: "linear 0"}, lambda *message: sent.append(message))
+    ((side, kind, line),) = sent
+    assert (side, kind) == (0, "error") and line.startswith("the loss became") and "\n" not in line
+
+
+def test_a_stopped_run_leaves_no_row(tmp_path, monkeypatch):
+    def stopped(*_):
+        yield {"mechanism": "linear", "seed": 0, "error": "", "top1": 50.0, "seconds": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accuracy, "train_all", stopped)
+    assert accuracy.main(["--only", "linear", "--csv", str(tmp_path / "a.csv")]) == 130
+    assert [row["seed"] for row in rows(tmp_path / "a.csv")] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "linaer"], "did you mean 'linear'?"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
+        (["--csv", "no/such/folder/a.csv"], "no/such/folder"),
+        (["--csv", __file__], "is no file of this benchmark"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(options, message, capsys):
+    assert accuracy.main(options) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_page_without_a_place_for_the_result_is_refused(tmp_path):
+    with pytest.raises(accuracy.LinsightError, match=r"accuracy.md' is not there, or has no line"):
+        docs.write(tmp_path, [], {}, [])
