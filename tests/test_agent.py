@@ -245,14 +245,26 @@ def test_copies_keep_their_own():
     check()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # in torch, of mapped attention
 def test_parameters_given_with_the_call_are_used():
+    """An ensemble of two, mapped over; what is no plain parameter has neither an address nor a version to go by."""
     core, _ = kept_core()
     tokens = random_tokens(GRID)
-    state = {name: torch.randn_like(p) for name, p in core.named_parameters()}
+    states = {name: torch.randn(2, *p.shape, dtype=F64) for name, p in core.named_parameters()}
     with torch.no_grad():
-        out = torch.func.functional_call(core, state, (tokens, Layout(GRID)))
-    core.load_state_dict(state)
-    torch.testing.assert_close(out, core(tokens, Layout(GRID)))
+        both = torch.func.vmap(lambda state: torch.func.functional_call(core, state, (tokens, Layout(GRID))))(states)
+    for i, out in enumerate(both):
+        core.load_state_dict({name: state[i] for name, state in states.items()})
+        torch.testing.assert_close(out, core(tokens, Layout(GRID)))
+
+
+def test_parameters_of_inference_mode_are_never_kept():
+    with torch.inference_mode():
+        core, tokens = make_core(agents=4), random_tokens(GRID)
+        first = core(tokens, Layout(GRID))
+        core.tables.an_bias.zero_()
+        core.tables.na_bias.zero_()
+        assert core.tables._kept is None and not torch.allclose(core(tokens, Layout(GRID)), first)
 
 
 @pytest.mark.parametrize(

@@ -153,3 +153,30 @@ def test_windows_export_with_dynamic_sizes():
         for size in ((64, 64), (71, 97), (160, 100)):
             x = torch.randn(3, 3, *size)
             torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_dense_windows_see_their_padding(shifted):
+    """As the published dense backbones: what pads a window is as a token of zeros, and one window is shifted, too."""
+    block = small(dense_windows=True).layers[0].blocks[int(shifted)]
+    hidden = small().layers[0].blocks[int(shifted)]
+    hidden.load_state_dict(block.state_dict())
+    x = torch.randn(2, 6 * 7, 8)
+    padded = torch.nn.functional.pad(x.unflatten(1, (6, 7)), (0, 0, 0, 1, 0, 2)).flatten(1, 2)  # to 8x8
+    whole = hidden._mix(padded, Grid(8, 8)).unflatten(1, (8, 8))
+    torch.testing.assert_close(block._mix(x, Grid(6, 7)), whole[:, :6, :7].flatten(1, 2))
+    assert not torch.allclose(hidden._mix(x, Grid(6, 7)), block._mix(x, Grid(6, 7)))
+    # One window: a token sees those of its region alone, rows 0 to 1 and 2 to 3 after a shift by 2.
+    x = torch.randn(1, 4 * 4, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(block._mix(x, Grid(4, 4))[0, 0].sum(), x)
+    seen = (gradient[0].abs().sum(-1) > 0).unflatten(0, (4, 4))
+    assert seen.sum() == (4 if shifted else 16) and seen[:2, :2].all()
+
+
+def test_dense_windows_keep_their_size():
+    """Whatever the image that the model is built for or moved to."""
+    model = small(dense_windows=True, img_size=8)
+    assert [block.window for stage in model.layers for block in stage.blocks] == [(4, 4)] * 4
+    model.set_input_size((16, 16), window_size=3)
+    assert [(block.window, block.shift) for block in model.layers[1].blocks] == [((3, 3), (0, 0)), ((3, 3), (1, 1))]
+    assert model(torch.randn(1, 3, 16, 16)).isfinite().all()
