@@ -5,6 +5,7 @@ import math
 import pickle
 
 import pytest
+import timm
 import torch
 from timm.models._manipulate import group_parameters
 from torch import nn
@@ -127,6 +128,22 @@ def test_features_of_a_name_of_timm():
         "deit_tiny_patch16_224", attention="inline", features_only=True, out_indices=[0, 1], **arguments
     )
     assert [tuple(map_.shape) for map_ in model(torch.randn(1, 3, 40, 24))] == [(1, 32, 5, 3)] * 2
+
+
+def test_with_a_distillation_token():
+    """Its head reads the merged tokens too; at evaluation the two heads are averaged."""
+    name, x = "deit_tiny_distilled_patch16_224", torch.randn(2, 3, 40, 24)
+    model = linsight.create_model(name, attention="inline", norm="siamese", **SMALL)
+    heads = model.head, model.head_dist
+    tokens = model.forward_features(x)
+    assert tokens.shape == (2, 2 + 5 * 3, 32)
+    torch.testing.assert_close(model.eval()(x), (heads[0](tokens[:, 0]) + heads[1](tokens[:, 1])) / 2)
+    assert {"pos_embed", "cls_token", "dist_token"} <= model.no_weight_decay()
+    theirs = timm.create_model(name, **SMALL).eval()
+    ours = linsight.create_model(name, **SMALL).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("steps", [None, STEPS], ids=["plain", "steps"])

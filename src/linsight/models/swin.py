@@ -12,6 +12,9 @@ them with the grid, as timm does, or takes `window_size`, and resamples the bias
 The published backbones for dense tasks differ: their windows keep their size and shift on any grid, and what pads
 them is seen. `dense_windows` is that.
 
+`steps=` widens a stage from step to step (StepsNet, arXiv 2511.14329, which published the budgets of its Swin but not
+the widths: those of `steps_swin_*` are ours).
+
 A compiled or exported graph with windows serves all sizes that leave several in each stage: whether there is
 one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.
 """
@@ -151,7 +154,7 @@ class SwinTransformer(timm_swin.SwinTransformer):
     dense_windows: the host's windows as in the published backbones for dense tasks: they keep their size and shift
         on any grid, and what pads the grid to whole windows is seen, by softmax.
     steps: in place of `depths`, those of each stage, as `(width, number of blocks)`, the last of the whole width; a
-        head is as wide in all of them. Shifts go on alternating from step to step. See `_steps`.
+        head is as wide in all of them. Shifts go on alternating from step to step.
     """
 
     def __init__(

@@ -8,9 +8,11 @@ Any image size: what differs from timm's class is that blocks are given the grid
 call (so checkpointing and compilation see it), that images are padded at the right and bottom to whole
 patches, and that the position table is resampled (bicubic) to their grid.
 
-Two designs of the residual stream go with any mechanism, and with each other: `norm="siamese"` keeps two of it
-(`_siamese`), `steps=` widens it from step to step (`_steps`). Between blocks, the tensor that features are taken
-from is the merged and whole one.
+Two designs of the residual stream go with any mechanism, and with each other. `norm="siamese"` keeps two streams
+that share every branch (SiameseNorm, arXiv 2602.08064). `steps=[(96, 4), (192, 8)]` widens the stream: blocks of the
+first step see 96 channels, later ones those and fresh ones (StepsNet, arXiv 2511.14329, which published the budgets
+of its DeiT but not the widths: those of `steps_deit_*` are ours). Features taken between blocks are of the merged and
+whole tensor.
 """
 
 import copy
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
+from timm.models import deit as timm_deit
 from timm.models import vision_transformer as timm_vit
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
@@ -80,18 +83,19 @@ class VisionTransformer(timm_vit.VisionTransformer):
         if not isinstance(self.patch_drop, nn.Identity):
             raise LinsightError("dropped patches leave no grid: pass patch_drop_rate=0")
 
-    @classmethod
+    @staticmethod
     def adopt(
-        cls, model: timm_vit.VisionTransformer, *, norm: str = "pre", steps: Steps | None = None
+        model: timm_vit.VisionTransformer, *, norm: str = "pre", steps: Steps | None = None
     ) -> "VisionTransformer":
-        """A VisionTransformer that timm built with `host_arguments`, as one of ours.
+        """A VisionTransformer, distilled or not, that timm built with `host_arguments`, as one of ours.
 
         `norm` and `steps` are those that it was built with. The object itself changes class.
         """
-        if type(model) is not timm_vit.VisionTransformer:
+        kinds = {timm_vit.VisionTransformer: VisionTransformer, timm_deit.VisionTransformerDistilled: Distilled}
+        if type(model) not in kinds:
             raise LinsightError(f"the ViT host cannot take over a {type(model).__name__}")
-        model.__class__ = cls
-        assert isinstance(model, cls)
+        model.__class__ = kinds[type(model)]
+        assert isinstance(model, VisionTransformer)
         model._set_streams(norm, steps)
         return model
 
@@ -202,3 +206,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
             return stream
         assert self.norm_pair is not None
         return self.norm_pair(stream)
+
+
+class Distilled(VisionTransformer, timm_deit.VisionTransformerDistilled):
+    """The same with DeiT's distillation token and its head, for the models of timm that have them."""
