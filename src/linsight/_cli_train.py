@@ -130,24 +130,34 @@ def evaluate(
     device: _Device = "auto",
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="GMACS|all", help="of a model with exits: mean operations of an image; all: the curve"),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="where --budget writes exits.*; none: the run folder")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second."""
+    """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second. Or, with --budget, its exits."""
     from linsight.train import evaluate as run
     from linsight.train._recipe import check
 
     check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
-    result = run(
-        _trained(source, checkpoint),
-        data=data,
-        data_dir=data_dir,
-        split=split,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        amp=amp,
-        on_bad_image=on_bad_image,
-    )
+    images: dict[str, Any] = {
+        "data": data,
+        "data_dir": data_dir,
+        "split": split,
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+        "amp": amp,
+        "on_bad_image": on_bad_image,
+    }
+    if budget is not None:
+        _evaluate_exits(_trained(source, checkpoint), budget, out, as_json, images)
+        return
+    if out is not None:
+        raise typer.BadParameter("--out goes with --budget")
+    result = run(_trained(source, checkpoint), **images)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -159,6 +169,40 @@ def evaluate(
             ["loss", f"{result['loss']:.4f}"],
             ["images", f"{result['images']} of {result['data']}{skipped}"],
             ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
+        ]
+    )
+    _tell_bad(result["bad"])
+
+
+def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, images: dict[str, Any]) -> None:
+    from linsight.train import evaluate_exits
+
+    try:
+        limit = None if budget == "all" else float(budget)
+    except ValueError:
+        raise typer.BadParameter(f"--budget {budget} is no number of G multiply-adds, and not 'all'") from None
+    result = evaluate_exits(trained, limit, out=out, **images)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    shown = [*result["exits"], *(result["settings"] if limit is None else [result["chosen"]])]
+    columns = ["setting", *(f"T{k}" for k in (1, 2, 3)), *(f"% at exit {k}" for k in (1, 2, 3, 4)), "GMACs", "top-1 %"]
+    rows = [
+        [
+            row["setting"],
+            *("-" if least is None else f"{least:.3f}" for least in row["thresholds"]),
+            *(f"{100 * share:.1f}" for share in row["shares"]),
+            f"{row['gmacs']:.4g}",
+            f"{row['top1']:.2f}",
+        ]
+        for row in shown
+    ]
+    _console().print(_table("", columns, rows))
+    counts = result["images"]
+    _print_facts(
+        [
+            ["images", f"{counts['report']} reported on; {counts['calibration']} others set the thresholds"],
+            ["files", ", ".join(result["files"])],
         ]
     )
     _tell_bad(result["bad"])

@@ -93,6 +93,16 @@ class SelfLayer(nn.Module):
         return z + self.mlp(z)
 
 
+class FeatureNorm(nn.BatchNorm1d):
+    """Batch norm of features; in training, the one image of a batch of one is normed by the running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C)` to `(B, C)`."""
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
 class Writer(CrossLayer):
     """Latents to a map, z -> x: each cell reads the latents through a bottleneck of an eighth of its channels."""
 

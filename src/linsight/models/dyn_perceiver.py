@@ -36,7 +36,7 @@ from linsight.attention import Rename
 from linsight.errors import LinsightError
 
 from ._dyn_cnn import cut
-from ._dyn_parts import CrossAttention, Exchange, Writer
+from ._dyn_parts import CrossAttention, Exchange, FeatureNorm, Writer
 from ._dyn_types import Decision, Exit, ExitLogits, Latents, Network, State
 
 EXITS = ("early", "att", "cnn", "merge")
@@ -122,7 +122,7 @@ class DynamicPerceiver(nn.Module):
             width = out + late + fed
             head = self._network_head(width, **factory)
             parts = head if isinstance(head, nn.Sequential) else (head,)
-            self.head_merge = nn.Sequential(nn.BatchNorm1d(width, **factory), *parts)
+            self.head_merge = nn.Sequential(FeatureNorm(width, **factory), *parts)
         self.feedback_att = _feedback(num_classes, fed, **factory)
         self.feedback_merge = _feedback(num_classes, fed, **factory)
         if self._head_std is not None:
@@ -164,10 +164,6 @@ class DynamicPerceiver(nn.Module):
         """`(B, C, H, W)` to the last exit's logits `(B, classes)`; in training to those of all exits."""
         if not self.training:
             return self.start(images, to=LAST).logits
-        if len(images) == 1:
-            raise LinsightError(
-                "Dynamic Perceiver norms the exits' features over the batch: train with 2 images or more"
-            )
         return ExitLogits(*(found.logits for found in self.exits(images)))
 
     def exits(self, images: Tensor, numbers: Sequence[int] = range(1, LAST + 1)) -> Iterator[Exit]:
@@ -299,7 +295,7 @@ def _feedback(num_classes: int, width: int, **factory: Any) -> nn.Module | None:
     """From the logits of an exit to features of the next one; None where they are not used."""
     if not width:
         return None
-    return nn.Sequential(nn.Linear(num_classes, width, **factory), nn.BatchNorm1d(width, **factory), nn.ReLU())
+    return nn.Sequential(nn.Linear(num_classes, width, **factory), FeatureNorm(width, **factory), nn.ReLU())
 
 
 def _published() -> Iterator[Rename]:

@@ -5,6 +5,7 @@
 """
 
 from ._data import Data, open_data
+from ._exits import evaluate_exits
 from ._loop import resume, train
 from ._model import Trained, load_trained
 from ._predict import Prediction, evaluate, predict
@@ -20,6 +21,7 @@ __all__ = [
     "Recipe",
     "Trained",
     "evaluate",
+    "evaluate_exits",
     "load_trained",
     "open_data",
     "predict",

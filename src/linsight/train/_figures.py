@@ -11,12 +11,13 @@ from linsight.errors import MissingExtraError
 from ._files import replacing
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(
+    purpose: str = "drawing curves.png and predictions.png (--no-figures goes without)",
+) -> None:
     """Raise, before anything is computed, if the figures could not be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        purpose = "drawing curves.png and predictions.png (--no-figures goes without)"
         raise MissingExtraError("matplotlib", "train", purpose) from None
 
 
@@ -53,6 +54,30 @@ def predictions(path: pathlib.Path, images: Any, guesses: Sequence[str], truths:
             f"{guess}\nnot {truth}" if wrong else guess, fontsize=9, color="tab:red" if wrong else "black", wrap=True
         )
     figure.suptitle("what the model says of images it was not trained on (red: wrong)", fontsize=10)
+    _save(figure, path)
+
+
+def exits(path: pathlib.Path, found: dict[str, Any]) -> None:
+    """Accuracy against mean multiply-adds, as `evaluate_exits` found them: of all settings, and of each exit alone."""
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    unit, scale = ("M", 1e3) if found["exits"][-1]["gmacs"] < 0.1 else ("G", 1.0)
+
+    def points(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+        return [[scale * row["gmacs"] for row in rows], [row["top1"] for row in rows]]
+
+    rows = sorted(found["settings"], key=lambda row: row["gmacs"])
+    axes.plot(*points(rows), marker=".", label="leaving when sure")
+    axes.plot(*points(found["exits"]), "s", label="all at one exit")
+    for row, x, y in zip(found["exits"], *points(found["exits"]), strict=True):
+        axes.annotate(row["setting"], (x, y), xytext=(0, 7), textcoords="offset points", ha="center")
+    if found["chosen"]:
+        axes.axvline(scale * found["budget"], color="grey", linestyle=":", label="budget")
+        axes.plot(*points([found["chosen"]]), "*", markersize=14, label="chosen")
+    axes.margins(0.08, 0.12)
+    axes.set(xlabel=f"mean multiply-adds of an image, {unit}", ylabel="top-1, %", title=found["model"])
+    axes.grid(alpha=0.3)
+    axes.legend()
     _save(figure, path)
 
 

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch import nn
 
 from linsight.errors import LinsightError
 
@@ -16,10 +17,10 @@ from ._data import open_data, open_evaluation
 from ._device import pick_device, pick_dtype
 from ._evaluate import probabilities, score
 from ._feeds import default_workers, refuse
-from ._images import Normalise, Samples, eval_transform, loader
+from ._images import Batch, Normalise, Samples, eval_transform, loader
 from ._model import Trained, image_size
 from ._random import Batches
-from ._recipe import parse
+from ._recipe import Recipe, parse
 from ._run import CONFIG
 from ._sources import images_under
 
@@ -43,6 +44,48 @@ def evaluate(
     Raises:
         LinsightError: no such data, classes that the model does not know, or a bad image where those are refused.
     """
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir)
+    recipe = given.recipe
+    started = time.perf_counter()
+    scores = score(given.model, given.feed, given.normalise, given.dtype, lambda batch: refuse(recipe, batch.bad))
+    seconds = time.perf_counter() - started
+    return {
+        "data": recipe.data,
+        "images": scores.images,
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "loss": scores.loss,
+        "skipped": len(scores.bad),
+        "bad": scores.bad,
+        "images_per_second": round(scores.images / seconds, 1),
+        "device": str(given.normalise.device),
+        "precision": given.precision,
+    }
+
+
+class Evaluation(NamedTuple):
+    """A model on its device, and the images to evaluate it on."""
+
+    recipe: Recipe
+    model: nn.Module
+    feed: Iterable[Batch]
+    normalise: Normalise
+    dtype: torch.dtype | None
+    precision: str
+
+
+def prepare(
+    trained: Trained,
+    data: str | None,
+    split: str | None,
+    batch_size: int,
+    device: str,
+    amp: str,
+    workers: int | None,
+    on_bad_image: str,
+    data_dir: str | None,
+) -> Evaluation:
+    """Get ready to evaluate on `data`, by default on what the run was evaluated on."""
     recipe = trained.recipe
     config = trained.path.parent / CONFIG
     if data is not None:
@@ -63,22 +106,8 @@ def evaluate(
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
     batches = Batches(len(source), batch_size, shuffle=False)
     count = min(default_workers() if workers is None else workers, len(batches))
-    started = time.perf_counter()
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
-    scores = score(model, feed, Normalise(recipe, where), dtype, lambda batch: refuse(recipe, batch.bad))
-    seconds = time.perf_counter() - started
-    return {
-        "data": recipe.data,
-        "images": scores.images,
-        "top1": scores.top1,
-        "top5": scores.top5,
-        "loss": scores.loss,
-        "skipped": len(scores.bad),
-        "bad": scores.bad,
-        "images_per_second": round(scores.images / seconds, 1),
-        "device": str(where),
-        "precision": precision,
-    }
+    return Evaluation(recipe, model, feed, Normalise(recipe, where), dtype, precision)
 
 
 @dataclasses.dataclass(frozen=True)
