@@ -1,4 +1,4 @@
-"""Write docs/mechanisms.md, docs/models.md and the table in README.md from the registries: `python docs/generate.py`.
+"""Write docs/mechanisms.md, docs/models.md and the names in README.md from the registries: `python docs/generate.py`.
 
 With `--check`, write nothing and exit with 1 where a file is not current.
 """
@@ -6,6 +6,7 @@ With `--check`, write nothing and exit with 1 where a file is not current.
 import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,20 @@ N the number of tokens, d the width of a head. Parameters and multiply-adds (of 
 those of one layer, projections included.
 """
 
+CAPABILITIES = """
+*keep*: tokens can be dropped. *sizes*: padded batches. *packed*: packed batches. *cross*: keys from another sequence.
+*reduced*: keys of the same image on a coarser grid (PVT). *score_bias*: an additive bias on the scores. *stream*: tiles
+and images of any size. *prefix*: class and register tokens. *causal*: a causal form. What a mechanism cannot do raises
+an error that names the ones that can.
+"""
+
 SNIPPET = """import torch
 from linsight import Grid, create_model
 from linsight.attention import {create}
 
 layer = {create}("{name}", dim=64, num_heads=4)
 y = layer(torch.randn(2, 14 * 14, 64), Grid(14, 14))
-model = create_model("vit_tiny", attention="{name}")"""
+model = create_model("{host}", attention="{name}")"""
 
 MODELS_HEAD = """# The models
 
@@ -75,9 +83,15 @@ print(load_published(large, published, head=False))  # what was loaded; tables w
 
 
 def readme(text: str) -> str:
-    """The README `text` with a current table of mechanisms."""
+    """The README `text` with the current names of mechanisms."""
     block = re.compile(r"(<!-- generated: mechanisms -->\n).*?(?=<!-- end -->)", re.DOTALL)
-    return block.sub(lambda found: f"{found[1]}{summary()}\n", text)
+    return block.sub(lambda found: f"{found[1]}{names()}\n", text)
+
+
+def names() -> str:
+    """Every mechanism, with a link to its chapter."""
+    links = (f"[`{row['name']}`](docs/mechanisms.md#{row['name']})" for row in describe.list_mechanisms())
+    return "\n".join(textwrap.wrap(", ".join(links) + ".", 118, break_long_words=False, break_on_hyphens=False))
 
 
 def summary() -> str:
@@ -93,7 +107,9 @@ def summary() -> str:
 
 def catalogue() -> str:
     """All of docs/mechanisms.md."""
-    return "\n".join([HEAD, *(_chapter(mechanism(row["name"])) for row in describe.list_mechanisms())])
+    return "\n".join(
+        [HEAD, summary(), CAPABILITIES, *(_chapter(mechanism(row["name"])) for row in describe.list_mechanisms())]
+    )
 
 
 def _chapter(entry: Mechanism) -> str:
@@ -109,7 +125,8 @@ def _chapter(entry: Mechanism) -> str:
         parts.append(_table(["option", "default", "choices", "meaning"], [_option(o) for o in row["options"]]))
     create = "create_block" if entry.kind == "block" else "create_attention"
     parts.append(_table(["grid", "channels", "heads", "parameters", "multiply-adds"], [_cost(c) for c in row["cost"]]))
-    parts.append(f"```python\n{SNIPPET.format(name=entry.name, create=create)}\n```")
+    host = "vit_tiny" if entry.capabilities.prefix else "swin_tiny"  # the first has a class token
+    parts.append(f"```python\n{SNIPPET.format(name=entry.name, create=create, host=host)}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,13 +9,11 @@ keys and the inner loss does not; queries and normed keys see their neighbours t
 
 Each head then takes one step of its inner model f on (k', v) and answers q', with s = d^(-1/2), no clip:
 
-    classification   f(u) = (SiLU(u W1) * (u W2)) W3   -(s/N) sum f(k').v
+    published        f(u) = (SiLU(u W1) * (u W2)) W3   -(s/N) sum f(k').v
     ablation "v0"    f(u) = SiLU(u W1) W2              -(s/N) sum f(k').v, no convolutions
-    DiT5             f(u) = SiLU(u W1) W2              (s/2N) sum |f(k') - v|^2
 
-DiT5 is used in equal parts with softmax attention in 5x5 windows of the raw q, k, v, and q and k of its inner model
-have a learnt scale and shift a channel. Prefix tokens, of which neither publication has any, are normed, train and
-are answered as all others; the convolutions pass them by. DiT5 refuses them: they have no neighbours.
+Prefix tokens, of which the publication has none, are normed, train and are answered as all others; the convolutions
+pass them by. The form for diffusion models is `dit5`.
 """
 
 from typing import Any, ClassVar, Literal
@@ -23,29 +21,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from linsight.ops import (
-    State,
-    Tile,
-    accumulator,
-    depthwise_conv,
-    full_precision,
-    mask_tokens,
-    neighbourhood_attention,
-    pad_prefix,
-)
+from linsight.ops import Tile, depthwise_conv, full_precision, pad_prefix
 
-from ._core import Capabilities, Rename, Tokens
+from ._core import Capabilities, Rename
 from ._inner import InnerTraining
 from ._registry import Paper, register
-
-_PAPER = Paper("Linearizing Vision Transformer with Test-Time Training", "2605.02772", "ICML 2026")
 
 
 @register(
     "t5",
     formula="o = f_W'(q + conv(q)), W' = W - dL/dW, L = -(s/N) sum f_W(n + conv(n)).v, n = instance_norm(k)",
     complexity="O(N d^2)",
-    paper=_PAPER,
+    paper=Paper("Linearizing Vision Transformer with Test-Time Training", "2605.02772", "ICML 2026"),
 )
 class T5(InnerTraining):
     """One inner step a head on normed keys, with convolutions on queries and keys.
@@ -96,49 +83,3 @@ class T5(InnerTraining):
         with full_precision(x):
             weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
             return x + pad_prefix(depthwise_conv(x[:, tile.prefix :], tile.seen, weight, bias), tile.prefix)
-
-
-@register(
-    "dit5",
-    formula="o = (softmax(s q K^T) V over 5x5 windows + t5(a q + b, a' k + b', v)) / 2, f(u) = SiLU(u W1) W2",
-    complexity="O(N d^2)",
-    paper=_PAPER,
-)
-class DiT5(T5):
-    """T5's two-layer inner model under a squared loss, mixed half and half with attention in 5x5 windows.
-
-    Windows are shifted inward at the rim, so that each query sees 25 keys (all of a side shorter than 5).
-    """
-
-    capabilities = Capabilities(sizes=True, stream=True)  # a dropped token leaves a hole in the windows, not fewer keys
-    window: ClassVar[int] = 5
-    halos: tuple[int, ...] = (0, 1, window - 1)
-    published = (
-        *T5.published,
-        Rename("qk_scale_ttt", "core.qk_scale"),
-        Rename("qk_offset_ttt", "core.qk_offset"),
-    )
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, num_heads, inner_model="mlp2", loss="mse", device=device, dtype=dtype)
-        # (..., 0) of queries, (..., 1) of keys
-        self.qk_scale = nn.Parameter(torch.ones(1, 1, dim, 2, device=device, dtype=dtype))
-        self.qk_offset = nn.Parameter(torch.zeros(1, 1, dim, 2, device=device, dtype=dtype))
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
-        """Both ways, in equal parts."""
-        q, k, v = (mask_tokens(x, tokens.keep) for x in tokens[:3])
-        near = neighbourhood_attention(q, k, v, tile, self.window)
-        return ((self.answer(tokens, tile, done[-1]) + near) / 2).to(tokens.q.dtype)
-
-    def prepare(self, name: str, x: Tensor, tile: Tile) -> Tensor:
-        """The learnt scale and shift."""
-        x, i = x.to(accumulator(x.dtype)), "qk".index(name)
-        return x * self.qk_scale[..., i].to(x.dtype) + self.qk_offset[..., i].to(x.dtype)
