@@ -28,7 +28,8 @@ def distinct(model):
     """The model, no two of its tensors alike: a key in the place of another cannot go unseen."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+            fan_in = tensor[0].numel() if tensor.ndim > 1 else 1  # or many layers would overflow
+            tensor.copy_((torch.rand(tensor.shape) + 0.5) / fan_in)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import linsight
 from golden import cases
-from golden.fill import fill
+from golden.spec import tensor
 from linsight import export_published, load_published
 from linsight.attention import Rename, mechanism
 from linsight.checkpoints._keys import CONSTANTS, Rules, to_ours, to_published
@@ -18,8 +18,8 @@ from linsight.models.cswin import CSwinTransformer
 
 def published(name):
     """The filled state dict of a golden case, under its published keys."""
-    spec, out = cases.load(name)
-    return {key: torch.from_numpy(fill(key, tuple(shape))) for key, shape in spec["state_dict"]}, spec, out
+    spec, recorded = cases.load(name)
+    return cases.published_state(spec), spec, recorded["output"]
 
 
 def tiny(**options):
@@ -52,7 +52,7 @@ def test_published_model_reproduces_its_numbers(tmp_path):
     assert len(report.loaded) == len(state) and report.wrapper == "model"
     assert not (report.resized or report.dropped or report.kept or report.mismatched)
     with torch.no_grad():
-        error = (model(cases.tensor(spec["input_shape"])) - out).abs().max() / out.abs().max()
+        error = (model(tensor(spec["input_shape"])) - out).abs().max() / out.abs().max()
     assert error <= cases.TOLERANCE
     assert equal(export_published(model), state)
 

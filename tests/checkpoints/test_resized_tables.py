@@ -22,6 +22,8 @@ LARGER = {
     "pvt_v2_b0": {"img_size": 320},
     "swin_tiny": {"img_size": 96, "window_size": 4},
     "cswin_tiny": {"img_size": 96},
+    "mlla_pyramid_tiny": {"img_size": 96},
+    "h_vit_tiny": {"img_size": 96},
 }
 TABLES = re.compile(r"(.*\.)?(positional_encoding|relative_position_bias_table|pos_embed[1-4]?)")
 
