@@ -12,7 +12,7 @@ import linsight
 from linsight import create_attention
 from linsight.attention import Tokens, create_core, merge_heads, split_heads
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout
+from linsight.ops import Grid, Layout, Tile
 
 F64 = torch.float64
 
@@ -243,6 +243,34 @@ def test_copies_keep_their_own():
             twin.tables.ah_bias.add_(1 + torch.arange(4, dtype=F64)[:, None])
         check(twin)
     check()
+
+
+def test_each_thread_gets_the_biases_of_its_own_grid(monkeypatch):
+    """Threads that serve one model: another one calls, right when the biases of this one are put down."""
+    core, check = kept_core()
+    other, put = Grid(2, 9, 1), type(core.tables).__setattr__
+
+    def interrupted(tables, name, value):
+        put(tables, name, value)
+        if name == "_kept" and value is not None and value.place[0] != other:
+            check(grid=other)
+
+    monkeypatch.setattr(type(core.tables), "__setattr__", interrupted)
+    check(grid=Grid(3, 7, 1))
+    check(grid=Grid(3, 7, 1))
+
+
+def test_replicas_of_data_parallel_keep_nothing():
+    """They are made of the model with what it keeps, but have their parameters as plain attributes."""
+    tables = kept_core()[0].tables
+    whole = Tile.whole(GRID)
+    replica = tables._replicate_for_data_parallel()
+    for name, parameter in tables.named_parameters():
+        setattr(replica, name, 2 * parameter.detach())
+    with torch.no_grad():
+        for twice, once in zip(replica(whole, whole), tables(whole, whole), strict=True):
+            torch.testing.assert_close(twice, 2 * once)
+    assert replica._kept is None
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # in torch, of mapped attention

@@ -90,16 +90,17 @@ class AgentTables(nn.Module):
             return self.of_keys(keys), self.of_queries(queries)
         parameters, place = tuple(self.parameters()), (keys.grid, queries.grid)
         # Tensors of functorch, FSDP or fake modes are no plain parameters; those of inference mode count no versions.
-        plain = all(type(p) is nn.Parameter and not p.is_inference() for p in parameters)
+        # A replica of DataParallel has no parameters at all.
+        plain = bool(parameters) and all(type(p) is nn.Parameter and not p.is_inference() for p in parameters)
         if torch.is_grad_enabled() or keys.sizes is not None or not plain:
             # A step of training follows, which an optimiser may make through `.data`: that counts no version either.
             self._kept = None
             return self.of_keys(keys), self.of_queries(queries)
-        if self._kept is None or not self._kept.holds(place, parameters):
-            biases = self.of_keys(keys), self.of_queries(queries)
+        kept = self._kept  # read once: another thread may put its own there
+        if kept is None or not kept.holds(place, parameters):
             made_of = tuple((p.detach(), p._version) for p in parameters)
-            self._kept = _Kept(place, made_of, biases)
-        return self._kept.biases
+            self._kept = kept = _Kept(place, made_of, (self.of_keys(keys), self.of_queries(queries)))
+        return kept.biases
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
