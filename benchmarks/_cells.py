@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+from linsight.train._device import autocast
 
 ROUNDS = 3  # at least, whatever the time
 SAMPLE = 0.1  # seconds that a sample lasts at least: shorter steps are repeated
@@ -30,6 +34,34 @@ class Side:
 Send = Callable[[int, str, Any], None]
 # Makes a side by its name: facts, and the step to time.
 Make = Callable[[str], tuple[dict[str, Any], Callable[[], None]]]
+
+
+def step_of(
+    model: nn.Module, size: int, batch: int, classes: int, device: torch.device, dtype: torch.dtype | None, train: bool
+) -> Callable[[], None]:
+    """A forward of `model`, or a training step of it with AdamW, on `batch` random images of `size`."""
+    model.train(train)
+    images = torch.randn(batch, 3, size, size, device=device)
+    if not train:
+
+        def infer() -> None:
+            with torch.inference_mode(), autocast(device, dtype):
+                model(images)
+
+        return infer
+    labels = torch.randint(classes, (batch,), device=device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+    def update() -> None:
+        with autocast(device, dtype):
+            logits = model(images)
+        optimiser.zero_grad(set_to_none=True)
+        scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
+        scaler.step(optimiser)
+        scaler.update()
+
+    return update
 
 
 def alternate(sides: dict[int, str], make: Make, send: Send, device: torch.device, seconds: float) -> None:

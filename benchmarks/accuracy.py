@@ -29,9 +29,8 @@ from typing import Any
 import _accuracy_docs as docs
 import timm
 import torch
-from _cells import Send, Worker, alternate
+from _cells import Send, Worker, alternate, step_of
 from torch import nn
-from torch.nn import functional as F
 
 import linsight
 from linsight.attention import list_attentions
@@ -40,7 +39,7 @@ from linsight.doctor import diagnose
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import create_model
 from linsight.train import Interrupted, Recipe, resolve, train
-from linsight.train._device import autocast, pick_device, pick_dtype
+from linsight.train._device import pick_device, pick_dtype
 
 SIDE, CLASSES, BATCH = 32, 10, 64
 HOST: dict[str, Any] = {"stem": ((24, 1), (48, 2)), "stages": ((64, 4, 2),)}  # of stages: width, depth, heads
@@ -124,28 +123,7 @@ def make(mechanism: str, step: str, setting: Setting) -> tuple[dict[str, Any], C
     """No facts, and the step to time, on random images."""
     device = torch.device(setting.device)
     dtype, _ = pick_dtype(setting.amp, device)
-    model = build(mechanism, device).train(step == "train")
-    images = torch.randn(BATCH, 3, SIDE, SIDE, device=device)
-    if step == "infer":
-
-        def infer() -> None:
-            with torch.inference_mode(), autocast(device, dtype):
-                model(images)
-
-        return {}, infer
-    labels = torch.randint(CLASSES, (BATCH,), device=device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-
-    def update() -> None:
-        with autocast(device, dtype):
-            logits = model(images)
-        optimiser.zero_grad(set_to_none=True)
-        scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
-        scaler.step(optimiser)
-        scaler.update()
-
-    return {}, update
+    return {}, step_of(build(mechanism, device), SIDE, BATCH, CLASSES, device, dtype, step == "train")
 
 
 def chosen(patterns: list[str]) -> dict[str, str]:

@@ -22,16 +22,15 @@ from typing import Any
 
 import timm
 import torch
-from _cells import Send, Side, Worker, alternate
+from _cells import Send, Side, Worker, alternate, step_of
 from torch import nn
-from torch.nn import functional as F
 
 import linsight
 from linsight.describe import count_macs, count_parameters
 from linsight.doctor import diagnose
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import VARIANTS, create_model
-from linsight.train._device import autocast, pick_device, pick_dtype
+from linsight.train._device import pick_device, pick_dtype
 
 # Our hosts that timm has, by its names. The others stand for themselves, with softmax in them.
 TIMM = {
@@ -69,7 +68,7 @@ def pairs() -> dict[str, str]:
     found = {}
     for name, variant in VARIANTS.items():
         host = variant.host.removesuffix("_meanpool")  # the head of one family's PVT, which has no name of its own
-        if variant.published and variant.attention != "softmax":
+        if variant.published and variant.attention != "softmax" and not variant.dense:
             found[name] = TIMM.get(host, host)
     return found
 
@@ -98,29 +97,7 @@ def make(name: str, cell: Cell) -> tuple[dict[str, Any], Callable[[], None]]:
     dtype, _ = pick_dtype(cell.amp, device)
     torch.manual_seed(0)
     model = build(name, cell.size, device)
-    images = torch.randn(cell.batch, 3, cell.size, cell.size, device=device)
-    if cell.step == "infer":
-        model.eval()
-
-        def infer() -> None:
-            with torch.inference_mode(), autocast(device, dtype):
-                model(images)
-
-        return facts, infer
-    model.train()
-    labels = torch.randint(1000, (cell.batch,), device=device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-
-    def train() -> None:
-        with autocast(device, dtype):
-            logits = model(images)
-        optimiser.zero_grad(set_to_none=True)
-        scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
-        scaler.step(optimiser)
-        scaler.update()
-
-    return facts, train
+    return facts, step_of(model, cell.size, cell.batch, 1000, device, dtype, cell.step == "train")
 
 
 def measure(cell: Cell, sides: dict[int, str], send: Send) -> None:
