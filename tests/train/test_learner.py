@@ -6,6 +6,7 @@ import typing
 import pytest
 import torch
 from small import TINY
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
 
@@ -91,7 +92,7 @@ def test_a_model_may_have_a_loss_of_its_own():
 
 def test_such_a_model_goes_through_a_whole_run(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "build", lambda recipe, classes: Exits())
-    options = {"batch_size": 128, "lr": "1e-2", "epochs": 6, "mixup": 0.2, "ema": 0.5}
+    options = {"batch_size": 32, "lr": "1e-2", "epochs": 2, "mixup": 0.2, "ema": 0.5}
     recipe = resolve("digits", {**TINY, **options})
     summary = train(recipe, out=tmp_path / "run")
     assert summary["top1"] > 60
@@ -112,3 +113,26 @@ def test_the_decay_of_averages_is_that_of_the_batch():
         assert ema_decay(dataclasses.replace(recipe, batch_size=size)) == pytest.approx(decay, abs=1e-7)
     assert ema_decay(dataclasses.replace(recipe, ema_base_batch=0)) == 0.9996
     assert learner(ema=0.5, ema_base_batch=64, batch_size=128).ema.decay == 0.25
+
+
+@pytest.mark.parametrize(
+    ("model", "decays", "stays"),
+    [
+        ("agent_swin_tiny", ("an_bias", "aw_bias", "ha_bias"), ("relative_position_bias_table", "qkv.bias")),
+        ("agent_pvt_tiny", ("na_bias", "ah_bias", "pos_embed"), ("proj.bias", "norm1.weight")),
+        ("agent_deit_tiny", ("ac_bias", "ca_bias"), ("pos_embed", "cls_token")),
+        ("vittt_tiny", ("core.w1", "core.w2", "core.kernel"), ("cpe.bias",)),
+    ],
+)
+def test_what_decays_is_what_decayed_in_the_published_training(model, decays, stays):
+    with torch.device("meta"):
+        built = build(resolve(model), 1000)
+    groups = param_groups_weight_decay(built, 0.05, no_weight_decay_list=built.no_weight_decay())
+    named = {id(parameter): name for name, parameter in built.named_parameters()}
+    decayed = {named[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    for ending in decays:
+        found = [name for name in named.values() if name.endswith(ending)]
+        assert found and decayed.issuperset(found), ending
+    for ending in stays:
+        found = [name for name in named.values() if name.endswith(ending)]
+        assert found and decayed.isdisjoint(found), ending

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linsight.errors import LinsightError
-from linsight.models import default_attention
+from linsight.models import ARCHITECTURES, default_attention
 
 from . import _figures, _model
 from ._data import Data, open_data
@@ -98,9 +98,9 @@ class Trainer:
         self._reset_sums()
         # the folder appears once everything is known to be good
         run.describe({"train": len(data.train), "val": len(data.val), "classes": list(data.classes)})
-        self.attention = recipe.attention or default_attention(recipe.model)
+        self.attention = "" if recipe.model in ARCHITECTURES else recipe.attention or default_attention(recipe.model)
         report.note(
-            f"{recipe.model} ({self.attention}), {self.learner.params / 1e6:.2f} M parameters, "
+            f"{recipe.model}{self.attention and f' ({self.attention})'}, {self.learner.params / 1e6:.2f} M parameters, "
             f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate, "
             f"{len(data.classes)} classes; {device}, {precision}; folder {run.path}"
         )

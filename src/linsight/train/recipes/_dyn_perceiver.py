@@ -2,15 +2,18 @@
 
 from ._table import CENTRE, Row, published
 
-_REGNET = ("reg400m", "reg800m", "reg1x6g", "reg3x2g")
-_RESNET = ("resnet18", "resnet34", *(f"resnet50_{width}" for width in ("0375", "050", "0625", "075", "100")))
-_MOBILENET = tuple(f"mobilenetv3_{width}" for width in ("0x5", "0x75", "1x0", "1x25", "1x5", "2x0"))
+Counts = dict[str, tuple[int, ...]]
+# Networks, and the numbers of latents that come with them.
+_REGNET: Counts = {f"reg{size}": (32, 64, 128, 256, 512) for size in ("400m", "800m", "1x6g", "3x2g")}
+_RESNET: Counts = {f"resnet50_{width}": (64, 128, 256) for width in ("0375", "050", "075", "100")}
+_RESNET |= {"resnet50_0625": (64, 128, 160, 192, 256), "resnet18": (128,), "resnet34": (128,)}
+_MOBILENET: Counts = {f"mobilenetv3_{width}": (128, 256, 512) for width in ("0x5", "0x75", "1x0", "1x25", "1x5", "2x0")}
 # Of the last exit.
 _TOP1 = {"dynp_reg800m_t128": "79.86", "dynp_resnet50_0375_t128": "77.70", "dynp_mobilenetv3_0x75_t128": "74.59"}
 
 
-def _rows(backbones: tuple[str, ...], drop_path: float = 0.0, **change: float) -> dict[str, Row]:
-    names = (f"dynp_{backbone}_t128" for backbone in backbones)
+def _rows(networks: Counts, drop_path: float = 0.0, **change: float) -> dict[str, Row]:
+    names = (f"dynp_{network}_t{count}" for network, counts in networks.items() for count in counts)
     return {name: Row(change, 128, drop_path, _TOP1.get(name, "")) for name in names}
 
 

@@ -32,7 +32,7 @@ WEIGHTFORMER = published(
 # 2e-8 and the rate ends at 2e-7. The authors kept an average too (0.99996), which after these 18,780 updates is still
 # half of what it began with, and evaluated the weights themselves.
 _TUNED = {"epochs": 30, "lr": 2e-5, "warmup_lr": 2e-8 / 4, "min_lr": 2e-7 / 4, "init_partial": True, "new_lr_scale": 20}
-_SOFTMAX = "a softmax DeiT without class token, or with one that is left out"
+_SOFTMAX = "the weights of a softmax DeiT, whose class token is left out"
 
 T5 = published(
     {

@@ -11,7 +11,10 @@ GPUS = 8  # that the published commands are for
 
 @dataclasses.dataclass(frozen=True)
 class Shipped:
-    """A recipe and what is known of its result. `published`: it is that of a paper, for the model of its name."""
+    """A recipe and what is known of its result.
+
+    published: it is for a published model, and that of its paper where `about` says nothing else.
+    """
 
     about: str
     recipe: Recipe
