@@ -30,20 +30,17 @@ from linsight.ops import (
     Layout,
     State,
     Tile,
-    depthwise_conv,
-    full_precision,
     gather_pooled,
     gather_state,
-    mask_tokens,
-    pad_prefix,
     pool_tokens,
     read_pooled,
     separable,
 )
 
 from ._agent_tables import AgentTables, stretches
-from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._core import Capabilities, Core, Rename, Tokens
 from ._layer import Attention
+from ._local import add_local, grid_values
 from ._registry import Paper, register
 
 _TABLES = ("an", "na", "ah", "aw", "ha", "wa", "ac", "ca")
@@ -129,7 +126,9 @@ class Agent(Core):
         """What queries read from the agents, and the convolution of v."""
         agents, values = done
         out = read_pooled(tile.inner(tokens.q), agents, values, self.tables.of_queries(tile))
-        return self._add_local(out, self._grid_values(tokens, tile), tile).to(tokens.q.dtype)
+        if self.dwc is not None:
+            out = add_local(out, grid_values(tokens, tile), self.dwc, tile)
+        return out.to(tokens.q.dtype)
 
     def forward(
         self,
@@ -146,27 +145,15 @@ class Agent(Core):
         agents = pool_tokens(tokens.q, queries, self.agent_grid)
         values = gather_pooled(agents, tokens.k, tokens.v, of_keys, tokens.keep)
         out = read_pooled(tokens.q, agents, values, of_queries)
-        v = self._grid_values(tokens, keys)
-        if context_layout is not None:
-            v = v.to(out.dtype)
-            rows, columns = stretches(v, keys.grid[:2], queries)
-            v = separable(v.unflatten(1, keys.grid[:2]), rows[0, 0], columns[0, 0]).flatten(1, 2)
-        return self._add_local(out, v, queries).to(tokens.q.dtype)
+        if self.dwc is not None:
+            v = grid_values(tokens, keys)
+            if context_layout is not None:
+                v = v.to(out.dtype)
+                rows, columns = stretches(v, keys.grid[:2], queries)
+                v = separable(v.unflatten(1, keys.grid[:2]), rows[0, 0], columns[0, 0]).flatten(1, 2)
+            out = add_local(out, v, self.dwc, queries)
+        return out.to(tokens.q.dtype)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample the tables to another grid, of keys and queries."""
         self.tables.set_grids(grid, grid)
-
-    def _grid_values(self, tokens: Tokens, tile: Tile) -> Tensor:
-        """v of what `tile` sees of the grid: `(B, n, C)`, nothing where a token is padding."""
-        return mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :]
-
-    def _add_local(self, out: Tensor, v: Tensor, tile: Tile) -> Tensor:
-        """`out` `(B, P + h*w, H, E)` of `tile` and the convolution of `v`, in the dtype of `out`."""
-        if self.dwc is None:
-            return out
-        assert self.dwc.bias is not None
-        weight, bias = self.dwc.weight.to(out.dtype), self.dwc.bias.to(out.dtype)
-        with full_precision(out):
-            local = tile.inner_grid(depthwise_conv(v.to(out.dtype), tile.seen, weight, bias))
-        return out + split_heads(pad_prefix(local, tile.prefix), self.num_heads)

@@ -40,12 +40,12 @@ from linsight.ops import (
     full_precision,
     linear_absorb,
     linear_read,
-    mask_tokens,
     pad_prefix,
     table_for,
 )
 
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._local import grid_values
 from ._registry import Paper, register
 
 
@@ -121,8 +121,7 @@ class Focused(Core):
 
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
         """phi(q) against the state, and the convolution of v."""
-        v = mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :]
-        return self._read(tokens.q, v, tile, done[0])
+        return self._read(tokens.q, grid_values(tokens, tile), tile, done[0])
 
     def forward(
         self,
@@ -137,8 +136,8 @@ class Focused(Core):
             return super().forward(tokens, layout)
         keys, grid = Tile.whole(context_layout.grid, context_layout.sizes), layout.grid
         state = self.finish(0, self.absorb(0, tokens, keys, ()), keys.grid)
-        v = mask_tokens(merge_heads(tokens.v), tokens.keep)[:, keys.prefix :]
-        v = v.transpose(1, 2).to(accumulator(v.dtype))
+        v = grid_values(tokens, keys).transpose(1, 2)
+        v = v.to(accumulator(v.dtype))
         v = F.interpolate(v, grid.height * grid.width, mode="linear").transpose(1, 2)
         return self._read(tokens.q, v, Tile.whole(grid), state)
 

@@ -32,7 +32,8 @@ from linsight.ops import (
     mask_tokens,
 )
 
-from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._core import Capabilities, Core, Rename, Tokens, split_heads
+from ._local import grid_values
 from ._registry import Paper, register
 
 
@@ -115,8 +116,7 @@ class InLine(Core):
         with full_precision(q):
             out = state.v[:, None] + apply_state(q, state.cov * q.shape[-1] ** -0.5)
         if state.kernels is not None:
-            v = mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :]
-            local = tile.inner_grid(dynamic_depthwise_conv(v, tile.seen, state.kernels))
+            local = tile.inner_grid(dynamic_depthwise_conv(grid_values(tokens, tile), tile.seen, state.kernels))
             local = split_heads(local, self.num_heads)
             out = out + F.pad(local, (0, 0, 0, 0, tile.prefix, 0)) if tile.prefix else out + local
         return out.to(tokens.q.dtype)

@@ -36,12 +36,12 @@ from linsight.ops import (
     full_precision,
     linear_absorb,
     mask_tokens,
-    pad_prefix,
     rotate,
 )
 
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
 from ._layer import Attention
+from ._local import add_local, grid_values
 from ._registry import Paper, register
 
 _positive = FEATURE_MAPS["elu+1"]
@@ -132,11 +132,7 @@ class MLLA(Core):
         with full_precision(q):
             norm = torch.einsum("bnhd,bhd->bnh", tile.inner(q), state.k) + self.eps
             out = apply_state(tile.inner(self._rotate(q, tile)), state.kv) / norm[..., None]
-            v = mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :].to(out.dtype)
-            assert self.lepe.bias is not None
-            weight, bias = self.lepe.weight.to(out.dtype), self.lepe.bias.to(out.dtype)
-            local = tile.inner_grid(depthwise_conv(v, tile.seen, weight, bias))
-        return (out + split_heads(pad_prefix(local, tile.prefix), self.num_heads)).to(tokens.q.dtype)
+        return add_local(out, grid_values(tokens, tile), self.lepe, tile).to(tokens.q.dtype)
 
     def _map(self, x: Tensor) -> Tensor:
         return _positive(x.to(accumulator(x.dtype)))

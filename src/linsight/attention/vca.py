@@ -28,17 +28,14 @@ from linsight.ops import (
     Layout,
     State,
     Tile,
-    depthwise_conv,
-    full_precision,
     gather_pooled,
     gather_state,
-    mask_tokens,
-    pad_prefix,
     pool_tokens,
     read_pooled,
 )
 
-from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._core import Capabilities, Core, Rename, Tokens, split_heads
+from ._local import add_local, grid_values
 from ._registry import Paper, register
 
 _VECTORS = tuple(f"lambda_{stage}_{name}" for stage in (1, 2) for name in ("q1", "k1", "q2", "k2"))
@@ -131,12 +128,7 @@ class VisualContrast(Core):
             out = read_pooled(q, positive, values, None) + read_pooled(q, negative, minus, None)
         out = self._norm(self.subln2, out)
         if self.dwc is not None:
-            assert self.dwc.bias is not None
-            v = mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :].to(out.dtype)
-            with full_precision(out):
-                weight, bias = self.dwc.weight.to(out.dtype), self.dwc.bias.to(out.dtype)
-                local = tile.inner_grid(depthwise_conv(v, tile.seen, weight, bias))
-            out = out + split_heads(pad_prefix(local, tile.prefix), self.num_heads)
+            out = add_local(out, grid_values(tokens, tile), self.dwc, tile)
         return out.to(tokens.q.dtype)
 
     def forward(
