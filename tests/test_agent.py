@@ -260,6 +260,17 @@ def test_each_thread_gets_the_biases_of_its_own_grid(monkeypatch):
     check(grid=Grid(3, 7, 1))
 
 
+def test_large_biases_are_not_kept():
+    """Those of a dense backbone on a large image would take many times the memory of its weights."""
+    core, check = kept_core()
+    large = Grid(256, 300)
+    with torch.no_grad():
+        core(random_tokens(large, batch=1), Layout(large))
+    assert core.tables._kept is None
+    check()
+    assert core.tables._kept is not None
+
+
 def test_replicas_of_data_parallel_keep_nothing():
     """They are made of the model with what it keeps, but have their parameters as plain attributes."""
     tables = kept_core()[0].tables

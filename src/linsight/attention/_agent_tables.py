@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from linsight.ops import FittedTable, Grid, Tile, accumulator, full_precision, resize_matrix, separable
 
 _BLOCK = 7  # side of `an` and `na`, whatever the grid
+_MOST_KEPT = 2**20  # numbers a layer: those of all published classifiers, but not of a detector's large images
 _AXES = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}  # of each table along a side of a grid
 
 
@@ -84,7 +85,7 @@ class AgentTables(nn.Module):
     def forward(self, keys: Tile, queries: Tile) -> tuple[Tensor, Tensor]:
         """B1 `(1 or B, H, n, N)` and B2 `(1 or B, H, M, n)` of whole grids, in the accumulator's dtype.
 
-        Without gradients, and outside of compiled graphs, they are kept for the next call.
+        Without gradients, and outside of compiled graphs, they are kept for the next call unless they are large.
         """
         if torch.compiler.is_compiling():
             return self.of_keys(keys), self.of_queries(queries)
@@ -99,7 +100,8 @@ class AgentTables(nn.Module):
         kept = self._kept  # read once: another thread may put its own there
         if kept is None or not kept.holds(place, parameters):
             made_of = tuple((p.detach(), p._version) for p in parameters)
-            self._kept = kept = _Kept(place, made_of, (self.of_keys(keys), self.of_queries(queries)))
+            kept = _Kept(place, made_of, (self.of_keys(keys), self.of_queries(queries)))
+            self._kept = kept if sum(bias.numel() for bias in kept.biases) <= _MOST_KEPT else None
         return kept.biases
 
     def __getstate__(self) -> dict[str, Any]:
