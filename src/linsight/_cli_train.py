@@ -20,8 +20,8 @@ _OWN = [name for name, shipped in RECIPES.items() if not shipped.published]
 _ABOUT = "\n\n".join(
     [
         *(f"{name}: {RECIPES[name].about}" for name in _OWN),
-        "As published, for ImageNet-1K, by the name of the model; 'linsight info MODEL' says what to expect: "
-        + ", ".join(name for name, shipped in RECIPES.items() if shipped.published),
+        "Every published model of 'linsight list' has the recipe of its paper, for ImageNet-1K, by its own name; "
+        "'linsight info MODEL' says what to expect.",
     ]
 )
 
