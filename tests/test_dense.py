@@ -11,10 +11,10 @@ from linsight.models._registry import _build
 SIZE = (70, 45)
 
 
-def backbone(kind):
+def backbone(kind, **more):
     """One that a row of data describes."""
-    small = {"embed_dim": 8, "num_heads": (1, 2, 2, 2)}
-    return _build(Variant("toy_dense", "swin_tiny", "inline", small, dense=kind)).eval()
+    small = {"embed_dim": 8, "num_heads": (1, 2, 2, 2), **more}
+    return _build(Variant("toy_dense", "swin_tiny", "inline", dense=kind), **small).eval()
 
 
 @pytest.mark.parametrize("kind", ["plain", "normed"])
@@ -42,3 +42,25 @@ def test_published_keys_go_both_ways():
     other = backbone("normed")
     linsight.load_published(other, state)
     assert all(torch.equal(tensor, dense.state_dict()[key]) for key, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "normed"])
+def test_some_stages(kind):
+    """Asked for in timm's words."""
+    some, dense = backbone(kind, features_only=True, out_indices=(0, 2)), backbone(kind)
+    linsight.load_published(some, linsight.export_published(dense))
+    x = torch.randn(1, 3, *SIZE)
+    assert some.feature_info.channels() == [8, 32] and len(some.model.layers) == 3
+    for ours, theirs in zip(some(x), dense(x)[::2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_training_asks_of_it():
+    dense = _build(Variant("toy_dense", "swin_tiny", "inline:1/softmax", dense="normed"), embed_dim=24)
+    inner = dense.model
+    dense.set_grad_checkpointing()
+    assert all(stage.grad_checkpointing for stage in inner.layers)
+    kept = dense.no_weight_decay() & {name for name, _ in dense.named_parameters()}
+    assert any(name.endswith("relative_position_bias_table") for name in kept)
+    dense.set_input_size(img_size=(96, 160))
+    assert inner.patch_embed.grid_size == (24, 40)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from linsight.attention import Attention
@@ -150,6 +151,8 @@ def _reason_to_drop(model: nn.Module, key: str, head: bool, pruned: bool) -> str
 
 def _is_pruned(model: nn.Module, key: str) -> bool:
     """Whether the stage, block, norm or classifier that `key` belongs to was taken out of the model."""
+    if isinstance(model, FeatureGetterNet) and key.startswith("model."):
+        return _is_pruned(model.model, key.removeprefix("model."))
     module = model
     for depth, name in enumerate(key.split(".")[:-1]):
         child = dict(module.named_children()).get(name)

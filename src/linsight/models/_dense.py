@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
@@ -14,26 +15,39 @@ class DenseFeatures(FeatureGetterNet):
 
     normed: a LayerNorm (eps 1e-5) on each map that is returned, not on the one that is passed on; it is not in the
         checkpoint of a classifier, so that is loaded with `head=False`.
+    out_indices: the stages whose maps are given; those behind the last one are dropped.
 
     Images of any size, `(B, C, H, W)` -> maps `(B, C_i, H_i, W_i)`; `feature_info` tells channels and strides.
     """
 
     published = (*(Rename(f"norm{i}.", f"norm{i}.") for i in range(4)), Rename("", "model."))
 
-    def __init__(self, model: nn.Module, *, normed: bool) -> None:
-        super().__init__(model, out_indices=(0, 1, 2, 3))
+    def __init__(self, model: nn.Module, *, normed: bool, out_indices: int | Sequence[int] = (0, 1, 2, 3)) -> None:
+        super().__init__(model, out_indices)
         like: Any = next(model.parameters())
         factory = {"device": like.device, "dtype": like.dtype}
-        self.norms: Sequence[str] = []
-        if normed:
-            self.norms = [f"norm{i}" for i in range(len(self.feature_info.channels()))]
-            for name, width in zip(self.norms, self.feature_info.channels(), strict=True):
-                self.add_module(name, nn.LayerNorm(width, **factory))
+        self.norms = [f"norm{i}" for i in self.out_indices] if normed else []
+        for name, width in zip(self.norms, self.feature_info.channels() if normed else (), strict=True):
+            self.add_module(name, nn.LayerNorm(width, **factory))
         self.pretrained_cfg = self.default_cfg = {**model.pretrained_cfg, "classifier": tuple(self.norms)}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The maps of all stages."""
+        """The maps of the stages."""
         maps = super().forward(x)
         for i, name in enumerate(self.norms):
             maps[i] = self[name](maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return maps
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass."""
+        self.model.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """What the model asks for."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As the model's."""
+        self.model.set_input_size(*args, **kwargs)

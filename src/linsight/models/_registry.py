@@ -176,6 +176,9 @@ def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.M
     options = kwargs.pop("attention_options", None)
     if options is None:
         options = variant.options if attention == variant.attention else {}
+    if variant.dense:  # which gives features whether asked to or not
+        kwargs.pop("features_only", None)
+    maps = {"out_indices": kwargs.pop("out_indices")} if variant.dense and "out_indices" in kwargs else {}
     model = build_model_with_cfg(
         host.model_cls,
         variant.name,
@@ -186,7 +189,7 @@ def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.M
         attention_options=options,
         **{"img_size": cfg["input_size"][-2:], **host.args, **variant.args, **kwargs},
     )
-    return DenseFeatures(model, normed=variant.dense == "normed") if variant.dense else model
+    return DenseFeatures(model, normed=variant.dense == "normed", **maps) if variant.dense else model
 
 
 def _build_architecture(entry: Architecture, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
