@@ -237,6 +237,7 @@ def test_a_steps_resnet_by_name():
     ("call", "message"),
     [
         (lambda: vit(steps=[]), "pairs of a width and a number of blocks"),
+        (lambda: vit(steps=5), "pairs of a width and a number of blocks"),
         (lambda: vit(steps=[16, 32]), "pairs of a width and a number of blocks"),
         (lambda: vit(steps=[(16, -1), (32, 2)]), "pairs of a width and a number of blocks"),
         (lambda: vit(steps=[(32, 1), (16, 1)]), "widths must grow"),
@@ -246,6 +247,8 @@ def test_a_steps_resnet_by_name():
         (lambda: swin(steps=[[(8, 2)], [(2, 2), (16, 2)]]), "choose a multiple of 4"),
         (lambda: swin(steps=[[(8, 2)], [(8, 4)]]), "takes all 16 channels, not 8"),
         (lambda: resnet(stages=RESNET[:3]), "a ResNet has 4"),
+        (lambda: resnet(stages=[[], *RESNET[1:]]), "pairs of a width and a number of blocks"),
+        (lambda: resnet(block="basik"), "did you mean 'basic'"),
         (
             lambda: linsight.create_model("vit_tiny_patch16_224", steps=[(64, 2), (192, 4)], pretrained=True),
             "pretrained=False",

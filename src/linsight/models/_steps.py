@@ -25,7 +25,8 @@ def block_widths(steps: Steps) -> list[int]:
     Raises:
         LinsightError: these are not pairs, or the widths do not grow.
     """
-    pairs = [tuple(step) if isinstance(step, list | tuple) else () for step in steps]
+    listed = steps if isinstance(steps, list | tuple) else ()
+    pairs = [tuple(step) if isinstance(step, list | tuple) else () for step in listed]
     if not pairs or not all(len(pair) == 2 and isinstance(pair[0], int) and pair[1] >= 0 for pair in pairs):
         raise LinsightError(f"steps={steps}: give pairs of a width and a number of blocks, as [(96, 4), (192, 8)]")
     widths = [width for width, _ in pairs]

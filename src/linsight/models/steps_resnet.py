@@ -15,7 +15,7 @@ import torch
 from timm.models import resnet as timm_resnet
 from torch import Tensor, nn
 
-from linsight.errors import LinsightError
+from linsight.errors import LinsightError, UnknownNameError
 
 from ._steps import Steps, block_widths
 
@@ -66,7 +66,10 @@ class StepsResNet(timm_resnet.ResNet):
     ) -> None:
         if len(stages) != 4:
             raise LinsightError(f"stages= lists {len(stages)}, but a ResNet has 4: give the steps of each")
-        widths = [[steps[-1][0], *block_widths(steps)] for steps in stages]
+        if block not in BLOCKS:
+            raise UnknownNameError("block", block, BLOCKS)
+        narrow = [block_widths(steps) for steps in stages]  # which also checks them
+        widths = [[steps[-1][0], *row] for steps, row in zip(stages, narrow, strict=True)]
         fns: Any = [_StageBlocks(BLOCKS[block], row) for row in widths]
         layers, channels = tuple(map(len, widths)), tuple(row[0] for row in widths)
         super().__init__(fns, layers, channels=channels, **timm_args)
