@@ -318,6 +318,8 @@ def test_every_registered_model_tells_its_size():
         {**HOSTS[variant.host].args, **variant.args} for variant in VARIANTS.values()
     ]
     assert all(None not in _size(args) for args in arguments)
+    swin, steps = HOSTS["swin_tiny"].args, VARIANTS["steps_swin_tiny"].args
+    assert _size({**swin, **steps}) == (96, 26) and _size({**swin, "steps": [[(96, 3)], [(192, 2)]]}) == (96, 5)
 
 
 def test_other_blocks_of_the_same_host():

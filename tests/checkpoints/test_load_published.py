@@ -290,7 +290,16 @@ def test_the_table_is_cut():
 
 
 @pytest.mark.parametrize(
-    ("file", "model"), [("inline_deit_small", "inline_deit_tiny"), ("inline_deit_tiny", "vit_tiny")]
+    ("file", "model"),
+    [
+        ("inline_deit_small", "inline_deit_tiny"),
+        ("inline_deit_tiny", "vit_tiny"),
+        ("wfm_tiny", "vit_tiny"),
+        ("steps_deit_tiny", "vit_tiny"),
+        ("siamese_deit_tiny", "vit_tiny"),
+        ("steps_resnet18", "vit_tiny"),
+        ("dynp_reg400m_t128", "vit_tiny"),
+    ],
 )
 def test_the_right_model_is_named(file, model):
     state = export_published(linsight.create_model(file, num_classes=2))

@@ -1,13 +1,15 @@
 """What a checkpoint that does not fit seems to be, in one line."""
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from linsight.models import HOSTS, VARIANTS, create_model
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, Architecture, Host, create_model
 
 from ._fit import Fitted, fit, in_classifier
 from ._keys import key_map, to_ours
@@ -50,37 +52,80 @@ def guess(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     config = getattr(model, "pretrained_cfg", None)
     if not config:  # a single layer
         return ""
-    resized = ""
-    for name in _candidates(tensors):
-        if name != config.get("architecture"):
+    resized, strangers = "", set[type[nn.Module]]()
+    for row in _candidates(tensors):
+        if row.name != config.get("architecture") and row.model_cls not in strangers:
             with _Unfilled():
-                candidate = create_model(name, device="meta")
+                candidate = create_model(row.name, device="meta")
             fitted = fit(candidate, tensors, head=False)
             if fitted.ready and not fitted.problems:
                 if not fitted.resized:
-                    return name
-                resized = resized or name
+                    return row.name
+                resized = resized or row.name
+            elif not fitted.ready and all(not (wrong.checkpoint and wrong.model) for wrong in fitted.problems):
+                strangers.add(row.model_cls)  # not a name in common
     return resized
 
 
-def _candidates(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Registered models of the width and depth that the keys and shapes tell, since to build each takes long."""
+class _Registered(NamedTuple):
+    """A registered model: its class, arguments and number of parameters, 0 where it is not told."""
+
+    name: str
+    model_cls: type[nn.Module]
+    args: Mapping[str, Any]
+    params: int
+
+
+def _candidates(tensors: Mapping[str, Tensor]) -> list[_Registered]:
+    """Registered models of the width and depth that keys and shapes tell, since to build each takes long.
+
+    Those with about as many parameters come first, then those that do not tell how many they have.
+    """
     vectors = {len(tensor) for tensor in tensors.values() if tensor.ndim == 1}
-    blocks = sum(key.endswith(".norm1.weight") for key in tensors)  # none where mechanisms are whole blocks
-    registered = [(name, {**HOSTS[variant.host].args, **variant.args}) for name, variant in VARIANTS.items()]
-    for name, args in [*registered, *((name, host.args) for name, host in HOSTS.items())]:
-        width, depth = _size(args)
+    blocks = len({found[1] for key in tensors if (found := _IN_BLOCK.match(key))})
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    fitting = []
+    for row in _registered():
+        width, depth = _size(row.args)
         if width in (None, *vectors) and (not blocks or depth in (None, blocks)):
-            yield name
+            fitting.append(row)
+    return sorted(fitting, key=lambda row: abs(math.log(numbers / row.params)) if row.params else 0.5)
+
+
+# Every block of a transformer has it, by this name or as in "pre_norm2"; norms of stages lie in no block.
+_IN_BLOCK = re.compile(r"(.+)\.\w*norm2\.weight$")
+
+
+def _registered() -> Iterator[_Registered]:
+    for name, variant in VARIANTS.items():
+        host = HOSTS[variant.host]
+        args, params = {**host.args, **variant.args}, variant.published.get("params", 0)
+        yield _Registered(name, host.model_cls, args, params)
+    entries: Mapping[str, Host | Architecture] = {**HOSTS, **ARCHITECTURES}
+    for name, entry in entries.items():
+        yield _Registered(name, entry.model_cls, entry.args, entry.published.get("params", 0))
 
 
 def _size(args: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The width of the first stage and the number of blocks, by the arguments of a model; None if they are silent."""
     stages = args.get("stages", ())
+    if stages and not isinstance(stages[0], tuple):  # the steps of a ResNet, whose blocks are no transformer's
+        return None, None
     widths = args.get("embed_dims", args.get("embed_dim", [dim for dim, *_ in stages]))
     depths = args.get("depths", args.get("depth", [depth for _, depth, *_ in stages]))
+    if "steps" in args:
+        depths = [depth for _, depth in _pairs(args["steps"])]
     widths, depths = ([sides] if isinstance(sides, int) else sides for sides in (widths, depths))
     return next(iter(widths), None), sum(depths) or None
+
+
+def _pairs(steps: Any) -> Iterator[tuple[int, int]]:
+    """Those of all steps, listed by stage or not."""
+    for step in steps:
+        if isinstance(step[0], int):
+            yield step
+        else:
+            yield from step
 
 
 class _Unfilled(TorchFunctionMode):
