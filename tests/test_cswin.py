@@ -47,6 +47,13 @@ def test_padded_stripes_are_exact(name, split, grid):
     torch.testing.assert_close(layer(x, Grid(*grid), cond), stripe_by_stripe(layer, x, grid, cond))
 
 
+def test_only_who_asks_for_it_sees_the_stream_before_the_norm():
+    x, stream = torch.randn(2, 1, 64, 16)
+    for name, asks in (("inline", True), ("circulant", False)):
+        layer = attention(name, split=None)
+        assert torch.equal(layer(x, Grid(8, 8), stream), layer(x, Grid(8, 8))) != asks
+
+
 def test_the_first_half_of_the_heads_sees_columns_the_second_rows():
     layer, grid = attention(split=1), Grid(4, 5)
     x = torch.randn(1, 20, 16, requires_grad=True)

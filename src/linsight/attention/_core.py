@@ -12,7 +12,7 @@ from linsight.ops import Grid, Layout, State, Tile, merge
 class Tokens(NamedTuple):
     """What a mechanism sees. q `(B, M, H, D)`; k `(B, N, H, D)`; v `(B, N, H, E)`, head-major channels.
 
-    x: `(B, M, C)` what the queries were projected from, or what the host conditions the layer on.
+    x: `(B, M, C)` what the queries were projected from; for a core that is `conditioned`, what the host gives.
     keep: `(B, N)` bool, False where a key is not to be seen; None when all are.
     extra: `(B, N, core.extra_dim)`, further projected channels, for a core that asks for them.
     """
@@ -76,6 +76,7 @@ class Core(nn.Module):
     of_queries: ClassVar[tuple[int, ...]] = ()  # rounds that absorb the grid of q and x; the others, that of k and v
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `_layer.py`
     qkv_bias: ClassVar[bool] = True  # False: projected without one, whatever the host has
+    conditioned: ClassVar[bool] = False  # whether x is what the host conditions layers on, where it does
     layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do
     extra_dim: int = 0  # width of `tokens.extra`
     out_dim: int | None = None  # width of the outputs, heads merged, where it is not `dim`

@@ -143,7 +143,7 @@ class Attention(Layer):
             context: `(B, N, C)` tokens that keys and values are made from instead of `x`.
             context_layout: their layout.
             score_bias: `(B or 1, H or 1, M, N)`, added to the scores.
-            cond: `(B, M, C)`, what the host conditions the layer on; `x` where it gives none.
+            cond: `(B, M, C)`, what the host conditions the layer on, if the mechanism takes that; `x` if None.
 
         Raises:
             CapabilityError: the formula of the mechanism does not define what is asked.
@@ -173,7 +173,7 @@ class Attention(Layer):
             source, source_layout = self._reduce(source, source_layout, keep)
         tokens = self.tokens(x, source, source_layout, keep)
         out = self.core(
-            tokens if cond is None else tokens._replace(x=cond),
+            tokens._replace(x=cond) if cond is not None and self.core.conditioned else tokens,
             layout,
             context_layout=None if source_layout is layout else source_layout,
             score_bias=score_bias,

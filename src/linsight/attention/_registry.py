@@ -6,6 +6,7 @@ constructor. Nothing else is edited to add one.
 
 import dataclasses
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
@@ -71,6 +72,7 @@ class Mechanism:
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise unless every option is one of ours and has one of its values."""
         known = {option.name: option for option in self.options}
+        hints = typing.get_type_hints(self.factory.__init__) if options else {}
         for name, value in options.items():
             if name not in known:
                 if name in Capabilities._fields:
@@ -78,6 +80,8 @@ class Mechanism:
                 raise UnknownNameError(f"option of '{self.name}'", name, known)
             if known[name].choices and value not in known[name].choices:
                 raise UnknownNameError(f"{name} of '{self.name}'", str(value), map(str, known[name].choices))
+            if not known[name].choices and not _fits(value, hints.get(name, Any)):
+                raise LinsightError(f"{name}={value!r} of '{self.name}' must be {_words(hints[name])}")
 
 
 _REGISTRY: dict[str, Mechanism] = {}
@@ -148,6 +152,28 @@ def _options(cls: type[nn.Module]) -> tuple[Option, ...]:
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         found.append(Option(name, parameter.default, choices, helps.get(name, "")))
     return tuple(found)
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether an option may have this value, as far as its type tells; a list is as good as a tuple."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple | list) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in _WORDS else True
+
+
+def _words(hint: Any) -> str:
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return f"({', '.join(map(_words, parts))})"
+    return " or ".join(map(_words, parts)) if parts else _WORDS.get(hint, str(hint))
 
 
 def _arguments(doc: str) -> dict[str, str]:

@@ -68,6 +68,7 @@ class InLine(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
     halos = (0, 1)
+    conditioned = True
     published = (Rename("residual.", "core.generator."),)
 
     def __init__(

@@ -164,10 +164,11 @@ class CrossShapedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor, grid: Grid, cond: Tensor | None = None) -> Tensor:
-        """`(B, H*W, C)`; the shape is kept. `cond`: what the mechanism is conditioned on, `x` if None."""
+        """`(B, H*W, C)`; the shape is kept. `cond`: what a mechanism that asks for it is conditioned on."""
         count = len(self.branches)
         shares = self.qkv(x).unflatten(-1, (3, count, -1)).unbind(3)  # each (B, H*W, 3, C / count)
-        conds = (x if cond is None else cond).chunk(count, -1)
+        conditioned = all(branch.core.conditioned for branch in self.branches)  # type: ignore[union-attr]
+        conds = (cond if cond is not None and conditioned else x).chunk(count, -1)
         outs = [branch(qkv, grid, c) for branch, qkv, c in zip(self.branches, shares, conds, strict=True)]
         return self.proj(outs[0] if count == 1 else torch.cat(outs, -1))
 
