@@ -6,7 +6,7 @@ from typing import Any
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
-from ._pyramid import init_linear
+from ._stages import init_linear
 from ._steps import Steps, block_widths, check_last, heads_of
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from linsight.ops import Grid
 
 from ._plan import Choice
-from ._pyramid import PreNorm, Pyramid, StageSize, init_linear
+from ._pyramid import Pyramid
 from ._seams import make_layer
+from ._stages import PreNorm, StageSize, init_linear
 
 
 class Down(ConvNormAct):

@@ -1,7 +1,7 @@
 """The compact host's sizes and our variants of it, as data."""
 
-from ._pyramid import StageSize
 from ._registry import Host, Variant, add_hosts, add_variants
+from ._stages import StageSize
 from .compact import Compact
 
 _CFG = {

@@ -25,8 +25,9 @@ from linsight.ops import Grid, Layout, depthwise_conv, shifted_products
 
 from ._convs import ConvEmbed
 from ._plan import Choice
-from ._pyramid import PlainPyramid, PreNorm, StageSize
+from ._pyramid import PlainPyramid
 from ._seams import make_layer
+from ._stages import PreNorm, StageSize
 
 
 class Stripes(NamedTuple):

@@ -1,7 +1,7 @@
 """CSwin: the sizes of the host and the published variants, as data."""
 
-from ._pyramid import StageSize
 from ._registry import Host, Variant, add_hosts, add_variants, figures
+from ._stages import StageSize
 from .cswin import CSwinTransformer
 
 _HEADS = {64: (2, 4, 8, 16), 96: (4, 8, 16, 32)}

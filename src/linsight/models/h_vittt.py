@@ -17,8 +17,8 @@ from linsight.ops import Grid
 from ._conv_pyramid import ConvPyramid, stem_names
 from ._convs import CPE, ConvMlp
 from ._plan import Choice
-from ._pyramid import PreNorm, StageSize
 from ._seams import make_layer
+from ._stages import PreNorm, StageSize
 
 
 class HViTBlock(PreNorm):

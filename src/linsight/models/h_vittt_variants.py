@@ -1,7 +1,7 @@
 """H-ViT^3: the sizes of the host and the published variants, as data."""
 
-from ._pyramid import StageSize
 from ._registry import Host, Variant, add_hosts, add_variants, figures
+from ._stages import StageSize
 from .h_vittt import HierarchicalViT
 
 _CFG = {"first_conv": "stages.0.downsample.first.conv", "classifier": "head.fc", "crop_mode": "center"}

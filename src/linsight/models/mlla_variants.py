@@ -1,7 +1,7 @@
 """MLLA: the sizes of the host and the published variants, as data."""
 
-from ._pyramid import StageSize
 from ._registry import Host, Variant, add_hosts, add_variants, figures
+from ._stages import StageSize
 from .mlla import MLLATransformer
 
 _CFG = {"first_conv": "stages.0.downsample.first.conv", "classifier": "head.fc", "crop_mode": "center"}

@@ -23,8 +23,9 @@ from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
 
 from ._convs import ConvEmbed
 from ._plan import Choice, plan
-from ._pyramid import PreNorm, Pyramid, Stage, StageSize, as_map, init_linear
+from ._pyramid import Pyramid
 from ._seams import make_layer, refuse_prefix
+from ._stages import PreNorm, Stage, StageSize, as_map, init_linear
 
 
 class PVTStage(Stage):

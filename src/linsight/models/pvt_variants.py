@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ._pyramid import StageSize
 from ._registry import Host, Variant, add_hosts, add_variants, figures
+from ._stages import StageSize
 from .pvt import PyramidVisionTransformer
 
 _DIMS, _HEADS, _MLPS, _REDUCTIONS = (64, 128, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4), (8, 4, 2, 1)

@@ -34,8 +34,8 @@ from linsight.errors import LinsightError
 from linsight.ops import Grid
 
 from ._plan import Choice, plan
-from ._pyramid import init_linear
 from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores
+from ._stages import init_linear
 from ._steps import Steps, block_widths, opened, widened
 from ._steps_swin import narrow
 from ._windows import WindowAttention, Windows, half_shift, to_multiple, within
