@@ -113,7 +113,7 @@ def _mobilenet(width: float, in_chans: int, stem_stride: int) -> Cut:
     return Cut(
         parts[0],
         parts[1:],
-        tuple(part[-1].out_channels for part in parts),
+        tuple(part[-1].out_channels for part in parts),  # type: ignore[misc]
         hidden=hidden.out_features,
         drop=drop.p,
         head_std=0.01,

@@ -153,7 +153,7 @@ class Exchange(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """`(B, dim, H, W)` and `(B, L, C)`, both after the exchange."""
-        if self.mix is not None:
+        if self.mix is not None and self.widen is not None:
             z = self.mix(z.transpose(1, 2)).transpose(1, 2)
             z = self.widen(z)
         if self.write is not None:
