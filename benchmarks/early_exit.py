@@ -102,11 +102,11 @@ def about(found: dict[str, Any], options: argparse.Namespace) -> str:
     """What the figures were taken with."""
     counts = found["images"]
     machine = torch.cuda.get_device_name() if found["device"].startswith("cuda") else platform.machine()
+    versions = f"torch {torch.__version__}, timm {timm.__version__}, linsight {linsight.__version__}"
     return (
         f"`{MODEL}`, {options.epochs} epochs of {options.subset} images; {counts['calibration']} test images set "
-        f"thresholds, {counts['report']} others are reported on. Speed at batch {options.batch}: {found['device']} ({machine}, "
-        f"{torch.get_num_threads()} threads), {found['precision']}, torch {torch.__version__}, "
-        f"timm {timm.__version__}, linsight {linsight.__version__}."
+        f"thresholds, {counts['report']} others are reported on. Speed at batch {options.batch}: "
+        f"{found['device']} ({machine}, {torch.get_num_threads()} threads), {found['precision']}; {versions}."
     )
 
 
