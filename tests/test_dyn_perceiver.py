@@ -25,7 +25,7 @@ from linsight.train._budget import leaving
 
 CASES = [name for name in cases.names(models=True) if name.startswith("dyn_perceiver/")]
 MODELS = {name: entry for name, entry in ARCHITECTURES.items() if entry.model_cls is DynamicPerceiver}
-PUBLISHED = {name: entry for name, entry in MODELS.items() if entry.published}
+PUBLISHED = {name: entry for name, entry in MODELS.items() if "params" in entry.published}
 
 
 def tiny(network="resnet18", width=0.125, stem_stride=2, *, latents=None, num_classes=5, **args):
