@@ -44,6 +44,14 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "dynamic_depthwise_conv": (
         Form("one grouped convolution", "run eagerly; shifted products when compiled or exported", lambda device: ""),
     ),
+    "pool_tokens": (
+        Form("one adaptive pooling", "run eagerly, whole, without gradients; else small matrices", lambda device: ""),
+    ),
+    "gather_pooled": (Form("scaled dot-product attention", "one call over all keys", lambda device: ""),),
+    "read_pooled": (Form("scaled dot-product attention", "one call over all pooled tokens", lambda device: ""),),
+    "inner_gradient": (),
+    "inner_forward": (),
+    "neighbourhood_attention": (),
 }
 
 
