@@ -149,8 +149,10 @@ class Agent(Core):
             v = grid_values(tokens, keys)
             if context_layout is not None:
                 v = v.to(out.dtype)
-                rows, columns = stretches(v, keys.grid[:2], queries)
-                v = separable(v.unflatten(1, keys.grid[:2]), rows[0, 0], columns[0, 0]).flatten(1, 2)
+                rows, columns = stretches(v, (keys.grid.height, keys.grid.width), queries)
+                v = separable(v.unflatten(1, (keys.grid.height, keys.grid.width)), rows[0, 0], columns[0, 0]).flatten(
+                    1, 2
+                )
             out = add_local(out, v, self.dwc, queries)
         return out.to(tokens.q.dtype)
 

@@ -68,7 +68,7 @@ class GatedAttention(Attention):
     def tokens(self, x: Tensor, source: Tensor, layout: Layout, keep: Tensor | None) -> Tokens:
         """Queries, keys and values of the branch that is convolved; dropped tokens are as outside the grid there."""
         u, grid = mask_tokens(self.in_proj(x), keep), layout.grid
-        local = depthwise_conv(u[:, grid.prefix :], grid[:2], self.dwc.weight, self.dwc.bias)
+        local = depthwise_conv(u[:, grid.prefix :], (grid.height, grid.width), self.dwc.weight, self.dwc.bias)
         u = F.silu(torch.cat([u[:, : grid.prefix], local], dim=1) if grid.prefix else local)
         return super().tokens(u, u, layout, keep)
 

@@ -121,7 +121,7 @@ class DynCnn(nn.Module):
         layout = as_layout(layout)
         grid, x = layout.grid, x[:, layout.grid.prefix :]
         kernels = self.w[:, 0] + self.delta(x, layout).to(self.w.dtype)
-        out = dynamic_depthwise_conv(x, grid[:2], kernels.to(x.dtype)) + self.b
+        out = dynamic_depthwise_conv(x, (grid.height, grid.width), kernels.to(x.dtype)) + self.b
         return pad_prefix(out, grid.prefix)
 
     def delta(self, x: Tensor, layout: Layout) -> Tensor:
@@ -146,7 +146,9 @@ class StaticCnn(nn.Conv2d):
     def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:  # type: ignore[override]
         """As of `DynCnn`."""
         grid = as_layout(layout).grid
-        return pad_prefix(depthwise_conv(x[:, grid.prefix :], grid[:2], self.weight, self.bias), grid.prefix)
+        return pad_prefix(
+            depthwise_conv(x[:, grid.prefix :], (grid.height, grid.width), self.weight, self.bias), grid.prefix
+        )
 
 
 class StaticLinear(nn.Linear):

@@ -20,7 +20,7 @@ class CPE(nn.Conv2d):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
         """`(B, P + H*W, C)`; the shape is kept."""
-        local = depthwise_conv(x[:, grid.prefix :], grid[:2], self.weight, self.bias)
+        local = depthwise_conv(x[:, grid.prefix :], (grid.height, grid.width), self.weight, self.bias)
         return x + pad_prefix(local, grid.prefix)
 
 
