@@ -59,7 +59,7 @@ class Circulant(Core):
         """Two circular correlations, in float32 whatever the dtype of the tokens."""
         height, width, _ = layout.grid
         dtype = accumulator(tokens.q.dtype)
-        q, k, v = (self._map(t, height, width, dtype) for t in tokens[:3])
+        q, k, v = (self._map(t, height, width) for t in tokens[:3])
         gate = self.gate(merge_heads(tokens.v) if tokens.x is None else tokens.x)
         with full_precision(q):
             scores = circular_correlation(q, k) * (height * width) ** -0.5
@@ -69,6 +69,6 @@ class Circulant(Core):
         return split_heads(out, self.num_heads).to(tokens.q.dtype)
 
     @staticmethod
-    def _map(x: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    def _map(x: Tensor, height: int, width: int) -> Tensor:
         """`(B, N, heads, D)` -> `(B, C, H, W)`, contiguous: an FFT over strided axes is several times slower."""
-        return merge_heads(x).transpose(1, 2).unflatten(2, (height, width)).to(dtype).contiguous()
+        return merge_heads(x).transpose(1, 2).unflatten(2, (height, width)).contiguous()
