@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from linsight.ops import Tile, depthwise_conv, full_precision, mask_tokens, pad_prefix
+from linsight.ops import Tile, accumulator, depthwise_conv, full_precision, mask_tokens, pad_prefix
 
 from ._core import Tokens, merge_heads, split_heads
 
@@ -12,13 +12,18 @@ def grid_values(tokens: Tokens, tile: Tile) -> Tensor:
     return mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :]
 
 
-def add_local(out: Tensor, v: Tensor, conv: nn.Conv2d, tile: Tile) -> Tensor:
-    """`out` `(B, P + h*w, H, E)` of `tile` plus the depthwise `conv` of `v` `(B, n, C)`, what it sees of the grid.
+def local_values(v: Tensor, conv: nn.Conv2d, tile: Tile, num_heads: int) -> Tensor:
+    """The depthwise `conv` of `v` `(B, n, C)`, what `tile` sees of the grid: `(B, P + h*w, H, E)` of its own tokens.
 
-    In the dtype of `out`. Prefix tokens get nothing.
+    In the accumulator's dtype. Zero for prefix tokens.
     """
     assert conv.bias is not None
-    weight, bias = conv.weight.to(out.dtype), conv.bias.to(out.dtype)
-    with full_precision(out):
-        local = tile.inner_grid(depthwise_conv(v.to(out.dtype), tile.seen, weight, bias))
-    return out + split_heads(pad_prefix(local, tile.prefix), out.shape[-2])
+    dtype = accumulator(v.dtype)
+    with full_precision(v):
+        local = depthwise_conv(v.to(dtype), tile.seen, conv.weight.to(dtype), conv.bias.to(dtype))
+    return split_heads(pad_prefix(tile.inner_grid(local), tile.prefix), num_heads)
+
+
+def add_local(out: Tensor, v: Tensor, conv: nn.Conv2d, tile: Tile) -> Tensor:
+    """`out` `(B, P + h*w, H, E)` of `tile`, in the accumulator's dtype, plus `local_values`."""
+    return out + local_values(v, conv, tile, out.shape[-2])

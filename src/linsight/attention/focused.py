@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 from linsight.ops import (
+    Features,
     FittedTable,
     Grid,
     Layout,
@@ -37,6 +38,7 @@ from linsight.ops import (
     count_tokens,
     depthwise_conv,
     fit_square,
+    focus,
     full_precision,
     linear_absorb,
     linear_read,
@@ -44,7 +46,7 @@ from linsight.ops import (
     table_for,
 )
 
-from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._core import Capabilities, Core, Rename, Tokens, split_heads
 from ._local import grid_values
 from ._registry import Paper, register
 
@@ -108,10 +110,11 @@ class Focused(Core):
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> FocusedState:
         """sum phi(k + P) v^T, sum phi(k + P) and the number of tokens."""
-        k = merge_heads(tokens.k).to(accumulator(tokens.k.dtype))
+        k = tokens.k
         if self.positions is not None:
-            k = k + pad_prefix(table_for(self.positions, self.size, tile, "bicubic").to(k.dtype), tile.prefix)
-        sums = linear_absorb(self._map(k), tokens.v, tokens.keep)
+            table = table_for(self.positions, self.size, tile, "bicubic").to(accumulator(k.dtype))
+            k = k + split_heads(pad_prefix(table, tile.prefix), self.num_heads)
+        sums = linear_absorb(self._features(k), tokens.v, tokens.keep)
         return FocusedState(sums, count_tokens(tokens.v, tokens.keep))
 
     def finish(self, r: int, state: FocusedState, grid: Grid) -> LinearState:
@@ -153,24 +156,18 @@ class Focused(Core):
         """A published table of another size, resampled to ours."""
         return fit_square(table, self.size, "bicubic") if name == "positions" and self.positions is not None else None
 
-    def _map(self, x: Tensor) -> Tensor:
-        """phi, `(B, N, C)` -> `(B, N, H, D)`, in the dtype of `x`. Norms are over all channels of a token."""
-        with full_precision(x):
-            u = (F.relu(x) + self.eps) / F.softplus(self.scale.to(x.dtype))
-            top = u.detach().amax(dim=-1, keepdim=True)  # cancels, so no gradient passes through it
-            w = u / top
-            powered = w**self.power
-            length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-            length = top * (length / torch.linalg.vector_norm(powered, dim=-1, keepdim=True))
-            return split_heads(powered * length, self.num_heads)
+    def _features(self, x: Tensor) -> Features:
+        """phi of `x` `(B, N, H, D)`."""
+        scale = self.scale.to(accumulator(x.dtype)).unflatten(-1, (self.num_heads, -1))
+        return focus(x, 1 / F.softplus(scale[0, 0]), self.power)
 
     def _read(self, q: Tensor, v: Tensor, tile: Tile, state: LinearState) -> Tensor:
         """Outputs of `tile`; `v` `(B, n, C)` lies on the part of the grid that it sees."""
-        mapped = self._map(merge_heads(tile.inner(q)).to(state.kv.dtype))
-        out = linear_read(mapped, state, self.eps)
         assert self.dwc.bias is not None
-        weight = self.dwc.weight.to(out.dtype).repeat(self.num_heads, 1, 1, 1)
-        bias = self.dwc.bias.to(out.dtype).repeat(self.num_heads)
-        with full_precision(out):
-            local = tile.inner_grid(depthwise_conv(v.to(out.dtype), tile.seen, weight, bias))
-        return (out + split_heads(pad_prefix(local, tile.prefix), self.num_heads)).to(q.dtype)
+        v = v.to(state.kv.dtype)
+        weight = self.dwc.weight.to(v.dtype).repeat(self.num_heads, 1, 1, 1)
+        bias = self.dwc.bias.to(v.dtype).repeat(self.num_heads)
+        with full_precision(v):
+            local = tile.inner_grid(depthwise_conv(v, tile.seen, weight, bias))
+        local = split_heads(pad_prefix(local, tile.prefix), self.num_heads)
+        return linear_read(self._features(tile.inner(q)), state, self.eps, add=local, dtype=q.dtype)

@@ -17,19 +17,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from linsight.ops import (
-    FEATURE_MAPS,
+    Features,
     Grid,
     Moments,
     State,
     Tile,
     accumulator,
-    apply_state,
+    affine_read,
+    central_absorb,
     dynamic_depthwise_conv,
     full_precision,
     mask_tokens,
+    pad_prefix,
 )
 
 from ._core import Capabilities, Core, Rename, Tokens, split_heads
@@ -83,7 +84,7 @@ class InLine(Core):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.feature_map = FEATURE_MAPS[feature_map]
+        self.feature_map = feature_map
         factory = {"device": device, "dtype": dtype}
         self.generator = (
             nn.Sequential(
@@ -97,10 +98,10 @@ class InLine(Core):
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> InLineState:
         """Central moments of phi(k) and v, and the sum of x."""
-        k = self.feature_map(tokens.k.to(accumulator(tokens.k.dtype)))
         x = tokens.v.flatten(2) if tokens.x is None else tokens.x
         total = mask_tokens(x, tokens.keep).sum(dim=1, dtype=accumulator(x.dtype))
-        return InLineState(Moments.absorb(k, tokens.v, tokens.keep), total)
+        moments = central_absorb(Features(tokens.k, self.feature_map), tokens.v, tokens.keep)
+        return InLineState(moments, total)
 
     def finish(self, r: int, state: InLineState, grid: Grid) -> InLineReader:
         """Means, covariance and the kernels that the mean token generates."""
@@ -113,14 +114,13 @@ class InLine(Core):
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
         """mean(v) + s q Cov(k, v), and the local term on the grid."""
         state: InLineReader = done[0]
-        q = self.feature_map(tile.inner(tokens.q).to(state.cov.dtype))
-        with full_precision(q):
-            out = state.v[:, None] + apply_state(q, state.cov * q.shape[-1] ** -0.5)
+        q = Features(tile.inner(tokens.q), self.feature_map)
+        local = None
         if state.kernels is not None:
             local = tile.inner_grid(dynamic_depthwise_conv(grid_values(tokens, tile), tile.seen, state.kernels))
-            local = split_heads(local, self.num_heads)
-            out = out + F.pad(local, (0, 0, 0, 0, tile.prefix, 0)) if tile.prefix else out + local
-        return out.to(tokens.q.dtype)
+            local = split_heads(pad_prefix(local, tile.prefix), self.num_heads)
+        scaled = state.cov * q.x.shape[-1] ** -0.5
+        return affine_read(q, scaled, state.v, add=local, dtype=tokens.q.dtype)
 
     def _generate(self, generator: nn.Sequential, mean: Tensor) -> Tensor:
         """`(B, C)` -> `(B, C, 3, 3)`, tap 3*ky + kx of channel c at 9c + tap; in the dtype of `mean`."""

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from linsight.errors import CapabilityError
 from linsight.ops import (
-    FEATURE_MAPS,
+    Features,
     Layout,
     LinearState,
     State,
     Tile,
-    accumulator,
     causal_linear_attention,
     linear_absorb,
     linear_read,
@@ -57,17 +56,17 @@ class Linear(Core):
         super().__init__()
         self.num_heads = num_heads
         self.causal = causal
-        self.feature_map = FEATURE_MAPS[feature_map]
+        self.feature_map = feature_map
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> LinearState:
         """sum phi(k) v^T and sum phi(k)."""
         if self.causal:
             raise CapabilityError("the causal form of 'linear' depends on order and has no tiles: pass causal=False")
-        return linear_absorb(self._map(tokens.k), tokens.v, tokens.keep)
+        return linear_absorb(Features(tokens.k, self.feature_map), tokens.v, tokens.keep)
 
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
         """phi(q) against the state."""
-        return linear_read(self._map(tokens.q), done[0], self.eps).to(tokens.q.dtype)
+        return linear_read(Features(tokens.q, self.feature_map), done[0], self.eps, dtype=tokens.q.dtype)
 
     def forward(
         self,
@@ -87,4 +86,4 @@ class Linear(Core):
         return causal_linear_attention(self._map(tokens.q), k, tokens.v, eps=self.eps)
 
     def _map(self, x: Tensor) -> Tensor:
-        return self.feature_map(x.to(accumulator(x.dtype)))
+        return Features(x, self.feature_map).mapped()

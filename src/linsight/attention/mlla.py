@@ -15,6 +15,7 @@ Both convolutions are depthwise. Prefix tokens have no place on the grid: they a
 The published code rotates complex numbers, which fails in half precision; here everything is real.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -22,29 +23,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.ops import (
-    FEATURE_MAPS,
+    Features,
     Grid,
     Layout,
     LinearState,
     State,
     Tile,
+    Turn,
     accumulator,
-    apply_state,
     check_rotary,
     count_tokens,
     depthwise_conv,
-    full_precision,
     linear_absorb,
+    linear_read,
     mask_tokens,
-    rotate,
 )
 
-from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._core import Capabilities, Core, Rename, Tokens
 from ._layer import Attention
-from ._local import add_local, grid_values
+from ._local import grid_values, local_values
 from ._registry import Paper, register
-
-_positive = FEATURE_MAPS["elu+1"]
 
 
 class GatedAttention(Attention):
@@ -116,9 +114,8 @@ class MLLA(Core):
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> MLLAState:
         """The sums over the tile's tokens, and how many there are."""
-        k = mask_tokens(self._map(tokens.k), tokens.keep)
-        sums = linear_absorb(self._rotate(k, tile), tokens.v, tokens.keep)
-        return MLLAState(sums.kv, k.sum(dim=1), count_tokens(tokens.v, tokens.keep))
+        sums = linear_absorb(self._features(tokens.k, tile), tokens.v, tokens.keep)
+        return MLLAState(sums.kv, sums.k, count_tokens(tokens.v, tokens.keep))
 
     def finish(self, r: int, state: MLLAState, grid: Grid) -> LinearState:
         """The means over the tokens."""
@@ -128,14 +125,13 @@ class MLLA(Core):
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
         """f(q), rotated above the line only, against the means; and the convolution of v."""
         state: LinearState = done[0]
-        q = self._map(tokens.q)
-        with full_precision(q):
-            norm = torch.einsum("bnhd,bhd->bnh", tile.inner(q), state.k) + self.eps
-            out = apply_state(tile.inner(self._rotate(q, tile)), state.kv) / norm[..., None]
-        return add_local(out, grid_values(tokens, tile), self.lepe, tile).to(tokens.q.dtype)
+        q = self._features(tile.inner(tokens.q), dataclasses.replace(tile, halo=0))
+        local = local_values(grid_values(tokens, tile), self.lepe, tile, self.num_heads)
+        return linear_read(
+            self._features(tile.inner(tokens.q), inner), state, self.eps, add=local, dtype=tokens.q.dtype
+        )
 
-    def _map(self, x: Tensor) -> Tensor:
-        return _positive(x.to(accumulator(x.dtype)))
-
-    def _rotate(self, x: Tensor, tile: Tile) -> Tensor:
-        return split_heads(rotate(merge_heads(x), tile), self.num_heads)
+    def _features(self, x: Tensor, tile: Tile) -> Features:
+        channels = x.shape[-2] * x.shape[-1]
+        turn = Turn.of(tile, channels, device=x.device, dtype=accumulator(x.dtype))
+        return Features(x, "elu+1", turn=turn)

@@ -1,8 +1,9 @@
 """Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
 
-from ._forms import FORMS, ChosenForm, Form, forms
+from ._forms import FORMS, ChosenForm, Form, forms, use_form
 from .circulant import circular_correlation
 from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
+from .features import Features, as_features, focus
 from .inner import (
     INNER_MODELS,
     InnerGradient,
@@ -14,12 +15,20 @@ from .inner import (
     kernel_gradient,
 )
 from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, pad_prefix, tiles
-from .linear import LinearState, causal_linear_attention, linear_absorb, linear_attention, linear_read
+from .linear import (
+    LinearState,
+    affine_read,
+    causal_linear_attention,
+    central_absorb,
+    linear_absorb,
+    linear_attention,
+    linear_read,
+)
 from .maps import FEATURE_MAPS
 from .neighbourhood import neighbourhood_attention
 from .pooled import gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
-from .rotary import check_rotary, rotary_angles, rotate
+from .rotary import Turn, check_rotary, rotate
 from .states import (
     LogSumExp,
     Moments,
@@ -38,6 +47,7 @@ __all__ = [
     "FORMS",
     "INNER_MODELS",
     "ChosenForm",
+    "Features",
     "FittedTable",
     "Form",
     "Grid",
@@ -52,10 +62,14 @@ __all__ = [
     "Moments",
     "State",
     "Tile",
+    "Turn",
     "accumulator",
+    "affine_read",
     "apply_state",
+    "as_features",
     "as_layout",
     "causal_linear_attention",
+    "central_absorb",
     "check_rotary",
     "check_tokens",
     "circular_correlation",
@@ -63,6 +77,7 @@ __all__ = [
     "depthwise_conv",
     "dynamic_depthwise_conv",
     "fit_square",
+    "focus",
     "forms",
     "full_precision",
     "gather_pooled",
@@ -83,10 +98,10 @@ __all__ = [
     "pool_tokens",
     "read_pooled",
     "resize_matrix",
-    "rotary_angles",
     "rotate",
     "separable",
     "shifted_products",
     "table_for",
     "tiles",
+    "use_form",
 ]

@@ -1,12 +1,20 @@
-"""Which form of each operator runs where, and why: the table behind `linsight doctor`.
+"""Which form of each operator runs where, and why: the table behind `linsight doctor`, and how to choose another.
 
-The plain PyTorch form is the definition of an operator, and runs wherever no other form can.
+The plain PyTorch form is the definition of an operator, and runs wherever no other form can. A fused form is a
+function somewhere in `ops/kernels`, imported when it is first chosen.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from linsight.errors import LinsightError, UnknownNameError
 
 
 class Form(NamedTuple):
@@ -14,11 +22,15 @@ class Form(NamedTuple):
 
     name: what it is, in words.  why: when it is chosen.
     lacks: what a device lacks to run it, in words; "" when it can.
+    entry: where its function is, "module:name" in `ops/kernels`; "" where the operator itself chooses.
+    widest: the largest head width it takes; 0 for any.
     """
 
     name: str
     why: str
     lacks: Callable[[torch.device], str]
+    entry: str = ""
+    widest: int = 0
 
 
 class ChosenForm(NamedTuple):
@@ -30,29 +42,96 @@ class ChosenForm(NamedTuple):
 
 
 PLAIN = "plain PyTorch"
+TRITON = "Triton"
+FUSABLE = ("cuda", "xpu")  # devices that Triton compiles for
+
+
+def _everywhere(device: torch.device) -> str:
+    return ""
+
+
+def _for_triton(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "" if device.type in FUSABLE else f"not made for {device.type}"
+
+
+def _triton(entry: str) -> tuple[Form, ...]:
+    return (Form(TRITON, "one pass over tokens in their own layout", _for_triton, entry, widest=128),)
+
 
 # Best first, by the operator's name in this package; an empty row is an operator with the plain form alone.
 FORMS: dict[str, tuple[Form, ...]] = {
     "outer_sum": (),
     "apply_state": (),
-    "linear_attention": (),
+    "linear_absorb": _triton("linear:absorb"),
+    "linear_read": _triton("linear:read"),
+    "affine_read": _triton("linear:affine"),
+    "central_absorb": _triton("linear:central"),
     "causal_linear_attention": (),
     "circular_correlation": (
-        Form("real FFT", "run eagerly or compiled; matrices of cosines and sines when exported", lambda device: ""),
+        Form("real FFT", "run eagerly or compiled; matrices of cosines and sines when exported", _everywhere),
     ),
     "depthwise_conv": (),
     "dynamic_depthwise_conv": (
-        Form("one grouped convolution", "run eagerly; shifted products when compiled or exported", lambda device: ""),
+        Form("one grouped convolution", "run eagerly; shifted products when compiled or exported", _everywhere),
     ),
     "pool_tokens": (
-        Form("one adaptive pooling", "run eagerly, whole, without gradients; else small matrices", lambda device: ""),
+        Form("one adaptive pooling", "run eagerly, whole, without gradients; else small matrices", _everywhere),
     ),
-    "gather_pooled": (Form("scaled dot-product attention", "one call over all keys", lambda device: ""),),
-    "read_pooled": (Form("scaled dot-product attention", "one call over all pooled tokens", lambda device: ""),),
+    "gather_pooled": (Form("scaled dot-product attention", "one call over all keys", _everywhere),),
+    "read_pooled": (Form("scaled dot-product attention", "one call over all pooled tokens", _everywhere),),
     "inner_gradient": (),
     "inner_forward": (),
     "neighbourhood_attention": (),
 }
+
+_forced = ""
+
+
+@contextmanager
+def use_form(name: str) -> Iterator[None]:
+    """Inside, operators take the form "plain" or "triton" wherever they have it, on any device that can run it.
+
+    Triton runs on a CPU under TRITON_INTERPRET=1, set before Triton is imported: slowly, to check it.
+
+    Raises:
+        UnknownNameError: no such form.
+        LinsightError: Triton is not installed.
+    """
+    global _forced
+    if name not in ("plain", "triton"):
+        raise UnknownNameError("form", name, ("plain", "triton"))
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise LinsightError("the form 'triton' needs Triton: pip install triton")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
+    """The function to compute `operator` with, on tensors like `x` `(..., D)`; None for the plain form.
+
+    Exported graphs have the plain form, which is made of torch's own operators.
+
+    Raises:
+        LinsightError: a form that was asked for by `use_form` cannot run on this device.
+    """
+    if _forced == "plain" or x.is_meta or torch.compiler.is_exporting():
+        return None
+    for form in FORMS[operator]:
+        if not form.entry or (form.widest and x.shape[-1] > form.widest):
+            continue
+        if _forced and x.device.type not in FUSABLE and os.environ.get("TRITON_INTERPRET") != "1":
+            raise LinsightError(
+                f"Triton runs on {x.device.type} under TRITON_INTERPRET=1 only: set it before the start"
+            )
+        if _forced or not form.lacks(x.device):
+            module, _, name = form.entry.partition(":")
+            return getattr(importlib.import_module(f".kernels.{module}", __package__), name)
+    return None
 
 
 def forms(device: torch.device | str = "cpu") -> list[ChosenForm]:

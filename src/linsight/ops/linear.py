@@ -1,7 +1,10 @@
 """Normalised linear attention: o_i = phi(q_i) S / (phi(q_i) . z + eps), S = sum phi(k) v^T, z = sum phi(k).
 
-Axes: B batch, N tokens, H heads, D query/key width, E value width. The feature map is applied by
-the caller. Katharopoulos et al., "Transformers are RNNs", ICML 2020, equations 5 to 7.
+Axes: B batch, N tokens, H heads, D query/key width, E value width. Queries and keys come with their feature map
+(`Features`), or mapped already. Katharopoulos et al., "Transformers are RNNs", ICML 2020, equations 5 to 7.
+
+What a query reads of a state is a product with a matrix, with or without a normaliser; what else the output is the
+sum of (`add`) joins in the same pass.
 """
 
 from typing import NamedTuple
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .states import accumulator, apply_state, full_precision, mask_tokens, outer_sum
+from ._forms import fused_form
+from .features import Features, as_features
+from .states import Moments, accumulator, apply_state, full_precision, mask_tokens, outer_sum
 
 _CHUNK = 64  # causal: tokens that see each other through an explicit triangle
 
@@ -22,25 +27,77 @@ class LinearState(NamedTuple):
     k: Tensor
 
 
-def linear_absorb(k: Tensor, v: Tensor, keep: Tensor | None = None) -> LinearState:
-    """The state of mapped keys `k` `(B, N, H, D)` and values `v` `(B, N, H, E)`."""
+def linear_absorb(k: Features | Tensor, v: Tensor, keep: Tensor | None = None) -> LinearState:
+    """The state of keys `k` `(B, N, H, D)` and values `v` `(B, N, H, E)`; a rotation of `k` goes into `kv` alone."""
+    k, fused = as_features(k), fused_form("linear_absorb", v)
+    if fused is not None:
+        return LinearState(*fused(k, v, keep))
     dtype = accumulator(v.dtype)
     with full_precision(v):
-        k, v = mask_tokens(k, keep).to(dtype), mask_tokens(v, keep).to(dtype)
-        return LinearState(outer_sum(k, v), k.sum(dim=1))
+        mapped, v = mask_tokens(k.mapped(), keep).to(dtype), mask_tokens(v, keep).to(dtype)
+        return LinearState(outer_sum(k.turned(mapped), v), mapped.sum(dim=1))
 
 
-def linear_read(q: Tensor, state: LinearState, eps: float) -> Tensor:
-    """Outputs `(B, N, H, E)` of mapped queries `q` `(B, N, H, D)`, in the accumulator's dtype."""
-    with full_precision(q):
-        q = q.to(state.kv.dtype)
-        norm = torch.einsum("bnhd,bhd->bnh", q, state.k) + eps
-        return apply_state(q, state.kv) / norm[..., None]
+def central_absorb(k: Features | Tensor, v: Tensor, keep: Tensor | None = None) -> Moments:
+    """The central moments of keys `k` `(B, N, H, D)`, which are not turned, and values `v` `(B, N, H, E)`."""
+    k, fused = as_features(k), fused_form("central_absorb", v)
+    if fused is not None:
+        return Moments(*fused(k, v, keep))
+    return Moments.absorb(k.mapped(), v, keep)
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def linear_read(
+    q: Features | Tensor,
+    state: LinearState,
+    eps: float,
+    *,
+    add: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """phi(q) S / (phi(q) . z + eps) + add, `(B, N, H, E)`, of queries `q` `(B, N, H, D)`.
+
+    A rotation of `q` turns it above the line only. `add` `(B, N, H, E)`. In `dtype`, or the state's.
+    """
+    q = as_features(q)
+    fused = fused_form("linear_read", q.x)
+    if fused is not None:
+        return fused(q, state, eps, add, dtype or state.kv.dtype)
+    mapped = q.mapped().to(state.kv.dtype)
+    with full_precision(mapped):
+        norm = torch.einsum("bnhd,bhd->bnh", mapped, state.k) + eps
+        out = apply_state(q.turned(mapped), state.kv) / norm[..., None]
+    out = out if add is None else out + add
+    return out.to(dtype or out.dtype)
+
+
+def affine_read(
+    q: Features | Tensor,
+    matrix: Tensor,
+    shift: Tensor,
+    *,
+    add: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """phi(q) M + c + add, `(B, N, H, E)`: a linear map of each image and head instead of a mean.
+
+    `q` `(B, N, H, D)`, `matrix` `(B, H, D, E)`, `shift` `(B, H, E)`, `add` `(B, N, H, E)`. In `dtype`, or the matrix's.
+    """
+    q = as_features(q)
+    fused = fused_form("affine_read", q.x)
+    if fused is not None:
+        return fused(q, matrix, shift, add, dtype or matrix.dtype)
+    mapped = q.mapped().to(matrix.dtype)
+    with full_precision(mapped):
+        out = apply_state(q.turned(mapped), matrix) + shift[:, None]
+    out = out if add is None else out + add
+    return out.to(dtype or out.dtype)
+
+
+def linear_attention(
+    q: Features | Tensor, k: Features | Tensor, v: Tensor, *, keep: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
     """Every query reads every kept key. `q` `(B, M, H, D)`; `k` `(B, N, H, D)`; `v` `(B, N, H, E)`."""
-    return linear_read(q, linear_absorb(k, v, keep), eps).to(v.dtype)
+    return linear_read(q, linear_absorb(k, v, keep), eps, dtype=v.dtype)
 
 
 def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6) -> Tensor:

@@ -26,9 +26,15 @@ def gentle_exp(x: Tensor) -> Tensor:
     return torch.exp(0.2 * x)
 
 
+def positive(x: Tensor) -> Tensor:
+    """relu(x) + 1e-6, whose powers never vanish."""
+    return F.relu(x) + 1e-6
+
+
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": identity,
     "relu": F.relu,
+    "positive": positive,
     "leaky_relu": F.leaky_relu,  # slope 0.01
     "elu+1": elu_plus_one,
     "exp": gentle_exp,

@@ -6,6 +6,8 @@ published weights of MLLA (arXiv 2405.16605) and ViT^3 (arXiv 2512.01643) mean. 
 float64; positions are whole numbers from 0, so those of a tile are its own and any size works.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,16 +25,44 @@ def check_rotary(dim: int) -> None:
         raise LinsightError(f"a rotary embedding on a grid needs a width divisible by 4, not {dim}")
 
 
-def rotary_angles(tile: Tile, dim: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Angles `(n, dim / 2)` of the tokens of `tile`, halo included, prefix tokens left out."""
-    factory = {"device": device, "dtype": dtype}
-    (top, bottom), (left, right) = tile.rows, tile.columns
-    quarter = dim // 4
-    speed = _BASE ** (-torch.arange(quarter, **factory) / quarter)  # type: ignore[call-overload]
-    rows = (torch.arange(bottom - top, **factory) + top)[:, None] * speed  # type: ignore[call-overload]
-    columns = (torch.arange(right - left, **factory) + left)[:, None] * speed  # type: ignore[call-overload]
-    size = (bottom - top, right - left, quarter)
-    return torch.cat([rows[:, None].expand(size), columns.expand(size)], dim=-1).flatten(0, 1)
+class Turn(NamedTuple):
+    """The rotation of the tokens of a tile, which is called with them.
+
+    cos, sin: `(h + w, C / 4)`, of the angles of its rows, then of its columns, halo included.  size: (h, w).
+    prefix: tokens in front, that are not turned.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    size: tuple[int, int]
+    prefix: int
+
+    @classmethod
+    def of(cls, tile: Tile, dim: int, *, device: torch.device, dtype: torch.dtype) -> "Turn":
+        """That of `dim` channels. `dtype` is float32 or float64."""
+        (top, bottom), (left, right) = tile.rows, tile.columns
+        quarter = dim // 4
+        speed = _BASE ** (-torch.arange(quarter, device=device, dtype=dtype) / quarter)
+        rows = torch.arange(bottom - top, device=device, dtype=dtype) + top
+        columns = torch.arange(right - left, device=device, dtype=dtype) + left
+        angles = torch.cat([rows, columns])[:, None] * speed
+        return cls(angles.cos(), angles.sin(), (bottom - top, right - left), tile.prefix)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` `(B, prefix + h*w, C)` -> the same shape, in the accumulator's dtype."""
+        x = x.to(self.cos.dtype)
+        prefix, spatial = x[:, : self.prefix], x[:, self.prefix :]
+        cos, sin = self._places(self.cos), self._places(self.sin)
+        a, b = spatial.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+        return torch.cat([prefix, turned], dim=1) if self.prefix else turned
+
+    def _places(self, table: Tensor) -> Tensor:
+        """`(h + w, C / 4)` -> `(h * w, C / 2)`: the first half of the pairs turns with the row."""
+        height, width = self.size
+        rows = table[:height, None].expand(-1, width, -1)
+        columns = table[height:].expand(height, -1, -1)
+        return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 def rotate(x: Tensor, tile: Tile) -> Tensor:
@@ -40,10 +70,4 @@ def rotate(x: Tensor, tile: Tile) -> Tensor:
 
     Returns the accumulator's dtype.
     """
-    x = x.to(accumulator(x.dtype))
-    angles = rotary_angles(tile, x.shape[-1], device=x.device, dtype=x.dtype)
-    cos, sin = torch.cos(angles), torch.sin(angles)
-    prefix, spatial = x[:, : tile.prefix], x[:, tile.prefix :]
-    a, b = spatial.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-    return torch.cat([prefix, turned], dim=1) if tile.prefix else turned
+    return Turn.of(tile, x.shape[-1], device=x.device, dtype=accumulator(x.dtype))(x)

@@ -1,0 +1,77 @@
+"""Queries and keys with the feature map that is to be applied when they are read.
+
+Axes: B batch, N tokens, H heads, D head width. The map is data, so that a fused form can apply it to what it reads:
+
+    phi(x)_nc = after_n (before_n column_c g(x_nc))^power
+
+with g one of `FEATURE_MAPS`, and each factor optional. Where there is a rotation, products with values see phi(x)
+turned by its place, and normalisers phi(x) as it is.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .maps import FEATURE_MAPS
+from .rotary import Turn
+from .states import accumulator, full_precision
+
+
+class Features(NamedTuple):
+    """x: `(B, N, H, D)`, unmapped, of any strides.  map: the name of g.  power: 1 for none.
+
+    column: `(H, D)`.  before: `(B, N)`, a constant for autograd.  after: `(B, N)`.  turn: of these tokens.
+    """
+
+    x: Tensor
+    map: str = "identity"
+    power: float = 1.0
+    column: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+    turn: Turn | None = None
+
+    def mapped(self) -> Tensor:
+        """phi(x) `(B, N, H, D)`, in the accumulator's dtype."""
+        x = self.x.to(accumulator(self.x.dtype))
+        with full_precision(x):
+            y = FEATURE_MAPS[self.map](x)
+            if self.column is not None:
+                y = y * self.column
+            if self.before is not None:
+                y = y * self.before[..., None, None]
+            if self.power != 1:
+                y = y**self.power
+            return y if self.after is None else y * self.after[..., None, None]
+
+    def turned(self, mapped: Tensor) -> Tensor:
+        """What products with values see of `mapped`."""
+        if self.turn is None:
+            return mapped
+        return self.turn(mapped.flatten(2)).unflatten(2, mapped.shape[2:])
+
+
+def as_features(x: "Features | Tensor") -> Features:
+    """A tensor is its own feature."""
+    return x if isinstance(x, Features) else Features(x)
+
+
+def focus(x: Tensor, column: Tensor, power: float) -> Features:
+    """|u| u^p / |u^p| of u = (relu(x) + 1e-6) column: it keeps the norm, and turns to the largest channels.
+
+    `x` `(B, N, H, D)`, `column` `(H, D)`; norms are over all heads of a token. The power is taken of u / max(u), which
+    is the same function and can neither overflow nor vanish. Han et al., FLatten (arXiv 2308.00442), equation 5.
+    """
+    x = x.to(accumulator(x.dtype))
+    with full_precision(x):
+        u = FEATURE_MAPS["positive"](x) * column
+        top = u.detach().amax(dim=(-2, -1), keepdim=True)  # cancels, so no gradient passes through it
+        w = u / top
+        powered = w**power
+        length = _norm(w) / _norm(powered) * top
+        return Features(powered * length)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.flatten(2), dim=-1)[..., None, None]
