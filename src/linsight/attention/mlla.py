@@ -127,9 +127,7 @@ class MLLA(Core):
         state: LinearState = done[0]
         q = self._features(tile.inner(tokens.q), dataclasses.replace(tile, halo=0))
         local = local_values(grid_values(tokens, tile), self.lepe, tile, self.num_heads)
-        return linear_read(
-            self._features(tile.inner(tokens.q), inner), state, self.eps, add=local, dtype=tokens.q.dtype
-        )
+        return linear_read(q, state, self.eps, add=local, dtype=tokens.q.dtype)
 
     def _features(self, x: Tensor, tile: Tile) -> Features:
         channels = x.shape[-2] * x.shape[-1]
