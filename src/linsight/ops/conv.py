@@ -12,7 +12,8 @@ from .states import full_precision
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """One kernel a channel. `x` `(B, H*W, C)`; `size` (H, W); `weight` `(C, 1, k, k)`; `bias` `(C,)`."""
-    canvas = x.unflatten(1, size).permute(0, 3, 1, 2)  # (B, C, H, W)
+    # Dense, because convolutions bring any other view to (B, C, H, W) order in memory.
+    canvas = x.contiguous().unflatten(1, size).permute(0, 3, 1, 2)
     out = F.conv2d(canvas, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return out.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -21,18 +22,19 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
     """One kernel for each image and channel. `x` `(B, H*W, C)`; `size` (H, W); `kernels` `(B, C, k, k)`.
 
     The definition is the sum of k*k shifted products, which a compiler can fuse and no group count ties to a batch.
-    Run eagerly it would pass over memory k*k times, so there it is one convolution of B*C groups.
+    Run eagerly it would pass over memory k*k times, so there it is one convolution of B*C groups, channels last: the
+    channels of all images side by side at each place, which is the cheaper way to copy them.
     Computed in the dtype of `kernels`.
     """
     x = x.to(kernels.dtype)
     if torch.compiler.is_compiling():
         return shifted_products(x, size, kernels)
     batch, _, channels = x.shape
-    canvas = x.transpose(1, 2).reshape(1, batch * channels, *size)
+    canvas = x.transpose(0, 1).reshape(1, *size, batch * channels).permute(0, 3, 1, 2)
     weight = kernels.reshape(batch * channels, 1, *kernels.shape[2:])
     with full_precision(x):
         out = F.conv2d(canvas, weight, padding=kernels.shape[-1] // 2, groups=batch * channels)
-    return out.reshape(batch, channels, -1).transpose(1, 2)
+    return out.permute(0, 2, 3, 1).reshape(-1, batch, channels).transpose(0, 1)
 
 
 def shifted_products(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
