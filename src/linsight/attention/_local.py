@@ -13,17 +13,18 @@ def grid_values(tokens: Tokens, tile: Tile) -> Tensor:
 
 
 def local_values(v: Tensor, conv: nn.Conv2d, tile: Tile, num_heads: int) -> Tensor:
-    """The depthwise `conv` of `v` `(B, n, C)`, what `tile` sees of the grid: `(B, P + h*w, H, E)` of its own tokens.
+    """The depthwise `conv` of `v` `(B, n, C)`, what `tile` sees of the grid: `(B, h*w, H, E)` of its own tokens.
 
-    In the accumulator's dtype. Zero for prefix tokens.
+    In the accumulator's dtype.
     """
     assert conv.bias is not None
     dtype = accumulator(v.dtype)
     with full_precision(v):
         local = depthwise_conv(v.to(dtype), tile.seen, conv.weight.to(dtype), conv.bias.to(dtype))
-    return split_heads(pad_prefix(tile.inner_grid(local), tile.prefix), num_heads)
+    return split_heads(tile.inner_grid(local), num_heads)
 
 
 def add_local(out: Tensor, v: Tensor, conv: nn.Conv2d, tile: Tile) -> Tensor:
-    """`out` `(B, P + h*w, H, E)` of `tile`, in the accumulator's dtype, plus `local_values`."""
-    return out + local_values(v, conv, tile, out.shape[-2])
+    """`out` `(B, P + h*w, H, E)` of `tile`, in the accumulator's dtype, plus `local_values`; prefix tokens get none."""
+    local = merge_heads(local_values(v, conv, tile, out.shape[-2]))
+    return out + split_heads(pad_prefix(local, tile.prefix), out.shape[-2])

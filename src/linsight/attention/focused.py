@@ -169,5 +169,5 @@ class Focused(Core):
         bias = self.dwc.bias.to(v.dtype).repeat(self.num_heads)
         with full_precision(v):
             local = tile.inner_grid(depthwise_conv(v, tile.seen, weight, bias))
-        local = split_heads(pad_prefix(local, tile.prefix), self.num_heads)
+        local = split_heads(local, self.num_heads)
         return linear_read(self._features(tile.inner(q)), state, self.eps, add=local, dtype=q.dtype)

@@ -30,7 +30,6 @@ from linsight.ops import (
     dynamic_depthwise_conv,
     full_precision,
     mask_tokens,
-    pad_prefix,
 )
 
 from ._core import Capabilities, Core, Rename, Tokens, split_heads
@@ -118,7 +117,7 @@ class InLine(Core):
         local = None
         if state.kernels is not None:
             local = tile.inner_grid(dynamic_depthwise_conv(grid_values(tokens, tile), tile.seen, state.kernels))
-            local = split_heads(pad_prefix(local, tile.prefix), self.num_heads)
+            local = split_heads(local, self.num_heads)
         scaled = state.cov * q.x.shape[-1] ** -0.5
         return affine_read(q, scaled, state.v, add=local, dtype=tokens.q.dtype)
 

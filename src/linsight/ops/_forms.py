@@ -50,14 +50,15 @@ def _everywhere(device: torch.device) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
 def _for_triton(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return "" if device.type in FUSABLE else f"not made for {device.type}"
 
 
-def _triton(entry: str) -> tuple[Form, ...]:
-    return (Form(TRITON, "one pass over tokens in their own layout", _for_triton, entry, widest=128),)
+def _triton(entry: str, widest: int = 128) -> tuple[Form, ...]:
+    return (Form(TRITON, "one pass over tokens in their own layout", _for_triton, entry, widest),)
 
 
 # Best first, by the operator's name in this package; an empty row is an operator with the plain form alone.
@@ -72,8 +73,10 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "circular_correlation": (
         Form("real FFT", "run eagerly or compiled; matrices of cosines and sines when exported", _everywhere),
     ),
-    "depthwise_conv": (),
+    "focus": _triton("focus:focus", widest=0),
+    "depthwise_conv": _triton("conv:depthwise_conv", widest=0),
     "dynamic_depthwise_conv": (
+        *_triton("conv:dynamic_depthwise_conv", widest=0),
         Form("one grouped convolution", "run eagerly; shifted products when compiled or exported", _everywhere),
     ),
     "pool_tokens": (
@@ -87,6 +90,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 }
 
 _forced = ""
+_entries: dict[str, Callable[..., Any]] = {}  # functions of `ops/kernels` imported so far
 
 
 @contextmanager
@@ -129,9 +133,17 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
                 f"Triton runs on {x.device.type} under TRITON_INTERPRET=1 only: set it before the start"
             )
         if _forced or not form.lacks(x.device):
-            module, _, name = form.entry.partition(":")
-            return getattr(importlib.import_module(f".kernels.{module}", __package__), name)
+            return _entries[_imported(form.entry)]
     return None
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot trace an import
+def _imported(entry: str) -> str:
+    """`entry`, now in `_entries`."""
+    if entry not in _entries:
+        module, _, name = entry.partition(":")
+        _entries[entry] = getattr(importlib.import_module(f".kernels.{module}", __package__), name)
+    return entry
 
 
 def forms(device: torch.device | str = "cpu") -> list[ChosenForm]:

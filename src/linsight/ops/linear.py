@@ -29,21 +29,14 @@ class LinearState(NamedTuple):
 
 def linear_absorb(k: Features | Tensor, v: Tensor, keep: Tensor | None = None) -> LinearState:
     """The state of keys `k` `(B, N, H, D)` and values `v` `(B, N, H, E)`; a rotation of `k` goes into `kv` alone."""
-    k, fused = as_features(k), fused_form("linear_absorb", v)
-    if fused is not None:
-        return LinearState(*fused(k, v, keep))
-    dtype = accumulator(v.dtype)
-    with full_precision(v):
-        mapped, v = mask_tokens(k.mapped(), keep).to(dtype), mask_tokens(v, keep).to(dtype)
-        return LinearState(outer_sum(k.turned(mapped), v), mapped.sum(dim=1))
+    compute = fused_form("linear_absorb", v) or plain_absorb
+    return LinearState(*compute(as_features(k), v, keep))
 
 
 def central_absorb(k: Features | Tensor, v: Tensor, keep: Tensor | None = None) -> Moments:
     """The central moments of keys `k` `(B, N, H, D)`, which are not turned, and values `v` `(B, N, H, E)`."""
-    k, fused = as_features(k), fused_form("central_absorb", v)
-    if fused is not None:
-        return Moments(*fused(k, v, keep))
-    return Moments.absorb(k.mapped(), v, keep)
+    compute = fused_form("central_absorb", v) or plain_central
+    return Moments(*compute(as_features(k), v, keep))
 
 
 def linear_read(
@@ -56,18 +49,12 @@ def linear_read(
 ) -> Tensor:
     """phi(q) S / (phi(q) . z + eps) + add, `(B, N, H, E)`, of queries `q` `(B, N, H, D)`.
 
-    A rotation of `q` turns it above the line only. `add` `(B, N, H, E)`. In `dtype`, or the state's.
+    A rotation of `q` turns it above the line only. `add` `(B, n, H, E)`, n <= N, is added to the last n tokens, those
+    behind the prefix. In `dtype`, or the state's.
     """
     q = as_features(q)
-    fused = fused_form("linear_read", q.x)
-    if fused is not None:
-        return fused(q, state, eps, add, dtype or state.kv.dtype)
-    mapped = q.mapped().to(state.kv.dtype)
-    with full_precision(mapped):
-        norm = torch.einsum("bnhd,bhd->bnh", mapped, state.k) + eps
-        out = apply_state(q.turned(mapped), state.kv) / norm[..., None]
-    out = out if add is None else out + add
-    return out.to(dtype or out.dtype)
+    compute = fused_form("linear_read", q.x) or plain_read
+    return compute(q, state, eps, add, dtype or state.kv.dtype)
 
 
 def affine_read(
@@ -80,17 +67,49 @@ def affine_read(
 ) -> Tensor:
     """phi(q) M + c + add, `(B, N, H, E)`: a linear map of each image and head instead of a mean.
 
-    `q` `(B, N, H, D)`, `matrix` `(B, H, D, E)`, `shift` `(B, H, E)`, `add` `(B, N, H, E)`. In `dtype`, or the matrix's.
+    `q` `(B, N, H, D)`, `matrix` `(B, H, D, E)`, `shift` `(B, H, E)`; `add` and `dtype` as for `linear_read`.
     """
     q = as_features(q)
-    fused = fused_form("affine_read", q.x)
-    if fused is not None:
-        return fused(q, matrix, shift, add, dtype or matrix.dtype)
+    compute = fused_form("affine_read", q.x) or plain_affine
+    return compute(q, matrix, shift, add, dtype or matrix.dtype)
+
+
+def plain_absorb(k: Features, v: Tensor, keep: Tensor | None) -> LinearState:
+    """`linear_absorb` by its definition."""
+    dtype = accumulator(v.dtype)
+    with full_precision(v):
+        mapped, v = mask_tokens(k.mapped(), keep).to(dtype), mask_tokens(v, keep).to(dtype)
+        return LinearState(outer_sum(k.turned(mapped), v), mapped.sum(dim=1))
+
+
+def plain_central(k: Features, v: Tensor, keep: Tensor | None) -> Moments:
+    """`central_absorb` by its definition."""
+    return Moments.absorb(k.mapped(), v, keep)
+
+
+def plain_read(q: Features, state: LinearState, eps: float, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`linear_read` by its definition."""
+    mapped = q.mapped().to(state.kv.dtype)
+    with full_precision(mapped):
+        norm = apply_state(mapped, state.k[..., None]) + eps
+        out = apply_state(q.turned(mapped), state.kv) / norm
+    return _sum(out, add).to(dtype)
+
+
+def plain_affine(q: Features, matrix: Tensor, shift: Tensor, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`affine_read` by its definition."""
     mapped = q.mapped().to(matrix.dtype)
     with full_precision(mapped):
         out = apply_state(q.turned(mapped), matrix) + shift[:, None]
-    out = out if add is None else out + add
-    return out.to(dtype or out.dtype)
+    return _sum(out, add).to(dtype)
+
+
+def _sum(out: Tensor, add: Tensor | None) -> Tensor:
+    """`add` first, because a sum is laid out as its first term."""
+    if add is None:
+        return out
+    ahead = out.shape[1] - add.shape[1]
+    return F.pad(add, (0, 0, 0, 0, ahead, 0)) + out if ahead else add + out
 
 
 def linear_attention(
