@@ -45,7 +45,7 @@ class InLineState(NamedTuple):
 
 
 class InLineReader(NamedTuple):
-    """v: `(B, H, E)` mean value.  cov: `(B, H, D, E)`.  kernels: `(B, C, 3, 3)`, or None."""
+    """v: `(B, H, E)` mean value.  cov: `(B, H, D, E)`, scaled.  kernels: `(B, C, 3, 3)`, or None."""
 
     v: Tensor
     cov: Tensor
@@ -108,7 +108,8 @@ class InLine(Core):
         if self.generator is not None:
             mean = state.x / state.kv.count.clamp(min=1)[:, None]
             kernels = self._generate(self.generator, mean)
-        return InLineReader(state.kv.v, state.kv.covariance(), kernels)
+        scale = state.kv.k.shape[-1] ** -0.5
+        return InLineReader(state.kv.v, state.kv.covariance(scale), kernels)
 
     def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
         """mean(v) + s q Cov(k, v), and the local term on the grid."""
@@ -118,16 +119,17 @@ class InLine(Core):
         if state.kernels is not None:
             local = tile.inner_grid(dynamic_depthwise_conv(grid_values(tokens, tile), tile.seen, state.kernels))
             local = split_heads(local, self.num_heads)
-        scaled = state.cov * q.x.shape[-1] ** -0.5
-        return affine_read(q, scaled, state.v, add=local, dtype=tokens.q.dtype)
+        return affine_read(q, state.cov, state.v, add=local, dtype=tokens.q.dtype)
 
     def _generate(self, generator: nn.Sequential, mean: Tensor) -> Tensor:
         """`(B, C)` -> `(B, C, 3, 3)`, tap 3*ky + kx of channel c at 9c + tap; in the dtype of `mean`."""
 
-        def grouped(x: Tensor, conv: Any) -> Tensor:  # (B, H, d) -> (B, H, out)
-            weight = conv.weight[..., 0].unflatten(0, (self.num_heads, -1)).to(x.dtype)
-            return torch.einsum("bhd,hod->bho", x, weight) + conv.bias.unflatten(0, (self.num_heads, -1)).to(x.dtype)
+        heads = self.num_heads
+
+        def grouped(x: Tensor, conv: Any) -> Tensor:  # (H, B, d) -> (H, B, out)
+            weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
+            return torch.baddbmm(bias.view(heads, 1, -1), x, weight.view(heads, -1, x.shape[-1]).transpose(1, 2))
 
         with full_precision(mean):
-            hidden = generator[1](grouped(mean.unflatten(1, (self.num_heads, -1)), generator[0]))
-            return grouped(hidden, generator[2]).flatten(1).unflatten(1, (-1, 3, 3))
+            hidden = generator[1](grouped(split_heads(mean, heads).transpose(0, 1), generator[0]))
+            return grouped(hidden, generator[2]).transpose(0, 1).reshape(*mean.shape, 3, 3)

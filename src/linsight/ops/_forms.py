@@ -4,6 +4,7 @@ The plain PyTorch form is the definition of an operator, and runs wherever no ot
 function somewhere in `ops/kernels`, imported when it is first chosen.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -23,7 +24,7 @@ class Form(NamedTuple):
     name: what it is, in words.  why: when it is chosen.
     lacks: what a device lacks to run it, in words; "" when it can.
     entry: where its function is, "module:name" in `ops/kernels`; "" where the operator itself chooses.
-    widest: the largest head width it takes; 0 for any.
+    widest: the largest head width it takes; 0 for any.  eager: whether it runs only uncompiled and without gradients.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Form(NamedTuple):
     lacks: Callable[[torch.device], str]
     entry: str = ""
     widest: int = 0
+    eager: bool = False
 
 
 class ChosenForm(NamedTuple):
@@ -52,23 +54,38 @@ def _everywhere(device: torch.device) -> str:
 
 @torch.compiler.assume_constant_result
 def _for_triton(device: torch.device) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return "" if device.type in FUSABLE else f"not made for {device.type}"
+    if device.type not in FUSABLE:
+        return f"not made for {device.type}"
+    return "" if _triton_is_installed() else "triton is not installed"
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _triton(entry: str, widest: int = 128) -> tuple[Form, ...]:
     return (Form(TRITON, "one pass over tokens in their own layout", _for_triton, entry, widest),)
 
 
+def _for_cpu(device: torch.device) -> str:
+    return "" if device.type == "cpu" else "made for a CPU"
+
+
+def _linear(name: str) -> tuple[Form, ...]:
+    why = "run eagerly without gradients; else plain"
+    tiled = Form("tiles that stay in the cache", why, _for_cpu, f"tiled:{name}", eager=True)
+    return (*_triton(f"linear:{name}"), tiled)
+
+
 # Best first, by the operator's name in this package; an empty row is an operator with the plain form alone.
 FORMS: dict[str, tuple[Form, ...]] = {
     "outer_sum": (),
     "apply_state": (),
-    "linear_absorb": _triton("linear:absorb"),
-    "linear_read": _triton("linear:read"),
-    "affine_read": _triton("linear:affine"),
-    "central_absorb": _triton("linear:central"),
+    "linear_absorb": _linear("absorb"),
+    "linear_read": _linear("read"),
+    "affine_read": _linear("affine"),
+    "central_absorb": _linear("central"),
     "causal_linear_attention": (),
     "circular_correlation": (
         Form("real FFT", "run eagerly or compiled; matrices of cosines and sines when exported", _everywhere),
@@ -118,7 +135,8 @@ def use_form(name: str) -> Iterator[None]:
 def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
     """The function to compute `operator` with, on tensors like `x` `(..., D)`; None for the plain form.
 
-    Exported graphs have the plain form, which is made of torch's own operators.
+    Exported graphs have the plain form, which is made of torch's own operators; so do compiled ones on a CPU, where the
+    compiler keeps tiles in the cache by itself.
 
     Raises:
         LinsightError: a form that was asked for by `use_form` cannot run on this device.
@@ -128,12 +146,13 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
     for form in FORMS[operator]:
         if not form.entry or (form.widest and x.shape[-1] > form.widest):
             continue
-        if _forced and x.device.type not in FUSABLE and os.environ.get("TRITON_INTERPRET") != "1":
-            raise LinsightError(
-                f"Triton runs on {x.device.type} under TRITON_INTERPRET=1 only: set it before the start"
-            )
-        if _forced or not form.lacks(x.device):
-            return _entries[_imported(form.entry)]
+        if _forced == "triton" and form.name == TRITON:
+            _check_interpreter(x.device)
+        elif form.lacks(x.device) or (
+            form.name != TRITON and (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        ):
+            continue
+        return _entries[_imported(form.entry)]
     return None
 
 
@@ -144,6 +163,11 @@ def _imported(entry: str) -> str:
         module, _, name = entry.partition(":")
         _entries[entry] = getattr(importlib.import_module(f".kernels.{module}", __package__), name)
     return entry
+
+
+def _check_interpreter(device: torch.device) -> None:
+    if device.type not in FUSABLE and os.environ.get("TRITON_INTERPRET") != "1":
+        raise LinsightError(f"Triton runs on {device.type} only under TRITON_INTERPRET=1, set before the start")
 
 
 def forms(device: torch.device | str = "cpu") -> list[ChosenForm]:

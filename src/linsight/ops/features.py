@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._forms import fused_form
 from .maps import FEATURE_MAPS
 from .rotary import Turn
 from .states import accumulator, full_precision
@@ -31,6 +32,13 @@ class Features(NamedTuple):
     before: Tensor | None = None
     after: Tensor | None = None
     turn: Turn | None = None
+
+    def part(self, images: slice, tokens: slice) -> "Features":
+        """Those of some tokens."""
+        x, before, after = (None if t is None else t[images, tokens] for t in (self.x, self.before, self.after))
+        assert x is not None
+        turn = None if self.turn is None else self.turn.part(tokens)
+        return self._replace(x=x, before=before, after=after, turn=turn)
 
     def mapped(self) -> Tensor:
         """phi(x) `(B, N, H, D)`, in the accumulator's dtype."""
@@ -63,6 +71,9 @@ def focus(x: Tensor, column: Tensor, power: float) -> Features:
     `x` `(B, N, H, D)`, `column` `(H, D)`; norms are over all heads of a token. The power is taken of u / max(u), which
     is the same function and can neither overflow nor vanish. Han et al., FLatten (arXiv 2308.00442), equation 5.
     """
+    fused = fused_form("focus", x)
+    if fused is not None:
+        return fused(x, column, power)
     x = x.to(accumulator(x.dtype))
     with full_precision(x):
         u = FEATURE_MAPS["positive"](x) * column

@@ -89,19 +89,27 @@ def plain_central(k: Features, v: Tensor, keep: Tensor | None) -> Moments:
 
 def plain_read(q: Features, state: LinearState, eps: float, add: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`linear_read` by its definition."""
-    mapped = q.mapped().to(state.kv.dtype)
-    with full_precision(mapped):
-        norm = apply_state(mapped, state.k[..., None]) + eps
-        out = apply_state(q.turned(mapped), state.kv) / norm
-    return _sum(out, add).to(dtype)
+    product, norm = products(q, state, eps)
+    return _sum(product / norm, add).to(dtype)
 
 
 def plain_affine(q: Features, matrix: Tensor, shift: Tensor, add: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`affine_read` by its definition."""
+    return _sum(product(q, matrix) + shift[:, None], add).to(dtype)
+
+
+def product(q: Features, matrix: Tensor) -> Tensor:
+    """phi(q) M, `(B, N, H, E)`, in the dtype of the matrix."""
     mapped = q.mapped().to(matrix.dtype)
     with full_precision(mapped):
-        out = apply_state(q.turned(mapped), matrix) + shift[:, None]
-    return _sum(out, add).to(dtype)
+        return apply_state(q.turned(mapped), matrix)
+
+
+def products(q: Features, state: LinearState, eps: float) -> tuple[Tensor, Tensor]:
+    """What is above and below the line of `linear_read`: `(B, N, H, E)` and `(B, N, H, 1)`."""
+    mapped = q.mapped().to(state.kv.dtype)
+    with full_precision(mapped):
+        return apply_state(q.turned(mapped), state.kv), apply_state(mapped, state.k[..., None]) + eps
 
 
 def _sum(out: Tensor, add: Tensor | None) -> Tensor:

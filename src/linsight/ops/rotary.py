@@ -48,6 +48,14 @@ class Turn(NamedTuple):
         angles = torch.cat([rows, columns])[:, None] * speed
         return cls(angles.cos(), angles.sin(), (bottom - top, right - left), tile.prefix)
 
+    def part(self, tokens: slice) -> "Turn":
+        """That of some of the tokens: whole rows, with the prefix in front of the first."""
+        height, width = self.size
+        prefix = self.prefix if tokens.start == 0 else 0
+        top, bottom = ((place - self.prefix) // width for place in (tokens.start + prefix, tokens.stop))
+        cos, sin = (torch.cat([table[top:bottom], table[height:]]) for table in (self.cos, self.sin))
+        return Turn(cos, sin, (bottom - top, width), prefix)
+
     def __call__(self, x: Tensor) -> Tensor:
         """`x` `(B, prefix + h*w, C)` -> the same shape, in the accumulator's dtype."""
         x = x.to(self.cos.dtype)

@@ -124,8 +124,7 @@ class Moments(NamedTuple):
         with full_precision(k):
             count = count_tokens(k, keep)
             k, v = mask_tokens(k, keep).to(dtype), mask_tokens(v, keep).to(dtype)
-            share = 1 / count.clamp(min=1)[:, None, None]
-            mean_k, mean_v = k.sum(dim=1) * share, v.sum(dim=1) * share
+            mean_k, mean_v = _mean(k, keep, count), _mean(v, keep, count)
             # A token that is not kept must stay zero after centring.
             centred_k = mask_tokens(k - mean_k[:, None], keep)
             return cls(count, mean_k, mean_v, outer_sum(centred_k, v - mean_v[:, None]))
@@ -149,9 +148,14 @@ class Moments(NamedTuple):
         cross = cross + (self.count[:, None, None, None] * share[..., None]) * k[..., None] * v[..., None, :]
         return Moments(count, self.k + k * share, self.v + v * share, cross)
 
-    def covariance(self) -> Tensor:
-        """`(B, H, D, E)`: cross / count."""
-        return self.cross / self.count.clamp(min=1)[:, None, None, None]
+    def covariance(self, scale: float = 1.0) -> Tensor:
+        """`(B, H, D, E)`: scale cross / count."""
+        return self.cross * (scale / self.count.clamp(min=1))[:, None, None, None]
+
+
+def _mean(x: Tensor, keep: Tensor | None, count: Tensor) -> Tensor:
+    """Over the kept tokens of `x` `(B, N, H, D)`, which is zero elsewhere; 0 where there are none."""
+    return x.mean(dim=1) if keep is None else x.sum(dim=1) / count.clamp(min=1)[:, None, None]
 
 
 def merge(a: State, b: State) -> State:
