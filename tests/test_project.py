@@ -27,7 +27,8 @@ FLOORS = {
     "train": 6,
     "describe": 6,
     "doctor": 6,
-    "cli": 7,
+    "bench": 7,
+    "cli": 8,
 }
 FORBIDDEN = {
     "the address of a package registry": r"index-ur[l]|\bpypi\.|/simpl[e]/|file:/{3}",

@@ -1,4 +1,4 @@
-"""The command line: `linsight train | eval | predict | list | info | doctor`.
+"""The command line: `linsight train | eval | predict | bench | advise | list | info | doctor`.
 
 Commands import what they need when they run. Anything a user can mend is a LinsightError: one line
 on standard error, exit code 2.
@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from linsight import __version__, _cli_info, _cli_train
+from linsight import __version__, _cli_bench, _cli_info, _cli_train
 from linsight.errors import LinsightError
 
 app = typer.Typer(name="linsight", add_completion=False, pretty_exceptions_enable=False)
 _cli_train.register(app)
+_cli_bench.register(app)
 _cli_info.register(app)
 
 # typer's own copy of click has no public name for it

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         self.fused: set[str] = set()
 
@@ -89,7 +89,7 @@ def _best(act: Callable[[], Any], device: torch.device, seconds: float = 1.0) ->
     return found
 
 
-def roofline(facts: dict[str, Any], peaks: dict[str, Any], seconds: float) -> tuple[float, str] | None:
+def roofline(facts: Mapping[str, Any], peaks: Mapping[str, Any], seconds: float) -> tuple[float, str] | None:
     """Percent of the machine's limit that a step reaches, and which limit that is: "operations" or "bytes".
 
     The limit is the longer of two times: operations at the peak of large products, bytes at that of large copies.

@@ -68,7 +68,10 @@ def forward_backward(call: Call, device: torch.device, dtype: torch.dtype | None
             out = call.run()
         if not grad:
             grad.append(torch.randn_like(out))
-        return list(torch.autograd.grad(out, leaves, grad[0], allow_unused=True))
+        for leaf in leaves:
+            leaf.grad = None
+        out.backward(grad[0])
+        return [leaf.grad for leaf in leaves]
 
     return step
 
@@ -87,14 +90,13 @@ def operator_step(
 ) -> tuple[dict[str, Any], Step]:
     """What a step of an operator costs, and the step.
 
-    Operations are those of the plain form, one of `batch` images at a time, on the meta device; bytes are the least
-    that any form must move. Inputs that the mechanism does not use are not counted.
+    Operations are those of the plain form, a training step's three times a forward's; bytes are the least that any
+    form must move. Inputs that the mechanism does not use are not counted.
     """
     meta = torch.device("meta")
     one = operator_call(name, grid, 1, dim, heads, meta, train=True)
     used = [found is not None for found in forward_backward(one, meta, None)()]  # the first: some things are made once
     forward = count_flops(one.run)
-    flops = count_flops(forward_backward(one, meta, None)) if train else forward
     call = operator_call(name, grid, batch, dim, heads, device, dtype, train)
 
     def infer() -> Tensor:
@@ -108,7 +110,7 @@ def operator_step(
     facts = {
         "param_count": sum(p.numel() for p in call.module.parameters()) / 1e6 if call.module else 0.0,
         "gmacs": forward / 2e9,
-        "flops": flops * batch,
+        "flops": (3 if train else 1) * forward * batch,
         "bytes": least_bytes(inputs, call.module, out, train),
         "form": ", ".join(sorted(traffic.fused)) if call.module else _backend(call.inputs),
     }

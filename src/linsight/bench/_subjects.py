@@ -55,7 +55,7 @@ def operators() -> list[str]:
     return [entry.name for entry in list_attentions() if entry.kind == "core"]
 
 
-def plan_groups(names: Sequence[str], attention: Sequence[str] = (), beside: str = "") -> list[Group]:
+def plan_groups(names: Sequence[str], attention: Sequence[str] = (), beside: str = "") -> tuple[Group, ...]:
     """Who is measured with whom: one group of operators, or one of models for each softmax model beside them.
 
     Args:
@@ -79,13 +79,13 @@ def plan_groups(names: Sequence[str], attention: Sequence[str] = (), beside: str
         found = [Subject("model", subject.name, plan) for subject in found for plan in plans]
     if beside and beside != NONE:
         other = _exactly(beside, found[0].kind)
-        return [Group(tuple(found), other)]
+        return (Group(tuple(found), other),)
     if beside == NONE:
-        return [Group(tuple(found))]
+        return (Group(tuple(found)),)
     groups: dict[Subject | None, list[Subject]] = {}
     for subject in found:
         groups.setdefault(softmax_beside(subject), []).append(subject)
-    return [Group(tuple(subjects), other) for other, subjects in groups.items()]
+    return tuple(Group(tuple(subjects), other) for other, subjects in groups.items())
 
 
 def softmax_beside(subject: Subject) -> Subject | None:
@@ -132,7 +132,8 @@ def _ours(name: str) -> bool:
 
 def build(subject: Subject, size: tuple[int, int], device: str | torch.device) -> nn.Module:
     """A model of ours or timm's with fresh weights, for images of `size`, height and width."""
-    name, image = subject.name, {"img_size": size}
+    name = subject.name
+    image: dict[str, Any] = {"img_size": size}
     with torch.device(device):
         if subject.attention:
             return create_model(name, attention=subject.attention, **image)

@@ -1,0 +1,58 @@
+"""Floor 5: what mechanisms and models cost in time and memory, beside what a user would pick instead; and what to pick.
+
+>>> from linsight.bench import Plan, Setting, bench, plan_groups
+>>> plan = Plan(plan_groups(["inline", "agent"]), ((14, 14, 1), (56, 56, 1)), Setting(dim=192, heads=6))
+
+`bench(plan)` yields results as they come, in a process of its own: call it below `if __name__ == "__main__"`.
+"""
+
+from ._advise import Advice, Choice, Question, advise, known_results
+from ._cost import measure_peaks
+from ._curves import Estimate, at, crossings, pays_from
+from ._page import page, write_page
+from ._plot import draw, write_plot
+from ._rounds import Side, alternate
+from ._rows import read_rows, results_folder, table, write_rows
+from ._run import Done, Plan, bench, check_plan
+from ._steps import STEPS, Cell, Setting, cost, measure, step_of
+from ._subjects import Group, Subject, build, plan_groups, softmax_beside
+from ._worker import Worker
+
+__all__ = [
+    "STEPS",
+    "Advice",
+    "Cell",
+    "Choice",
+    "Done",
+    "Estimate",
+    "Group",
+    "Plan",
+    "Question",
+    "Setting",
+    "Side",
+    "Subject",
+    "Worker",
+    "advise",
+    "alternate",
+    "at",
+    "bench",
+    "build",
+    "check_plan",
+    "cost",
+    "crossings",
+    "draw",
+    "known_results",
+    "measure",
+    "measure_peaks",
+    "page",
+    "pays_from",
+    "plan_groups",
+    "read_rows",
+    "results_folder",
+    "softmax_beside",
+    "step_of",
+    "table",
+    "write_page",
+    "write_plot",
+    "write_rows",
+]
