@@ -13,12 +13,11 @@ def identity(x: Tensor) -> Tensor:
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 for x >= 0, exp(x) otherwise.
+    """x + 1 for x >= 0, exp(x) otherwise: the sum of exp(min(x, 0)) and relu(x).
 
-    Not `elu(x) + 1`: in bfloat16 that rounds to 0 below about -6. The clamp keeps the unused branch
-    from overflowing, which would turn its zero gradient into NaN.
+    Not `elu(x) + 1`, which in bfloat16 rounds to 0 below about -6. No branch overflows, so no gradient becomes NaN.
     """
-    return torch.where(x >= 0, x + 1, torch.exp(x.clamp(max=0)))
+    return torch.exp(x.clamp(max=0)) + F.relu(x)
 
 
 def gentle_exp(x: Tensor) -> Tensor:

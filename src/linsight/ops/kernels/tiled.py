@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 def parts(x: Tensor, turn: Turn | None) -> Iterator[list[Part]]:
-    """`x` `(B, N, H, D)` in groups of images, each cut into parts of about `BUDGET` numbers: with a turn, whole rows."""
+    """`x` `(B, N, H, D)` in groups of images, each cut into parts of about `BUDGET` numbers: with a turn, rows."""
     batch, n = x.shape[:2]
     step = max(1, BUDGET // max(1, x[0, 0].numel()))
     images = max(1, step // max(1, n))
