@@ -7,11 +7,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._forms import fused_form
 from .states import full_precision
 
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One kernel a channel. `x` `(B, H*W, C)`; `size` (H, W); `weight` `(C, 1, k, k)`; `bias` `(C,)`."""
+    """One kernel a channel. `x` `(B, H*W, C)`; `size` (H, W); `weight` `(C, 1, k, k)`; `bias` `(C,)`.
+
+    Computed in the dtype of `weight`, or in autocast's.
+    """
+    fused = fused_form("depthwise_conv", x)
+    if fused is not None:
+        return fused(x, size, weight, bias)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
     # Dense, because convolutions bring any other view to (B, C, H, W) order in memory.
     canvas = x.contiguous().unflatten(1, size).permute(0, 3, 1, 2)
     out = F.conv2d(canvas, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
@@ -26,6 +35,9 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
     channels of all images side by side at each place, which is the cheaper way to copy them.
     Computed in the dtype of `kernels`.
     """
+    fused = fused_form("dynamic_depthwise_conv", x)
+    if fused is not None:
+        return fused(x, size, kernels)
     x = x.to(kernels.dtype)
     if torch.compiler.is_compiling():
         return shifted_products(x, size, kernels)
