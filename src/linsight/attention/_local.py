@@ -20,7 +20,7 @@ def local_values(v: Tensor, conv: nn.Conv2d, tile: Tile, num_heads: int) -> Tens
     assert conv.bias is not None
     dtype = accumulator(v.dtype)
     with full_precision(v):
-        local = depthwise_conv(v.to(dtype), tile.seen, conv.weight.to(dtype), conv.bias.to(dtype))
+        local = depthwise_conv(v, tile.seen, conv.weight.to(dtype), conv.bias.to(dtype))
     return split_heads(tile.inner_grid(local), num_heads)
 
 

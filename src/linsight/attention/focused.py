@@ -164,9 +164,8 @@ class Focused(Core):
     def _read(self, q: Tensor, v: Tensor, tile: Tile, state: LinearState) -> Tensor:
         """Outputs of `tile`; `v` `(B, n, C)` lies on the part of the grid that it sees."""
         assert self.dwc.bias is not None
-        v = v.to(state.kv.dtype)
-        weight = self.dwc.weight.to(v.dtype).repeat(self.num_heads, 1, 1, 1)
-        bias = self.dwc.bias.to(v.dtype).repeat(self.num_heads)
+        weight = self.dwc.weight.to(state.kv.dtype).repeat(self.num_heads, 1, 1, 1)
+        bias = self.dwc.bias.to(state.kv.dtype).repeat(self.num_heads)
         with full_precision(v):
             local = tile.inner_grid(depthwise_conv(v, tile.seen, weight, bias))
         local = split_heads(local, self.num_heads)
