@@ -1,0 +1,177 @@
+"""The fused form of linear attention against the plain one; without a GPU, in Triton's interpreter."""
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from linsight.ops import (
+    FEATURE_MAPS,
+    Features,
+    Grid,
+    LinearState,
+    Tile,
+    Turn,
+    affine_read,
+    central_absorb,
+    linear_absorb,
+    linear_read,
+    use_form,
+)
+from linsight.ops.kernels import _launch
+from linsight.ops.kernels._maps import MAPS
+
+pytestmark = pytest.mark.timeout(300)  # the interpreter is slow where cores are shared
+F64 = torch.float64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRID = Grid(5, 9, 3)  # 48 tokens: two blocks of the interpreter, one for each of two programs
+HEADS = 2
+
+
+@contextmanager
+def poisoned():
+    """Freshly allocated memory is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, dtype=F64):
+    return torch.randn(*shape, dtype=F64).to(DEVICE, dtype)
+
+
+def close(ours, truth, tolerance=1e-12):
+    for a, b in zip(ours, truth, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
+
+
+def run(form, compute, leaves):
+    """What `compute` gives of `leaves`, and their gradients."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    with use_form(form), poisoned():
+        out = compute(*leaves)
+        out = [out] if isinstance(out, torch.Tensor) else list(out)
+        weights = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape) for t in out]
+        return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, weights)]
+
+
+def compare(compute, leaves, tolerance=1e-12):
+    close(run("triton", compute, leaves), run("plain", compute, leaves), tolerance)
+
+
+LAYOUTS = {
+    "dense": lambda x: x,
+    "qkv": lambda x: torch.stack([x, x, x], dim=2)[:, :, 1],  # a slice of a fused projection
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels first": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "every second": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+}
+KINDS = ["raw", "central", "normalised", "affine"]
+WIDTHS = [(8, 20), (6, 3), (16, 16)]  # of queries and keys, of values
+TURNED = [False, True]
+CASES = [
+    (*which, *how)
+    for which, *how in zip(
+        itertools.product(sorted(MAPS), KINDS),
+        *map(itertools.cycle, (LAYOUTS, WIDTHS, [True, False, True], [True, True, False, False, False])),
+        strict=False,
+    )
+]
+
+
+def case(name, kind, layout, widths, masked, turns, dtype=F64, grid=GRID, batch=2):
+    """(function of leaves, leaves): one operator on random tokens."""
+    d, e = widths
+    lay = LAYOUTS[layout]
+    x = lay(randn(batch, grid.tokens, HEADS, d, dtype=dtype))
+    values = lay(randn(batch, grid.tokens, HEADS, e, dtype=dtype))
+    acc = torch.promote_types(dtype, torch.float32)
+    turn = Turn.of(Tile.whole(grid), HEADS * d, device=x.device, dtype=acc) if turns and d % 2 == 0 else None
+    keep = (torch.rand(batch, grid.tokens) < 0.7).to(DEVICE) if masked else None
+    if kind in ("raw", "central"):
+        operator = {"raw": linear_absorb, "central": central_absorb}[kind]
+        first = 1 if kind == "central" else 0  # a count has no gradient
+        return lambda x, v: operator(Features(x, name, turn=turn), v, keep)[first:], [x, values]
+    matrix, add = randn(batch, HEADS, d, e, dtype=acc), values[:, grid.prefix :] if masked else None
+    leaves = [x, matrix] + ([] if add is None else [add])
+    if kind == "affine":
+        shift = randn(batch, HEADS, e, dtype=acc)
+
+        def affine(x, matrix, shift, add=None):
+            return affine_read(Features(x, name, turn=turn), matrix, shift, add=add, dtype=dtype)
+
+        return affine, [x, matrix, shift, *leaves[2:]]
+    total = torch.rand(batch, HEADS, d).to(DEVICE, acc) + 0.5
+
+    def normalised(x, matrix, total, add=None):
+        x = x.abs() if name in ("identity", "leaky_relu") else x  # norms away from 0
+        return linear_read(Features(x, name, turn=turn), LinearState(matrix, total), 0.5, add=add, dtype=dtype)
+
+    return normalised, [x, matrix, total, *leaves[2:]]
+
+
+def test_maps_are_all_here():
+    assert MAPS.keys() == FEATURE_MAPS.keys()
+
+
+@pytest.mark.parametrize("chosen", CASES, ids=lambda c: "-".join(map(str, c)).replace(" ", ""))
+def test_equals_plain(chosen):
+    compare(*case(*chosen))
+
+
+@pytest.mark.parametrize("power", [2, 3, 2.5])
+@pytest.mark.parametrize("kind", ["raw", "read"])
+def test_power_and_factors(kind, power):
+    x, values = randn(2, 40, HEADS, 6), randn(2, 40, HEADS, 5)
+    column, before, after = (torch.rand(*s, dtype=F64, device=DEVICE) + 0.5 for s in ((HEADS, 6), (2, 40), (2, 40)))
+    map = "positive" if power == 2.5 else "identity"
+    if kind == "raw":
+        keep = (torch.rand(2, 40) < 0.7).to(DEVICE)
+
+        def absorb(x, values, column, after):
+            return linear_absorb(Features(x, map, power, column, before, after), values, keep)
+
+        compare(absorb, [x, values, column, after])
+        return
+    matrix, shift = randn(2, HEADS, 6, 5), randn(2, HEADS, 5)
+
+    def read(x, matrix, shift, column, after):
+        return affine_read(Features(x, map, power, column, before, after), matrix, shift)
+
+    compare(read, [x, matrix, shift, column, after])
+
+
+@pytest.mark.parametrize(("tokens", "widths"), [(1, (8, 8)), (0, (8, 8)), (33, (1, 1)), (64, (40, 128))])
+def test_any_number_of_tokens_and_width(tokens, widths):
+    grid = Grid(1, tokens)
+    for kind in ("raw", "central", "affine") if tokens else ("raw", "affine"):
+        compare(*case("elu+1", kind, "dense", widths, False, False, grid=grid, batch=1))
+
+
+@pytest.mark.parametrize("kind", ["raw", "central"])
+def test_nothing_kept(kind):
+    k, v = randn(2, 40, HEADS, 8), randn(2, 40, HEADS, 8)
+    keep = torch.zeros(2, 40, dtype=torch.bool, device=DEVICE)
+    keep[0, 35] = True  # of the last block
+    operator = {"raw": linear_absorb, "central": central_absorb}[kind]
+    k[1], v[1] = float("nan"), float("inf")
+    compare(lambda k, v: operator(Features(k, "elu+1"), v, keep)[-3:], [k, v])
+
+
+@pytest.mark.parametrize("what", ["wide heads", "rotation across heads"])
+def test_what_does_not_fit_is_plain(what, monkeypatch):
+    monkeypatch.setattr(_launch.Inputs, "plan", lambda *_, **__: pytest.fail("a kernel was run"))
+    d = 130 if what == "wide heads" else 6
+    x, v, turn = randn(1, 4, 4, d), randn(1, 4, 4, 8), None
+    if what == "rotation across heads":
+        x = randn(1, 4, 4, 5)
+        turn = Turn.of(Tile.whole(Grid(2, 2)), 20, device=x.device, dtype=F64)
+    compare(lambda x, v: linear_absorb(Features(x, turn=turn), v), [x, v])
