@@ -18,10 +18,23 @@ from linsight.ops import Grid
 from ._pyramid import PlainPyramid
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution as what it is, a product with the channels of each place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map `(B, C, H, W)` to one that is channels last in memory."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ConvNorm(ConvNormAct):
     """timm's convolution, batch norm and ReLU, by its published names."""
 
     published = (Rename("norm.", "bn."),)
+
+    def __init__(self, *timm_args: Any, **timm_kwargs: Any) -> None:
+        super().__init__(*timm_args, **timm_kwargs)
+        if self.conv.kernel_size == (1, 1):
+            self.conv.__class__ = Pointwise
 
 
 class ConvStem(nn.Module):
@@ -68,7 +81,7 @@ class ConvMerge(nn.Module):
     def __init__(self, in_dim: int, dim: int, **factory: Any) -> None:
         super().__init__()
         wide = 4 * dim
-        self.widen = nn.Conv2d(in_dim, wide, 1, **factory)
+        self.widen = Pointwise(in_dim, wide, 1, **factory)
         self.stride2 = nn.Conv2d(wide, wide, 3, stride=2, padding=1, groups=wide, **factory)
         self.narrow = ConvNorm(wide, dim, 1, bias=True, apply_act=False, **factory)
 
