@@ -29,11 +29,11 @@ from typing import Any
 import _accuracy_docs as docs
 import timm
 import torch
-from _cells import Send, Worker, alternate, step_of
 from torch import nn
 
 import linsight
 from linsight.attention import list_attentions
+from linsight.bench import Send, Worker, alternate, step_of
 from linsight.describe import count_macs, count_parameters
 from linsight.doctor import diagnose
 from linsight.errors import LinsightError, UnknownNameError

@@ -11,15 +11,17 @@ from ._cost import measure_peaks
 from ._curves import Estimate, at, crossings, pays_from
 from ._page import page, write_page
 from ._plot import draw, write_plot
-from ._rounds import Side, alternate
-from ._rows import read_rows, results_folder, table, write_rows
-from ._run import Done, Plan, bench, check_plan
+from ._rounds import Send, Side, Step, alternate
+from ._rows import COLUMNS, ratios, read_rows, results_folder, spread, table, write_rows
+from ._run import Done, Plan, Size, bench, check_plan, run_facts
 from ._steps import STEPS, Cell, Setting, cost, measure, step_of
-from ._subjects import Group, Subject, build, plan_groups, softmax_beside
+from ._subjects import TIMM, Group, Subject, build, plan_groups, softmax_beside
 from ._worker import Worker
 
 __all__ = [
+    "COLUMNS",
     "STEPS",
+    "TIMM",
     "Advice",
     "Cell",
     "Choice",
@@ -28,8 +30,11 @@ __all__ = [
     "Group",
     "Plan",
     "Question",
+    "Send",
     "Setting",
     "Side",
+    "Size",
+    "Step",
     "Subject",
     "Worker",
     "advise",
@@ -47,9 +52,12 @@ __all__ = [
     "page",
     "pays_from",
     "plan_groups",
+    "ratios",
     "read_rows",
     "results_folder",
+    "run_facts",
     "softmax_beside",
+    "spread",
     "step_of",
     "table",
     "write_page",

@@ -79,7 +79,7 @@ def measure_peaks(device: torch.device, dtype: torch.dtype | None) -> dict[str, 
     return dict(zip(PEAKS, (2 * side**3 / best[0] / 1e12, 2 * room / best[1] / 1e9), strict=True))
 
 
-def _best(act: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> float:
+def _best(act: Callable[[], Any], device: torch.device, seconds: float = 0.5) -> float:
     timed(act, 1, device)
     end, found = time.perf_counter() + seconds, math.inf
     for _ in range(100):

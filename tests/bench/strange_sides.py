@@ -4,7 +4,8 @@ import functools
 import os
 
 import torch
-from _cells import alternate
+
+from linsight.bench import alternate
 
 
 def spin():

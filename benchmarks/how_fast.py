@@ -1,0 +1,206 @@
+"""All numbers of docs/how-fast.md, in one call: mechanisms and models beside softmax on this machine.
+
+    python benchmarks/how_fast.py --docs docs
+    python benchmarks/how_fast.py --device cuda --parts operators,deit --docs docs
+
+Three parts. Operators: all mechanisms that stream, beside PyTorch's softmax attention, from 14x14 to 112x112 tokens.
+Pyramids: linear Swin-T and MLLA-T beside timm's Swin-T. DeiT: InLine-DeiT-T beside timm's DeiT-T from 224 to 1344
+pixels, in float32 and bf16, and beside its own floor: the same model in which the values go straight from the
+projection to the output projection, with no mixing, no generator and no dynamic convolution. Under 20 minutes on two
+CPU cores.
+"""
+
+import argparse
+import functools
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import linsight.bench as room
+from linsight.attention import Attention, Capabilities, Core, Tokens, list_attentions
+from linsight.bench import STEPS, Done, Group, Plan, Setting, Subject
+from linsight.errors import LinsightError, UnknownNameError
+from linsight.ops import Layout
+from linsight.train._files import write_text
+
+FLOOR = Subject("model", "inline_deit_tiny", "floor")
+INLINE, SOFTMAX = Subject("model", "inline_deit_tiny"), Subject("model", "deit_tiny_patch16_224")
+PYRAMIDS = ("inline_swin_tiny", "focused_swin_tiny", "agent_swin_tiny", "mlla_tiny")
+BLOCK = re.compile(r"(<!-- generated: how fast -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+class Floor(Core):
+    """The values themselves."""
+
+    capabilities = Capabilities(prefix=True)
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, tokens: Tokens, layout: Layout, **_: Any) -> Tensor:
+        return tokens.v
+
+
+def build(subject: Subject, size: tuple[int, int], device: str | torch.device) -> nn.Module:
+    """As `linsight bench` does, and the floor."""
+    if subject != FLOOR:
+        return room.build(subject, size, device)
+    model = room.build(subject._replace(attention=""), size, device)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.core = Floor(module.num_heads)
+    return model
+
+
+def plans(options: argparse.Namespace) -> dict[str, list[Plan]]:
+    """What each part measures."""
+
+    def plan(group: Group, sizes: Any, steps: tuple[str, ...], amp: str = "off") -> Plan:
+        setting = Setting(options.device, amp, options.threads, options.seconds)
+        return Plan((group,), tuple(sizes), setting, steps, options.limit)
+
+    streaming = tuple(Subject("operator", entry.name) for entry in list_attentions(stream=True))
+    operators = Group(streaming, Subject("operator", "softmax"))
+    pyramids = Group(
+        tuple(Subject("model", name) for name in PYRAMIDS), Subject("model", "swin_tiny_patch4_window7_224")
+    )
+    deit = Group((INLINE, FLOOR), SOFTMAX)
+    images = [(side, side, 1) for side in (224, 448, 896, 1344)]
+    both = tuple(STEPS)
+    return {
+        "operators": [plan(operators, [(side, side, 1) for side in (14, 28, 56, 112)], both)],
+        "pyramids": [plan(pyramids, [(224, 224, 4)], both)],
+        "deit": [plan(deit, images, ("infer",), amp) for amp in ("off", "bf16")],
+    }
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
+
+
+def by_size(rows: list[dict[str, Any]], step: str) -> str:
+    """One line for each mechanism: milliseconds and the time ratio to softmax, by tokens."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    sizes = list(dict.fromkeys(row["tokens"] for row in rows))
+    found = {(row["model"], row["tokens"]): row for row in rows}
+    body = []
+    for name in names:
+        ratio = {n: found[name, n][f"{step}_ratio"] for n in sizes if found[name, n].get(f"{step}_ratio")}
+        passes = room.pays_from(ratio)
+        line = [f"`{name}`"]
+        for n in sizes:
+            row = found[name, n]
+            shown = f"{row[f'{step}_step_time']:.3g}" if f"{step}_step_time" in row else row[f"{step}_error"]
+            line.append(f"{shown} ({ratio[n]:.2f})" if n in ratio else shown)
+        never = "-" if name == "softmax" else "not up to here"
+        body.append([*line, never if passes is None else f"{passes:,.0f} tokens" if passes else "always"])
+    return markdown([f"{STEPS[step]}, ms (ratio)", *(f"{n:,} tokens" for n in sizes), "faster from"], body)
+
+
+def beside_floor(done: Done) -> Iterator[list[str]]:
+    """Of one size: the model beside its floor, and beside softmax the other way round."""
+    ours, floor, softmax = (done.sides[subject] for subject in (INLINE, FLOOR, SOFTMAX))
+    found = [room.ratios(ours, floor), room.ratios(softmax, ours)]
+    shown = [room.spread(values, ".2f") if values else "-" for values in found]
+    memory = [side.facts.get("peak_mb") for side in (ours, softmax)]
+    megabytes = ["-" if value is None else f"{value:.0f}" for value in memory]
+    yield [str(done.cell.height), done.facts["precision"], *shown, *megabytes]
+
+
+def run(options: argparse.Namespace) -> str:
+    """Measure all parts, tell of them as they come, and return the generated part of the page."""
+    parts, rows, text, facts = plans(options), [], [], {}
+    for name in options.parts:
+        measured: list[dict[str, Any]] = []
+        floors: list[list[str]] = []
+        for plan in parts[name]:
+            done = None
+            for done in room.bench(plan, functools.partial(room.measure, build=build)):
+                for subject, side in done.sides.items():
+                    times = room.spread([1000 * t for t in side.times], ".3g") if side.times else side.error
+                    print(f"{subject.label}, {done.cell.height}, {done.cell.step}: {times}", flush=True)
+                if name == "deit":
+                    floors += beside_floor(done)
+                room.write_rows(options.csv, [*rows, *({**row, **done.facts} for row in done.rows)], {})
+            assert done is not None
+            facts = facts or done.facts
+            rows += [{**row, **done.facts} for row in done.rows]
+            measured += done.rows
+            if options.docs:
+                picture = f"how-fast-{name}{'-bf16' if plan.setting.amp == 'bf16' else ''}.png"
+                if len(plan.sizes) > 1:
+                    room.write_plot(options.docs / picture, done.rows, f"{facts['device']}, {done.facts['precision']}")
+                    text.append(f"![{name}]({picture})")
+        text.append("\n\n".join(show(name, measured, floors)))
+    told = ", ".join(
+        f"{key} {value}" for key, value in facts.items() if value not in (None, False) and key != "precision"
+    )
+    command = shlex.join(["python", "benchmarks/how_fast.py", *options.arguments])
+    return "\n\n".join([f"```bash\n{command}\n```", told, *text]) + "\n"
+
+
+def show(name: str, rows: list[dict[str, Any]], floors: list[list[str]]) -> Iterator[str]:
+    """The tables of a part."""
+    if name == "operators":
+        yield from (by_size(rows, step) for step in STEPS)
+        return
+    head, body = room.table(rows)
+    yield markdown(head, [[f"`{line[0]}`", *line[1:]] for line in body])
+    if floors:
+        names = ["pixels", "precision", "model / floor", "softmax / model", "MB", "MB, softmax"]
+        yield markdown(names, floors)
+
+
+def document(folder: Path, text: str) -> None:
+    """Put the result into how-fast.md of `folder`."""
+    path = folder / "how-fast.md"
+    write_text(path, BLOCK.sub(lambda found: f"{found[1]}{text}\n", path.read_text(encoding="utf-8")))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--parts", default="operators,pyramids,deit", help="which of them, all")
+    add("--device", default="cpu", help="cpu, cuda ...")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--seconds", type=float, default=8.0, help="to spend on the rounds of a cell; there are three at least")
+    add("--limit", type=float, default=200.0, help="seconds for the first steps of something, or a later one")
+    add("--csv", type=Path, default=Path("how_fast.csv"), help="file to write")
+    add("--docs", type=Path, help="the folder of how-fast.md, to write the result into")
+    options = parser.parse_args(arguments)
+    options.arguments = arguments
+    options.parts = options.parts.split(",")
+    for part in options.parts:
+        if part not in plans(options):
+            raise UnknownNameError("part", part, plans(options))
+    if options.docs and not (
+        (path := options.docs / "how-fast.md").exists() and BLOCK.search(path.read_text(encoding="utf-8"))
+    ):
+        raise LinsightError(f"'{path}' is not there, or has no line '<!-- generated: how fast -->' to write below")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        text = run(options)
+        print(text)
+        if options.docs:
+            document(options.docs, text)
+    except (LinsightError, OSError) as error:
+        print(f"how_fast.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
