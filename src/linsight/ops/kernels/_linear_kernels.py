@@ -319,5 +319,6 @@ def fold_kernel(
     _store_matrix(out_matrix, image_head, d, e, total, D, E)
     if left is not None:
         tl.store(out_left + image_head * D + d, sum_left, mask=row)
-    if right is not None:
-        tl.store(out_right + image_head * E + e, sum_right, mask=column & (tl.program_id(1) == 0))
+    if right is not None:  # noqa: SIM102 -- decided when compiled
+        if tl.program_id(1) == 0:
+            tl.store(out_right + image_head * E + e, sum_right, mask=column)
