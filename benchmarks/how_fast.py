@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import linsight.bench as room
 from linsight.attention import Attention, Capabilities, Core, Tokens, list_attentions
 from linsight.bench import STEPS, Done, Group, Plan, Setting, Subject
+from linsight.bench._rows import digits
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import Layout
 from linsight.train._files import write_text
@@ -97,7 +98,7 @@ def by_size(rows: list[dict[str, Any]], step: str) -> str:
         line = [f"`{name}`"]
         for n in sizes:
             row = found[name, n]
-            shown = f"{row[f'{step}_step_time']:.3g}" if f"{step}_step_time" in row else row[f"{step}_error"]
+            shown = digits(row[f"{step}_step_time"]) if f"{step}_step_time" in row else row[f"{step}_error"]
             line.append(f"{shown} ({ratio[n]:.2f})" if n in ratio else shown)
         never = "-" if name == "softmax" else "not up to here"
         body.append([*line, never if passes is None else f"{passes:,.0f} tokens" if passes else "always"])
@@ -114,48 +115,59 @@ def beside_floor(done: Done) -> Iterator[list[str]]:
     yield [str(done.cell.height), done.facts["precision"], *shown, *megabytes]
 
 
+TITLES = {
+    "operators": "Operators, {dim} channels in {heads} heads, batch 1",
+    "pyramids": "Pyramids",
+    "deit": "InLine-DeiT-T, its floor, and DeiT-T",
+}
+
+
 def run(options: argparse.Namespace) -> str:
     """Measure all parts, tell of them as they come, and return the generated part of the page."""
-    parts, rows, text, facts = plans(options), [], [], {}
+    rows: list[dict[str, Any]] = []
+    text: list[str] = []
+    facts: dict[str, Any] = {}
     for name in options.parts:
-        measured: list[dict[str, Any]] = []
         floors: list[list[str]] = []
-        for plan in parts[name]:
+        for plan in plans(options)[name]:
             done = None
             for done in room.bench(plan, functools.partial(room.measure, build=build)):
-                for subject, side in done.sides.items():
-                    times = room.spread([1000 * t for t in side.times], ".3g") if side.times else side.error
-                    print(f"{subject.label}, {done.cell.height}, {done.cell.step}: {times}", flush=True)
+                tell(done)
                 if name == "deit":
                     floors += beside_floor(done)
                 room.write_rows(options.csv, [*rows, *({**row, **done.facts} for row in done.rows)], {})
             assert done is not None
             facts = facts or done.facts
             rows += [{**row, **done.facts} for row in done.rows]
-            measured += done.rows
-            if options.docs:
-                picture = f"how-fast-{name}{'-bf16' if plan.setting.amp == 'bf16' else ''}.png"
-                if len(plan.sizes) > 1:
-                    room.write_plot(options.docs / picture, done.rows, f"{facts['device']}, {done.facts['precision']}")
-                    text.append(f"![{name}]({picture})")
-        text.append("\n\n".join(show(name, measured, floors)))
-    told = ", ".join(
-        f"{key} {value}" for key, value in facts.items() if value not in (None, False) and key != "precision"
-    )
+            text.append(f"### {TITLES[name].format(**vars(plan.setting))}, {done.facts['precision']}")
+            text += operator_tables(done.rows) if name == "operators" else [model_table(done.rows)]
+            if options.docs and len(plan.sizes) > 1:
+                picture = f"how-fast-{name}-{plan.setting.amp}.png".replace("-off", "")
+                room.write_plot(options.docs / picture, done.rows, f"{facts['device']}, {done.facts['precision']}")
+                text.append(f"![{name}]({picture})")
+        if floors:
+            names = ["pixels", "precision", "model / floor", "softmax / model", "MB", "MB, softmax"]
+            text += ["### InLine-DeiT-T beside its floor, and beside softmax", markdown(names, floors)]
+    known = {key: value for key, value in facts.items() if value not in (None, False) and key != "precision"}
+    told = ", ".join(f"{key} {value}" for key, value in known.items())
     command = shlex.join(["python", "benchmarks/how_fast.py", *options.arguments])
     return "\n\n".join([f"```bash\n{command}\n```", told, *text]) + "\n"
 
 
-def show(name: str, rows: list[dict[str, Any]], floors: list[list[str]]) -> Iterator[str]:
-    """The tables of a part."""
-    if name == "operators":
-        yield from (by_size(rows, step) for step in STEPS)
-        return
+def tell(done: Done) -> None:
+    """What a cell found, at once: a run takes long."""
+    for subject, side in done.sides.items():
+        times = room.spread([1000 * t for t in side.times]) if side.times else side.error
+        print(f"{subject.label}, {done.cell.height}, {done.cell.step}: {times}", flush=True)
+
+
+def operator_tables(rows: list[dict[str, Any]]) -> list[str]:
+    return [by_size(rows, step) for step in STEPS]
+
+
+def model_table(rows: list[dict[str, Any]]) -> str:
     head, body = room.table(rows)
-    yield markdown(head, [[f"`{line[0]}`", *line[1:]] for line in body])
-    if floors:
-        names = ["pixels", "precision", "model / floor", "softmax / model", "MB", "MB, softmax"]
-        yield markdown(names, floors)
+    return markdown(head, [[f"`{line[0]}`", *line[1:]] for line in body])
 
 
 def document(folder: Path, text: str) -> None:

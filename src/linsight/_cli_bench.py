@@ -195,7 +195,7 @@ def _tell(done: "Done") -> None:
 
     cell = done.cell
     for subject, side in done.sides.items():
-        result = f"{spread([1000 * t for t in side.times], '.3g')} ms" if side.times else side.error
+        result = f"{spread([1000 * t for t in side.times])} ms" if side.times else side.error
         size = show_size(cell.height, cell.width)
         typer.echo(f"{subject.label}, {size}, batch {cell.batch}, {cell.step}: {result}", err=True)
 
@@ -241,11 +241,13 @@ def advise(
 
 
 def _choice(choice: "Choice") -> list[str]:
+    from linsight.bench._rows import digits
+
     paying = "-" if choice.from_tokens is None else f"{choice.from_tokens:,.0f}" if choice.from_tokens else "any"
     notes = [f"{choice.beyond:.2g} times beyond what was measured"] if choice.beyond > 1 else []
     return [
         choice.name,
-        f"{choice.milliseconds:.3g}",
+        digits(choice.milliseconds),
         "-" if choice.ratio is None else f"{choice.ratio:.2f}",
         paying,
         "..".join(f"{tokens:,.0f}" for tokens in choice.measured),

@@ -49,7 +49,13 @@ def test_the_page_keeps_its_words(tmp_path, monkeypatch, capsys):
     row = {"kind": "model", "model": "m", "tokens": 1, "infer_batch_size": 1, "infer_img_size": 8}
 
     def measured(plan, measure):
-        yield Done(how_fast.room.Cell("infer", 8, 8, 1, plan.setting), plan.groups[0], {}, [row], {"device": "cpu: x"})
+        yield Done(
+            how_fast.room.Cell("infer", 8, 8, 1, plan.setting),
+            plan.groups[0],
+            {},
+            [row],
+            {"device": "cpu: x", "precision": "float32"},
+        )
 
     monkeypatch.setattr(how_fast.room, "bench", measured)
     arguments = ["--parts", "pyramids", "--docs", str(tmp_path), "--csv", str(tmp_path / "a.csv")]

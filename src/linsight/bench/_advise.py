@@ -10,7 +10,7 @@ from linsight.errors import LinsightError
 
 from ._curves import at, pays_from
 from ._operators import SOFTMAX
-from ._rows import Row, read_rows, results_folder
+from ._rows import Row, digits, read_rows, results_folder
 
 FAR = 2.0  # times beyond the measured sizes from which it is said in words
 EVEN = 0.05  # of a ratio: less is no difference
@@ -192,17 +192,19 @@ def _words(question: Question, where: Row, choices: list[Choice], errors: Mappin
     if best is None:
         lines.append(f"{lead}nothing but {choices[0].name} was measured.")
     elif softmax is None:
-        lines.append(f"{lead}{best.name} is the fastest, {best.milliseconds:.3g} ms an image; {base} has no time here.")
+        lines.append(
+            f"{lead}{best.name} is the fastest, {digits(best.milliseconds)} ms an image; {base} has no time here."
+        )
     else:
         ratio = best.ratio or best.milliseconds / softmax.milliseconds
         if abs(ratio - 1) < EVEN:
-            words = f"{best.name} and {base} take the same time, {softmax.milliseconds:.3g} ms an image"
+            words = f"{best.name} and {base} take the same time, {digits(softmax.milliseconds)} ms an image"
         elif ratio < 1:
             words = f"{best.name} is the fastest, {1 / ratio:.3g} times as fast as {base}: "
-            words += f"{best.milliseconds:.3g} ms an image against {softmax.milliseconds:.3g} ms"
+            words += f"{digits(best.milliseconds)} ms an image against {digits(softmax.milliseconds)} ms"
         else:
             words = f"{base} is the fastest, {ratio:.3g} times as fast as {best.name}: "
-            words += f"{softmax.milliseconds:.3g} ms an image against {best.milliseconds:.3g} ms"
+            words += f"{digits(softmax.milliseconds)} ms an image against {digits(best.milliseconds)} ms"
         lines.append(f"{lead}{words}.")
     lines += _threshold(base, others)
     far = max(choices, key=lambda choice: choice.beyond)

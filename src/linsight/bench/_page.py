@@ -33,7 +33,8 @@ document.querySelectorAll("th").forEach((head, column) => head.onclick = () => {
 
 _NOTES = (
     "ms: a step of the whole batch, median (lowest..highest) of rounds that alternate between all that is compared.",
-    "Beside softmax: the ratio of times in the same rounds, likewise; below 1 is faster.",
+    "Time ratio: to what stands beside it, softmax unless another was asked for, in the same rounds, likewise; below 1 "
+    "is faster.",
     "MB: the most memory that a step takes beyond what was there before it.",
     "GMACs: billions of multiply-adds of matrix products and convolutions for one image, forward.",
     "Of the roofline: the share of what this machine reached in a large matrix product (operations) or a large copy "

@@ -32,10 +32,15 @@ def ratios(side: Side, beside: Side) -> list[float]:
     return [a / b for a, b in zip(side.times, beside.times, strict=False)]
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """`median (lowest..highest)`."""
-    low, middle, high = (format(pick(values), form) for pick in (min, statistics.median, max))
+def spread(values: Sequence[float], form: str = "") -> str:
+    """`median (lowest..highest)`; without a `form`, as `digits`."""
+    low, middle, high = (digits(pick(values), form) for pick in (min, statistics.median, max))
     return f"{middle} ({low}..{high})"
+
+
+def digits(value: float, form: str = "") -> str:
+    """A number in `form`; without one, with three digits at least, and no exponent where it is large."""
+    return format(value, form or (".0f" if abs(value) >= 100 else ".3g"))
 
 
 def show_size(height: int, width: int) -> int | str:
@@ -126,7 +131,7 @@ def results_folder() -> Path:
 
 def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
     """The head and the lines of a table for people, one line for each step; what failed says why."""
-    head = ["", "size", "batch", "step", "ms", "beside softmax", "MB", "GMACs", "M params", "of the roofline"]
+    head = ["", "size", "batch", "step", "ms", "time ratio", "MB", "GMACs", "M params", "of the roofline"]
     body = []
     for row in rows:
         for step, words in STEPS.items():
@@ -139,7 +144,7 @@ def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
 def _line(row: Row, step: str, words: str) -> list[str]:
     def cell(key: str, form: str, column: str = "") -> str:
         value = row.get(column or f"{step}_{key}")
-        return "-" if value in (None, "") else format(float(value), form)
+        return "-" if value in (None, "") else digits(float(value), form)
 
     def middle(key: str, form: str) -> str:
         parts = [cell(f"{key}{end}", form) for end in ("", "_min", "_max")]
@@ -150,7 +155,7 @@ def _line(row: Row, step: str, words: str) -> list[str]:
     size = str(row[f"{step}_img_size"])
     if row["kind"] == "operator":
         size += f" ({cell('', ',.0f', 'tokens')} tokens)"
-    milliseconds = row.get(f"{step}_error") or middle("step_time", ".3g")
+    milliseconds = row.get(f"{step}_error") or middle("step_time", "")
     costs = [cell("peak_mb", ".0f"), cell("gmacs", ".3g"), cell("", ".3g", "param_count"), share]
     return [
         *(str(row["model"]), size, cell("batch_size", ".0f"), words, milliseconds),
