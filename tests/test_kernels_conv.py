@@ -109,7 +109,7 @@ def test_sums_over_many_tokens(monkeypatch):
     monkeypatch.setattr(_sizes, "_INTERPRETED", 1 << 12)
     x = (randn(1, 8100, 2, dtype=torch.float32) + 100).detach().requires_grad_()
     inputs = (
-        (values(1, (90, 90), 2, dtype=torch.float32) + 100).detach().requires_grad_(),
+        x,
         *weights(1, 2, 3, True, torch.float32),
     )
     is_as_exact(convolution(True, (90, 90)), inputs, torch.ones(1, 8100, 2, device=DEVICE))
