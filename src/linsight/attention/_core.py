@@ -170,7 +170,7 @@ def run_rounds(core: Core, tokens: Tokens, cut: list[Tile]) -> Tensor:
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """`(B, N, C)` -> `(B, N, H, C / H)`, head-major channels."""
-    return x.unflatten(-1, (num_heads, -1))
+    return x.view(*x.shape[:-1], num_heads, -1)
 
 
 def merge_heads(x: Tensor) -> Tensor:

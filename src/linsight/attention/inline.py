@@ -106,7 +106,7 @@ class InLine(Core):
         """Means, covariance and the kernels that the mean token generates."""
         kernels = None
         if self.generator is not None:
-            mean = state.x / state.kv.count.clamp(min=1)[:, None]
+            mean = state.x / state.kv.count.clamp_min(1)[:, None]
             kernels = self._generate(self.generator, mean)
         scale = state.kv.k.shape[-1] ** -0.5
         return InLineReader(state.kv.v, state.kv.covariance(scale), kernels)

@@ -21,10 +21,7 @@ def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tenso
         return fused(x, size, weight, bias)
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
-    # Dense, because convolutions bring any other view to (B, C, H, W) order in memory.
-    canvas = x.contiguous().unflatten(1, size).permute(0, 3, 1, 2)
-    out = F.conv2d(canvas, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    return out.permute(0, 2, 3, 1).flatten(1, 2)
+    return _convolve(x, size, weight, bias)
 
 
 def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
@@ -42,11 +39,21 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
     if torch.compiler.is_compiling():
         return shifted_products(x, size, kernels)
     batch, _, channels = x.shape
-    canvas = x.transpose(0, 1).reshape(1, *size, batch * channels).permute(0, 3, 1, 2)
-    weight = kernels.reshape(batch * channels, 1, *kernels.shape[2:])
+    if batch == 1:
+        with full_precision(x):
+            return _convolve(x, size, kernels.transpose(0, 1))
+    beside = x.transpose(0, 1).reshape(1, -1, batch * channels)  # (1, H*W, B * C)
     with full_precision(x):
-        out = F.conv2d(canvas, weight, padding=kernels.shape[-1] // 2, groups=batch * channels)
-    return out.permute(0, 2, 3, 1).reshape(-1, batch, channels).transpose(0, 1)
+        out = _convolve(beside, size, kernels.reshape(batch * channels, 1, *kernels.shape[2:]))
+    return out.view(-1, batch, channels).transpose(0, 1)
+
+
+def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Dense, because convolutions bring any other view to (B, C, H, W) order in memory."""
+    batch, _, channels = x.shape
+    canvas = x.contiguous().view(batch, *size, channels).permute(0, 3, 1, 2)
+    out = F.conv2d(canvas, weight, bias, padding=weight.shape[-1] // 2, groups=channels)
+    return out.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def shifted_products(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ._forms import fused_form
 from .maps import FEATURE_MAPS
 from .rotary import Turn
-from .states import accumulator, full_precision
+from .states import full_precision, widened
 
 
 class Features(NamedTuple):
@@ -42,9 +42,10 @@ class Features(NamedTuple):
 
     def mapped(self) -> Tensor:
         """phi(x) `(B, N, H, D)`, in the accumulator's dtype."""
-        x = self.x.to(accumulator(self.x.dtype))
-        with full_precision(x):
-            y = FEATURE_MAPS[self.map](x)
+        y = widened(self.x)
+        with full_precision(y):
+            if self.map != "identity":
+                y = FEATURE_MAPS[self.map](y)
             if self.column is not None:
                 y = y * self.column
             if self.before is not None:
@@ -74,7 +75,7 @@ def focus(x: Tensor, column: Tensor, power: float) -> Features:
     fused = fused_form("focus", x)
     if fused is not None:
         return fused(x, column, power)
-    x = x.to(accumulator(x.dtype))
+    x = widened(x)
     with full_precision(x):
         u = FEATURE_MAPS["positive"](x) * column
         top = u.detach().amax(dim=(-2, -1), keepdim=True)  # cancels, so no gradient passes through it

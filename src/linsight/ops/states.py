@@ -20,6 +20,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widened(x: Tensor) -> Tensor:
+    """`x` in the dtype of its sums."""
+    dtype = accumulator(x.dtype)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 @contextmanager
 def _autocast_off(device_type: str) -> Iterator[None]:
     with torch.autocast(device_type, enabled=False):
@@ -50,19 +56,12 @@ def count_tokens(x: Tensor, keep: Tensor | None) -> Tensor:
 
 def outer_sum(k: Tensor, v: Tensor) -> Tensor:
     """sum_n k_n v_n^T: `(B, N, H, D)`, `(B, N, H, E)` -> `(B, H, D, E)`."""
-    out = torch.bmm(_by_head(k).transpose(1, 2), _by_head(v))
-    return out.unflatten(0, (k.shape[0], k.shape[2]))
+    return k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
 
 
 def apply_state(q: Tensor, state: Tensor) -> Tensor:
     """q_n S: `(B, N, H, D)`, `(B or 1, H, D, E)` -> `(B, N, H, E)`, laid out head by head."""
-    out = torch.bmm(_by_head(q), state.expand(q.shape[0], -1, -1, -1).flatten(0, 1))
-    return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """`(B, N, H, D)` -> `(B * H, N, D)`: a view of one image, a copy of several."""
-    return x.transpose(1, 2).flatten(0, 1)
+    return (q.transpose(1, 2) @ state).transpose(1, 2)
 
 
 class LogSumExp(NamedTuple):
@@ -120,10 +119,9 @@ class Moments(NamedTuple):
     @classmethod
     def absorb(cls, k: Tensor, v: Tensor, keep: Tensor | None = None) -> "Moments":
         """`k` `(B, N, H, D)`, `v` `(B, N, H, E)`."""
-        dtype = accumulator(k.dtype)
         with full_precision(k):
             count = count_tokens(k, keep)
-            k, v = mask_tokens(k, keep).to(dtype), mask_tokens(v, keep).to(dtype)
+            k, v = widened(mask_tokens(k, keep)), widened(mask_tokens(v, keep))
             mean_k, mean_v = _mean(k, keep, count), _mean(v, keep, count)
             # A token that is not kept must stay zero after centring.
             centred_k = mask_tokens(k - mean_k[:, None], keep)
@@ -134,7 +132,7 @@ class Moments(NamedTuple):
         """The moments of all tokens of `parts`, in fewer steps than merging them one by one."""
         counts, ks, vs, crosses = (torch.stack(fields) for fields in zip(*parts, strict=True))
         count = counts.sum(dim=0)
-        share = (counts / count.clamp(min=1))[..., None, None]
+        share = (counts / count.clamp_min(1))[..., None, None]
         k, v = (share * ks).sum(dim=0), (share * vs).sum(dim=0)
         between = (counts[..., None, None] * (ks - k))[..., None] * (vs - v)[..., None, :]
         return cls(count, k, v, (crosses + between).sum(dim=0))
@@ -142,7 +140,7 @@ class Moments(NamedTuple):
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both sets of tokens."""
         count = self.count + other.count
-        share = (other.count / count.clamp(min=1))[:, None, None]
+        share = (other.count / count.clamp_min(1))[:, None, None]
         k, v = other.k - self.k, other.v - self.v
         cross = self.cross + other.cross
         cross = cross + (self.count[:, None, None, None] * share[..., None]) * k[..., None] * v[..., None, :]
@@ -150,12 +148,12 @@ class Moments(NamedTuple):
 
     def covariance(self, scale: float = 1.0) -> Tensor:
         """`(B, H, D, E)`: scale cross / count."""
-        return self.cross * (scale / self.count.clamp(min=1))[:, None, None, None]
+        return self.cross * (scale / self.count.clamp_min(1))[:, None, None, None]
 
 
 def _mean(x: Tensor, keep: Tensor | None, count: Tensor) -> Tensor:
     """Over the kept tokens of `x` `(B, N, H, D)`, which is zero elsewhere; 0 where there are none."""
-    return x.mean(dim=1) if keep is None else x.sum(dim=1) / count.clamp(min=1)[:, None, None]
+    return x.mean(dim=1) if keep is None else x.sum(dim=1) / count.clamp_min(1)[:, None, None]
 
 
 def merge(a: State, b: State) -> State:

@@ -99,7 +99,7 @@ def _read(
     if q.x.numel() <= BUDGET:
         write(q, slice(None), out)
         if add is not None:
-            out[:, prefix:] += add
+            out[:, prefix:].add_(add)
         return out.to(dtype)
     rounded = out if dtype == out.dtype else out.new_empty(shape, dtype=dtype)
     for group in parts(out, q.turn):
@@ -108,7 +108,7 @@ def _read(
             write(q.part(*part), part.images, mine)
             if add is not None:
                 start, stop = part.tokens.start - prefix, part.tokens.stop - prefix
-                mine[:, max(0, -start) :] += add[part.images, max(0, start) : stop]
+                mine[:, max(0, -start) :].add_(add[part.images, max(0, start) : stop])
             if mine.dtype != dtype:
                 rounded[part] = mine
     return rounded
