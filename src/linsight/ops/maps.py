@@ -13,11 +13,13 @@ def identity(x: Tensor) -> Tensor:
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 for x >= 0, exp(x) otherwise: the sum of exp(min(x, 0)) and relu(x).
+    """x + 1 for x >= 0, exp(x) otherwise: the sum of exp(x - relu(x)) and relu(x).
 
     Not `elu(x) + 1`, which in bfloat16 rounds to 0 below about -6. No branch overflows, so no gradient becomes NaN.
+    Not `clamp` either, which would have a gradient of 0 at 0, where zero weights start.
     """
-    return torch.exp(x.clamp(max=0)) + F.relu(x)
+    above = F.relu(x)
+    return torch.exp(x - above) + above
 
 
 def gentle_exp(x: Tensor) -> Tensor:
