@@ -1,9 +1,9 @@
 """Triton's depthwise convolutions and focus map against the plain forms; without a GPU, in Triton's interpreter."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+
+from matrix.precision import poisoned
 
 pytest.importorskip("triton")
 
@@ -17,17 +17,6 @@ F64 = torch.float64
 HALVES = [torch.float16, torch.bfloat16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH = pytest.mark.parametrize("shared", [True, False], ids=["static", "dynamic"])
-
-
-@contextmanager
-def poisoned():
-    """Freshly allocated memory is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def randn(*shape, dtype=F64):

@@ -24,6 +24,8 @@ CHECKS = (
     geometry.dropping_is_removing,
     geometry.nothing_kept_is_finite,
     geometry.context_on_another_grid,
+    geometry.packed_batch_is_each_image_alone,
+    geometry.packed_context_is_each_image_alone,
     geometry.keys_of_a_reduced_grid,
     geometry.causal_is_the_past_only,
     contract.incapable_says_who_can,
@@ -33,6 +35,7 @@ CHECKS = (
     precision.states_are_full_precision,
     precision.autocast_is_finite,
     precision.long_sequences,
+    precision.no_number_is_left_unwritten,
     graphs.compiles_without_breaks,
     graphs.exports_with_dynamic_sizes,
 )

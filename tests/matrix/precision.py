@@ -2,17 +2,19 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from linsight.attention import Core, Tokens
-from linsight.ops import Grid, Layout, Tile
+from linsight.ops import Grid, Layout, State, Tile
 
 from .subject import Subject, cast, random_tokens
 
 HALVES = (torch.float16, torch.bfloat16)
+MILLION = Grid(1000, 1000)
 
 
 def _run(core: Core, tokens: Tokens, grid: Grid) -> list[Tensor]:
@@ -104,15 +106,43 @@ def autocast_is_finite(subject: Subject) -> None:
 
 
 def long_sequences(subject: Subject) -> None:
-    """A quarter of a million tokens around 100: float32 keeps five digits, float16 stays finite."""
+    """A million tokens around 100, of which a corner is read: float32 keeps five digits, float16 stays finite."""
     subject.need("stream")
-    grid = Grid(512, 512)
-    core = subject.core(8, 2)
-    tokens = random_tokens(core, 1, grid, 8)
+    core = subject.core(4, 1)
+    tokens = random_tokens(core, 1, MILLION, 4)
     tokens = tokens._replace(k=tokens.k + 100, v=tokens.v + 100, x=tokens.x + 100)
     with torch.no_grad():
-        exact = copy.deepcopy(core).double()(tokens, Layout(grid))
-        ours = core(cast(tokens, torch.float32), Layout(grid))
-        half = copy.deepcopy(core).half()(cast(tokens, torch.float16), Layout(grid))
+        exact = _read_corner(copy.deepcopy(core).double(), tokens, MILLION)
+        ours = _read_corner(core, cast(tokens, torch.float32), MILLION)
+        half = _read_corner(copy.deepcopy(core).half(), cast(tokens, torch.float16), MILLION)
     assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
     assert half.isfinite().all()
+
+
+def _read_corner(core: Core, tokens: Tokens, grid: Grid) -> Tensor:
+    done: tuple[State, ...] = ()
+    for r in range(core.rounds):
+        done += (core.finish(r, core.absorb(r, tokens, Tile.whole(grid), done), grid),)
+    corner = Tile(grid, 0, 0, 16, 16, halo=core.halos[-1])
+    return core.read(Tokens(*(None if t is None else corner.take(t) for t in tokens)), corner, done)
+
+
+def no_number_is_left_unwritten(subject: Subject) -> None:
+    """Fresh memory is full of NaN, which must not reach outputs and gradients."""
+    layer, grid = subject.layer(), Grid(5, 7)
+    with poisoned():
+        x = torch.randn(2, grid.tokens, 16, requires_grad=True)
+        out = layer(x, grid)
+        out.sum().backward()
+    assert all(t is not None and t.isfinite().all() for t in (out, x.grad, *(p.grad for p in layer.parameters())))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory that torch allocates is NaN before it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
