@@ -236,7 +236,7 @@ def advise(
         return
     for line in found.words:
         typer.echo(line)
-    head = ["", "ms an image", "to softmax", "faster from tokens", "measured, tokens", ""]
+    head = ["", "ms an image", "time ratio", "faster from tokens", "measured, tokens", ""]
     _console().print(_table("", head, [_choice(choice) for choice in found.choices]))
 
 

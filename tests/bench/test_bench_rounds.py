@@ -49,6 +49,7 @@ def test_memory_is_that_of_the_step():
     assert 60 < _rounds.peak_of(lambda: torch.ones(2**24).sum(), CPU) < 90  # 64 MiB of float32
 
 
+@pytest.mark.timeout(180)  # it starts three processes
 def test_what_takes_too_long_or_kills_the_process_is_said_and_the_rest_measured():
     with Worker(strange_sides.measure, limit=3) as worker:
         spun, worked, died = worker.run(None, ("spins", "works", "dies"))

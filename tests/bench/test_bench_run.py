@@ -44,11 +44,11 @@ def test_models_stand_beside_softmax_on_their_host():
     assert swins.subjects == (model("inline_swin_tiny"), model("focused_swin_tiny"))
     assert swins.beside == model("swin_tiny_patch4_window7_224")
     assert deits.sides == [model("inline_deit_tiny"), model("deit_tiny_patch16_224")]
-    (mixed,) = bench.plan_groups(["deit_tiny_patch16_224"], ["inline", "agent+softmax"])
+    (mixed,) = bench.plan_groups(["swin_tiny"], ["agent", "inline+inline+softmax+softmax"])
     assert [side.label for side in mixed.sides] == [
-        "deit_tiny_patch16_224[inline]",
-        "deit_tiny_patch16_224[agent,softmax]",
-        "deit_tiny_patch16_224",
+        "swin_tiny[agent]",
+        "swin_tiny[inline,inline,softmax,softmax]",
+        "swin_tiny_patch4_window7_224",
     ]
     (other,) = bench.plan_groups(["mlla_tiny"], beside="resnet18")
     assert other.beside == model("resnet18")
@@ -183,6 +183,9 @@ def test_stopping_leaves_whole_files(here, command, monkeypatch):
         ("bench inlin", "did you mean 'inline'"),
         ("bench inline,deit_tiny_patch16_224", "mechanisms and models cannot be measured together"),
         ("bench inline --attention agent", "--attention is for models"),
+        ("bench vit_tiny --attention inlin", "did you mean 'inline'"),
+        ("bench vit_tiny --attention inline+softmax", "this host has 1"),
+        ("bench resnet18 --attention inline", "without a linsight host"),
         ("bench weightformer", "'weightformer' is a whole block"),
         ("bench inline --beside vit_tiny", "unknown operator 'vit_tiny'"),
         ("bench vit_tiny --beside inline", "unknown model 'inline'"),
@@ -215,3 +218,9 @@ def test_what_cannot_be_done_is_one_line(arguments, message, here, command, monk
 def test_other_files_are_refused():
     with pytest.raises(LinsightError, match="no file of 'linsight bench'"):
         bench.read_rows(Path(__file__))
+
+
+def test_peaks_are_rates_of_this_machine(monkeypatch):
+    monkeypatch.setattr(_cost, "_best", lambda act, device: 0.5)
+    found = _cost.measure_peaks(CPU, torch.bfloat16)
+    assert found == {"peak_tflops": 2 * 1536**3 / 0.5 / 1e12, "peak_gb_per_sec": 2 * 2**28 / 0.5 / 1e9}

@@ -187,7 +187,9 @@ def _words(question: Question, where: Row, choices: list[Choice], errors: Mappin
         lines.append(f"No results of {question.device}: these are of another device, {where['device']}.")
     if question.precision and not str(where["precision"]).startswith(question.precision):
         lines.append(f"No results in {question.precision}: these are in {where['precision']}.")
-    lead = f"At {size}, {'training' if question.train else 'forward'}, {where['precision']}, on {where['device']}: "
+    how = ["training" if question.train else "forward", where["precision"]]
+    how += [words for key, words in (("compiled", "compiled"), ("graphs", "CUDA graphs")) if where[key]]
+    lead = f"At {size}, {', '.join(how)}, on {where['device']}: "
     best = others[0] if others else None
     if best is None:
         lines.append(f"{lead}nothing but {choices[0].name} was measured.")

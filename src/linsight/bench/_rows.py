@@ -151,7 +151,7 @@ def _line(row: Row, step: str, words: str) -> list[str]:
         return parts[0] if parts[0] == "-" else f"{parts[0]} ({parts[1]}..{parts[2]})"
 
     bound = row.get(f"{step}_bound")
-    share = f"{cell('roofline', '.2g')} % ({bound})" if bound else "-"
+    share = f"{cell('roofline', '')} % ({bound})" if bound else "-"
     size = str(row[f"{step}_img_size"])
     if row["kind"] == "operator":
         size += f" ({cell('', ',.0f', 'tokens')} tokens)"

@@ -65,7 +65,7 @@ def plan_groups(names: Sequence[str], attention: Sequence[str] = (), beside: str
 
     Raises:
         UnknownNameError: a name is neither a mechanism nor a model.
-        LinsightError: mechanisms and models together, or a mechanism that is a whole block.
+        LinsightError: mechanisms and models together, a mechanism that is a whole block, or a model that takes none.
     """
     found = list(dict.fromkeys(subject for name in names for subject in _matching(name)))
     if not found:
@@ -77,6 +77,9 @@ def plan_groups(names: Sequence[str], attention: Sequence[str] = (), beside: str
             raise LinsightError("--attention is for models; mechanisms are named by themselves: linsight bench A,B")
         plans = [plan.replace("+", ",") for plan in attention]
         found = [Subject("model", subject.name, plan) for subject in found for plan in plans]
+        with torch.device("meta"):  # refuses what cannot be made, before anything is measured
+            for subject in found:
+                create_model(subject.name, attention=subject.attention)
     if beside and beside != NONE:
         other = _exactly(beside, found[0].kind)
         return (Group(tuple(found), other),)

@@ -84,9 +84,11 @@ class Worker:
                     "the process that measures did not start: a script needs its calls below if __name__ == '__main__'"
                 ) from None
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, grace: float = 0.0) -> None:
+        """End the process; after some seconds of grace in which it may clear up, if it waits for work."""
         if self.process is not None:
+            self.pipe.close()
+            self.process.join(grace)
             self.process.kill()
             self.process.join()
             self.process = None
@@ -94,8 +96,8 @@ class Worker:
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self.close(grace=0.0 if error else 5.0)
 
 
 def serve(pipe: Any, measure: Callable[..., None]) -> None:
