@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linsight.ops.features import Features
-from linsight.ops.linear import LinearState, plain_absorb, plain_central, product, products
-from linsight.ops.rotary import Turn
-from linsight.ops.states import Moments
+from ..features import Features
+from ..linear import LinearState, plain_absorb, plain_central, product, products
+from ..rotary import Turn
+from ..states import Moments
 
 BUDGET = 2**16  # numbers in a tile of one tensor: a few such tiles fit the second cache of a core
 
