@@ -8,10 +8,11 @@ import torch
 from torch.utils import _pytree
 
 from linsight.attention import Core, Tokens, run_rounds
-from linsight.ops import Grid, Layout, Tile
+from linsight.ops import Grid, Layout, Tile, pack, unpack
 
 from .subject import Subject, close, random_tokens
 
+BFLOAT16 = 0.04  # sums of the same numbers in another order, each rounded to 8 bits
 GRIDS = (Grid(7, 13), Grid(1, 9), Grid(9, 1), Grid(1, 1), Grid(4, 6), Grid(6, 5, 1), Grid(3, 4, 5))
 
 
@@ -100,17 +101,71 @@ def any_grid_and_prefix(subject: Subject) -> None:
 def padded_batch_is_each_image_alone(subject: Subject) -> None:
     """A batch on a common canvas, told by `sizes`, gives each image what it gets alone."""
     subject.need("sizes")
-    layer, prefix = subject.layer().double(), 2 if subject.can.prefix else 0
+    prefix = 2 if subject.can.prefix else 0
     sizes, canvas = [(3, 5), (5, 2), (1, 1), (5, 6)], Grid(5, 6, prefix)
-    images = [torch.randn(1, prefix + h * w, 16, dtype=torch.float64) for h, w in sizes]
-    batch = torch.randn(len(sizes), canvas.tokens, 16, dtype=torch.float64)
-    layout = Layout(canvas, torch.tensor(sizes))
-    inside = layout.keep(batch.device)
-    for i, image in enumerate(images):
-        batch[i, inside[i]] = image[0]
-    out = layer(batch, layout)
-    for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
-        close(out[i, inside[i]], layer(image, Grid(h, w, prefix))[0])
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.bfloat16, BFLOAT16)):
+        layer = subject.layer().to(dtype)
+        images = [torch.randn(1, prefix + h * w, 16, dtype=dtype) for h, w in sizes]
+        batch = torch.randn(len(sizes), canvas.tokens, 16, dtype=dtype)
+        layout = Layout(canvas, torch.tensor(sizes))
+        inside = layout.keep(batch.device)
+        for i, image in enumerate(images):
+            batch[i, inside[i]] = image[0]
+        out = layer(batch, layout)
+        for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
+            close(out[i, inside[i]], layer(image, Grid(h, w, prefix))[0], tolerance)
+
+
+def packed_batch_is_each_image_alone(subject: Subject) -> None:
+    """Images of their own grids in one sequence: outputs and gradients are those of each alone."""
+    subject.need("packed")
+    prefix = 2 if subject.can.prefix else 0
+    grids = [Grid(h, w, prefix) for h, w in ((3, 5), (1, 7), (3, 5), (1, 1))]
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.bfloat16, BFLOAT16)):
+        layer, masked = subject.layer().to(dtype), subject.can.keep and dtype == torch.float64
+        images = [torch.randn(grid.tokens, 16, dtype=dtype, requires_grad=True) for grid in grids]
+        keep = [some_kept(subject, 1, grid) if masked else None for grid in grids]
+        x, layout = pack(images, grids)
+        out = unpack(layer(x, layout, keep=torch.cat(keep, dim=1) if masked else None), layout)
+        alone = [layer(x[None], grid, keep=own)[0] for x, grid, own in zip(images, grids, keep, strict=True)]
+        same_with_gradients(out, alone, [*images, *layer.parameters()], tolerance)
+
+
+def packed_context_is_each_image_alone(subject: Subject) -> None:
+    """The i-th packed image reads the i-th packed context; pairs of grids repeat, and only one of a pair does."""
+    subject.need("packed", "cross")
+    layer = subject.layer().double()
+    grids = [Grid(3, 5), Grid(1, 7), Grid(3, 5), Grid(3, 5)]
+    others = [Grid(2, 2, 1), Grid(5, 3), Grid(2, 2, 1), Grid(4, 1)]
+    images, contexts = (
+        [torch.randn(grid.tokens, 16, dtype=torch.float64, requires_grad=True) for grid in side]
+        for side in (grids, others)
+    )
+    (x, layout), (context, context_layout) = pack(images, grids), pack(contexts, others)
+    keep = [some_kept(subject, 1, grid) for grid in others]
+    mask = {"keep": torch.cat(keep, dim=1)} if subject.can.keep else {}
+    out = unpack(layer(x, layout, context=context, context_layout=context_layout, **mask), layout)
+    alone = [
+        layer(x[None], grid, context=y[None], context_layout=other, keep=own)[0]
+        for x, grid, y, other, own in zip(images, grids, contexts, others, keep, strict=True)
+    ]
+    same_with_gradients(out, alone, [*images, *contexts, *layer.parameters()], 1e-10)
+
+
+def same_with_gradients(
+    out: list[torch.Tensor], alone: list[torch.Tensor], leaves: list[torch.Tensor], tolerance: float
+) -> None:
+    """Fail unless these outputs, and the gradients of one function of them, agree."""
+    gradients = []
+    for outputs in (out, alone):
+        torch.manual_seed(1)
+        loss = sum((part * torch.randn_like(part)).sum() for part in outputs)
+        gradients.append(torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True))
+    pairs = [*zip(out, alone, strict=True), *zip(*gradients, strict=True)]
+    for ours, theirs in pairs:
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            close(ours, theirs, tolerance)
 
 
 def dropped_tokens_never_leak(subject: Subject) -> None:

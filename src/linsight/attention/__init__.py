@@ -6,6 +6,7 @@ import pkgutil
 from ._block import Block, create_block, is_block
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, run_rounds, split_heads
 from ._layer import PROJECTIONS, Attention, Layer, Projection, check_asked, create_attention, create_core
+from ._packed import each_image
 from ._registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
 
 for _module in pkgutil.iter_modules(__path__):
@@ -29,6 +30,7 @@ __all__ = [
     "create_attention",
     "create_block",
     "create_core",
+    "each_image",
     "is_block",
     "list_attentions",
     "mechanism",

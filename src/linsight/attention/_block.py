@@ -23,7 +23,10 @@ class Block(nn.Module):
     published: ClassVar[tuple[Rename, ...]] = ()
 
     def forward(self, x: Tensor, layout: LayoutLike, *, keep: Tensor | None = None) -> Tensor:
-        """The residual stream `(B, P + H*W, C)` in and out; `keep` as in `Attention`."""
+        """The residual stream `(B, P + H*W, C)` in and out; `keep` as in `Attention`.
+
+        With `@each_image` it takes packed batches, too, and itself sees the images of one grid at a time.
+        """
         raise NotImplementedError
 
     def set_grid(self, grid: tuple[int, int]) -> None:

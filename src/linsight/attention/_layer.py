@@ -1,5 +1,6 @@
 """The layer around a core: projections as data, checks, and nothing that depends on the image size."""
 
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -7,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Layout, LayoutLike, as_layout, check_tokens, mask_tokens
+from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, each_grid, mask_tokens
 
 from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._packed import mark_packed, mix_packed
 from ._reduction import Reduction, reduced
 from ._registry import mechanism, require
 
@@ -52,7 +54,7 @@ class Layer(nn.Module):
         score_bias: Tensor | None = None,
         cond: Tensor | None = None,
     ) -> Tensor:
-        """See `Attention.forward`."""
+        """See `Attention.forward`. With `@each_image` it takes packed batches, too, one grid at a time."""
         raise NotImplementedError
 
     def set_grid(self, grid: tuple[int, int]) -> None:
@@ -75,10 +77,10 @@ def check_asked(
     asked = (
         (keep is not None, "keep", "dropping tokens"),
         (layout.sizes is not None, "sizes", "padded batches"),
-        (layout.cu_seqlens is not None, "packed", "packed batches"),
+        (layout.is_packed, "packed", "packed batches"),
         (context is not None, "cross", "keys of another sequence"),
         (score_bias is not None, "score_bias", "a bias on the scores"),
-        (layout.grid.prefix > 0, "prefix", "prefix tokens"),
+        (layout.prefix > 0, "prefix", "prefix tokens"),
     )
     for present, capability, words in asked:
         if present:
@@ -123,6 +125,7 @@ class Attention(Layer):
         self.proj = nn.Linear(core.out_dim or dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @mark_packed
     def forward(
         self,
         x: Tensor,
@@ -138,7 +141,8 @@ class Attention(Layer):
 
         Args:
             x: tokens; queries are made from them.
-            layout: their grid, or a `Layout` for padded batches.
+            layout: their grid, or a `Layout` for padded and packed batches. Packed images are mixed each alone: in a
+                packed context, the i-th image reads the i-th.
             keep: `(B, N)` bool, False for tokens (of the context, if there is one) not to be seen.
             context: `(B, N, C)` tokens that keys and values are made from instead of `x`.
             context_layout: their layout.
@@ -172,11 +176,11 @@ class Attention(Layer):
         if self.reduction is not None:
             source, source_layout = self._reduce(source, source_layout, keep)
         tokens = self.tokens(x, source, source_layout, keep)
-        out = self.core(
-            tokens._replace(x=cond) if cond is not None and self.core.conditioned else tokens,
-            layout,
-            context_layout=None if source_layout is layout else source_layout,
-            score_bias=score_bias,
+        if cond is not None and self.core.conditioned:
+            tokens = tokens._replace(x=cond)
+        core = functools.partial(mix_packed, self.core) if layout.is_packed or source_layout.is_packed else self.core
+        out = core(
+            tokens, layout, context_layout=None if source_layout is layout else source_layout, score_bias=score_bias
         )
         return self.conclude(merge_heads(out), x)
 
@@ -196,9 +200,13 @@ class Attention(Layer):
 
     def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
         assert self.reduction is not None
-        if keep is not None or layout.grid.prefix:
+        reduction = self.reduction
+        if keep is not None or layout.prefix:
             raise LinsightError("a spatial reduction takes neither dropped nor prefix tokens; use reduction=1")
-        x, grid = self.reduction(x, layout.grid)
+        if layout.is_packed:
+            x = each_grid(lambda part, own: reduction(part, own.grid)[0], x, layout)
+            return x, Layout.packed([Grid(*reduction.grid(grid[:2])) for grid in layout.grids])
+        x, grid = reduction(x, layout.grid)
         return x, Layout(grid)
 
     def _project(self, x: Tensor, source: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 
 from ._core import Capabilities, Core
+from ._packed import takes_packed
 
 Kind = Literal["core", "layer", "block"]
 
@@ -91,16 +92,21 @@ M = TypeVar("M", bound=type[nn.Module])
 
 
 def register(name: str, *, formula: str, complexity: str, paper: Paper, kind: Kind = "core") -> Callable[[M], M]:
-    """Register a mechanism under `name`. For use on its class, in its own file."""
+    """Register a mechanism under `name`. For use on its class, in its own file.
+
+    Nobody declares `packed`: the layer around a core takes packed batches, and so does any `forward` with
+    `@each_image`. Here this is written into the capabilities of the class.
+    """
 
     def add(cls: M) -> M:
         if name in _REGISTRY and _REGISTRY[name].factory.__qualname__ != cls.__qualname__:
             raise LinsightError(f"mechanism '{name}' is already registered by {_REGISTRY[name].factory}")
         if kind == "core" and not issubclass(cls, Core):
             raise LinsightError(f"mechanism '{name}' has kind 'core', but {cls.__name__} is not a Core")
-        _REGISTRY[name] = Mechanism(
-            name, cls, kind, formula, complexity, paper, getattr(cls, "capabilities", Capabilities()), _options(cls)
-        )
+        own_layer = getattr(cls, "layer", None)
+        packed = own_layer is None or takes_packed(own_layer) if kind == "core" else takes_packed(cls)
+        cls.capabilities = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)  # type: ignore[attr-defined]
+        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, cls.capabilities, _options(cls))  # type: ignore[attr-defined]
         return cls
 
     return add

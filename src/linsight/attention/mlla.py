@@ -34,6 +34,7 @@ from linsight.ops import (
     check_rotary,
     count_tokens,
     depthwise_conv,
+    each_grid,
     linear_absorb,
     linear_read,
     mask_tokens,
@@ -65,14 +66,17 @@ class GatedAttention(Attention):
 
     def tokens(self, x: Tensor, source: Tensor, layout: Layout, keep: Tensor | None) -> Tokens:
         """Queries, keys and values of the branch that is convolved; dropped tokens are as outside the grid there."""
-        u, grid = mask_tokens(self.in_proj(x), keep), layout.grid
-        local = depthwise_conv(u[:, grid.prefix :], (grid.height, grid.width), self.dwc.weight, self.dwc.bias)
-        u = F.silu(torch.cat([u[:, : grid.prefix], local], dim=1) if grid.prefix else local)
+        u = each_grid(self._convolved, mask_tokens(self.in_proj(x), keep), layout)
         return super().tokens(u, u, layout, keep)
 
     def conclude(self, out: Tensor, x: Tensor) -> Tensor:
         """Gated by the other branch, and projected."""
         return super().conclude(out * F.silu(self.act_proj(x)), x)
+
+    def _convolved(self, u: Tensor, layout: Layout) -> Tensor:
+        grid = layout.grid
+        local = depthwise_conv(u[:, grid.prefix :], (grid.height, grid.width), self.dwc.weight, self.dwc.bias)
+        return F.silu(torch.cat([u[:, : grid.prefix], local], dim=1) if grid.prefix else local)
 
 
 class MLLAState(NamedTuple):

@@ -44,6 +44,7 @@ from linsight.ops import (
 from ._block import Block
 from ._core import Capabilities
 from ._layer import check_asked
+from ._packed import each_image
 from ._registry import Paper, register
 
 
@@ -223,6 +224,7 @@ class WeightFormer(Block):
         self.linear2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
         self.drop_path = DropPath(drop_path)
 
+    @each_image
     def forward(self, x: Tensor, layout: LayoutLike, *, keep: Tensor | None = None) -> Tensor:
         """The residual stream, which a dynamic block replaces by its norm."""
         layout = as_layout(layout)

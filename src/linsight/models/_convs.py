@@ -6,7 +6,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import Grid, depthwise_conv, pad_prefix
+from linsight.ops import Grid, Layout, LayoutLike, as_layout, depthwise_conv, each_grid, mask_tokens, pad_prefix
 
 
 class CPE(nn.Conv2d):
@@ -18,10 +18,15 @@ class CPE(nn.Conv2d):
     def __init__(self, dim: int, **factory: Any) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim, **factory)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
-        """`(B, P + H*W, C)`; the shape is kept."""
+    def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:  # type: ignore[override]
+        """`(B, P + H*W, C)`; the shape is kept. Padding is as what is outside of the grid."""
+        layout = as_layout(layout)
+        return x + each_grid(self._local, mask_tokens(x, layout.keep(x.device)), layout)
+
+    def _local(self, x: Tensor, layout: Layout) -> Tensor:
+        grid = layout.grid
         local = depthwise_conv(x[:, grid.prefix :], (grid.height, grid.width), self.weight, self.bias)
-        return x + pad_prefix(local, grid.prefix)
+        return pad_prefix(local, grid.prefix)
 
 
 class ConvEmbed(nn.Module):

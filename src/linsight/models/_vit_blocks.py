@@ -4,12 +4,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from linsight.attention import Rename, is_block
 from linsight.errors import LinsightError, UnknownNameError
-from linsight.ops import Grid
+from linsight.ops import Layout, LayoutLike, as_layout
 
 from ._convs import CPE
 from ._plan import Choice
@@ -41,12 +42,21 @@ class Block(timm_vit.Block):
 
     cpe: CPE | None
 
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
-        """`x` `(B, P + H*W, C)`, on `grid`."""
+    def forward(self, x: Tensor, layout: LayoutLike, keep: Tensor | None = None) -> Tensor:
+        """`x` `(B, P + H*W, C)`, which lies as `layout` says."""
+        layout = as_layout(layout)
         if self.cpe is not None:
-            x = self.cpe(x, grid)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, keep=keep)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            x = self.cpe(x, layout)
+        x = x + dropped(self.drop_path1, self.ls1(self.attn(self.norm1(x), layout, keep=keep)), layout)
+        return x + dropped(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), layout)
+
+
+def dropped(drop_path: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+    """Stochastic depth: a branch is dropped for whole images, each of a packed batch by a draw of its own."""
+    if not layout.is_packed or isinstance(drop_path, nn.Identity):
+        return drop_path(x)
+    drawn = drop_path(x.new_ones(len(layout.grids), 1, 1))
+    return x * torch.cat([one.expand(grid.tokens, 1) for one, grid in zip(drawn, layout.grids, strict=True)])
 
 
 class SiameseBlock(Block):
@@ -65,12 +75,15 @@ class SiameseBlock(Block):
         self.pair1 = Junction(norm_layer(dim, **factory), norm_layer(dim, **factory), depth)
         self.pair2 = Junction(norm_layer(dim, **factory), norm_layer(dim, **factory), depth)
 
-    def forward(self, pair: Pair, grid: Grid, keep: Tensor | None = None) -> Pair:  # type: ignore[override]
-        """Streams `(B, P + H*W, C)`, on `grid`."""
+    def forward(self, pair: Pair, layout: LayoutLike, keep: Tensor | None = None) -> Pair:  # type: ignore[override]
+        """Streams `(B, P + H*W, C)`, which lie as `layout` says."""
+        own = as_layout(layout)
         if self.cpe is not None:
-            pair = Pair(self.cpe(pair.x, grid), self.cpe(pair.y, grid))
-        pair = self.pair1(pair, lambda x: self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, keep=keep))))
-        return self.pair2(pair, lambda x: self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
+            pair = Pair(self.cpe(pair.x, own), self.cpe(pair.y, own))
+        pair = self.pair1(
+            pair, lambda x: dropped(self.drop_path1, self.ls1(self.attn(self.norm1(x), own, keep=keep)), own)
+        )
+        return self.pair2(pair, lambda x: dropped(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), own))
 
 
 def make_block(

@@ -6,7 +6,8 @@ cost or linear, sees the whole grid and the class token.
 
 Any image size: what differs from timm's class is that blocks are given the grid of their tokens with the
 call (so checkpointing and compilation see it), that images are padded at the right and bottom to whole
-patches, and that the position table is resampled (bicubic) to their grid.
+patches, and that the position table is resampled (bicubic) to their grid. Images of different sizes make one batch
+padded (`model(x, sizes=...)`) or packed (`model.forward_packed(images)`); each gets what it gets alone.
 
 Two designs of the residual stream go with any mechanism, and with each other. `norm="siamese"` keeps two streams
 that share every branch (SiameseNorm, arXiv 2602.08064). `steps=[(96, 4), (192, 8)]` widens the stream: blocks of the
@@ -29,13 +30,14 @@ from torch import Tensor, nn
 
 from linsight.attention import Rename
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid
+from linsight.ops import Grid, Layout, LayoutLike
 
 from ._plan import plan
 from ._seams import asked_no_weight_decay, refuse_prefix, set_grid
 from ._siamese import Merge, Pair
 from ._steps import Steps, block_widths, check_last, opened, widened
 from ._vit_blocks import host_arguments
+from ._vit_sizes import classify, embed_packed, embed_padded
 
 _INIT_NORM = Rename("init_norm.", "patch_embed.norm.")
 # At the end of the published SiameseNorm, unlike in its blocks, pre is x and post is y.
@@ -132,10 +134,48 @@ class VisionTransformer(timm_vit.VisionTransformer):
         """timm's names, and what the mechanisms ask for."""
         return super().no_weight_decay() | asked_no_weight_decay(self)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images `(B, 3, H, W)` of any size -> normed tokens `(B, P + h*w, C)`."""
-        x, grid = self._embed(x, attn_mask, is_causal)
-        return self.norm(self._through(self.blocks, x, grid)[0])
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        sizes: Tensor | Sequence[Sequence[int]] | None = None,
+    ) -> Any:
+        """Images `(B, 3, H, W)` of any size -> logits `(B, classes)`.
+
+        `sizes` `(B, 2)` is the height and width of each image in pixels, where a batch is padded at the bottom and
+        right. Padding, whatever is in it, has no effect.
+        """
+        if sizes is None:
+            return super().forward(x, attn_mask, is_causal)
+        _refuse_masks(attn_mask, is_causal)
+        x, layout = embed_padded(self, x, sizes)
+        return classify(self, self._normed(x, layout), layout)
+
+    def forward_packed(self, images: Sequence[Tensor], *, pre_logits: bool = False) -> Any:
+        """Images `(3, H_i, W_i)`, each of a size of its own -> logits `(images, classes)`, without any padding."""
+        x, layout = self.forward_features_packed(images)
+        return classify(self, x, layout, pre_logits)
+
+    def forward_features_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Layout]:
+        """The same -> normed tokens `(1, sum of N_i, C)` and how they lie; `linsight.ops.unpack` takes them apart."""
+        x, layout = embed_packed(self, images)
+        return self._normed(x, layout), layout
+
+    def forward_features(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        sizes: Tensor | Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """Images `(B, 3, H, W)` of any size -> normed tokens `(B, P + h*w, C)`; `sizes` as of `forward`."""
+        if sizes is None:
+            return self._normed(*self._embed(x, attn_mask, is_causal))
+        _refuse_masks(attn_mask, is_causal)
+        return self._normed(*embed_padded(self, x, sizes))
 
     def forward_intermediates(
         self,
@@ -175,21 +215,23 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return found if intermediates_only else (self.norm(x), found)
 
     def _embed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Grid]:
-        if attn_mask is not None or is_causal:
-            raise CapabilityError("this host takes no attn_mask or is_causal: its layers take keep= and score_bias=")
+        _refuse_masks(attn_mask, is_causal)
         x = self.patch_embed(x)  # (B, h, w, C)
         grid = Grid(x.shape[1], x.shape[2], self.num_prefix_tokens)
         return self.norm_pre(self._pos_embed(x)), grid
 
+    def _normed(self, x: Tensor, layout: LayoutLike) -> Tensor:
+        return self.norm(self._through(self.blocks, x, layout)[0])
+
     def _through(
-        self, blocks: nn.Sequential, x: Tensor, grid: Grid, take: Sequence[int] = ()
+        self, blocks: nn.Sequential, x: Tensor, layout: LayoutLike, take: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """The residual stream `(B, P + H*W, C)` behind `blocks`, and behind each of those to `take`."""
         first = opened(x, self.widths)
         stream, taken = first if self.norm_pair is None else Pair.of(first), []
         for i, block in enumerate(blocks):
             stream = self._widened(stream, x, self.widths[i])
-            stream = checkpoint(block, stream, grid) if self.grad_checkpointing else block(stream, grid)
+            stream = checkpoint(block, stream, layout) if self.grad_checkpointing else block(stream, layout)
             if i in take:
                 taken.append(self._whole(stream, x))
         return self._whole(stream, x), taken
@@ -206,6 +248,11 @@ class VisionTransformer(timm_vit.VisionTransformer):
             return stream
         assert self.norm_pair is not None
         return self.norm_pair(stream)
+
+
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise CapabilityError("this host takes no attn_mask or is_causal: its layers take keep= and score_bias=")
 
 
 class Distilled(VisionTransformer, timm_deit.VisionTransformerDistilled):

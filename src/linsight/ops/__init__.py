@@ -26,6 +26,7 @@ from .linear import (
 )
 from .maps import FEATURE_MAPS
 from .neighbourhood import neighbourhood_attention
+from .packing import Groups, each_grid, pack, unpack
 from .pooled import gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import Turn, check_rotary, rotate
@@ -51,6 +52,7 @@ __all__ = [
     "FittedTable",
     "Form",
     "Grid",
+    "Groups",
     "InnerGradient",
     "InnerLoss",
     "InnerModel",
@@ -76,6 +78,7 @@ __all__ = [
     "count_tokens",
     "depthwise_conv",
     "dynamic_depthwise_conv",
+    "each_grid",
     "fit_square",
     "focus",
     "forms",
@@ -93,6 +96,7 @@ __all__ = [
     "merge",
     "neighbourhood_attention",
     "outer_sum",
+    "pack",
     "pad_prefix",
     "pool_matrix",
     "pool_tokens",
@@ -103,5 +107,6 @@ __all__ = [
     "shifted_products",
     "table_for",
     "tiles",
+    "unpack",
     "use_form",
 ]

@@ -6,6 +6,8 @@ always given, never deduced from N.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -31,17 +33,39 @@ class Grid(NamedTuple):
 class Layout(NamedTuple):
     """The canvas of a batch, and what part of it each image fills.
 
-    grid: the canvas, a whole image or one window.
+    grid: the canvas, a whole image or one window; of a packed batch, the smallest one that every image fits in.
     sizes: `(B, 2)` integers, each image's own height and width in tokens, when the batch is padded
         to the canvas at the bottom and right; None when every image fills it.
-    cu_seqlens, grids: a packed batch: `(images + 1,)` offsets into one sequence, and the grid of
-        each image.
+    cu_seqlens, grids: a packed batch, made by `Layout.packed`: `(images + 1,)` offsets into one sequence, and
+        the grid of each image, whose prefix tokens are in front of it.
     """
 
     grid: Grid
     sizes: Tensor | None = None
     cu_seqlens: Tensor | None = None
     grids: tuple[Grid, ...] = ()
+
+    @classmethod
+    def packed(cls, grids: Sequence[Grid | tuple[int, int]], device: torch.device | str | None = None) -> "Layout":
+        """That of images with these `grids`, one behind the other in one sequence `(1, sum of N_i, C)`.
+
+        The offsets are on `device`; all here that computes goes by `grids`.
+        """
+        if not grids:
+            raise LinsightError("a packed batch needs the grid of at least one image")
+        own = tuple(Grid(*grid) for grid in grids)
+        canvas = Grid(*map(max, zip(*own, strict=True)))
+        return cls(canvas, None, torch.tensor(_offsets(own), dtype=torch.int32, device=device), own)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether images lie one behind the other in one sequence."""
+        return self.cu_seqlens is not None or bool(self.grids)
+
+    @property
+    def prefix(self) -> int:
+        """The most prefix tokens that an image has."""
+        return max(grid.prefix for grid in (self.grids or (self.grid,)))
 
     def keep(self, device: torch.device) -> Tensor | None:
         """`(B, N)` bool, False where a token is padding; None when there is none."""
@@ -67,12 +91,38 @@ def check_tokens(x: Tensor, layout: Layout, name: str = "x") -> None:
     """Raise a LinsightError unless `x` `(B, N, C)` has one token for each place of `layout`."""
     if torch.compiler.is_compiling():  # a comparison would add a guard for each size
         return
+    if layout.is_packed:
+        return _check_packed(x, layout, name)
     grid = layout.grid
     if x.ndim != 3 or x.shape[1] != grid.tokens:
         raise LinsightError(
             f"{name} has shape {tuple(x.shape)}, but a grid of {grid.height}x{grid.width} with "
             f"{grid.prefix} prefix tokens needs (batch, {grid.tokens}, channels): "
             f"pass the layout of these tokens, Grid(height, width, prefix)"
+        )
+
+
+def _offsets(grids: Sequence[Grid]) -> list[int]:
+    return list(accumulate((grid.tokens for grid in grids), initial=0))
+
+
+def _check_packed(x: Tensor, layout: Layout, name: str) -> None:
+    offsets, given = _offsets(layout.grids), layout.cu_seqlens
+    if layout.sizes is not None:
+        raise LinsightError("a batch is padded (sizes) or packed (cu_seqlens, grids), not both")
+    # Of offsets on another device only the number is looked at: to read them would be to wait for it.
+    if given is not None and (
+        given.shape != (len(offsets),) or (given.device.type == "cpu" and given.tolist() != offsets)
+    ):
+        said = given.tolist() if given.device.type == "cpu" and given.numel() < 9 else f"of shape {tuple(given.shape)}"
+        raise LinsightError(
+            f"cu_seqlens {said} are not the offsets of {len(layout.grids)} grids with {offsets[-1]} tokens: "
+            f"make the layout by Layout.packed(grids)"
+        )
+    if x.ndim != 3 or x.shape[:2] != (1, offsets[-1]):
+        raise LinsightError(
+            f"{name} has shape {tuple(x.shape)}, but the {len(layout.grids)} packed images have {offsets[-1]} tokens: "
+            f"it must be (1, {offsets[-1]}, channels)"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .layout import Grid, Tile
 from .states import accumulator, full_precision
 
-Mode = Literal["bilinear", "bicubic"]
+Mode = Literal["bilinear", "bicubic", "bicubic-antialias"]
 
 
 def resize_matrix(
@@ -27,6 +27,8 @@ def resize_matrix(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Rows `start` to `start + count` of the `(new, old)` matrix of `F.interpolate`, align_corners=False.
+
+    "bicubic-antialias" is its antialias=True.
 
     `new` may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, count, old)`, and
     `device` is that of `new`.
@@ -44,6 +46,12 @@ def resize_matrix(
     if mode == "bilinear":
         place = place.clamp(0, old - 1)
         weights = (1 - (place - torch.arange(old, **factory)).abs()).clamp(min=0)
+    elif mode == "bicubic-antialias":
+        # The kernel widens where the table shrinks; taps beyond the rim do not count, and padding stays at the rim.
+        wide: Any = (old / length).clamp(min=1) if isinstance(length, Tensor) else torch.sym_max(old / length, 1.0)
+        distance = (place.clamp(max=old - 0.5) - torch.arange(old, **factory)).abs()
+        weights = _cubic(distance / wide, -0.5)
+        weights = weights / weights.sum(-1, keepdim=True)
     else:
         # Taps beyond the rim are those of the rim.
         taps = _cubic((place - torch.arange(-2, old + 2, **factory)).abs())
@@ -54,7 +62,7 @@ def resize_matrix(
 
 
 def _cubic(x: Tensor, a: float = -0.75) -> Tensor:
-    """Keys' cubic convolution kernel at distance `x`; a is that of torch."""
+    """Keys' cubic convolution kernel at distance `x`; a is that of torch, which has another one for antialiasing."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
