@@ -36,7 +36,7 @@ def compile_only(self, *args, grid, warmup, **options):
 driver.set_active(H100())
 JITFunction.run = compile_only
 _sizes._INTERPRETED = 2048
-_launch._INTERPRETED = _launch._HALF[32]
+_launch._INTERPRETED = _launch._HALF[0][32]
 
 x, v = (torch.randn(2, 256, 2, 32, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
 local = conv.dynamic_depthwise_conv(v.flatten(2), (16, 16), torch.randn(2, 64, 3, 3).requires_grad_())

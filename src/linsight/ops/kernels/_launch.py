@@ -23,11 +23,17 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By the widest block of channels. A state is width^2 float32 registers, shared by 32 threads a warp: wide heads need
-# warps, so that it takes 64 of the 255 registers of a thread; narrow ones need tokens, so that loads are long.
-_HALF = {16: Blocks(128, 4, 3), 32: Blocks(128, 4, 3), 64: Blocks(64, 4, 3), 128: Blocks(64, 8, 2)}
-# Products of float32 are made by the ordinary units, out of registers: smaller blocks.
-_FULL = {16: Blocks(64, 4, 2), 32: Blocks(64, 4, 2), 64: Blocks(32, 4, 2), 128: Blocks(32, 8, 2)}
+# By the widest block of channels, forward and backward. Chosen by what the compiler says of sm_80 and sm_90: a state is
+# width^2 float32 registers, so wide heads take more warps, and backwards, which hold two more tiles, fewer tokens.
+_HALF = (
+    {16: Blocks(128, 4, 3), 32: Blocks(64, 4, 3), 64: Blocks(64, 4, 3), 128: Blocks(64, 8, 2)},
+    {16: Blocks(64, 4, 3), 32: Blocks(64, 4, 3), 64: Blocks(32, 4, 3), 128: Blocks(32, 8, 2)},
+)
+# The ordinary units multiply float32 out of registers: blocks are small, and nothing is loaded ahead.
+_FULL = (
+    {16: Blocks(64, 4, 1), 32: Blocks(32, 4, 1), 64: Blocks(16, 4, 1), 128: Blocks(16, 8, 1)},
+    {16: Blocks(32, 4, 1), 32: Blocks(32, 4, 1), 64: Blocks(16, 4, 1), 128: Blocks(16, 8, 1)},
+)
 _INTERPRETED = Blocks(32, 1, 1)
 
 _PROGRAMS = 4  # for each multiprocessor: enough loads in flight to hide the latency of memory
@@ -63,14 +69,15 @@ class Inputs(NamedTuple):
         cos, sin, place = (None, None, [0, 1, 0]) if turn is None else (turn.cos, turn.sin, [*turn.size, turn.prefix])
         return cls(x, column, features.before, features.after, cos, sin, place, features.map, float(features.power))
 
-    def plan(self, width: int, dtype: torch.dtype, split: bool, **flags: bool) -> "Plan":
-        """How to run a kernel on these and values of `width`, with states in `dtype`; `split` and `flags` are its."""
-        x, chosen = self.x, _blocks(self.x, width, split)
-        images, tokens, heads, d = x.shape
-        factors = tuple(None if t is None else t.to(dtype).contiguous() for t in self[1:4])
+    def plan(self, width: int, states: torch.dtype, tokens: torch.dtype, backward: bool, **flags: bool) -> "Plan":
+        """How to run a kernel on these and values of `width`; `flags` are its. `tokens` is how exact it is to be."""
+        x, split = self.x, _split(tokens)
+        chosen = _blocks(x, width, split, backward)
+        images, n, heads, d = x.shape
+        factors = tuple(None if t is None else t.to(states).contiguous() for t in self[1:4])
         turn = None
         if self.cos is not None and self.sin is not None:
-            turn = (self.cos.to(dtype).contiguous(), self.sin.to(dtype).contiguous(), *self.place)
+            turn = (self.cos.to(states).contiguous(), self.sin.to(states).contiguous(), *self.place)
         whole = self.power == int(self.power) and 0 < self.power < 1024
         constants = {
             "MAP": MAPS[self.map].value,
@@ -89,7 +96,9 @@ class Inputs(NamedTuple):
             "enable_fp_fusion": True,  # Triton's default is about to change
             **flags,
         }
-        splits, share = _shares(tokens, images * heads, chosen, x.device)
+        if backward:
+            constants["SLOPE"] = MAPS[self.map].slope
+        splits, share = _shares(n, images * heads, chosen, x.device)
         return Plan(self, factors, turn, splits, share, constants)
 
 
@@ -103,7 +112,7 @@ class Plan(NamedTuple):
     share: int
     constants: dict[str, Any]
 
-    def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+    def run(self, kernel: Any, *arguments: Any) -> None:
         """Start `kernel` on the inputs and `arguments`."""
         x = self.inputs.x
         images, tokens, heads, _ = x.shape
@@ -111,7 +120,6 @@ class Plan(NamedTuple):
             kernel[(images * heads, self.splits)](
                 *(x, x.stride(), self.factors, self.turn, *arguments, tokens, heads, self.share),
                 **self.constants,
-                **constants,
             )
 
 
@@ -127,10 +135,17 @@ def on(x: Tensor) -> AbstractContextManager[Any]:
     return torch.get_device_module(x.device).device(x.device)
 
 
-def _blocks(x: Tensor, width: int, split: bool) -> Blocks:
+def _split(dtype: torch.dtype) -> bool:
+    """Whether factors in float32 may be two bfloat16: of float32 tokens, where torch is told so."""
+    if dtype == torch.float32:
+        return torch.get_float32_matmul_precision() != "highest"
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def _blocks(x: Tensor, width: int, split: bool, backward: bool) -> Blocks:
     if x.device.type == "cpu":
         return _INTERPRETED
-    return (_HALF if split else _FULL)[block(max(width, x.shape[-1]))]
+    return (_HALF if split else _FULL)[backward][block(max(width, x.shape[-1]))]
 
 
 def _shares(tokens: int, programs: int, chosen: Blocks, device: torch.device) -> tuple[int, int]:

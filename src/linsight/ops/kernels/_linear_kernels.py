@@ -138,6 +138,8 @@ def absorb_backward_kernel(
         raw = load_rows(x, n, ok, d, x_strides[1], x_strides[3], D)
         values = load_rows(v, n, ok, e, v_strides[1], v_strides[3], E)
         wide = raw.to(ACC)
+        if not SPLIT:  # else held in registers for good
+            dstate = _load_matrix(dmatrix, image_head, d, e, D, E)
         mapped = phi(wide, n, ok, d, b, h, factors, tokens, MAP, POWER, WHOLE, D)
         if CENTRAL:
             mapped = mapped - centre_k[None, :]
@@ -148,14 +150,13 @@ def absorb_backward_kernel(
         if EXACT:
             mapped = mapped.to(raw.dtype)
         dvalues = product(mapped, dstate, tl.zeros((BLOCK_N, BLOCK_E), ACC), SPLIT)
-        dmapped = product(values, tl.trans(dstate), tl.zeros((BLOCK_N, BLOCK_D), ACC), SPLIT)
         if CENTRAL:
             dvalues += dmean[None, :]
-        elif turn is not None:
+        store_rows(dv, n, inside, e, heads * E, tl.where(ok[:, None], dvalues, 0.0), E)
+        dmapped = product(values, tl.trans(dstate), tl.zeros((BLOCK_N, BLOCK_D), ACC), SPLIT)
+        if not CENTRAL and turn is not None:
             dmapped = turned(dmapped, cos, -sin)
         dmapped = tl.where(ok[:, None], dmapped + dsum[None, :], 0.0)
-        dvalues = tl.where(ok[:, None], dvalues, 0.0)
-        store_rows(dv, n, inside, e, heads * E, dvalues, E)
         dmapped, dscale = phi_backward(
             dmapped, wide, n, ok, inside, d, b, h, factors, dafter, dscale, tokens, heads, MAP, SLOPE, POWER, WHOLE, D
         )
@@ -195,6 +196,8 @@ def read_kernel(
         n = start + tl.arange(0, BLOCK_N)
         ok = n < last
         raw = load_rows(x, n, ok, d, x_strides[1], x_strides[3], D)
+        if not SPLIT:  # else held in registers for good
+            state = _load_matrix(matrix, image_head, d, e, D, E)
         mapped = phi(raw.to(ACC), n, ok, d, b, h, factors, tokens, MAP, POWER, WHOLE, D)
         if NORMALISED:
             norm = tl.where(ok, tl.sum(mapped * total[None, :], axis=1) + eps, 1.0)
@@ -234,7 +237,7 @@ def read_backward_kernel(
     x += b * x_strides[0] + h * x_strides[2]
     dout += b * dout_strides[0] + h * dout_strides[2]
     dx += (b * tokens * heads + h) * D
-    state = tl.trans(_load_matrix(matrix, image_head, d, e, D, E))
+    state = _load_matrix(matrix, image_head, d, e, D, E)
     dstate, dscale = tl.zeros((BLOCK_D, BLOCK_E), ACC), tl.zeros((BLOCK_D,), ACC)
     if NORMALISED:
         total = tl.load(vector + image_head * D + d, mask=d < D, other=0.0)
@@ -248,11 +251,13 @@ def read_backward_kernel(
         slope = load_rows(dout, n, ok, e, dout_strides[1], dout_strides[3], E)
         wide = raw.to(ACC)
         mapped = phi(wide, n, ok, d, b, h, factors, tokens, MAP, POWER, WHOLE, D)
+        if not SPLIT:  # else held in registers for good
+            state = _load_matrix(matrix, image_head, d, e, D, E)
         seen = mapped
         if turn is not None:
             cos, sin = load_places(turn, n, ok, h, heads, D, BLOCK_D)
             seen = turned(mapped, cos, sin)
-        dmapped = product(slope, state, tl.zeros((BLOCK_N, BLOCK_D), ACC), SPLIT)
+        dmapped = product(slope, tl.trans(state), tl.zeros((BLOCK_N, BLOCK_D), ACC), SPLIT)
         if NORMALISED:
             share_of = 1 / tl.where(ok, tl.sum(mapped * total[None, :], axis=1) + eps, 1.0)
             dmapped = dmapped * share_of[:, None]

@@ -16,10 +16,8 @@ from ..linear import LinearState, plain_absorb, plain_affine, plain_central, pla
 from ..states import accumulator, count_tokens
 from . import _linear_kernels as kernels
 from ._launch import SCHEMA, Inputs, Plan, block, on
-from ._maps import MAPS
 
 _WIDEST = 128  # channels of a head
-_HALVES = (torch.float16, torch.bfloat16)
 _WIDTH, _TENSORS = len(Inputs._fields), Inputs._fields.index("place")
 
 
@@ -128,7 +126,7 @@ def _absorb(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(matrix `(B, H, D, E)`, left `(B, H, D)`, right `(B, H, E)`), the last empty unless `central`."""
     inputs, (v, keep, central) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     (images, _, heads, d), e, dtype = inputs.x.shape, v.shape[-1], accumulator(v.dtype)
-    plan = inputs.plan(e, dtype, v.dtype in _HALVES, CENTRAL=central)
+    plan = inputs.plan(e, dtype, v.dtype, False, CENTRAL=central)
 
     def parts(*shape: int) -> Tensor:
         return v.new_empty(plan.splits, images, heads, *shape, dtype=dtype)
@@ -158,7 +156,7 @@ def _absorb_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dv, dcolumn, dafter), the last two empty where there is none. `left`, `right` are those that absorb gave."""
     inputs, (v, keep, central, left, right, *gradients) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     dtype = accumulator(v.dtype)
-    plan = inputs.plan(v.shape[-1], dtype, v.dtype in _HALVES, CENTRAL=central)
+    plan = inputs.plan(v.shape[-1], dtype, v.dtype, True, CENTRAL=central)
     dx, dv = inputs.x.new_empty(inputs.x.shape), v.new_empty(v.shape)
     dfactors = _factor_gradients(plan, dtype)
     plan.run(
@@ -166,7 +164,6 @@ def _absorb_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *(v, v.stride(), keep, _strides(keep), left, right, count_tokens(v, keep)),
         *(t.contiguous() for t in gradients),
         *(dx, dv, *dfactors),
-        SLOPE=MAPS[inputs.map].slope,
     )
     return dx, dv, *_summed(inputs, *dfactors)
 
@@ -186,7 +183,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _read(*arguments: Any) -> Tensor:
     """`(B, N, H, E)`; `vector` is `(B, H, D)` where `normalised`, else `(B, H, E)`."""
     inputs, (matrix, vector, add, eps, normalised, dtype) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
-    plan = inputs.plan(matrix.shape[-1], matrix.dtype, dtype in _HALVES, NORMALISED=normalised)
+    plan = inputs.plan(matrix.shape[-1], matrix.dtype, dtype, False, NORMALISED=normalised)
     out = inputs.x.new_empty(*inputs.x.shape[:3], matrix.shape[-1], dtype=dtype)
     plan.run(
         kernels.read_kernel,
@@ -216,14 +213,13 @@ def _(*arguments: Any) -> Tensor:
 def _read_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dmatrix, dvector, dcolumn, dafter), the last two empty where there is none."""
     inputs, (matrix, vector, eps, normalised, dout) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
-    plan = inputs.plan(matrix.shape[-1], matrix.dtype, dout.dtype in _HALVES, NORMALISED=normalised)
+    plan = inputs.plan(matrix.shape[-1], matrix.dtype, dout.dtype, True, NORMALISED=normalised)
     dx = inputs.x.new_empty(inputs.x.shape)
     dmatrix, dvector = (t.new_empty(plan.splits, *t.shape) for t in (matrix, vector))
     dfactors = _factor_gradients(plan, matrix.dtype)
     plan.run(
         kernels.read_backward_kernel,
         *(matrix.contiguous(), vector.contiguous(), dout, dout.stride(), dx, dmatrix, dvector, *dfactors, eps),
-        SLOPE=MAPS[inputs.map].slope,
     )
     dmatrix, left, right = _fold(dmatrix, *((dvector, None) if normalised else (None, dvector)))
     return dx, dmatrix, left if normalised else right, *_summed(inputs, *dfactors)
