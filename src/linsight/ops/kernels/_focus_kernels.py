@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._maps import positive, relu_slope
-from ._tiles import _raised, narrow
+from ._tiles import narrow, raised
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def scales(
     top = tl.where(n < count, tl.max(u, axis=1), 1)
     shrink = 1 / top
     w = u * shrink[:, None]
-    powered = tl.where(seen, _raised(w, POWER, WHOLE), 0)
+    powered = tl.where(seen, raised(w, POWER, WHOLE), 0)
     norm = tl.where(n < count, tl.sum(powered * powered, axis=1), 1)
     length = top * tl.sqrt(tl.sum(w * w, axis=1) / norm)
     tl.store(before + n, shrink, mask=n < count)
@@ -101,11 +101,11 @@ def scales_backward(
         g = tl.load(grad + place, mask=known, other=0).to(ACCUMULATOR) * length * shrink
         base = positive(value)
         w = base * scale * shrink[:, None]
-        powered = tl.where(seen, _raised(w, POWER, WHOLE), 0)
+        powered = tl.where(seen, raised(w, POWER, WHOLE), 0)
         square = tl.sum(tl.where(seen, w * w, 0), axis=1)
         powered_square = tl.sum(powered * powered, axis=1)
         first = w / tl.where(known, square, 1)[:, None]
-        second = POWER * _raised(w, POWER_BACK, WHOLE_BACK) / tl.where(known, powered_square, 1)[:, None]
+        second = POWER * raised(w, POWER_BACK, WHOLE_BACK) / tl.where(known, powered_square, 1)[:, None]
         by_u = tl.where(seen, g[:, None] * (first - second), 0)
         total += by_u * base
         out = narrow(by_u * scale * relu_slope(value), by_x.dtype.element_ty)

@@ -70,7 +70,7 @@ def product(a, b, acc, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _raised(y, POWER: tl.constexpr, WHOLE: tl.constexpr):
+def raised(y, POWER: tl.constexpr, WHOLE: tl.constexpr):
     """y^POWER; a whole power by squaring, so that y may be negative."""
     if WHOLE:
         power, square = tl.full(y.shape, 1.0, y.dtype), y
@@ -117,7 +117,7 @@ def phi(
     """
     y = _before_power(x, n, ok, d, b, h, factors, tokens, MAP, D)
     if POWER != 1:
-        y = _raised(y, POWER, WHOLE)
+        y = raised(y, POWER, WHOLE)
     if factors[2] is not None:
         y = y * _load_token_factor(factors[2], n, ok, b, tokens)
     return tl.where(ok[:, None], y, 0.0)
@@ -136,11 +136,11 @@ def phi_backward(
     if factors[2] is not None:
         powered = y
         if POWER != 1:
-            powered = _raised(y, POWER, WHOLE)
+            powered = raised(y, POWER, WHOLE)
         tl.store(dafter + (b * tokens + n) * heads + h, tl.sum(dy * powered, axis=1), mask=inside)
         dy = dy * _load_token_factor(factors[2], n, ok, b, tokens)
     if POWER != 1:
-        dy = dy * (_raised(y, POWER - 1, WHOLE) * POWER)
+        dy = dy * (raised(y, POWER - 1, WHOLE) * POWER)
     if factors[1] is not None:
         dy = dy * _load_token_factor(factors[1], n, ok, b, tokens)
     if factors[0] is not None:
