@@ -152,16 +152,17 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
             form.name != TRITON and (torch.compiler.is_compiling() or torch.is_grad_enabled())
         ):
             continue
-        return _entries[_imported(form.entry)]
+        return _entries[_imported(form.entry, form.name)]
     return None
 
 
 @torch.compiler.assume_constant_result  # a compiler cannot trace an import
-def _imported(entry: str) -> str:
-    """`entry`, now in `_entries`."""
+def _imported(entry: str, kind: str) -> str:
+    """`entry`, now in `_entries` with all others of its kind: a compiler looks into a table once."""
     if entry not in _entries:
-        module, _, name = entry.partition(":")
-        _entries[entry] = getattr(importlib.import_module(f".kernels.{module}", __package__), name)
+        for other in (form.entry for row in FORMS.values() for form in row if form.name == kind):
+            module, _, name = other.partition(":")
+            _entries[other] = getattr(importlib.import_module(f".kernels.{module}", __package__), name)
     return entry
 
 
