@@ -67,7 +67,14 @@ def test_rows_of_models_tell_what_is_published():
     ("path", "line", "code"),
     [
         pytest.param(path, line, code, id=f"{path}:{line}")
-        for path in ("README.md", "docs/mechanisms.md", "docs/models.md", "docs/early-exit.md", "docs/packing.md")
+        for path in (
+            "README.md",
+            "docs/mechanisms.md",
+            "docs/models.md",
+            "docs/drop-in.md",
+            "docs/early-exit.md",
+            "docs/packing.md",
+        )
         for line, code in blocks(path)
     ],
 )

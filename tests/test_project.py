@@ -22,7 +22,9 @@ FLOORS = {
     "ops": 1,
     "attention": 2,
     "models": 3,
+    "adapters": 3,
     "checkpoints": 4,
+    "streaming": 4,
     "": 5,  # linsight/__init__.py
     "train": 6,
     "describe": 6,
