@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from linsight import __version__
-from linsight.ops import forms
+from linsight.ops import TRITON, forms
 
 
 def diagnose() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def diagnose() -> dict[str, Any]:
         "packages": _packages(),
         "devices": devices,
         "cpu": _cpu(),
-        "triton": _triton(),
+        "triton": _triton(devices[0]["type"]),
         "compiler": _compiler(),
         "forms": [form._asdict() for form in forms(devices[0]["type"])],
     }
@@ -91,10 +91,13 @@ def _cpu_flags() -> dict[str, Any]:
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
 
 
-def _triton() -> dict[str, Any]:
+def _triton(device: str) -> dict[str, Any]:
+    """used: whether any operator takes it on `device`."""
     if importlib.util.find_spec("triton") is None:
         return {"version": "", "used": False, "why": "not installed: no operator needs it"}
-    return {"version": _version("triton"), "used": False, "why": "no operator has a Triton form"}
+    used = [form.operator for form in forms(device) if form.form == TRITON]
+    why = f"{len(used)} operators take it on {device}" if used else f"not made for {device}: no operator takes it"
+    return {"version": _version("triton"), "used": bool(used), "why": why}
 
 
 def _compiler() -> dict[str, Any]:

@@ -27,7 +27,18 @@ def test_list(run):
     code, out, _ = run("list")
     assert code == 0
     (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["softmax"])
-    assert row[1:] == ["O(N^2", "d)", "keep,", "sizes,", "cross,", "reduced,", "score_bias,", "prefix,", "causal"]
+    assert row[1:] == [
+        "O(N^2",
+        "d)",
+        "keep,",
+        "sizes,",
+        "packed,",
+        "cross,",
+        "reduced,",
+        "score_bias,",
+        "prefix,",
+        "causal",
+    ]
     assert "\x1b" not in out
 
 

@@ -1,6 +1,6 @@
 """Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
 
-from ._forms import FORMS, ChosenForm, Form, forms, use_form
+from ._forms import FORMS, TRITON, ChosenForm, Form, forms, use_form
 from .circulant import circular_correlation
 from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
 from .features import Features, as_features, focus
@@ -47,6 +47,7 @@ __all__ = [
     "FEATURE_MAPS",
     "FORMS",
     "INNER_MODELS",
+    "TRITON",
     "ChosenForm",
     "Features",
     "FittedTable",
