@@ -9,6 +9,7 @@ from .attention import create_attention, list_attentions
 from .checkpoints import export_published, load_published
 from .models import create_model
 from .ops import Grid, Layout
+from .streaming import stream
 
 __version__ = "0.1.0"
 
@@ -21,4 +22,5 @@ __all__ = [
     "export_published",
     "list_attentions",
     "load_published",
+    "stream",
 ]

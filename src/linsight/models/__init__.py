@@ -31,6 +31,7 @@ from ._registry import (
     create_model,
     default_attention,
 )
+from ._streams import Mix, Sample, StreamPlan, Streams, sampled
 from ._windows import fit_bias_table
 
 __all__ = [
@@ -40,6 +41,10 @@ __all__ = [
     "Architecture",
     "Choice",
     "Host",
+    "Mix",
+    "Sample",
+    "StreamPlan",
+    "Streams",
     "Variant",
     "add_architectures",
     "add_hosts",
@@ -49,4 +54,5 @@ __all__ = [
     "fit_bias_table",
     "plan",
     "published_keys",
+    "sampled",
 ]

@@ -1,6 +1,7 @@
 """What the hierarchical hosts share: stages that take and give maps, and timm's interface around them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from linsight.errors import LinsightError
 from ._plan import Choice, plan
 from ._seams import asked_no_weight_decay, make_block
 from ._stages import Stage, StageSize, init_linear
+from ._streams import Mix, Sample, StreamPlan, sampled
 
 
 class Pyramid(nn.Module):
@@ -124,6 +126,43 @@ class Pyramid(nn.Module):
             stage.set_grid(grid)  # type: ignore[operator]
         update_model_input_size(self, (height, width))
 
+    def stream_plan(self) -> StreamPlan:
+        """The steps that an image goes through in tiles; the stem is one with the first stage's convolution."""
+        steps: list[Sample | Mix] = []
+        for i, (stage, info) in enumerate(zip(self.stages, self.feature_info, strict=False)):
+            parts = (stage.downsample,) if i else (self.stem, stage.downsample)
+            (down, right), margin = sampled(*parts)
+            width = info["num_chs"]
+            steps.append(
+                Sample(
+                    run=partial(_run_in_turn, parts),
+                    size=partial(self._stage_size, i),
+                    stride=(down, right),
+                    margin=margin,
+                    dim=width,
+                    place=stage.place,  # type: ignore[arg-type]
+                    prefix=stage.prefix_tokens(),  # type: ignore[operator]
+                )
+            )
+            steps += [Mix(block, width) for block in stage.blocks]  # type: ignore[union-attr]
+        return StreamPlan(tuple(steps), self.norm_tokens, self.head_of_mean if self.pools_mean() else None)
+
+    def _stage_size(self, i: int, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of stage `i`, of the map before it, or of the image."""
+        return next(self.grids(size))[1] if i == 0 else self.stages[i].downsample.grid(size)  # type: ignore[union-attr,operator]
+
+    def norm_tokens(self, x: Tensor) -> Tensor:
+        """The final norm, of tokens `(B, N, C)`."""
+        return self.norm_map(x.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+
+    def head_of_mean(self, prefix: Tensor, mean: Tensor, pre_logits: bool) -> Tensor:
+        """`forward_head` of the mean of the last map `(B, 1, C)`, as a map of one place."""
+        return self.forward_head(mean.transpose(1, 2)[..., None], pre_logits)
+
+    def pools_mean(self) -> bool:
+        """Whether all that the head reads of the last map is its mean."""
+        return self.head.global_pool.pool_type == "avg"  # type: ignore[union-attr]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """`(B, in_chans, H, W)` -> the last map `(B, C, h, w)`, normed."""
         x = last = self.stem(x)
@@ -190,6 +229,14 @@ class Pyramid(nn.Module):
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take
+
+
+def _run_in_turn(parts: Sequence[Any], x: Tensor) -> Tensor:
+    """What stands before a stage, the last of which makes tokens: `(B, C, H, W)` -> `(B, h, w, C')`."""
+    for part in parts[:-1]:
+        x = part(x)
+    tokens, grid = parts[-1](x)
+    return tokens.unflatten(1, (grid.height, grid.width))
 
 
 class PlainPyramid(Pyramid):

@@ -8,7 +8,7 @@ from timm.models._manipulate import checkpoint
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
-from linsight.ops import Grid
+from linsight.ops import Grid, Tile
 
 from ._convs import ConvMlp
 from ._seams import set_grid
@@ -76,6 +76,14 @@ class Stage(nn.Module):
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Move what lies on the grid of this stage to another one."""
         set_grid(self.blocks, grid)
+
+    def place(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tokens `(B, n, C)` that `downsample` makes, of a tile of their grid, with a position table."""
+        return x
+
+    def prefix_tokens(self) -> Tensor | None:
+        """`(1, P, C)`, tokens in front of those of the map."""
+        return None
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
         """A map to tokens `(B, P + H*W, C)` after all blocks, and their grid."""

@@ -52,14 +52,20 @@ class PVTStage(Stage):
             if table is not None:
                 trunc_normal_(table, std=0.02)
 
+    def place(self, x: Tensor, tile: Tile) -> Tensor:
+        """With the position table, without prefix."""
+        return x + table_for(self.pos_embed[:, self.prefix :], self.size, tile, "bilinear").to(x.dtype)
+
+    def prefix_tokens(self) -> Tensor | None:
+        """The class token at its place in the table."""
+        return None if self.cls_token is None else self.cls_token + self.pos_embed[:, :1]
+
     def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
         """A map to tokens after all blocks, the class token first."""
         x, grid = self.downsample(x)
-        places = table_for(self.pos_embed[:, self.prefix :], self.size, Tile.whole(grid), "bilinear")
-        x = x + places.to(x.dtype)
-        if self.cls_token is not None:
-            first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-            x, grid = torch.cat([first, x], dim=1), grid._replace(prefix=1)
+        x, first = self.place(x, Tile.whole(grid)), self.prefix_tokens()
+        if first is not None:
+            x, grid = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1), grid._replace(prefix=1)
         return self.run(x, grid)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
@@ -215,6 +221,16 @@ class PyramidVisionTransformer(Pyramid):
     def norm_features(self, x: Tensor) -> Tensor:
         """The final norm, of a map `(B, C, h, w)` or, with a class token, of tokens `(B, 1 + h*w, C)`."""
         return self.norm(x) if self.class_token else self.norm_map(x)
+
+    def norm_tokens(self, x: Tensor) -> Tensor:
+        """The final norm, of tokens `(B, N, C)`."""
+        return self.norm(x) if self.class_token else super().norm_tokens(x)
+
+    def head_of_mean(self, prefix: Tensor, mean: Tensor, pre_logits: bool) -> Tensor:
+        """`forward_head` of the class token and the mean of the others."""
+        if self.class_token:
+            return self.forward_head(torch.cat([prefix, mean], dim=1), pre_logits)
+        return super().head_of_mean(prefix, mean, pre_logits)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gives, to logits."""

@@ -19,6 +19,8 @@ from timm.models._input import update_model_input_size
 
 from ._plan import Choice, plan
 from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores, set_grid
+from ._streams import StreamPlan
+from ._timm_streams import pvt_v2_plan
 
 
 class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
@@ -96,6 +98,10 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
         for stage, grid in self.grids((height, width)):
             set_grid(stage, grid)
         update_model_input_size(self, (height, width))
+
+    def stream_plan(self) -> StreamPlan:
+        """The steps that an image goes through in tiles."""
+        return pvt_v2_plan(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

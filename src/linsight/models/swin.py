@@ -38,6 +38,8 @@ from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refu
 from ._stages import init_linear
 from ._steps import Steps, block_widths, opened, widened
 from ._steps_swin import narrow
+from ._streams import StreamPlan
+from ._timm_streams import swin_plan
 from ._windows import WindowAttention, Windows, half_shift, to_multiple, within
 
 Window = int | tuple[int, int] | None
@@ -208,6 +210,10 @@ class SwinTransformer(timm_swin.SwinTransformer):
     def no_weight_decay(self) -> set[str]:
         """timm's names, and what the mechanisms ask for."""
         return super().no_weight_decay() | asked_no_weight_decay(self)
+
+    def stream_plan(self) -> StreamPlan:
+        """The steps that an image goes through in tiles."""
+        return swin_plan(self)
 
 
 def _replacement(

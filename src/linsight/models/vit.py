@@ -36,8 +36,10 @@ from ._plan import plan
 from ._seams import asked_no_weight_decay, refuse_prefix, set_grid
 from ._siamese import Merge, Pair
 from ._steps import Steps, block_widths, check_last, opened, widened
+from ._streams import StreamPlan
 from ._vit_blocks import host_arguments
 from ._vit_sizes import classify, embed_packed, embed_padded
+from ._vit_stream import vit_plan
 
 _INIT_NORM = Rename("init_norm.", "patch_embed.norm.")
 # At the end of the published SiameseNorm, unlike in its blocks, pre is x and post is y.
@@ -133,6 +135,10 @@ class VisionTransformer(timm_vit.VisionTransformer):
     def no_weight_decay(self) -> set[str]:
         """timm's names, and what the mechanisms ask for."""
         return super().no_weight_decay() | asked_no_weight_decay(self)
+
+    def stream_plan(self) -> StreamPlan:
+        """The steps that an image goes through in tiles."""
+        return vit_plan(self)
 
     def forward(
         self,

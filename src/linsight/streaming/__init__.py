@@ -1,0 +1,5 @@
+"""Floor 4: images of any size through a model, tile by tile and layer by layer, exact to rounding."""
+
+from ._run import stream
+
+__all__ = ["stream"]

@@ -1,0 +1,260 @@
+"""The run: steps in order, each over all tiles."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from linsight.errors import CapabilityError, LinsightError, UnknownNameError
+from linsight.models import HOSTS, Sample, StreamPlan, Streams
+from linsight.ops import Grid, Tile, accumulator, tiles
+
+from ._source import Source
+from ._store import Canvas, Memory, Scratch, fingerprint
+from ._tiled import TiledBlock
+
+OUTPUTS = ("logits", "features", "map")
+# Called after each tile with how many of all tiles of all passes are done.
+Report = Callable[[int, int], None]
+
+
+class Layer(NamedTuple):
+    """A step made ready: what it is of, its block if it mixes, the grid it writes and the channels of a token."""
+
+    step: Any
+    block: TiledBlock | None
+    grid: Grid
+    dim: int
+    cut: list[Tile]
+
+    @property
+    def passes(self) -> int:
+        """How often each tile passes."""
+        return 1 if self.block is None else self.block.passes
+
+
+def stream(
+    model: nn.Module,
+    image: Any,
+    *,
+    tile: int = 1024,
+    output: Literal["logits", "features", "map"] = "logits",
+    scratch: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    report: Report | None = None,
+) -> Tensor:
+    """Run `model` over an image of any size, tile by tile and layer by layer, exact to rounding.
+
+    The result is that of `model(image)` on the whole image: global terms go through states that merge, local ones
+    through halos. At any time, one map of activations is read and one written; of a tile all else is forgotten.
+
+    Args:
+        model: a host with mechanisms that stream, in evaluation mode.
+        image: `(H, W, C)` or `(C, H, W)`, anything that has a shape and can be sliced: a memory map, a tensor, zarr.
+        tile: side of a tile in pixels. Larger ones are quicker and need more memory.
+        output: "logits" `(1, classes)`, "features" `(1, C)` before the classifier, or "map" `(h, w, C)`, the last
+            map after the last norm.
+        scratch: a folder for the maps, and for the state of a run that is stopped; None keeps all in memory. "map"
+            leaves `map.npy` there, and gives it memory-mapped.
+        resume: go on with a stopped run in `scratch`, from the last step that it finished.
+        dtype: of the maps, float32 or bfloat16; of a tile, everything is computed in the model's own.
+        mean, std: what pixels, whole numbers first brought to 0 to 1, are normalised by; None: those of the model.
+        report: called as `report(done, total)` after each tile of each pass.
+
+    Raises:
+        CapabilityError: the host tells no steps, or a mechanism in it has no states that merge; before any work.
+        LinsightError: the maps do not fit, or a part of the image cannot be read.
+    """
+    if output not in OUTPUTS:
+        raise UnknownNameError("output", output, OUTPUTS)
+    if tile < 1:
+        raise LinsightError(f"tile={tile}: give the side of a tile in pixels, 1 or more")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise LinsightError(f"dtype={dtype}: maps are kept in torch.float32 or torch.bfloat16")
+    if resume and scratch is None:
+        raise LinsightError("resume=True needs scratch=, the folder of the stopped run")
+    plan = plan_of(model)
+    if plan.head is None and output != "map":
+        raise CapabilityError("this model pools in a way that does not stream: take output='map', or global_pool='avg'")
+    cfg: Any = resolve_model_data_config(model)
+    normal = [tuple(cfg[key] if given is None else given) for key, given in (("mean", mean), ("std", std))]
+    source = Source(image, len(normal[0]), *normal)
+    layers = _layers(plan, source.size, tile)
+    store = Memory(dtype) if scratch is None else Scratch(scratch, dtype, resume)
+    with torch.inference_mode():
+        run = _Run(model, plan, source, store, layers, report or (lambda done, total: None))
+        try:
+            return run(output)
+        except BaseException:
+            store.stopped()
+            raise
+
+
+def plan_of(model: nn.Module) -> StreamPlan:
+    """The steps of `model`; raises a CapabilityError, naming the hosts that stream, where it tells none."""
+    if not isinstance(model, Streams):
+        able = {name.rpartition("_")[0] for name, host in HOSTS.items() if hasattr(host.model_cls, "stream_plan")}
+        raise CapabilityError(
+            f"a {type(model).__name__} does not tell the steps that a stream needs; these hosts do: "
+            f"{', '.join(sorted(able))}"
+        )
+    if model.training:
+        raise LinsightError("the model is in training mode, where layers are random: call model.eval()")
+    return model.stream_plan()
+
+
+def _layers(plan: StreamPlan, size: tuple[int, int], tile: int) -> list[Layer]:
+    """The steps with their grids and tiles, all checked before any work."""
+    found: list[Layer] = []
+    cut: list[Tile] = []
+    grid, dim, down, right = Grid(*size), 0, 1, 1
+    for step in plan.steps:
+        if isinstance(step, Sample):
+            prefix = 0 if step.prefix is None else step.prefix.shape[1]
+            grid, dim = Grid(*step.size((grid.height, grid.width)), prefix), step.dim
+            if min(grid[:2]) < 1:
+                raise LinsightError(f"an image of {size[0]}x{size[1]} pixels leaves no tokens in this model")
+            down, right = down * step.stride[0], right * step.stride[1]
+            cut = tiles(grid, max(1, tile // down), max(1, tile // right))
+            found.append(Layer(step, None, grid, dim, cut))
+        else:
+            found.append(Layer(step, TiledBlock(step.block), grid, dim, cut))
+    return found
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: StreamPlan,
+        source: Source,
+        store: Memory | Scratch,
+        layers: list[Layer],
+        report: Report,
+    ) -> None:
+        self.model, self.plan, self.source, self.store, self.layers = model, plan, source, store, layers
+        self.like = next(model.parameters())  # whose device and dtype tiles are computed in
+        self.report = report
+        self.done, self.total = 0, sum(layer.passes * len(layer.cut) for layer in layers) + len(layers[-1].cut)
+
+    def __call__(self, output: str) -> Tensor:
+        last = self.layers[-1]
+        shapes = [(layer.grid.height, layer.grid.width, layer.dim) for layer in self.layers]
+        sizes = [h * w * c * self.store.dtype.itemsize for h, w, c in shapes]
+        peaks = [a + b for a, b in zip([0, *sizes], [*sizes, 0], strict=True)]
+        if output == "map":
+            h, w, c = shapes[-1]
+            peaks[-1] += 4 * h * w * c
+        self.store.check(max(peaks))
+        work = self._work()
+        start, canvas, prefix = self.store.resume(work)
+        if prefix is not None:
+            prefix = prefix.to(self.like)
+        self.done = sum(layer.passes * len(layer.cut) for layer in self.layers[:start])
+        for i, (layer, shape) in enumerate(zip(self.layers[start:], shapes[start:], strict=True), start):
+            new = self.store.new(i, shape)
+            if layer.block is None:
+                prefix = self._sample(layer, canvas, new)
+            else:
+                assert canvas is not None
+                prefix = self._mix(layer, canvas, prefix, new)
+            canvas = new
+            self.store.done(i, canvas, prefix, work)
+        assert canvas is not None
+        return self._end(last, canvas, prefix, output)
+
+    def _work(self) -> dict[str, Any]:
+        """What a stopped run must have been of, to be gone on with."""
+        if isinstance(self.store, Memory):
+            return {}
+        height, width = self.source.size
+        sides = [((side - 1) // 2, min(side, (side - 1) // 2 + 64)) for side in (height, width)]
+        patch = self.source.read(sides[0], sides[1])
+        return {
+            "model": fingerprint(self.model.state_dict().values()),
+            "image": f"{self.source.shape} {fingerprint([patch])}",
+            "dtype": str(self.store.dtype),
+        }
+
+    def _tell(self) -> None:
+        self.done += 1
+        self.report(self.done, self.total)
+
+    def _sample(self, layer: Layer, canvas: Canvas | None, new: Canvas) -> Tensor | None:
+        step: Sample = layer.step
+        size = self.source.size if canvas is None else canvas.data.shape[:2]
+        for tile in layer.cut:
+            wide = dataclasses.replace(tile, halo=step.margin)
+            rows, columns = (
+                (first * stride, min(end * stride, side) if end < count else side)
+                for (first, end), stride, side, count in zip(
+                    (wide.rows, wide.columns), step.stride, size, layer.grid[:2], strict=True
+                )
+            )
+            if canvas is None:
+                crop = self.source.read(rows, columns).to(self.like)
+            else:
+                crop = canvas.rectangle(rows, columns, self.like).permute(0, 3, 1, 2)
+            x = step.run(crop)
+            top, left = tile.top - wide.rows[0], tile.left - wide.columns[0]
+            x = x[:, top : top + tile.height, left : left + tile.width]
+            assert x.shape[1:3] == (tile.height, tile.width)
+            x = x.flatten(1, 2)
+            own = dataclasses.replace(tile, grid=tile.grid._replace(prefix=0))
+            new.write(tile, x if step.place is None else step.place(x, own))
+            self._tell()
+        return step.prefix
+
+    def _mix(self, layer: Layer, canvas: Canvas, prefix: Tensor | None, new: Canvas) -> Tensor | None:
+        block, width, after = layer.block, layer.step.width, prefix
+        assert block is not None
+        again = True
+        while again:
+            for tile in layer.cut:
+                wide = dataclasses.replace(tile, halo=block.reach)
+                x = canvas.read(wide, self.like)
+                if block.seen(wide).prefix:
+                    assert prefix is not None
+                    x = torch.cat([prefix, x], dim=1)
+                out = block.run(x[..., :width], wide)
+                if out is not None:
+                    if width < layer.dim:
+                        own = canvas.read(tile, self.like)
+                        rest = own if not tile.prefix or prefix is None else torch.cat([prefix, own], dim=1)
+                        out = torch.cat([out, rest[..., width:]], dim=-1)
+                    if tile.prefix:
+                        after = out[:, : tile.prefix]
+                    new.write(tile, out[:, tile.prefix :])
+                self._tell()
+            again = block.end_pass(layer.grid)
+        return after
+
+    def _end(self, layer: Layer, canvas: Canvas, prefix: Tensor | None, output: str) -> Tensor:
+        plan, shape = self.plan, layer.grid[:2]
+        final: Canvas | None = None
+        total: Tensor | None = None
+        for tile in layer.cut:
+            x = plan.norm(canvas.read(tile, self.like))
+            if output == "map":
+                final = final or self.store.output((*shape, x.shape[-1]))
+                final.write(tile, x)
+            else:
+                part = x.sum(dim=1, keepdim=True, dtype=accumulator(x.dtype))
+                part = part.cpu().double()  # there, as not every device has float64
+                total = part if total is None else total + part
+            self._tell()
+        found = self.store.end(final)
+        if output == "map":
+            assert found is not None
+            return found
+        assert total is not None and plan.head is not None
+        mean = (total / (shape[0] * shape[1])).to(self.like)
+        first = mean[:, :0] if prefix is None else plan.norm(prefix)
+        return plan.head(first, mean, output == "features")

@@ -1,0 +1,40 @@
+"""Streaming is the dense forward: any mechanism, host, image size and tile size."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import linsight
+
+from .hosts import PLAIN, SMALL, STREAMING, close, image, small, whole
+
+few = settings(max_examples=3, deadline=None, derandomize=True, database=None)
+
+
+def same_as_dense(model, picture, tile):
+    found = [linsight.stream(model, picture, tile=tile, output=name, **PLAIN) for name in ("map", "logits")]
+    spatial, _, logits = whole(model, picture)
+    close(found[0].flatten(0, 1), spatial)
+    close(found[1], logits)
+
+
+@pytest.mark.parametrize("attention", STREAMING)
+def test_every_mechanism_in_a_vit(attention):
+    model = small("vit_tiny", attention, cpe=True)
+
+    @few
+    @given(st.integers(9, 40), st.integers(9, 40), st.integers(12, 36))
+    def check(height, width, tile):
+        same_as_dense(model, image(height, width), tile)
+
+    check()
+
+
+@pytest.mark.parametrize("host", [host for host in SMALL if host != "vit_tiny"])
+def test_every_host(host):
+    @few
+    @given(st.integers(33, 90), st.integers(33, 90), st.integers(30, 64), st.sampled_from(STREAMING))
+    def check(height, width, tile, attention):
+        same_as_dense(small(host, attention), image(height, width), tile)
+
+    check()
