@@ -16,7 +16,7 @@ from ..linear import LinearState, plain_absorb, plain_central, product, products
 from ..rotary import Turn
 from ..states import Moments
 
-BUDGET = 2**16  # numbers in a tile of one tensor: a few such tiles fit the second cache of a core
+BUDGET = 2**18  # numbers in a tile of one tensor: fewer, and starting threads costs more than the cache gains
 
 
 Write = Callable[[Features, slice, Tensor], None]  # queries, their images, where to write
