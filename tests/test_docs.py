@@ -74,6 +74,7 @@ def test_rows_of_models_tell_what_is_published():
             "docs/drop-in.md",
             "docs/early-exit.md",
             "docs/packing.md",
+            "docs/streaming.md",
         )
         for line, code in blocks(path)
     ],

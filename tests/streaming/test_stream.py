@@ -38,3 +38,23 @@ def test_every_host(host):
         same_as_dense(small(host, attention), image(height, width), tile)
 
     check()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"norm": "siamese"},
+        {"steps": [(8, 1), (16, 1)]},
+        {"norm": "siamese", "steps": [(8, 1), (16, 1)]},
+        {"reg_tokens": 3, "no_embed_class": True, "pre_norm": True},
+        {"patch_size": (4, 6), "global_pool": "avg"},
+    ],
+)
+def test_every_form_of_the_vit(arguments):
+    same_as_dense(small("vit_tiny", "inline", cpe=True, **arguments), image(29, 34), 15)
+
+
+def test_a_class_token_behind_a_pyramid():
+    model = small("pvt_tiny", "inline", global_pool="token")
+    same_as_dense(model, image(70, 97), 40)
+    close(linsight.stream(model, image(70, 97), tile=40, output="features", **PLAIN), whole(model, image(70, 97))[1])
