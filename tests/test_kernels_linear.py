@@ -1,7 +1,10 @@
 """The fused form of linear attention against the plain one; without a GPU, in Triton's interpreter."""
 
+import importlib
 import itertools
 import math
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from linsight.errors import LinsightError
 from linsight.ops import (
     FEATURE_MAPS,
     Features,
@@ -22,7 +26,8 @@ from linsight.ops import (
     linear_read,
     use_form,
 )
-from linsight.ops.kernels import _launch
+from linsight.ops.kernels import _launch, linear
+from linsight.ops.kernels import _linear_kernels as kernels
 from linsight.ops.kernels._maps import MAPS
 
 pytestmark = pytest.mark.timeout(300)  # the interpreter is slow where cores are shared
@@ -183,3 +188,120 @@ def test_what_does_not_fit_is_plain(what, monkeypatch):
         x = randn(1, 4, 4, 5)
         turn = Turn.of(Tile.whole(Grid(2, 2)), 20, device=x.device, dtype=F64)
     compare(lambda x, v: linear_absorb(Features(x, turn=turn), v), [x, v])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_shares_some_of_them_empty(kind, monkeypatch):
+    monkeypatch.setattr(_launch, "_INTERPRETED", _launch.Blocks(16, 1, 1))
+    monkeypatch.setattr(_launch, "_shares", lambda *_: (5, 16))  # of 48 tokens
+    compare(*case("elu+1", kind, "qkv", (8, 8), True, True, batch=1))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 49, 256, 4096, 1_000_003])
+@pytest.mark.parametrize("programs", [1, 6, 100_000])
+def test_shares_of_a_gpu_cover_all_tokens(tokens, programs, monkeypatch):
+    monkeypatch.setattr(_launch, "_multiprocessors", lambda device: 132)
+    for blocks in (_launch.Blocks(16, 4, 1), _launch.Blocks(128, 4, 3)):
+        splits, share = _launch._shares(tokens, programs, blocks, torch.device("cuda"))
+        assert 1 <= splits <= 64
+        assert share % blocks.tokens == 0
+        assert (splits - 1) * share < max(1, tokens) <= splits * share
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter checks")
+def test_addresses_are_of_64_bits(monkeypatch):
+    """Tokens 2^30 numbers apart, none of which is kept, or read: no product of 32 bits overflows."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    x, keep = randn(1, 48, 1, 8), torch.zeros(1, 48, dtype=torch.bool)
+    plan = _launch.Inputs.of(Features(x)).plan(8, F64, F64, False, CENTRAL=False)
+    matrix, left, far = x.new_empty(2, 1, 1, 8, 8), x.new_empty(2, 1, 1, 8), (1, 2**30, 2**30, 2**30)
+    tensors = (x, far, plan.factors, None, x, far, keep, keep.stride(), matrix, left, None, None)
+    kernels.absorb_kernel[(1, 2)](*tensors, 48, 1, plan.share, **plan.constants)
+    assert not matrix.any()
+
+
+def test_central_moments_of_many_tokens_around_100(monkeypatch):
+    monkeypatch.setattr(_launch, "_INTERPRETED", _launch.Blocks(256, 1, 1))
+    k, v = (randn(1, 2**17, 1, 4).float() + 100 for _ in range(2))
+    truth = central_absorb(k.double(), v.double()).covariance()
+    with use_form("triton"):
+        assert (central_absorb(k, v).covariance() - truth).abs().max() < 1e-6
+
+
+def test_autocast_changes_nothing():
+    compute, leaves = case("elu+1", "normalised", "dense", (8, 8), True, False, dtype=torch.float32)
+    alone = run("triton", compute, leaves)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = run("triton", compute, leaves)
+    close(inside, alone, 0)
+
+
+def test_states_of_halves_are_float32():
+    for kind in ("raw", "central"):
+        compute, leaves = case("relu", kind, "dense", (8, 8), True, False, dtype=torch.float16)
+        *states, dk, dv = run("triton", compute, leaves)
+        assert {t.dtype for t in states} == {torch.float32}
+        assert dk.dtype == dv.dtype == torch.float16
+
+
+def features_of(x):
+    """With everything that features can have."""
+    _, n, heads, d = x.shape
+    turn = Turn.of(Tile.whole(Grid(4, n // 4)), heads * d, device=x.device, dtype=x.dtype)
+    column, before, after = (
+        torch.rand(*s, dtype=x.dtype, device=x.device) + 0.5 for s in (x.shape[2:], (1, n), (1, n))
+    )
+    return Features(x, "positive", 2, column.requires_grad_(), before, after.requires_grad_(), turn)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_opcheck():
+    x, v, keep = randn(1, 40, 2, 4).requires_grad_(), randn(1, 40, 2, 6).requires_grad_(), torch.rand(1, 40) < 0.7
+    keep, full, plain = keep.to(DEVICE), _launch.Inputs.of(features_of(x)), _launch.Inputs.of(Features(x))
+    matrix, total, shift = (randn(1, 2, *s).requires_grad_() for s in ((4, 6), (4,), (6,)))
+    add = randn(1, 37, 2, 6).requires_grad_()
+    empty = v.new_empty(0)
+    for operator, *arguments in (
+        (linear._absorb, *full, v, keep, False),
+        (linear._absorb, *plain, v, None, True),
+        (linear._read, *full, matrix, total, add, 0.1, True, F64),
+        (linear._read, *plain, matrix, shift, None, 0.0, False, F64),
+        (linear._absorb_backward, *full, v, keep, False, total, empty, matrix, total, empty),
+        (linear._read_backward, *full, matrix, total, 0.1, True, v),
+    ):
+        if operator in (linear._absorb_backward, linear._read_backward):
+            arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+        torch.library.opcheck(operator, tuple(arguments))
+
+
+def attention(x, v):
+    return linear_read(Features(x, "elu+1"), linear_absorb(Features(x, "elu+1"), v), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_compiles_into_one_graph_of_any_size():
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, tokens in ((1, 40), (2, 33)):
+        leaves = [randn(batch, tokens, 2, d) for d in (4, 6)]
+        close(run("triton", compiled, leaves), run("triton", attention, leaves))
+
+
+def test_second_derivatives_are_refused():
+    x, v = randn(1, 5, 1, 4).requires_grad_(), randn(1, 5, 1, 4)
+    with use_form("triton"):
+        (gradient,) = torch.autograd.grad(attention(x, v).sum(), x, create_graph=True)
+        with pytest.raises(LinsightError, match="no second derivatives"):
+            gradient.sum().backward()
+
+
+def test_nothing_needs_triton():
+    """The library imports and runs where it is not installed, and imports no kernels until they are chosen."""
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, linsight; from linsight.ops import linear_attention;"
+        "x = torch.rand(1, 5, 1, 4, requires_grad=True); linear_attention(x, x, x).sum().backward();"
+        "assert not any(name.startswith('linsight.ops.kernels.') for name in sys.modules), sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
