@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from linsight.ops.kernels import _linear_kernels as kernels
 from linsight.ops.kernels._maps import MAPS
 
 pytestmark = pytest.mark.timeout(300)  # the interpreter is slow where cores are shared
-F64 = torch.float64
+F64, HALF = torch.float64, torch.float16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = Grid(5, 9, 3)  # 48 tokens: two blocks of the interpreter, one for each of two programs
 HEADS = 2
@@ -206,6 +207,16 @@ def test_shares_of_a_gpu_cover_all_tokens(tokens, programs, monkeypatch):
         assert 1 <= splits <= 64
         assert share % blocks.tokens == 0
         assert (splits - 1) * share < max(1, tokens) <= splits * share
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "dtype", "width"),
+    [(227, F64, 64), (227, HALF, 128), (163, HALF, 128), (99, HALF, 64), (64, HALF, 32)],
+)
+def test_heads_as_wide_as_shared_memory_allows(kilobytes, dtype, width, monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024)
+    monkeypatch.setattr(_launch, "_properties", lambda device: properties)
+    assert _launch.widest(SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == width
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter checks")

@@ -36,6 +36,8 @@ _FULL = (
 )
 _INTERPRETED = Blocks(32, 1, 1)
 
+_WIDEST = 128  # channels of a head
+_ROOM = 1280  # bytes of shared memory for each of them, as compiled for sm_80: states lie there as operands
 _PROGRAMS = 4  # for each multiprocessor: enough loads in flight to hide the latency of memory
 _LEAST = 256  # tokens a program: below, writing partial states costs more than the programs gain
 _MOST = 64  # shares, which `fold_kernel` reads at once
@@ -159,7 +161,25 @@ def _shares(tokens: int, programs: int, chosen: Blocks, device: torch.device) ->
     return max(1, -(-tokens // length)), length
 
 
-@cache
+def widest(x: Tensor) -> int:
+    """The widest block of channels that programs on tensors like `x` can hold."""
+    if x.device.type == "cpu":
+        return _WIDEST
+    return _widest(x.device, 2 if x.dtype == torch.float64 else 1)
+
+
+@torch.compiler.assume_constant_result  # compilers cannot trace what asks a device
+def _widest(device: torch.device, words: int) -> int:
+    # An H100 has 227 KB of shared memory a program, an A100 163 KB, most others 99 KB or 64 KB.
+    room = getattr(_properties(device), "shared_memory_per_block_optin", 0) or 2**16
+    return min(_WIDEST, 1 << (room // (_ROOM * words)).bit_length() - 1)
+
+
 def _multiprocessors(device: torch.device) -> int:
-    properties = torch.get_device_module(device).get_device_properties(device)
+    properties = _properties(device)
     return getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_eu_count", 64) // 8
+
+
+@cache
+def _properties(device: torch.device) -> Any:
+    return torch.get_device_module(device).get_device_properties(device)

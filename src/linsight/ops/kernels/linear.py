@@ -15,9 +15,8 @@ from ..features import Features
 from ..linear import LinearState, plain_absorb, plain_affine, plain_central, plain_read
 from ..states import accumulator, count_tokens
 from . import _linear_kernels as kernels
-from ._launch import SCHEMA, Inputs, Plan, block, on
+from ._launch import SCHEMA, Inputs, Plan, block, on, widest
 
-_WIDEST = 128  # channels of a head
 _WIDTH, _TENSORS = len(Inputs._fields), Inputs._fields.index("place")
 
 
@@ -56,7 +55,7 @@ def affine(q: Features, matrix: Tensor, shift: Tensor, add: Tensor | None, dtype
 def _fits(features: Features, values: Tensor) -> bool:
     """Whether one program can hold a head: not too wide, and no rotation of a channel of one with one of the next."""
     width = features.x.shape[-1]
-    return max(width, values.shape[-1]) <= _WIDEST and (features.turn is None or width % 2 == 0)
+    return max(width, values.shape[-1]) <= widest(values) and (features.turn is None or width % 2 == 0)
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
