@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import linsight
-from linsight.bench import Side, Step, alternate, measure_peaks
+from linsight.bench import Side, Step, alternate, captured, measure_peaks
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import (
     Features,
@@ -107,14 +107,6 @@ def inputs(name: str, cell: Cell, dtype: torch.dtype, scale: float = 1.0) -> lis
     return [t.requires_grad_() for t in qkv.unbind(2)]
 
 
-def captured(act: Callable[[], Any], stream: torch.cuda.Stream) -> Step:
-    """A CUDA graph of `act`, which was run on `stream` before."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        act()
-    return graph.replay
-
-
 def make(name: str, cell: Cell, dtype: torch.dtype) -> tuple[dict[str, Any], Step]:
     """No facts, and the step to time."""
     torch.manual_seed(0)
@@ -126,24 +118,13 @@ def make(name: str, cell: Cell, dtype: torch.dtype) -> tuple[dict[str, Any], Ste
 
     if cell.step == "eager":
         return {}, infer
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        if cell.step == "forward":
-            for _ in range(3):
-                infer()
-            act: Callable[[], Any] = infer
-        else:  # the backward of one forward, again and again
-            out = function(*leaves)
-            slope = torch.randn_like(out)
 
-            def act() -> Any:
-                return torch.autograd.grad(out, leaves, slope, retain_graph=True)
+    def backward() -> Step:  # of one forward, again and again
+        out = function(*leaves)
+        slope = torch.randn_like(out)
+        return lambda: torch.autograd.grad(out, leaves, slope, retain_graph=True)
 
-            for _ in range(3):
-                act()
-    torch.cuda.current_stream().wait_stream(stream)
-    return {}, captured(act, stream)
+    return {}, captured(backward if cell.step == "backward" else lambda: infer)
 
 
 def compare(names: list[str], made: Callable[[str], tuple[dict[str, Any], Step]], seconds: float) -> dict[str, Side]:
@@ -204,13 +185,7 @@ def conv_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     return depthwise_conv(x, size, kernels[0].unsqueeze(1))
                 return dynamic_depthwise_conv(x, size, kernels)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                act()
-        torch.cuda.current_stream().wait_stream(stream)
-        return {}, captured(act, stream)
+        return {}, captured(lambda: act)
 
     for batch, side, channels in ((1, 14, 192), (32, 56, 96), (2, 256, 192)):
         for kind in ("static", "dynamic"):

@@ -46,3 +46,12 @@ def test_half_tokens_are_turned_in_float32():
 def test_widths_that_cannot_be_turned():
     with pytest.raises(LinsightError, match="divisible by 4, not 6"):
         check_rotary(6)
+
+
+@pytest.mark.parametrize("grid", [Grid(5, 7), Grid(6, 1, 2)], ids=["", "prefix"])
+def test_without_gradients_it_is_the_same(grid):
+    """Then it is one complex product; by its definition otherwise."""
+    x = torch.randn(2, grid.tokens, 16)
+    with torch.no_grad():
+        free = rotate(x, Tile.whole(grid))
+    torch.testing.assert_close(free, rotate(x, Tile.whole(grid)))

@@ -14,7 +14,7 @@ from ._plot import draw, write_plot
 from ._rounds import Send, Side, Step, alternate
 from ._rows import COLUMNS, ratios, read_rows, results_folder, spread, table, write_rows
 from ._run import Done, Plan, Size, bench, check_plan, run_facts
-from ._steps import STEPS, Cell, Setting, cost, measure, step_of
+from ._steps import STEPS, Cell, Setting, captured, cost, measure, step_of
 from ._subjects import TIMM, Group, Subject, build, plan_groups, softmax_beside
 from ._worker import Worker
 
@@ -42,6 +42,7 @@ __all__ = [
     "at",
     "bench",
     "build",
+    "captured",
     "check_plan",
     "cost",
     "crossings",

@@ -89,7 +89,8 @@ def make(subject: Subject, cell: Cell, build: Build = build) -> tuple[dict[str, 
     if setting.graphs:  # a replayed graph allocates nothing
         step()
         facts["peak_mb"] = peak_of(step, device)
-        step = _captured(step)
+        eager = step
+        step = captured(lambda: eager)
     return facts, step
 
 
@@ -160,15 +161,16 @@ def _model_step(subject: Subject, cell: Cell, build: Build) -> tuple[dict[str, A
     return facts, prepared(torch.compile(model)) if setting.compiled else step
 
 
-def _captured(step: Step) -> Step:
-    """The step as a CUDA graph, to be replayed."""
+def captured(prepare: Callable[[], Step]) -> Step:
+    """A CUDA graph of the step that `prepare` makes, to be replayed. All of it runs on a stream of its own."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        step = prepare()
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
