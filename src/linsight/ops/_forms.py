@@ -101,6 +101,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
     "gather_pooled": (Form("scaled dot-product attention", "one call over all keys", _everywhere),),
     "read_pooled": (Form("scaled dot-product attention", "one call over all pooled tokens", _everywhere),),
+    "rotate": (Form("one complex product", "run eagerly without gradients; else real products", _everywhere),),
     "inner_gradient": (),
     "inner_forward": (),
     "neighbourhood_attention": (),
