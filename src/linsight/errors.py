@@ -29,6 +29,10 @@ class CheckpointError(LinsightError):
     """A file that is no checkpoint, is damaged, is not safe to read, or belongs to another model."""
 
 
+class ImageError(LinsightError):
+    """An image file, or a part of an image, that cannot be read."""
+
+
 class MissingExtraError(LinsightError):
     """An optional dependency is not installed."""
 

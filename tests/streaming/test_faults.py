@@ -62,7 +62,8 @@ def test_bad_arguments(model):
         (["scratch"], {"resume": True}),
         (["(4, 30, 26)"], {"image": torch.zeros(4, 30, 26)}),
         (["no pixels"], {"image": torch.zeros(3, 0, 26)}),
-        (["unknown"], {"image": "picture.png"}),
+        (["unknown"], {"image": [[0]]}),
+        (["no such image", "picture.png"], {"image": "picture.png"}),
     ):
         one_line(LinsightError, *words, model=model, **arguments)
     model.train()

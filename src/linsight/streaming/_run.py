@@ -13,6 +13,7 @@ from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 from linsight.models import HOSTS, Sample, StreamPlan, Streams
 from linsight.ops import Grid, Tile, accumulator, tiles
 
+from ._files import opened
 from ._source import Source
 from ._store import Canvas, Memory, Scratch, fingerprint
 from ._tiled import TiledBlock
@@ -57,7 +58,8 @@ def stream(
 
     Args:
         model: a host with mechanisms that stream, in evaluation mode.
-        image: `(H, W, C)` or `(C, H, W)`, anything that has a shape and can be sliced: a memory map, a tensor, zarr.
+        image: `(H, W, C)` or `(C, H, W)`, anything that has a shape and can be sliced: a memory map, a tensor, zarr;
+            or the path of a file: .npy, TIFF, a whole slide, or what Pillow opens.
         tile: side of a tile in pixels. Larger ones are quicker and need more memory.
         output: "logits" `(1, classes)`, "features" `(1, C)` before the classifier, or "map" `(h, w, C)`, the last
             map after the last norm.
@@ -70,7 +72,8 @@ def stream(
 
     Raises:
         CapabilityError: the host tells no steps, or a mechanism in it has no states that merge; before any work.
-        LinsightError: the maps do not fit, or a part of the image cannot be read.
+        LinsightError: the maps do not fit; as an ImageError, the image or a part of it cannot be read.
+        MissingExtraError: the file needs a package that is not installed.
     """
     if output not in OUTPUTS:
         raise UnknownNameError("output", output, OUTPUTS)
@@ -84,11 +87,11 @@ def stream(
     if plan.head is None and output != "map":
         raise CapabilityError("this model pools in a way that does not stream: take output='map', or global_pool='avg'")
     cfg: Any = resolve_model_data_config(model)
-    normal = [tuple(cfg[key] if given is None else given) for key, given in (("mean", mean), ("std", std))]
-    source = Source(image, len(normal[0]), *normal)
-    layers = _layers(plan, source.size, tile)
-    store = Memory(dtype) if scratch is None else Scratch(scratch, dtype, resume)
-    with torch.inference_mode():
+    mean, std = (tuple(cfg[key] if given is None else given) for key, given in (("mean", mean), ("std", std)))
+    with opened(image, len(mean)) as (pixels, name), torch.inference_mode():
+        source = Source(pixels, mean, std, name)
+        layers = _layers(plan, source.size, tile)
+        store = Memory(dtype) if scratch is None else Scratch(scratch, dtype, resume)
         run = _Run(model, plan, source, store, layers, report or (lambda done, total: None))
         try:
             return run(output)

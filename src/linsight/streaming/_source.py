@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linsight.errors import LinsightError
+from linsight.errors import ImageError, LinsightError
+
+from ._files import first_line
 
 
 class Source:
@@ -20,7 +22,8 @@ class Source:
         LinsightError: of another shape, or without one.
     """
 
-    def __init__(self, image: Any, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, image: Any, mean: Sequence[float], std: Sequence[float], name: str = "the image") -> None:
+        channels = len(mean)
         shape: Any = tuple(int(side) for side in getattr(image, "shape", ()))
         if len(shape) == 2 and channels == 1:
             self.axes = "HW"
@@ -28,13 +31,13 @@ class Source:
             self.axes = "HWC" if shape[2] == channels else "CHW"
         else:
             raise LinsightError(
-                f"an image of shape {shape or 'unknown'} cannot be streamed: "
+                f"{name} of shape {shape or 'unknown'} cannot be streamed: "
                 f"give an array of (height, width, {channels}) or ({channels}, height, width)"
             )
-        self.image, self.shape = image, shape
+        self.image, self.shape, self.name = image, shape, name
         self.size: tuple[int, int] = shape[1:] if self.axes == "CHW" else shape[:2]
         if min(self.size) < 1:
-            raise LinsightError(f"an image of shape {shape} has no pixels")
+            raise LinsightError(f"{name} of shape {shape} has no pixels")
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
 
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
@@ -42,9 +45,11 @@ class Source:
         place = (slice(*rows), slice(*columns))
         try:
             part = self.image[(slice(None), *place) if self.axes == "CHW" else place]
-            pixels = part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
+            pixels = part if isinstance(part, Tensor) else _tensor(part)
         except Exception as error:  # of whatever reader is behind the slices
-            raise self._unreadable(rows, columns, f"{type(error).__name__}: {error}") from error
+            raise self._unreadable(rows, columns, f"{type(error).__name__}: {first_line(error)}") from error
+        if pixels.dtype == torch.bool or pixels.is_complex():
+            raise self._unreadable(rows, columns, f"pixels of {pixels.dtype} have no brightness")
         scale = 1.0 if pixels.is_floating_point() else float(torch.iinfo(pixels.dtype).max)
         pixels = pixels.to(torch.float32) / scale
         if self.axes != "CHW":
@@ -54,9 +59,13 @@ class Source:
             raise self._unreadable(rows, columns, f"the reader gave {tuple(pixels.shape)} for {expected}")
         return ((pixels.to(self.mean.device) - self.mean) / self.std)[None]
 
-    def _unreadable(self, rows: tuple[int, int], columns: tuple[int, int], why: str) -> LinsightError:
-        first = " ".join(why.split())
-        return LinsightError(
-            f"rows {rows[0]} to {rows[1]}, columns {columns[0]} to {columns[1]} of the image cannot be read ({first}): "
+    def _unreadable(self, rows: tuple[int, int], columns: tuple[int, int], why: str) -> ImageError:
+        return ImageError(
+            f"rows {rows[0]} to {rows[1]}, columns {columns[0]} to {columns[1]} of {self.name} cannot be read ({why}): "
             f"nothing was computed from them"
         )
+
+
+def _tensor(part: Any) -> Tensor:
+    """A copy of an array, which may be of any byte order and read-only."""
+    return torch.from_numpy(np.array(part, dtype=np.asarray(part).dtype.newbyteorder("="), order="C"))

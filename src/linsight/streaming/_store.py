@@ -16,6 +16,8 @@ from torch import Tensor
 from linsight.errors import LinsightError
 from linsight.ops import Tile
 
+from ._memory import free_memory, in_words
+
 STATE = "stream.json"
 MAP = "map.npy"
 
@@ -50,10 +52,10 @@ class Memory:
 
     def check(self, need: int) -> None:
         """Raise a LinsightError unless so many bytes are free."""
-        free = _free_memory()
-        if free is not None and need > free:
+        free = free_memory()
+        if need > free.bytes:
             raise LinsightError(
-                f"the maps of this image need {_size(need)} of memory and {_size(free)} are free: give scratch=, "
+                f"the maps of this image need {in_words(need)} of memory and {free} are free: give scratch=, "
                 f"a folder on a disk, or dtype=torch.bfloat16, which halves them"
             )
 
@@ -112,8 +114,8 @@ class Scratch:
         free = shutil.disk_usage(self.folder).free + sum(file.stat().st_size for file in self._maps())
         if need > free:
             raise LinsightError(
-                f"the maps of this image need {_size(need)} of disk and {_size(free)} are free in '{self.folder}': "
-                f"give scratch= on another disk, or dtype=torch.bfloat16, which halves them"
+                f"the maps of this image need {in_words(need)} of disk and {in_words(free)} are free in "
+                f"'{self.folder}': give scratch= on another disk, or dtype=torch.bfloat16, which halves them"
             )
 
     def resume(self, work: dict[str, Any]) -> tuple[int, Canvas | None, Tensor | None]:
@@ -148,7 +150,7 @@ class Scratch:
         except OSError as error:
             path.unlink(missing_ok=True)
             raise LinsightError(
-                f"no place for {_size(_bytes(shape, self.dtype))} in '{path}': {error.strerror}"
+                f"no place for {in_words(_bytes(shape, self.dtype))} in '{path}': {error.strerror}"
             ) from error
         return self._map(path, shape)
 
@@ -226,19 +228,6 @@ def _allocate(path: pathlib.Path, size: int) -> None:
 
 def _bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
     return int(np.prod(list(shape), dtype=np.int64)) * dtype.itemsize
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
