@@ -26,6 +26,7 @@ FLOORS = {
     "checkpoints": 4,
     "streaming": 4,
     "": 5,  # linsight/__init__.py
+    "parallel": 5,
     "train": 6,
     "describe": 6,
     "doctor": 6,

@@ -1,0 +1,5 @@
+"""Floor 5: one image over many devices, each of which holds a band of its rows."""
+
+from ._split import split
+
+__all__ = ["split"]

@@ -1,0 +1,120 @@
+"""A block run unchanged on the band of rows that a rank holds: convolutions through a halo, attention by one gather."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linsight.attention import Core, Tokens
+from linsight.errors import CapabilityError, LinsightError
+from linsight.ops import Grid, State, Tile
+
+from ._ranks import Ranks
+
+
+class Band(NamedTuple):
+    """The rows of a grid that a rank works on: its own, and `reach` more on each side as far as the grid goes.
+
+    bounds: where the own rows of each rank begin, and where those of the last one end.
+    """
+
+    grid: Grid
+    bounds: tuple[int, ...]
+    own: int
+    reach: int
+
+    def tile(self, halo: int = 0, more: int = 0) -> Tile:
+        """The own rows, and `more` on each side as own ones."""
+        return _tile(self.grid, self.bounds[self.own] - more, self.bounds[self.own + 1] + more, halo)
+
+    @property
+    def seen(self) -> Grid:
+        """The grid that the block is told. Prefix tokens are where its first row is."""
+        first, end = self.tile(self.reach).rows
+        return Grid(end - first, self.grid.width, 0 if first else self.grid.prefix)
+
+    @property
+    def have(self) -> list[int]:
+        """Where the tokens of each rank begin in the whole sequence; the prefix tokens are the first one's."""
+        prefix, width = self.grid.prefix, self.grid.width
+        return [0, *(prefix + bound * width for bound in self.bounds[1:])]
+
+    @property
+    def want(self) -> list[tuple[int, int]]:
+        """What each rank works on, likewise."""
+        prefix, width = self.grid.prefix, self.grid.width
+        spans = (self._replace(own=r).tile(self.reach).rows for r in range(len(self.bounds) - 1))
+        return [(prefix + first * width if first else 0, prefix + end * width) for first, end in spans]
+
+    def take(self, x: Tensor, tile: Tile) -> Tensor:
+        """Of `x` `(B, n, ...)`, tokens of what is seen, those of `tile`, its halo included."""
+        start, end = self._span(tile)
+        return x[:, start:end]
+
+    def outer(self, x: Tensor, tile: Tile) -> Tensor:
+        """`x` `(B, n, H, E)`, tokens of `tile` without halo, among zeros."""
+        start, end = self._span(dataclasses.replace(tile, halo=0))
+        return F.pad(x, (0, 0, 0, 0, start, self.seen.tokens - end))
+
+    def _span(self, tile: Tile) -> tuple[int, int]:
+        seen, (first, end), above = self.seen, tile.rows, self.tile(self.reach).rows[0]
+        start = 0 if tile.prefix else seen.prefix + (first - above) * seen.width
+        return start, seen.prefix + (end - above) * seen.width
+
+
+def _tile(grid: Grid, first: int, end: int, halo: int) -> Tile:
+    first, end = max(0, first), min(grid.height, end)
+    return Tile(grid, first, 0, end - first, grid.width, halo)
+
+
+class Bands:
+    """Runs blocks whose cores it has taken over: each makes its states of the rank's own rows, and folds all ranks'."""
+
+    def __init__(self, module: nn.Module, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._band: Band | None = None  # that of the block that runs
+        cores = [part for part in module.modules() if isinstance(part, Core)]
+        if any("forward" in vars(part) for part in (module, *cores)):
+            raise LinsightError(f"this {type(module).__name__} is split already")
+        for core in cores:
+            core.__dict__["forward"] = functools.partial(self._meet, core)
+
+    def run(self, block: Callable[..., Tensor], x: Tensor, band: Band, **more: Tensor) -> Tensor:
+        """The rank's own tokens `(B, n, C)` to the same after `block`; `more` are tokens beside them."""
+        x, *beside = (self.ranks.exchange(t, 1, band.have, band.want) for t in (x, *more.values()))
+        with self._on(band):
+            out = block(x, band.seen, **dict(zip(more, beside, strict=True)))
+        return band.take(out, band.tile())
+
+    @contextmanager
+    def _on(self, band: Band) -> Iterator[None]:
+        before, self._band = self._band, band
+        try:
+            yield
+        finally:
+            self._band = before
+
+    def _meet(self, core: Core, tokens: Tokens, layout: Any, **more: Any) -> Tensor:
+        """In the place of `core.forward`."""
+        band, name = self._band, type(core).__name__
+        if band is None or tokens.q.shape[1] != band.seen.tokens:
+            raise LinsightError(f"this '{name}' is split over ranks: call what was given to split(), on bands of rows")
+        if any(value is not None for value in (tokens.keep, *more.values())):
+            raise CapabilityError(f"'{name}' is asked for more than its tokens here: it does not split over ranks")
+
+        def part(tile: Tile) -> tuple[Tokens, Tile]:
+            return Tokens(*(None if t is None else band.take(t, tile) for t in tokens)), tile  # type: ignore[arg-type]
+
+        done: tuple[State, ...] = ()
+        for r in range(core.rounds):
+            state = core.absorb(r, *part(band.tile(core.halos[r])), done)
+            state = self.ranks.fold(state, functools.partial(core.merge, r))
+            done += (core.finish(r, state, band.grid),)
+        # What later convolutions see of its outputs is read too; zero is what is beyond their reach.
+        halo = core.halos[-1]
+        tile = band.tile(halo, band.reach - halo)
+        return band.outer(core.read(*part(tile), done), tile)
