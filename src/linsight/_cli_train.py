@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from linsight._cli_info import _console, _table
+from linsight.errors import UnknownNameError
 from linsight.train._recipe import FIELDS, HINTS, Recipe
 from linsight.train.recipes import RECIPES
 
@@ -113,6 +114,8 @@ def _option(name: str, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
 _train.__signature__ = _signature()  # type: ignore[attr-defined]
 _train.__annotations__ = {name: p.annotation for name, p in _train.__signature__.parameters.items()}  # type: ignore[attr-defined]
 
+_OUTPUTS = ("classes", "features", "map")
+_STREAM: dict[str, Any] = {"rich_help_panel": "Streaming"}
 _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 _Device = Annotated[str, typer.Option(help=FIELDS["device"].metadata["help"])]
 _Amp = Annotated[str, typer.Option(help=FIELDS["amp"].metadata["help"])]
@@ -217,13 +220,82 @@ def predict(
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
     as_json: _Json = False,
+    streamed: Annotated[
+        bool, typer.Option("--stream", help="at full resolution, tile by tile: files of any size", **_STREAM)
+    ] = False,
+    tile: Annotated[int | None, typer.Option(min=1, help="side of a tile in pixels; none: 1024", **_STREAM)] = None,
+    scratch: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="where maps lie; none: in memory", **_STREAM)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="float32|bfloat16", help="of the maps; none: float32", **_STREAM)
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="classes|features|map", help="what to give; none: classes", **_STREAM),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE.npy", help="where features or the map are written", **_STREAM)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the stopped run in --scratch", **_STREAM)
+    ] = False,
 ) -> None:
     """Say what a trained model sees in images."""
     from linsight.train import predict as run
     from linsight.train._recipe import check
 
     check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
+    given = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if streamed:
+        given |= {"device": device, "amp": amp}
+        _predict_stream(_trained(source, checkpoint), images, given, output, out, top, on_bad_image, as_json)
+        return
+    for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
+        raise typer.BadParameter(f"--{name} goes with --stream")
     done, bad = run(_trained(source, checkpoint), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image)
+    _tell_classes(done, bad, as_json)
+
+
+def _predict_stream(
+    trained: Any,
+    images: list[str],
+    given: dict[str, Any],
+    output: str | None,
+    out: str | None,
+    top: int,
+    on_bad_image: str,
+    as_json: bool,
+) -> None:
+    from linsight.train import Interrupted, Tiling, predict_stream, save_stream
+    from linsight.train._progress import tile_reporter
+
+    output = output or "classes"
+    if output not in _OUTPUTS:
+        raise UnknownNameError("output", output, _OUTPUTS)
+    if (output == "classes") != (out is None):
+        raise typer.BadParameter("--out FILE.npy goes with --output features and --output map, and they with it")
+    if given.get("resume") and "scratch" not in given:
+        raise typer.BadParameter("--resume needs --scratch, the folder of the stopped run")
+    if out is not None and len(images) > 1:
+        raise typer.BadParameter(f"--out is for one image, and {len(images)} are given: give one at a time")
+    tiling = Tiling(**given, progress=tile_reporter(Console(stderr=True)))
+    try:
+        if out is None:
+            _tell_classes(*predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image), as_json)
+            return
+        shape = save_stream(trained, images[0], out, tiling, output=output)  # type: ignore[arg-type]
+    except Interrupted as stopped:
+        typer.echo(f"linsight: {stopped}", err=True)
+        raise typer.Exit(stopped.code) from None
+    if as_json:
+        typer.echo(json.dumps({"file": images[0], "output": output, "out": out, "shape": shape}))
+    else:
+        _print_facts([[output, f"{' x '.join(map(str, shape))}, float32"], ["file", out]])
+
+
+def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
         return

@@ -55,8 +55,8 @@ class Memory:
         free = free_memory()
         if need > free.bytes:
             raise LinsightError(
-                f"the maps of this image need {in_words(need)} of memory and {free} are free: give scratch=, "
-                f"a folder on a disk, or dtype=torch.bfloat16, which halves them"
+                f"the maps of this image need {in_words(need)} of memory and {free} are free: give a scratch "
+                f"folder on a disk, or bfloat16 as their dtype, which halves them"
             )
 
     def resume(self, work: dict[str, Any]) -> tuple[int, Canvas | None, Tensor | None]:
@@ -68,7 +68,7 @@ class Memory:
         try:
             return Canvas(torch.empty(shape, dtype=self.dtype))
         except RuntimeError as error:
-            raise LinsightError(f"no memory for a map of {shape}: give scratch=, a folder on a disk") from error
+            raise LinsightError(f"no memory for a map of {shape}: give a scratch folder on a disk") from error
 
     def done(self, step: int, canvas: Canvas, prefix: Tensor | None, work: dict[str, Any]) -> None:
         """`step` has written all of its map, and the one before is not needed any more."""
@@ -103,7 +103,7 @@ class Scratch:
         held = (self.folder / STATE).exists()
         if held and not resume:
             raise LinsightError(
-                f"'{folder}' holds the state of a stopped run: pass resume=True to go on with it, or another folder"
+                f"'{folder}' holds the state of a stopped run: resume=True (--resume) goes on with it; or give another"
             )
         self._going_on = held
         self._ours = False  # whether what lies in the folder is of this run
@@ -115,7 +115,7 @@ class Scratch:
         if need > free:
             raise LinsightError(
                 f"the maps of this image need {in_words(need)} of disk and {in_words(free)} are free in "
-                f"'{self.folder}': give scratch= on another disk, or dtype=torch.bfloat16, which halves them"
+                f"'{self.folder}': give a scratch folder on another disk, or bfloat16 as their dtype, which halves them"
             )
 
     def resume(self, work: dict[str, Any]) -> tuple[int, Canvas | None, Tensor | None]:

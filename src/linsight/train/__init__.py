@@ -9,6 +9,7 @@ from ._exits import evaluate_exits
 from ._loop import resume, train
 from ._model import Trained, load_trained
 from ._predict import Prediction, evaluate, predict
+from ._predict_stream import Tiling, predict_stream, save_stream
 from ._recipe import Recipe, resolve, suggest
 from ._signals import Interrupted
 from .recipes import RECIPES
@@ -19,14 +20,17 @@ __all__ = [
     "Interrupted",
     "Prediction",
     "Recipe",
+    "Tiling",
     "Trained",
     "evaluate",
     "evaluate_exits",
     "load_trained",
     "open_data",
     "predict",
+    "predict_stream",
     "resolve",
     "resume",
+    "save_stream",
     "suggest",
     "train",
 ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from linsight.errors import LinsightError
 
@@ -150,7 +150,6 @@ def predict(
     source = _Files(files, trained.classes)
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
     normalise = Normalise(recipe, where)
-    names = dict(enumerate(trained.titles or trained.classes))
     done: list[Prediction] = []
     bad: list[str] = []
     for batch in loader(samples, Batches(len(files), batch_size, shuffle=False), workers=0, pin=False):
@@ -158,13 +157,20 @@ def predict(
         refuse(recipe, batch.bad)
         if not len(batch.images):
             continue
-        best = probabilities(model, batch.images, normalise, dtype).topk(min(top, len(names)))
-        for target, values, indices in zip(batch.targets.tolist(), *map(torch.Tensor.tolist, best), strict=True):
-            classes = tuple(names.get(index, str(index)) for index in indices)
-            done.append(Prediction(str(files[target]), classes, tuple(values)))
+        best = probabilities(model, batch.images, normalise, dtype).sort(descending=True)
+        for target, values, indices in zip(batch.targets.tolist(), *best, strict=True):
+            done.append(likeliest(trained, files[target], values, indices, top))
     if not done:
         raise LinsightError(f"no image could be read: {bad[0]}")
     return done, bad
+
+
+def likeliest(trained: Trained, file: pathlib.Path, values: Tensor, indices: Tensor, top: int) -> Prediction:
+    """The first `top` of the probabilities `values`, best first, of the classes `indices`."""
+    names = dict(enumerate(trained.titles or trained.classes))
+    top = min(top, len(names))
+    classes = tuple(names.get(index, str(index)) for index in indices[:top].tolist())
+    return Prediction(str(file), classes, tuple(values[:top].tolist()))
 
 
 class _Files:

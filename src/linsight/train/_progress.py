@@ -1,6 +1,8 @@
-"""What a run says while it runs: a bar with speed and time left on a terminal, a line an epoch elsewhere."""
+"""What a run says while it runs: a bar with speed and time left on a terminal, lines elsewhere."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -87,6 +89,77 @@ class Bars(Lines):
     def end(self) -> None:
         """See `Silent`."""
         self.bars.stop()
+
+
+class Tiles:
+    """How far the stream of an image is. Says nothing; the base of the others."""
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """While entered, tiles are those of the image `name`."""
+        self.name, self.first, self.started = name, 0, time.perf_counter()  # of the first tile, once it is done
+        yield
+
+    def tile(self, done: int, total: int) -> None:
+        """`done` of all `total` tiles of all passes are done; a resumed run does not begin with the first."""
+
+    def left(self, done: int, total: int, now: float) -> str:
+        """About how long the others take, once two have told."""
+        if not self.first:
+            self.first, self.started = done, now
+            return ""
+        each = (now - self.started) / max(1, done - self.first)
+        return f"about {_clock(each * (total - done))} left"
+
+
+class TileLines(Tiles):
+    """A line a minute."""
+
+    every = 60.0
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """See `Tiles`."""
+        with super().of(name):
+            self.said = self.started
+            yield
+
+    def tile(self, done: int, total: int) -> None:
+        """See `Tiles`."""
+        now = time.perf_counter()
+        left = self.left(done, total, now)
+        if left and now - self.said >= self.every:
+            self.said = now
+            line = f"{self.name}: {100 * done // total} % of {total} tiles, {left}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class TileBar(Tiles):
+    """A bar."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """See `Tiles`."""
+        text = (TextColumn("{task.description}", markup=False), TextColumn("{task.percentage:>3.0f} %"))
+        columns = (*text, BarColumn(), MofNCompleteColumn(), TextColumn("tiles, {task.fields[left]}"))
+        with super().of(name), Progress(*columns, console=self.console, transient=True) as self.bar:
+            self.task = self.bar.add_task(name, total=None, left="")
+            yield
+
+    def tile(self, done: int, total: int) -> None:
+        """See `Tiles`."""
+        self.bar.update(self.task, completed=done, total=total, left=self.left(done, total, time.perf_counter()))
+
+
+def tile_reporter(console: Console) -> Tiles:
+    """What fits the console."""
+    return TileBar(console) if console.is_terminal else TileLines(console)
 
 
 def _clock(seconds: float) -> str:
