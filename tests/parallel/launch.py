@@ -16,12 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 
-from parallel import layers
+from parallel import hosts, layers
 
-RUNS = {
-    "two": (2, 40.0, layers.CASES),
-    "four": (4, 40.0, layers.CASES),
-}
+CASES = {**layers.CASES, **hosts.CASES}
+RUNS = {"two": (2, 40.0, CASES), "four": (4, 40.0, CASES)}  # ranks, seconds that one waits for another, and what
 
 
 def be(rank, run, folder):

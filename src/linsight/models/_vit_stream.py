@@ -36,7 +36,7 @@ def vit_plan(model: Any) -> StreamPlan:
     def place(x: Tensor, tile: Tile) -> Tensor:
         if model.pos_embed is not None:
             table = model.pos_embed if model.no_embed_class else model.pos_embed[:, first:]
-            x = x + table_for(table, embed.grid_size, tile, "bicubic-antialias").to(x.dtype)
+            x = x + table_for(table, embed.grid_size, tile, "bicubic-antialias").to(table.dtype)
         return doubled(model.norm_pre(x))
 
     def norm(x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """Floor 5: one image over many devices, each of which holds a band of its rows."""
 
-from ._split import split
+from ._split import gather, shard_image, split
 
-__all__ = ["split"]
+__all__ = ["gather", "shard_image", "split"]

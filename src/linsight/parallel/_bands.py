@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from linsight.attention import Core, Tokens
 from linsight.errors import CapabilityError, LinsightError
@@ -83,11 +84,20 @@ class Bands:
         for core in cores:
             core.__dict__["forward"] = functools.partial(self._meet, core)
 
-    def run(self, block: Callable[..., Tensor], x: Tensor, band: Band, **more: Tensor) -> Tensor:
-        """The rank's own tokens `(B, n, C)` to the same after `block`; `more` are tokens beside them."""
-        x, *beside = (self.ranks.exchange(t, 1, band.have, band.want) for t in (x, *more.values()))
-        with self._on(band):
-            out = block(x, band.seen, **dict(zip(more, beside, strict=True)))
+    def run(
+        self, block: Callable[..., Tensor], x: Tensor, band: Band, beside: Mapping[str, Tensor], again: bool = False
+    ) -> Tensor:
+        """The rank's own tokens `(B, n, C)`, and those `beside` them by name, to the same after `block`.
+
+        `again`: what is needed of the block in the backward pass is computed there once more.
+        """
+        given = [self.ranks.exchange(t, 1, band.have, band.want) for t in (x, *beside.values())]
+
+        def seen(x: Tensor, *more: Tensor) -> Tensor:
+            with self._on(band):
+                return block(x, band.seen, **dict(zip(beside, more, strict=True)))
+
+        out = checkpoint(seen, *given, use_reentrant=False) if again else seen(*given)
         return band.take(out, band.tile())
 
     @contextmanager

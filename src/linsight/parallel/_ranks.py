@@ -125,23 +125,24 @@ class _Gather(torch.autograd.Function):
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks, dim: int, have: tuple[int, ...], want: Spans) -> Tensor:
-        own, start = ranks.own, have[ranks.own]
+        own, start, first = ranks.own, have[ranks.own], want[ranks.own][0]
         spans = list(itertools.pairwise(have))
         give = [_common(spans[own], span) for span in want]
         take = [_common(want[own], span) for span in spans]
-        kept, give[own], take[own] = take[own], (start, start), (want[own][0], want[own][0])
-        ctx.work = ranks, dim, (start, want[own][0]), kept, give, take, x.shape
+        length = give[own][1] - give[own][0]  # of what stays here
+        kept = (give[own][0] - start, take[own][0] - first)
+        give[own], take[own] = (start, start), (first, first)
+        ctx.work = ranks, dim, (start, first), (*kept, length), (give, take), x.shape
         parts = _swap(ranks, x, dim, start, give, take)
-        parts[own] = x.narrow(dim, kept[0] - start, kept[1] - kept[0])
+        parts[own] = x.narrow(dim, kept[0], length)
         return torch.cat(parts, dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, dim, (start, first), kept, give, take, shape = ctx.work
+        ranks, dim, (start, first), (here, there, length), (give, take), shape = ctx.work
         out = grad.new_zeros(shape)
-        length = kept[1] - kept[0]
-        out.narrow(dim, kept[0] - start, length).copy_(grad.narrow(dim, kept[0] - first, length))
+        out.narrow(dim, here, length).copy_(grad.narrow(dim, there, length))
         for (a, b), part in zip(give, _swap(ranks, grad, dim, first, take, give), strict=True):
             out.narrow(dim, a - start, b - a).add_(part)
         return out, None, None, None, None

@@ -13,6 +13,7 @@ from linsight.ops import Grid, LayoutLike, as_layout, check_tokens
 from linsight.streaming import check_streams, reach
 
 from ._bands import Band, Bands
+from ._host import SplitHost
 from ._random import same_draws
 from ._ranks import Ranks
 
@@ -22,20 +23,49 @@ M = TypeVar("M", bound=nn.Module)
 def split(module: M, mesh: DeviceMesh) -> M:
     """Give `module` bands of rows from now on, of which each rank of `mesh` holds its own, the first the top.
 
-    It is changed in place, as `fully_shard` does, and returned; parameters and their names stay. A layer or block
-    takes `(x, layout)`, the tokens of the band and their grid: bands may differ in height. Prefix tokens are given
-    to, and come from, every rank, and count once.
+    It is changed in place, as `fully_shard` does, and returned; parameters and their names stay. All ranks must make
+    the same calls, backward passes included. Bands may differ in height.
+
+    Args:
+        module: a host that streams, whose calls are then `model(band, output="logits")`: rows `(B, C, h, W)` of images
+            to logits or "features", equal on all ranks, or the rank's rows of the last "map" `(B, h', w', C)`.
+            Or a layer or block, called as `layer(x, layout)` with the tokens of the band and their grid; its prefix
+            tokens are given to, and come from, every rank, and count once.
+        mesh: of one dimension, as `mesh["rows"]`.
+
+    Gradients are exact, and those of the ranks add up to that of the sum of their losses. So where all ranks have
+    the same loss, of logits, their mean is its gradient: what DDP and FSDP make over all ranks.
 
     Raises:
         CapabilityError: a mechanism in it has no states that merge; the message names those that have.
         LinsightError: it is split already, or the mesh has more than one dimension.
     """
     ranks = Ranks(mesh)
-    if not isinstance(module, Layer | Block):
-        raise CapabilityError(f"a {type(module).__name__} is no layer or block of linsight: split those in it")
-    check_streams(module)
-    module.__dict__["forward"] = _SplitLayer(module, ranks)
+    if isinstance(module, Layer | Block):
+        check_streams(module)
+        module.__dict__["forward"] = _SplitLayer(module, ranks)
+    else:
+        module.__dict__["forward"] = SplitHost(module, ranks)
     return module
+
+
+def shard_image(image: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The rows of `image` `(..., H, W)` for this rank of `mesh`, a view: as even as can be.
+
+    Raises:
+        LinsightError: it has fewer rows than there are ranks.
+    """
+    ranks = Ranks(mesh)
+    first, end = ranks.shares(image.shape[-2])[ranks.own :][:2]
+    return image[..., first:end, :]
+
+
+def gather(x: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
+    """The whole of what lies in bands over the ranks along `dim`, as a "map" does along 1; on every rank."""
+    ranks, dim = Ranks(mesh), dim % x.ndim
+    others = {f"axis {i}": side for i, side in enumerate(x.shape) if i != dim}
+    bounds = ranks.bounds(x.shape[dim], x, **others)
+    return ranks.exchange(x, dim, bounds, [(0, bounds[-1])] * ranks.count)
 
 
 class _SplitLayer:
@@ -59,7 +89,7 @@ class _SplitLayer:
         if ranks.own:  # prefix tokens go with the first row
             x, beside = x[:, prefix:], {name: t[:, prefix:] for name, t in beside.items()}
         with same_draws(self.module, ranks, x.device):
-            out = self.bands.run(functools.partial(type(self.module).forward, self.module), x, band, **beside)
+            out = self.bands.run(functools.partial(type(self.module).forward, self.module), x, band, beside)
         if not prefix:
             return out
         # The others give what is not read, as whoever gathers has to be a part of the graph.

@@ -84,6 +84,8 @@ def stream(
     if resume and scratch is None:
         raise LinsightError("resume=True needs scratch=, the folder of the stopped run")
     plan = plan_of(model)
+    if model.training:
+        raise LinsightError("the model is in training mode, where layers are random: call model.eval()")
     if plan.head is None and output != "map":
         raise CapabilityError("this model pools in a way that does not stream: take output='map', or global_pool='avg'")
     cfg: Any = resolve_model_data_config(model)
@@ -105,11 +107,9 @@ def plan_of(model: nn.Module) -> StreamPlan:
     if not isinstance(model, Streams):
         able = {name.rpartition("_")[0] for name, host in HOSTS.items() if hasattr(host.model_cls, "stream_plan")}
         raise CapabilityError(
-            f"a {type(model).__name__} does not tell the steps that a stream needs; these hosts do: "
+            f"a {type(model).__name__} does not tell the steps of an image in parts; these hosts do: "
             f"{', '.join(sorted(able))}"
         )
-    if model.training:
-        raise LinsightError("the model is in training mode, where layers are random: call model.eval()")
     return model.stream_plan()
 
 

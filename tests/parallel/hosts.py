@@ -1,0 +1,81 @@
+"""Cases of hosts on bands of rows."""
+
+import copy
+import functools
+import itertools
+
+import torch
+import torch.distributed as dist
+
+from linsight.parallel import gather, shard_image, split
+from streaming.hosts import SMALL, small
+
+from .layers import close, rows, summed
+
+CASES = {}
+TOLERANCE = 1e-6  # timm resamples position tables in float32
+# Mechanisms of one round and of two, with and without tables, a gate and a halo of their own, in turn.
+_OF_HOST = dict(zip(SMALL, itertools.cycle(["inline", "agent", "mlla", "focused", "ttt"]), strict=False))
+
+
+def share(image, heights):
+    """This rank's rows, of `heights` or as even as can be."""
+    if heights is None:
+        return shard_image(image, rows())
+    bounds = [0, *itertools.accumulate(heights)]
+    return image[..., bounds[dist.get_rank()] : bounds[dist.get_rank() + 1], :]
+
+
+def tokens_of(model, x):
+    """The last map `(B, h, w, C)`."""
+    x = model.forward_features(x)
+    if type(model).__name__ == "SwinTransformer":
+        return x
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 else None
+
+
+def model_as_one(model, image, heights=None):
+    """Logits, equal on every rank; the mean of the ranks' gradients; the last map."""
+    model, image = model.double(), image.double()
+    alone, world = copy.deepcopy(model), dist.get_world_size()
+    expected = alone(image)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    found = split(model, rows())(share(image, heights))
+    close(found, expected, TOLERANCE)
+    same = [torch.empty_like(found) for _ in range(world)]
+    dist.all_gather(same, found.detach())
+    assert all(torch.equal(other, found) for other in same)
+    (found * weight).sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if other.grad is not None:
+            assert parameter.grad is not None, name
+            close(summed(parameter.grad) / world, other.grad, TOLERANCE)
+    whole = tokens_of(alone, image)
+    with torch.no_grad():
+        found = model(share(image, heights), output="map")
+        if whole is not None:
+            close(gather(found, rows()), whole, TOLERANCE)
+    return model
+
+
+_SMALL_IMAGES = ((39, 34), {2: (9, 30), 4: (3, 20, 1, 15)})
+_IMAGES = ((131, 61), {2: (50, 81), 4: (3, 40, 1, 87)})
+
+
+def host(name, attention, even, arguments):
+    size, heights = _SMALL_IMAGES if name in ("vit_tiny", "compact_pico") else _IMAGES
+    model = small(name, attention, **arguments)
+    model_as_one(model, torch.randn(2, 3, *size), None if even else heights[dist.get_world_size()])
+
+
+for _i, _name in enumerate(SMALL):
+    CASES[f"host {_name}"] = functools.partial(host, _name, _OF_HOST[_name], _i % 2 == 0, {})
+for _words, _arguments in {
+    "siamese": {"norm": "siamese", "cpe": True},
+    "steps": {"steps": [(8, 1), (16, 1)]},
+    "registers": {"reg_tokens": 3, "no_embed_class": True, "pre_norm": True, "cpe": True},
+    "patches": {"patch_size": (4, 6), "global_pool": "avg"},
+}.items():
+    CASES[f"vit {_words}"] = functools.partial(host, "vit_tiny", "inline", False, _arguments)
+CASES["pvt class token"] = functools.partial(host, "pvt_tiny", "inline", False, {"global_pool": "token"})
