@@ -63,11 +63,12 @@ def build(subject: Subject, size: tuple[int, int], device: str | torch.device) -
 def plans(options: argparse.Namespace) -> dict[str, list[Plan]]:
     """What each part measures."""
 
-    def plan(group: Group, sizes: Any, steps: tuple[str, ...], amp: str = "off") -> Plan:
-        setting = Setting(options.device, amp, options.threads, options.seconds)
+    def plan(group: Group, sizes: Any, steps: tuple[str, ...], amp: str = "off", compiled: bool = False) -> Plan:
+        setting = Setting(options.device, amp, options.threads, options.seconds, compiled=compiled)
         return Plan((group,), tuple(sizes), setting, steps, options.limit)
 
-    streaming = tuple(Subject("operator", entry.name) for entry in list_attentions(stream=True))
+    entries = (entry for entry in list_attentions(stream=True) if entry.kind == "core")
+    streaming = tuple(Subject("operator", entry.name) for entry in entries)
     operators = Group(streaming, Subject("operator", "softmax"))
     pyramids = Group(
         tuple(Subject("model", name) for name in PYRAMIDS), Subject("model", "swin_tiny_patch4_window7_224")
@@ -78,7 +79,10 @@ def plans(options: argparse.Namespace) -> dict[str, list[Plan]]:
     return {
         "operators": [plan(operators, [(side, side, 1) for side in (14, 28, 56, 112)], both)],
         "pyramids": [plan(pyramids, [(224, 224, 4)], both)],
-        "deit": [plan(deit, images, ("infer",), amp) for amp in ("off", "bf16")],
+        "deit": [
+            *(plan(deit, images, ("infer",), amp) for amp in ("off", "bf16")),
+            plan(deit, [images[0], images[-1]], ("infer",), compiled=True),
+        ],
     }
 
 
@@ -112,7 +116,11 @@ def beside_floor(done: Done) -> Iterator[list[str]]:
     shown = [room.spread(values, ".2f") if values else "-" for values in found]
     memory = [side.facts.get("peak_mb") for side in (ours, softmax)]
     megabytes = ["-" if value is None else f"{value:.0f}" for value in memory]
-    yield [str(done.cell.height), done.facts["precision"], *shown, *megabytes]
+    yield [str(done.cell.height), precision(done), *shown, *megabytes]
+
+
+def precision(done: Done) -> str:
+    return f"{done.facts['precision']}, compiled" if done.facts["compiled"] else done.facts["precision"]
 
 
 TITLES = {
@@ -139,9 +147,9 @@ def run(options: argparse.Namespace) -> str:
             assert done is not None
             facts = facts or done.facts
             rows += [{**row, **done.facts} for row in done.rows]
-            text.append(f"### {TITLES[name].format(**vars(plan.setting))}, {done.facts['precision']}")
+            text.append(f"### {TITLES[name].format(**vars(plan.setting))}, {precision(done)}")
             text += operator_tables(done.rows) if name == "operators" else [model_table(done.rows)]
-            if options.docs and len(plan.sizes) > 1:
+            if options.docs and len(plan.sizes) > 2:
                 picture = f"how-fast-{name}-{plan.setting.amp}.png".replace("-off", "")
                 room.write_plot(options.docs / picture, done.rows, f"{facts['device']}, {done.facts['precision']}")
                 text.append(f"![{name}]({picture})")

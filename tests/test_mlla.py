@@ -127,3 +127,22 @@ def test_dense_backbones_take_the_weights_of_a_classifier(family):
     for map_, before in zip(maps, plain, strict=True):
         normed = F.layer_norm(before.permute(0, 2, 3, 1), before.shape[1:2]).permute(0, 3, 1, 2)
         torch.testing.assert_close(map_, normed)
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_without_gradients_norms_and_sums_are_folded(family, dtype):
+    """The same numbers, whatever the statistics are; in half precision exactly the same, because nothing is folded."""
+    torch.manual_seed(0)
+    model = build(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2.0)
+            for field in (module.running_mean, module.weight, module.bias):
+                torch.nn.init.normal_(field)
+    model, x = model.eval().to(dtype), torch.randn(2, 3, 64, 48, dtype=dtype)
+    recorded = model(x)
+    with torch.no_grad():
+        free = model(x)
+    assert torch.equal(free, recorded) == (dtype == torch.bfloat16)
+    torch.testing.assert_close(free, recorded.detach(), rtol=0, atol=1e-9 if dtype == torch.float64 else 0)

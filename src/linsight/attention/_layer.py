@@ -123,7 +123,7 @@ class Attention(Layer):
         self.reduction = Reduction(dim, reduction, pool=pool, **factory) if reducing else None
         self.core = core
         self.proj = nn.Linear(core.out_dim or dim, dim, bias=proj_bias, **factory)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
     @mark_packed
     def forward(
@@ -213,7 +213,7 @@ class Attention(Layer):
         """q from `x`, the rest from `source`, each `(B, N, width)`; what is not projected is its input."""
         found = {"q": x, "k": source, "v": source}
         for projection in PROJECTIONS[self.layout_name]:
-            linear: Any = self.get_submodule(projection.name)
+            linear: Any = getattr(self, projection.name)
             parts, widths = projection.parts, [self.widths[part] for part in projection.parts]
             if "q" in parts and len(parts) > 1 and source is not x:  # one weight, two inputs
                 split = [widths[0], sum(widths[1:])]

@@ -38,6 +38,7 @@ from linsight.ops import (
     linear_absorb,
     linear_read,
     mask_tokens,
+    unrecorded,
 )
 
 from ._core import Capabilities, Core, Rename, Tokens
@@ -71,12 +72,13 @@ class GatedAttention(Attention):
 
     def conclude(self, out: Tensor, x: Tensor) -> Tensor:
         """Gated by the other branch, and projected."""
-        return super().conclude(out * F.silu(self.act_proj(x)), x)
+        gate = self.act_proj(x)
+        return super().conclude(F.silu(gate, inplace=True).mul_(out) if unrecorded() else out * F.silu(gate), x)
 
     def _convolved(self, u: Tensor, layout: Layout) -> Tensor:
         grid = layout.grid
         local = depthwise_conv(u[:, grid.prefix :], (grid.height, grid.width), self.dwc.weight, self.dwc.bias)
-        return F.silu(torch.cat([u[:, : grid.prefix], local], dim=1) if grid.prefix else local)
+        return F.silu(torch.cat([u[:, : grid.prefix], local], dim=1) if grid.prefix else local, inplace=unrecorded())
 
 
 class MLLAState(NamedTuple):

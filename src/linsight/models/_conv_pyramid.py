@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Rename
-from linsight.ops import Grid
+from linsight.ops import Grid, foldable
 
 from ._pyramid import PlainPyramid
 
@@ -21,9 +21,9 @@ from ._pyramid import PlainPyramid
 class Pointwise(nn.Conv2d):
     """A 1x1 convolution as what it is, a product with the channels of each place."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A map `(B, C, H, W)` to one that is channels last in memory."""
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class ConvNorm(ConvNormAct):
@@ -35,6 +35,18 @@ class ConvNorm(ConvNormAct):
         super().__init__(*timm_args, **timm_kwargs)
         if self.conv.kernel_size == (1, 1):
             self.conv.__class__ = Pointwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` to the same of other channels. In inference the norm is a part of the convolution."""
+        conv, norm = self.conv, self.bn
+        if norm.training or not foldable(x, conv.weight) or norm.running_var is None:
+            return super().forward(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        if conv.bias is not None:
+            shift = shift + conv.bias * scale
+        weight = conv.weight * scale[:, None, None, None]
+        return norm.act(conv._conv_forward(x, weight, shift))
 
 
 class ConvStem(nn.Module):
@@ -64,7 +76,11 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, in_chans, H, W)` to tokens `(B, h*w, C)` and their grid."""
-        x = self.first(pad_to_multiple(x, 4))
+        x = pad_to_multiple(x, 4)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Else oneDNN brings each map to a layout of its own, and back.
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.first(x)
         branch = self.middle(x)
         return as_tokens(self.last(x + branch if self.residual else branch))
 
@@ -91,8 +107,8 @@ class ConvMerge(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, in_dim, H, W)` to tokens `(B, h*w, C)` and their grid."""
-        x = F.relu(self.widen(pad_to_multiple(x, 2)))
-        return as_tokens(self.narrow(F.relu(self.stride2(x))))
+        x = F.relu(self.widen(pad_to_multiple(x, 2)), inplace=True)
+        return as_tokens(self.narrow(F.relu(self.stride2(x), inplace=True)))
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

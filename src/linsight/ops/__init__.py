@@ -1,8 +1,8 @@
 """Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
 
-from ._forms import FORMS, TRITON, ChosenForm, Form, forms, use_form
+from ._forms import FORMS, TRITON, ChosenForm, Form, forms, unrecorded, use_form
 from .circulant import circular_correlation
-from .conv import depthwise_conv, dynamic_depthwise_conv, shifted_products
+from .conv import depthwise_conv, dynamic_depthwise_conv, foldable, shifted_products
 from .features import Features, as_features, focus
 from .inner import (
     INNER_MODELS,
@@ -82,6 +82,7 @@ __all__ = [
     "each_grid",
     "fit_square",
     "focus",
+    "foldable",
     "forms",
     "full_precision",
     "gather_pooled",
@@ -109,5 +110,6 @@ __all__ = [
     "table_for",
     "tiles",
     "unpack",
+    "unrecorded",
     "use_form",
 ]

@@ -108,6 +108,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 }
 
 _forced = ""
+_chosen: dict[tuple[Any, ...], Callable[..., Any] | None] = {}  # what was chosen before, where tensors were alike
 _entries: dict[str, Callable[..., Any]] = {}  # functions of `ops/kernels` imported so far
 
 
@@ -142,6 +143,15 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
     Raises:
         LinsightError: a form that was asked for by `use_form` cannot run on this device.
     """
+    if _forced or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return _choose_fused(operator, x)
+    like = (operator, x.device.type, x.shape[-1], torch.is_grad_enabled())
+    if like not in _chosen:
+        _chosen[like] = _choose_fused(operator, x)
+    return _chosen[like]
+
+
+def _choose_fused(operator: str, x: Tensor) -> Callable[..., Any] | None:
     if _forced == "plain" or x.is_meta or torch.compiler.is_exporting():
         return None
     for form in FORMS[operator]:
@@ -155,6 +165,11 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
             continue
         return _entries[_imported(form.entry, form.name)]
     return None
+
+
+def unrecorded() -> bool:
+    """Whether steps are only run, eagerly and without gradients: then they may write in place and fold weights."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _forced == "plain")
 
 
 @torch.compiler.assume_constant_result  # a compiler cannot trace an import

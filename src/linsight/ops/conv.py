@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._forms import fused_form
-from .states import full_precision
+from ._forms import fused_form, unrecorded
+from .states import accumulator, autocasts, full_precision
 
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -19,7 +19,7 @@ def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tenso
     fused = fused_form("depthwise_conv", x)
     if fused is not None:
         return fused(x, size, weight, bias)
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         x = x.to(weight.dtype)
     return _convolve(x, size, weight, bias)
 
@@ -46,6 +46,14 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
     with full_precision(x):
         out = _convolve(beside, size, kernels.reshape(batch * channels, 1, *kernels.shape[2:]))
     return out.view(-1, batch, channels).transpose(0, 1)
+
+
+def foldable(x: Tensor, weight: Tensor) -> bool:
+    """Whether a linear step before or after a convolution of `x` may be folded into its `weight`.
+
+    When nothing is recorded, and not in half precision, in which the weight would be rounded once more.
+    """
+    return unrecorded() and x.dtype == weight.dtype == accumulator(x.dtype) and not autocasts(x)
 
 
 def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:

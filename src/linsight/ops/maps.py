@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._forms import unrecorded
+
 
 def identity(x: Tensor) -> Tensor:
     """x."""
@@ -19,7 +21,8 @@ def elu_plus_one(x: Tensor) -> Tensor:
     Not `clamp` either, which would have a gradient of 0 at 0, where zero weights start.
     """
     above = F.relu(x)
-    return torch.exp(x - above) + above
+    below = (x - above).exp_()
+    return above.add_(below) if unrecorded() else above + below
 
 
 def gentle_exp(x: Tensor) -> Tensor:

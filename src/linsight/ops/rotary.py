@@ -13,6 +13,7 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 
+from ._forms import unrecorded
 from .layout import Tile
 from .states import accumulator
 
@@ -60,7 +61,7 @@ class Turn(NamedTuple):
         """`x` `(B, prefix + h*w, C)` -> the same shape, in the accumulator's dtype."""
         x = x.to(self.cos.dtype)
         prefix, spatial = x[:, : self.prefix], x[:, self.prefix :]
-        free = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_meta)
+        free = unrecorded() and not x.is_meta
         turned = self._in_one_pass(spatial) if free else self._turned(spatial)
         return torch.cat([prefix, turned], dim=1) if self.prefix else turned
 

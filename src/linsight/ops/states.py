@@ -26,17 +26,25 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
+
+
 @contextmanager
 def _autocast_off(device_type: str) -> Iterator[None]:
     with torch.autocast(device_type, enabled=False):
         yield
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; torch knows none of meta."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """A context in which autocast leaves matrix products alone. Free when autocast is off."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch knows no autocast of meta
+    if autocasts(x):
         return _autocast_off(x.device.type)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 def mask_tokens(x: Tensor, keep: Tensor | None, value: float = 0.0) -> Tensor:
