@@ -59,8 +59,8 @@ def model_as_one(model, image, heights=None):
     return model
 
 
-_SMALL_IMAGES = ((39, 34), {2: (9, 30), 4: (3, 20, 1, 15)})
-_IMAGES = ((131, 61), {2: (50, 81), 4: (3, 40, 1, 87)})
+_SMALL_IMAGES = ((39, 26), {2: (9, 30), 4: (3, 20, 1, 15)})
+_IMAGES = ((131, 29), {2: (50, 81), 4: (3, 40, 1, 87)})
 
 
 def host(name, attention, even, arguments):

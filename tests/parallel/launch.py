@@ -9,22 +9,40 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
 
-from parallel import hosts, layers
+from parallel import faults, hosts, layers, training
 
-CASES = {**layers.CASES, **hosts.CASES}
-RUNS = {"two": (2, 40.0, CASES), "four": (4, 40.0, CASES)}  # ranks, seconds that one waits for another, and what
+
+class Run(NamedTuple):
+    """Cases of so many ranks, which wait so many seconds for each other; some are to die."""
+
+    ranks: int
+    timeout: float
+    cases: dict[str, Callable[[], None]]
+    dead: frozenset[int] = frozenset()
+
+
+FEW = {name: hosts.CASES[name] for name in ("host vit_tiny", "host pvt_tiny", "host mlla_pyramid_tiny")}
+RUNS = {
+    "two": Run(2, 200, {**layers.CASES, **FEW}),
+    "four": Run(4, 200, {**layers.CASES, **hosts.CASES, **training.CASES, **faults.CASES}),
+    "dying": Run(4, 5, faults.DYING, frozenset({2})),
+    "dying-later": Run(4, 5, faults.DYING_LATER, frozenset({2})),
+}
 
 
 def be(rank, run, folder):
-    world, timeout, cases = RUNS[run]
+    world, timeout, cases, _ = RUNS[run]
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's, of class tokens
     store = dist.FileStore(str(folder / f"{run}-store"), world)
     timeout = datetime.timedelta(seconds=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
@@ -44,7 +62,7 @@ def main(folder, names):
     torch.set_num_threads(1)
     for run in names or RUNS:
         children = []
-        for rank in range(RUNS[run][0]):
+        for rank in range(RUNS[run].ranks):
             child = os.fork()
             if not child:
                 try:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from timm.layers import DropPath, PatchDropout
+from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -30,7 +30,7 @@ def same_draws(module: nn.Module, ranks: Ranks, device: torch.device) -> Abstrac
                 "batch norm in training needs the statistics of whole maps: call .eval() on the batch norms of a "
                 "split model, or use a host without them"
             )
-        if (isinstance(part, _DropoutNd) and part.p) or (isinstance(part, PatchDropout) and part.prob):
+        if isinstance(part, _DropoutNd) and part.p:
             raise CapabilityError(
                 "dropout draws for each token, and ranks share some of them: a split model drops paths, "
                 "drop_path_rate=, and nothing else"
