@@ -13,6 +13,7 @@ A finished point is a row of --csv at once, and is not run again: a run that was
 
 import argparse
 import csv
+import os
 import re
 import resource
 import shutil
@@ -223,6 +224,8 @@ def points(options: argparse.Namespace, folder: Path) -> Iterator[Point]:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what is not in the CSV file yet, and return all rows."""
+    # for the processes of the points: a thread that waits for another shall sleep, so that CPU seconds are of work
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     rows = read(options.csv)
     facts = run_facts(Setting("cpu", "off", options.threads))
     facts = {key: facts[key] for key in FACTS}
