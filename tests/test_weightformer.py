@@ -6,12 +6,16 @@ from torch.nn import functional as F
 
 import linsight
 from linsight import Grid
-from linsight.attention import create_block
+from linsight.attention import Tokens, create_block, run_rounds
 from linsight.attention.weightformer import DynCnn, DynLinear, is_dynamic
 from linsight.errors import LinsightError
-from linsight.ops import Layout
+from linsight.ops import Layout, Tile, tiles
 
 GRIDS = [Grid(4, 6), Grid(7, 5), Grid(5, 8, 2), Grid(1, 7), Grid(6, 1, 1), Grid(1, 1), Grid(2, 3)]
+
+
+def of(layer, x, grid):
+    return layer(Tokens(x, x, x), Layout(grid))
 
 
 def dyn_linear(layer, x, grid):
@@ -53,9 +57,9 @@ def test_dynamic_layers_are_their_definition(layer, definition, grid):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = 5 * torch.randn(3, grid.tokens, 8, dtype=torch.float64)
-    out, truth = layer(x, grid), definition(layer, x, grid)
+    out, truth = of(layer, x, grid), definition(layer, x, grid)
     torch.testing.assert_close(out, truth)
-    mixed = layer(torch.cat([x[:1], x[:1], x[2:]]), grid)  # weights of an image are not those of its neighbour
+    mixed = of(layer, torch.cat([x[:1], x[:1], x[2:]]), grid)  # weights of an image are not those of its neighbour
     torch.testing.assert_close(mixed[1], truth[0])
 
 
@@ -66,7 +70,7 @@ def test_the_linear_layer_sees_all_whole_cells(grid):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, grid.tokens, 8, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x, grid)[:, -1].sum(), x)
+    (gradient,) = torch.autograd.grad(of(layer, x, grid)[:, -1].sum(), x)
     seen = gradient.abs().sum(-1).unflatten(1, grid[:2]) > 0
     assert (seen[:, :2] if grid.height == 3 else seen).all()
     assert grid.height != 3 or not seen[:, 2, :-1].any()  # an odd last row
@@ -140,17 +144,33 @@ def test_half_precision(dtype):
         assert error < 16 * torch.finfo(dtype).eps
 
 
-def test_the_state_is_full_precision():
-    """The sum over cells and its norm, in half models and under autocast."""
-    x, layout = 100 * torch.randn(1, 64 * 64, 8), Layout(Grid(64, 64))
-    layer = DynLinear(8, 16)
-    with torch.no_grad():
-        exact = layer.double().delta(x.double(), layout)
-        layer.float()
-        torch.testing.assert_close(layer.delta(x, layout).double(), exact, rtol=1e-5, atol=1e-5)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer.delta(x, layout).dtype == torch.float32
-        assert layer.half().delta(x.half(), layout).dtype == torch.float32
+def test_states_are_full_precision():
+    """Sums over cells and their norm, in half models and under autocast."""
+    x, whole = 100 * torch.randn(1, 64 * 64, 8), Tile.whole(Grid(64, 64))
+
+    def state(layer, x):
+        return layer.finish(0, layer.absorb(0, Tokens(x, x, x), whole, ()), whole.grid)
+
+    for layer in (DynLinear(8, 16), DynCnn(8)):
+        with torch.no_grad():
+            exact = state(layer.double(), x.double())
+            torch.testing.assert_close(state(layer.float(), x).double(), exact, rtol=1e-5, atol=1e-5)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert state(layer, x).dtype == torch.float32
+            assert state(layer.half(), x.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", [DynLinear(8, 16), DynCnn(8)], ids=["linear", "cnn"])
+def test_rounds_over_tiles_are_dense(layer):
+    """Cells belong to the tile that they begin in, of odd places and sizes too."""
+    layer = layer.double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    for grid in GRIDS:
+        x = torch.randn(2, grid.tokens, 8, dtype=torch.float64)
+        for height, width in ((1, 1), (2, 3), (3, 2), (1, 5), (5, 1)):
+            found = run_rounds(layer, Tokens(x, x, x), tiles(grid, height, width))
+            torch.testing.assert_close(found, of(layer, x, grid))
 
 
 def test_initial_values_of_the_published_host():

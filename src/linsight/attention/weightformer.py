@@ -16,7 +16,8 @@ Block; every third one has both layers so, the others plain ones, W alone:
 
 A side of one token, where the published pooling has no cell, is pooled over that one. Prefix tokens go through
 the linear layers with the weights of their image; they are in no pool and under no convolution. Of a padded batch
-every image is pooled at its own size.
+every image is pooled at its own size. Both sums over cells merge, so a block streams: first the convolution's round,
+then the linear layer's, on tokens that have been through the convolution.
 """
 
 import torch
@@ -29,6 +30,8 @@ from linsight.ops import (
     Grid,
     Layout,
     LayoutLike,
+    State,
+    Tile,
     accumulator,
     as_layout,
     check_tokens,
@@ -37,15 +40,19 @@ from linsight.ops import (
     full_precision,
     mask_tokens,
     pad_prefix,
-    pool_matrix,
-    separable,
+    pool_tokens,
 )
 
 from ._block import Block
-from ._core import Capabilities
+from ._core import Capabilities, Core, Tokens
 from ._layer import check_asked
 from ._packed import each_image
 from ._registry import Paper, register
+
+
+def _alone(x: Tensor) -> Tokens:
+    """Tokens of a core that knows no queries, keys and values."""
+    return Tokens(x, x, x)
 
 
 def is_dynamic(index: int | None, every: int) -> bool:
@@ -55,12 +62,14 @@ def is_dynamic(index: int | None, every: int) -> bool:
     return index is None or index % every == 1 % every
 
 
-class DynLinear(nn.Module):
-    """A linear layer with weights for each image, W + D(x).
+class DynLinear(Core):
+    """A linear layer with weights for each image, W + D(x). Of `tokens` it takes q, `(B, P + H*W, in)`.
 
-    `w` is `(in, out)`, input first, as published.
+    `w` is `(in, out)`, input first, as published. Padding must be zero.
     """
 
+    capabilities = Capabilities(sizes=True, stream=True, prefix=True)
+    halos = (1, 0)  # a cell is absorbed where it begins, and reaches one token further
     reduction = 4  # of the widths of a and b
 
     def __init__(
@@ -83,26 +92,35 @@ class DynLinear(nn.Module):
         for parameter in (self.w, self.b, self.w1, self.w2):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:
-        """`(B, P + H*W, in)` -> `(B, P + H*W, out)`. Padding, told by `layout.sizes`, must be zero."""
-        weight = self.w + self.delta(x, as_layout(layout)).to(self.w.dtype)
-        return torch.matmul(x, weight) + self.b
-
-    def delta(self, x: Tensor, layout: Layout) -> Tensor:
-        """D / (|D| + 1), `(B, in, out)`, in the accumulator's dtype."""
-        cells, inside, count = pool_pairs(x[:, layout.grid.prefix :], layout)
+    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+        """D, `(B, in, out)`, of the cells that begin in the tile."""
+        x = tokens.q
+        cells, inside, count = pool_pairs(x[:, tile.prefix :], tile)
         narrow = (self.w1.shape[0], self.w2.shape[0])
         a, b = F.silu(self.wfm(cells.to(x.dtype))).split(narrow, dim=-1)
         a, b = mask_tokens(a @ self.w1, inside), b @ self.w2  # a cell masked in one factor adds nothing
         dtype = accumulator(x.dtype)
         with full_precision(x):
-            delta = torch.matmul(a.to(dtype).transpose(1, 2) * (x.shape[-1] ** -0.5 / count), b.to(dtype))
-            return delta / (torch.linalg.vector_norm(delta, dim=1, keepdim=True) + 1)
+            return torch.matmul(a.to(dtype).transpose(1, 2) * (x.shape[-1] ** -0.5 / count), b.to(dtype))
+
+    def finish(self, r: int, state: Tensor, grid: Grid) -> Tensor:
+        """D / (|D| + 1)."""
+        with full_precision(state):
+            return state / (torch.linalg.vector_norm(state, dim=1, keepdim=True) + 1)
+
+    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+        """`(B, P + h*w, out)`."""
+        return torch.matmul(tokens.q, self.w + done[0].to(self.w.dtype)) + self.b
 
 
-class DynCnn(nn.Module):
-    """A 3x3 depthwise convolution with kernels for each image, W + K(x)."""
+class DynCnn(Core):
+    """A 3x3 depthwise convolution with kernels for each image, W + K(x). Of `tokens` it takes q, `(B, P + H*W, C)`.
 
+    Padding must be zero; at prefix tokens the outputs are.
+    """
+
+    capabilities = Capabilities(sizes=True, stream=True, prefix=True)
+    halos = (0, 1)
     size = 3
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -117,71 +135,79 @@ class DynCnn(nn.Module):
         for parameter in (self.w, self.b):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:
-        """`(B, P + H*W, C)`; the shape is kept, 0 at prefix tokens. Padding must be zero."""
-        layout = as_layout(layout)
-        grid, x = layout.grid, x[:, layout.grid.prefix :]
-        kernels = self.w[:, 0] + self.delta(x, layout).to(self.w.dtype)
-        out = dynamic_depthwise_conv(x, (grid.height, grid.width), kernels.to(x.dtype)) + self.b
-        return pad_prefix(out, grid.prefix)
+    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+        """What the tile adds to the 3x3 cells, `(B, 9, C)`."""
+        return pool_tokens(tokens.q, tile, (self.size, self.size))
 
-    def delta(self, x: Tensor, layout: Layout) -> Tensor:
-        """K / (|K| + 1), `(B, C, 3, 3)`, of tokens without prefix, in the accumulator's dtype."""
-        height, width, _ = layout.grid
-        dtype = accumulator(x.dtype)
-        high, wide = (height, width) if layout.sizes is None else layout.sizes.to(x.device).unbind(1)
-        rows = pool_matrix(high, self.size, count=height, device=x.device, dtype=dtype)
-        columns = pool_matrix(wide, self.size, count=width, device=x.device, dtype=dtype)
-        cells = separable(x.unflatten(1, (height, width)).to(dtype), rows, columns)
-        kernels = self.wfm(cells.permute(0, 3, 1, 2).to(x.dtype)).to(dtype)
-        with full_precision(x):
+    def finish(self, r: int, state: Tensor, grid: Grid) -> Tensor:
+        """K / (|K| + 1), `(B, C, 3, 3)`."""
+        cells = state.to(self.w.dtype).unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
+        kernels = self.wfm(cells).to(state.dtype)
+        with full_precision(state):
             return kernels / (torch.linalg.vector_norm(kernels, dim=(2, 3), keepdim=True) + 1)
+
+    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+        """`(B, P + h*w, C)`."""
+        x = tokens.q[:, tile.prefix :]
+        kernels = self.w[:, 0] + done[0].to(self.w.dtype)
+        out = dynamic_depthwise_conv(x, tile.seen, kernels.to(x.dtype)) + self.b
+        return pad_prefix(tile.inner_grid(out), tile.prefix)
 
 
 class StaticCnn(nn.Conv2d):
-    """The plain 3x3 depthwise convolution, on tokens."""
+    """The plain 3x3 depthwise convolution, called as `DynCnn`."""
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:  # type: ignore[override]
-        """As of `DynCnn`."""
-        grid = as_layout(layout).grid
-        return pad_prefix(
-            depthwise_conv(x[:, grid.prefix :], (grid.height, grid.width), self.weight, self.bias), grid.prefix
-        )
+    def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
+        """`(B, P + H*W, C)`; 0 at prefix tokens."""
+        height, width, prefix = layout.grid
+        return pad_prefix(depthwise_conv(tokens.q[:, prefix:], (height, width), self.weight, self.bias), prefix)
 
 
 class StaticLinear(nn.Linear):
-    """The plain linear layer, on tokens."""
+    """The plain linear layer, called as `DynLinear`."""
 
-    def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:  # type: ignore[override]
-        """As of `DynLinear`."""
-        return super().forward(x)
+    def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
+        """`(B, P + H*W, out)`."""
+        return super().forward(tokens.q)
 
 
-def pool_pairs(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | int]:
-    """Means over cells of 2x2 tokens of `x` `(B, H*W, C)`, of images of their own sizes where the layout says so.
+def pool_pairs(x: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | int]:
+    """Means over the cells of 2x2 tokens of a grid that begin in `tile`, of images of their own sizes if it has them.
 
-    Returns cells `(B, M, C)` in the accumulator's dtype, `(B, M)` bool where an image has them or None, and
-    how many tokens an image has, H*W or `(B, 1, 1)`.
+    `x` `(B, h*w, C)`, what the tile sees with a halo of 1 where the grid goes on, without prefix tokens. Returns cells
+    `(B, M, C)` in the accumulator's dtype, `(B, M)` bool where an image has them or None, and how many tokens an
+    image has, H*W or `(B, 1, 1)`.
     """
-    height, width, _ = layout.grid
+    height, width, _ = tile.grid
     down, right = min(2, height), min(2, width)
-    rows, columns = height // down, width // right
+    rows, columns, stride, start = height // down, width // right, tile.seen[1], 0
+    above = before = 0  # cells of the grid that begin before those of the tile
+    if not tile.is_whole:
+        above, rows = _begin(tile.top, tile.height, down, rows)
+        before, columns = _begin(tile.left, tile.width, right, columns)
+        start = (above * down - tile.rows[0]) * stride + before * right - tile.columns[0]
     # Gathered, as slices of the grid would make a graph for each size of one cell, and are slower to differentiate.
     cell = torch.arange(rows * columns, device=x.device)[:, None, None]
-    corner = cell // columns * (down * width) + cell % columns * right
-    inner = torch.arange(down, device=x.device)[:, None] * width + torch.arange(right, device=x.device)
-    tokens = x.index_select(1, (corner + inner).flatten()).unflatten(1, (-1, down * right))
+    corner = start + cell // max(1, columns) * (down * stride) + cell % max(1, columns) * right
+    inner = torch.arange(down, device=x.device)[:, None] * stride + torch.arange(right, device=x.device)
+    tokens = x.index_select(1, (corner + inner).flatten()).unflatten(1, (rows * columns, down * right))
     cells = tokens.mean(dim=2, dtype=accumulator(x.dtype))
-    if layout.sizes is None:
+    if tile.sizes is None:
         return cells, None, height * width
-    sizes = layout.sizes.to(x.device)
+    sizes = tile.sizes.to(x.device)
     own = sizes.clamp(max=2)
-    inside = Layout(Grid(rows, columns), sizes // own).keep(x.device)
+    inside = Layout(Grid(rows, columns), sizes // own - sizes.new_tensor([above, before])).keep(x.device)
     share = down * right / own.prod(dim=1).to(cells.dtype)  # of a side of 1, padding is in the mean
     return cells * share[:, None, None], inside, sizes.prod(dim=1)[:, None, None]
+
+
+def _begin(start: int, count: int, size: int, cells: int) -> tuple[int, int]:
+    """Of `cells` cells of `size` tokens along a side: the first that begins in a span of tokens, and how many do."""
+    first, end = -(-start // size), min(cells, -(-(start + count) // size))
+    return first, max(0, end - first)
 
 
 @register(
@@ -199,7 +225,7 @@ class WeightFormer(Block):
             dynamic.
     """
 
-    capabilities = Capabilities(sizes=True, prefix=True)
+    capabilities = Capabilities(sizes=True, stream=True, prefix=True)
 
     def __init__(
         self,
@@ -232,8 +258,8 @@ class WeightFormer(Block):
         check_asked(type(self), layout, keep=keep)
         inside = layout.keep(x.device)
         x = mask_tokens(self.norm1(mask_tokens(x, inside)), inside)
-        x = x + self.dwc(x, layout)
-        hidden = self.linear1(mask_tokens(self.norm2(x), inside), layout)
+        x = x + self.dwc(_alone(x), layout)
+        hidden = self.linear1(_alone(mask_tokens(self.norm2(x), inside)), layout)
         return x + self.drop_path(self.linear2(F.gelu(hidden)))
 
     def extra_repr(self) -> str:

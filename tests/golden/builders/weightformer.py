@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from golden.spec import Run, tensor
-from linsight import Grid
-from linsight.attention import create_block
+from linsight import Grid, Layout
+from linsight.attention import Tokens, create_block
 from linsight.attention.weightformer import DynCnn, DynLinear
 
 
@@ -19,7 +19,7 @@ def dynlinear_op(spec: dict[str, Any]) -> Run:
     """The linear layer on tokens."""
     op, x = spec["op"], _input(spec)
     layer = DynLinear(op["in_features"], op["out_features"])
-    return Run(layer, lambda: layer(x, Grid(*op["grid"])), inputs={"input": x})
+    return Run(layer, lambda: layer(Tokens(x, x, x), Layout(Grid(*op["grid"]))), inputs={"input": x})
 
 
 def dyncnn_op(spec: dict[str, Any]) -> Run:
@@ -29,7 +29,8 @@ def dyncnn_op(spec: dict[str, Any]) -> Run:
     layer = DynCnn(spec["op"]["dim"])
 
     def call() -> Tensor:
-        return layer(x.flatten(2).transpose(1, 2), Grid(*size)).transpose(1, 2).unflatten(2, size)
+        tokens = x.flatten(2).transpose(1, 2)
+        return layer(Tokens(tokens, tokens, tokens), Layout(Grid(*size))).transpose(1, 2).unflatten(2, size)
 
     return Run(layer, call, inputs={"input": x})
 
