@@ -7,7 +7,7 @@ import itertools
 import torch
 import torch.distributed as dist
 
-from linsight.parallel import gather, shard_image, split
+from linsight.parallel import shard_image, split
 from streaming.hosts import SMALL, small
 
 from .layers import close, rows, summed
@@ -26,16 +26,8 @@ def share(image, heights):
     return image[..., bounds[dist.get_rank()] : bounds[dist.get_rank() + 1], :]
 
 
-def tokens_of(model, x):
-    """The last map `(B, h, w, C)`."""
-    x = model.forward_features(x)
-    if type(model).__name__ == "SwinTransformer":
-        return x
-    return x.permute(0, 2, 3, 1) if x.ndim == 4 else None
-
-
 def model_as_one(model, image, heights=None):
-    """Logits, equal on every rank; the mean of the ranks' gradients; the last map."""
+    """Logits, equal on every rank, and the mean of the ranks' gradients."""
     model, image = model.double(), image.double()
     alone, world = copy.deepcopy(model), dist.get_world_size()
     expected = alone(image)
@@ -51,12 +43,6 @@ def model_as_one(model, image, heights=None):
         if other.grad is not None:
             assert parameter.grad is not None, name
             close(summed(parameter.grad) / world, other.grad, TOLERANCE)
-    whole = tokens_of(alone, image)
-    with torch.no_grad():
-        found = model(share(image, heights), output="map")
-        if whole is not None:
-            close(gather(found, rows()), whole, TOLERANCE)
-    return model
 
 
 _SMALL_IMAGES = ((39, 26), {2: (9, 30), 4: (3, 20, 1, 15)})

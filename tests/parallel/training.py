@@ -137,6 +137,8 @@ def a_loss_of_the_map():
     for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
         if other.grad is not None:
             close(summed(parameter.grad), other.grad, TOLERANCE)
+    features = alone.forward_head(alone.forward_features(image), pre_logits=True)
+    close(model(shard_image(image, rows()), output="features"), features, TOLERANCE)
 
 
 @case
