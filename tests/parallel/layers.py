@@ -1,18 +1,20 @@
 """Cases of layers and blocks: what each rank finds is its share of what one process does."""
 
+import collections
 import copy
 import functools
 import itertools
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from linsight import Grid, create_attention
-from linsight.attention import list_attentions
+from linsight.attention import create_block, list_attentions
 from linsight.parallel import split
 
-STREAMING = [entry for entry in list_attentions(stream=True) if entry.kind == "core"]
+STREAMING = list_attentions(stream=True)
 HEIGHTS = {2: (2, 5), 4: (1, 1, 3, 2)}
 CASES = {}
 
@@ -47,13 +49,14 @@ def close(found, expected, tolerance=1e-9):
     assert error <= tolerance, error
 
 
-def same_as_one(layer, heights, width, prefix, dim=16, **more):
+def same_as_one(layer, heights, width, prefix, dim=16, tolerance=1e-9, conditioned=False):
     """Outputs, and the gradients of the sum of the ranks' losses, are those of one process with all rows."""
     height, dtype = sum(heights), next(layer.parameters()).dtype
     grid = Grid(height, width, prefix)
-    x, weight = (torch.randn(2, grid.tokens, dim, dtype=dtype) for _ in range(2))
     first, end = own(heights)
     mine = torch.cat([torch.arange(prefix), torch.arange(prefix + first * width, prefix + end * width)])
+    x, weight, cond = (torch.randn(2, grid.tokens, dim, dtype=dtype) for _ in range(3))
+    more, part = ({"cond": cond}, {"cond": cond[:, mine]}) if conditioned else ({}, {})
     dense = copy.deepcopy(layer)
     whole = x.clone().requires_grad_()
     expected = dense(whole, grid, **more)
@@ -63,19 +66,21 @@ def same_as_one(layer, heights, width, prefix, dim=16, **more):
     if dist.get_rank():
         counted[:, :prefix] = 0  # once, in the loss of the first rank
     band = x[:, mine].clone().requires_grad_()
-    found = split(layer, rows())(band, Grid(end - first, width, prefix))
-    close(found, expected[:, mine])
+    found = split(layer, rows())(band, Grid(end - first, width, prefix), **part)
+    close(found, expected[:, mine], tolerance)
     (found * counted).sum().backward()
-    close(band.grad[:, prefix:], whole.grad[:, mine][:, prefix:])
-    close(summed(band.grad[:, :prefix]), whole.grad[:, :prefix]) if prefix else None
+    close(band.grad[:, prefix:], whole.grad[:, mine][:, prefix:], tolerance)
+    if prefix:
+        close(summed(band.grad[:, :prefix]), whole.grad[:, :prefix], tolerance)
     for (name, parameter), other in zip(layer.named_parameters(), dense.parameters(), strict=True):
         if other.grad is not None:
             assert parameter.grad is not None, name
-            close(summed(parameter.grad), other.grad)
+            close(summed(parameter.grad), other.grad, tolerance)
 
 
 def mechanism(entry, prefix):
-    layer = create_attention(entry.name, 16, 2, grid=(4, 4), dtype=torch.float64)
+    make = create_block if entry.kind == "block" else create_attention
+    layer = make(entry.name, 16, 2, grid=(4, 4), dtype=torch.float64)
     same_as_one(random(layer), HEIGHTS[dist.get_world_size()], 5, prefix)
 
 
@@ -83,3 +88,37 @@ for _entry in STREAMING:
     CASES[f"layer {_entry.name}"] = functools.partial(mechanism, _entry, 0)
     if _entry.capabilities.prefix:
         CASES[f"layer {_entry.name} prefix"] = functools.partial(mechanism, _entry, 2)
+
+
+def conditioned():
+    layer = create_attention("inline", 16, 2, dtype=torch.float64)
+    same_as_one(random(layer), HEIGHTS[dist.get_world_size()], 5, 1, conditioned=True)
+
+
+def half_precision():
+    layer = random(create_attention("efficient", 16, 2)).bfloat16()
+    same_as_one(layer, HEIGHTS[dist.get_world_size()], 5, 1, tolerance=5e-2)
+
+
+def collectives():
+    """One change of bands, one gather a round, and one each for what is agreed on and for prefix tokens."""
+    layer = split(create_attention("agent", 16, 2), rows())
+    calls = collections.Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather_into_tensor", "all_to_all_single"):
+            patch.setattr(dist, name, functools.partial(counted, getattr(dist, name), calls, name))
+        with torch.no_grad():
+            layer(torch.randn(1, 1 + 6, 16), Grid(2, 3, 1))
+    assert calls == {"all_gather_into_tensor": layer.core.rounds + 2, "all_to_all_single": 1}
+
+
+def counted(function, calls, name, *arguments, **more):
+    calls[name] += 1
+    return function(*arguments, **more)
+
+
+CASES |= {
+    "a conditioned layer": conditioned,
+    "a layer of bfloat16": half_precision,
+    "one gather a round": collectives,
+}

@@ -57,9 +57,9 @@ class Band(NamedTuple):
         return x[:, start:end]
 
     def outer(self, x: Tensor, tile: Tile) -> Tensor:
-        """`x` `(B, n, H, E)`, tokens of `tile` without halo, among zeros."""
+        """`x` `(B, n, ...)`, tokens of `tile` without halo, among zeros."""
         start, end = self._span(dataclasses.replace(tile, halo=0))
-        return F.pad(x, (0, 0, 0, 0, start, self.seen.tokens - end))
+        return F.pad(x, (*[0, 0] * (x.ndim - 2), start, self.seen.tokens - end))
 
     def _span(self, tile: Tile) -> tuple[int, int]:
         seen, (first, end), above = self.seen, tile.rows, self.tile(self.reach).rows[0]
