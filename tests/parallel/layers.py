@@ -95,6 +95,12 @@ def conditioned():
     same_as_one(random(layer), HEIGHTS[dist.get_world_size()], 5, 1, conditioned=True)
 
 
+def biased_prefix():
+    """Parameters that only prefix tokens use have gradients on all ranks, as DDP needs."""
+    layer = create_attention("agent", 16, 2, grid=(4, 4), prefix_bias=True, dtype=torch.float64)
+    same_as_one(random(layer), HEIGHTS[dist.get_world_size()], 5, 1)
+
+
 def half_precision():
     layer = random(create_attention("efficient", 16, 2)).bfloat16()
     same_as_one(layer, HEIGHTS[dist.get_world_size()], 5, 1, tolerance=5e-2)
@@ -119,6 +125,7 @@ def counted(function, calls, name, *arguments, **more):
 
 CASES |= {
     "a conditioned layer": conditioned,
+    "a bias of prefix tokens": biased_prefix,
     "a layer of bfloat16": half_precision,
     "one gather a round": collectives,
 }

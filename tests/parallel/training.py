@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import re
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -139,6 +141,34 @@ def a_loss_of_the_map():
             close(summed(parameter.grad), other.grad, TOLERANCE)
     features = alone.forward_head(alone.forward_features(image), pre_logits=True)
     close(model(shard_image(image, rows()), output="features"), features, TOLERANCE)
+
+
+@case
+def every_parameter_has_a_gradient_on_every_rank():
+    model = split(small("vit_tiny", "inline", cpe=True), rows())
+    for output in ("map", "logits"):
+        model.zero_grad()
+        model(shard_image(torch.randn(2, 3, 39, 26), rows()), output=output).sum().backward()
+        missing = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+        assert missing == ({"head.weight", "head.bias"} if output == "map" else set())
+
+
+@case
+def one_rank_alone():
+    alone = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("data", "rows"))["rows"]
+    model, image = small("pvt_v2_b0", "agent"), torch.randn(1, 3, 70, 40)
+    expected = model(image)
+    found = split(model, alone)(image)
+    close(found, expected, 1e-5)
+    found.sum().backward()
+
+
+@case
+def what_the_documentation_shows():
+    text = (Path(__file__).parents[2] / "docs" / "split.md").read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(code.replace('"cuda", (2, 4)', '"cpu", (2, 2)'), names := {"images": torch.randn(2, 3, 64, 48)})
+        assert "mesh" in names
 
 
 @case

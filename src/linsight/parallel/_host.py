@@ -20,7 +20,7 @@ OUTPUTS = ("logits", "features", "map")
 
 
 class Part(NamedTuple):
-    """What a rank holds: an image `(1, C, h, W)` or tokens `(B, n, C)`, a grid, and where the rows of each begin.
+    """What a rank holds: images `(B, C, h, W)` or tokens `(B, n, C)`, a grid, and where the rows of each begin.
 
     prefix: tokens in front of the sequence. The first rank has them there; with the others they are as they began.
     """
@@ -89,11 +89,8 @@ class SplitHost:
         if part.x.ndim == 4:
             crop = ranks.exchange(part.x, 2, part.bounds, want)
         else:
-            x = part.x[:, self._front(part) :]
-            x = ranks.exchange(
-                x, 1, [bound * width for bound in part.bounds], [(a * width, b * width) for a, b in want]
-            )
-            crop = x.transpose(1, 2).unflatten(2, (-1, width))
+            rows = part.x[:, self._front(part) :].unflatten(1, (-1, width))
+            crop = ranks.exchange(rows, 1, part.bounds, want).permute(0, 3, 1, 2)
         tile = tiles[ranks.own]
         x = step.run(crop)[:, tile.top - tile.rows[0] :][:, : tile.height].flatten(1, 2)
         if step.place is not None:
@@ -102,8 +99,8 @@ class SplitHost:
             return Part(x, new, bounds)
         prefix = prefix.expand(batch, -1, -1)
         x = x.to(torch.promote_types(x.dtype, prefix.dtype))  # as `cat` does, on all ranks
-        if not ranks.own:
-            x = torch.cat([prefix, x], dim=1)
+        # None of them here is still a part of the graph: a parameter without a gradient would stop DDP.
+        x = torch.cat([prefix[:, :0] if ranks.own else prefix, x], dim=1)
         return Part(x, new._replace(prefix=prefix.shape[1]), bounds, prefix)
 
     def _mix(self, step: Mix, part: Part, again: bool) -> Part:
