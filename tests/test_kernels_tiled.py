@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linsight.ops import (
+    Convolved,
     Features,
     Grid,
     Tile,
@@ -38,15 +39,23 @@ def computed(q, k, v, keep, add, turn):
     budget=st.sampled_from([1, 100, 300, 2000]),
     masked=st.booleans(),
     turned=st.booleans(),
+    rows=st.integers(0, 3),
 )
-def test_tiles_change_nothing(batch, height, width, prefix, budget, masked, turned):
+def test_tiles_change_nothing(batch, height, width, prefix, budget, masked, turned, rows):
     grid = Grid(height, width, prefix)
     q, k, v = torch.randn(3, batch, grid.tokens, HEADS, WIDTH).unbind(0)
     keep = torch.rand(batch, grid.tokens) < 0.7 if masked else None
     add = torch.randn(batch, height * width, HEADS, WIDTH)
+    if rows:  # a convolution that is made that many rows at a time; of kernels of each image, for some
+        dynamic, channels = rows == 2, HEADS * WIDTH
+        weight = torch.randn(batch if dynamic else channels, channels if dynamic else 1, 3, 3)
+        bias = None if dynamic else torch.randn(channels)
+        add = Convolved(add.flatten(2), (height, width), weight, bias, HEADS, dynamic)
     turn = Turn.of(Tile.whole(grid), HEADS * WIDTH, device=q.device, dtype=q.dtype) if turned else None
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "BUDGET", budget)
+        patch.setattr(tiled, "ROWS", rows)
+        patch.setattr(tiled, "STEPS", 0)
         ours = computed(q, k, v, keep, add, turn)
         with use_form("plain"):
             plain = computed(q, k, v, keep, add, turn)

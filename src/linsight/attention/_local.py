@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from linsight.ops import Tile, accumulator, depthwise_conv, full_precision, mask_tokens, pad_prefix
+from linsight.ops import Convolved, Tile, accumulator, mask_tokens, pad_prefix
 
 from ._core import Tokens, merge_heads, split_heads
 
@@ -12,19 +12,19 @@ def grid_values(tokens: Tokens, tile: Tile) -> Tensor:
     return mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :]
 
 
-def local_values(v: Tensor, conv: nn.Conv2d, tile: Tile, num_heads: int) -> Tensor:
-    """The depthwise `conv` of `v` `(B, n, C)`, what `tile` sees of the grid: `(B, h*w, H, E)` of its own tokens.
-
-    In the accumulator's dtype.
-    """
+def local_values(v: Tensor, conv: nn.Conv2d, tile: Tile, num_heads: int) -> Convolved:
+    """The depthwise `conv` of `v` `(B, n, C)`, what `tile` sees of the grid, in the accumulator's dtype."""
     assert conv.bias is not None
     dtype = accumulator(v.dtype)
-    with full_precision(v):
-        local = depthwise_conv(v, tile.seen, conv.weight.to(dtype), conv.bias.to(dtype))
-    return split_heads(tile.inner_grid(local), num_heads)
+    return Convolved(v, tile.seen, conv.weight.to(dtype), conv.bias.to(dtype), num_heads)
+
+
+def on_grid(local: Convolved, tile: Tile) -> Convolved | Tensor:
+    """That of the tile's own tokens `(B, h*w, H, E)`; still to be made where they are all that is seen."""
+    return local if tile.halo == 0 else tile.inner_grid(local())
 
 
 def add_local(out: Tensor, v: Tensor, conv: nn.Conv2d, tile: Tile) -> Tensor:
     """`out` `(B, P + h*w, H, E)` of `tile`, in the accumulator's dtype, plus `local_values`; prefix tokens get none."""
-    local = merge_heads(local_values(v, conv, tile, out.shape[-2]))
+    local = merge_heads(tile.inner_grid(local_values(v, conv, tile, out.shape[-2])()))
     return out + split_heads(pad_prefix(local, tile.prefix), out.shape[-2])

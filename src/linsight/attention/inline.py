@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from linsight.ops import (
+    Convolved,
     Features,
     Grid,
     Moments,
@@ -27,13 +28,12 @@ from linsight.ops import (
     accumulator,
     affine_read,
     central_absorb,
-    dynamic_depthwise_conv,
     full_precision,
     mask_tokens,
 )
 
 from ._core import Capabilities, Core, Rename, Tokens, split_heads
-from ._local import grid_values
+from ._local import grid_values, on_grid
 from ._registry import Paper, register
 
 
@@ -117,8 +117,9 @@ class InLine(Core):
         q = Features(tile.inner(tokens.q), self.feature_map)
         local = None
         if state.kernels is not None:
-            local = tile.inner_grid(dynamic_depthwise_conv(grid_values(tokens, tile), tile.seen, state.kernels))
-            local = split_heads(local, self.num_heads)
+            local = on_grid(
+                Convolved(grid_values(tokens, tile), tile.seen, state.kernels, None, self.num_heads, True), tile
+            )
         return affine_read(q, state.cov, state.v, add=local, dtype=tokens.q.dtype)
 
     def _generate(self, generator: nn.Sequential, mean: Tensor) -> Tensor:

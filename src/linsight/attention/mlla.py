@@ -43,7 +43,7 @@ from linsight.ops import (
 
 from ._core import Capabilities, Core, Rename, Tokens
 from ._layer import Attention
-from ._local import grid_values, local_values
+from ._local import grid_values, local_values, on_grid
 from ._registry import Paper, register
 
 
@@ -132,7 +132,7 @@ class MLLA(Core):
         """f(q), rotated above the line only, against the means; and the convolution of v."""
         state: LinearState = done[0]
         q = self._features(tile.inner(tokens.q), dataclasses.replace(tile, halo=0))
-        local = local_values(grid_values(tokens, tile), self.lepe, tile, self.num_heads)
+        local = on_grid(local_values(grid_values(tokens, tile), self.lepe, tile, self.num_heads), tile)
         return linear_read(q, state, self.eps, add=local, dtype=tokens.q.dtype)
 
     def _features(self, x: Tensor, tile: Tile) -> Features:

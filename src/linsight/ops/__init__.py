@@ -2,7 +2,7 @@
 
 from ._forms import FORMS, TRITON, ChosenForm, Form, forms, unrecorded, use_form
 from .circulant import circular_correlation
-from .conv import depthwise_conv, dynamic_depthwise_conv, foldable, shifted_products
+from .conv import Convolved, depthwise_conv, dynamic_depthwise_conv, foldable, shifted_products
 from .features import Features, as_features, focus
 from .inner import (
     INNER_MODELS,
@@ -49,6 +49,7 @@ __all__ = [
     "INNER_MODELS",
     "TRITON",
     "ChosenForm",
+    "Convolved",
     "Features",
     "FittedTable",
     "Form",

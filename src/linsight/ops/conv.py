@@ -3,6 +3,8 @@
 Cross-correlation, as in torch. Tap t of a k x k kernel is (t // k, t % k).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,6 +48,46 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
     with full_precision(x):
         out = _convolve(beside, size, kernels.reshape(batch * channels, 1, *kernels.shape[2:]))
     return out.view(-1, batch, channels).transpose(0, 1)
+
+
+class Convolved(NamedTuple):
+    """A depthwise convolution that is still to be made, so that who adds it may make it a few rows at a time.
+
+    x: `(B, H*W, C)`.  size: (H, W).  weight: `(C, 1, k, k)`, or `(B, C, k, k)`, one for each image.  heads: of the
+    result `(B, H*W, heads, C / heads)`, which is in the dtype of the weight.
+    """
+
+    x: Tensor
+    size: tuple[int, int]
+    weight: Tensor
+    bias: Tensor | None = None
+    heads: int = 1
+    dynamic: bool = False
+
+    def __call__(self) -> Tensor:
+        """All of it."""
+        with full_precision(self.x):
+            if self.dynamic:
+                out = dynamic_depthwise_conv(self.x, self.size, self.weight)
+            else:
+                out = depthwise_conv(self.x, self.size, self.weight, self.bias)
+        return out.unflatten(-1, (self.heads, -1))
+
+    def rows(self, images: slice, first: int, end: int) -> Tensor:
+        """That of the rows from `first` to `end` of some images."""
+        (height, width), reach = self.size, self.weight.shape[-1] // 2
+        top, bottom = max(0, first - reach), min(height, end + reach)
+        seen = self._replace(
+            x=self.x[images, top * width : bottom * width],
+            size=(bottom - top, width),
+            weight=self.weight[images] if self.dynamic else self.weight,
+        )
+        return seen()[:, (first - top) * width : (end - top) * width]
+
+
+def made(add: Convolved | Tensor | None) -> Tensor | None:
+    """A tensor, if it is not one."""
+    return add() if isinstance(add, Convolved) else add
 
 
 def foldable(x: Tensor, weight: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._forms import fused_form
+from .conv import Convolved, made
 from .features import Features, as_features
 from .states import Moments, accumulator, apply_state, full_precision, mask_tokens, outer_sum
 
@@ -44,13 +45,13 @@ def linear_read(
     state: LinearState,
     eps: float,
     *,
-    add: Tensor | None = None,
+    add: Convolved | Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """phi(q) S / (phi(q) . z + eps) + add, `(B, N, H, E)`, of queries `q` `(B, N, H, D)`.
 
-    A rotation of `q` turns it above the line only. `add` `(B, n, H, E)`, n <= N, is added to the last n tokens, those
-    behind the prefix. In `dtype`, or the state's.
+    A rotation of `q` turns it above the line only. `add` `(B, n, H, E)`, n <= N, or a convolution still to be made, is
+    added to the last n tokens, those behind the prefix. In `dtype`, or the state's.
     """
     q = as_features(q)
     compute = fused_form("linear_read", q.x) or plain_read
@@ -62,7 +63,7 @@ def affine_read(
     matrix: Tensor,
     shift: Tensor,
     *,
-    add: Tensor | None = None,
+    add: Convolved | Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """phi(q) M + c + add, `(B, N, H, E)`: a linear map of each image and head instead of a mean.
@@ -87,13 +88,17 @@ def plain_central(k: Features, v: Tensor, keep: Tensor | None) -> Moments:
     return Moments.absorb(k.mapped(), v, keep)
 
 
-def plain_read(q: Features, state: LinearState, eps: float, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+def plain_read(
+    q: Features, state: LinearState, eps: float, add: Convolved | Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """`linear_read` by its definition."""
     product, norm = products(q, state, eps)
     return _sum(product / norm, add).to(dtype)
 
 
-def plain_affine(q: Features, matrix: Tensor, shift: Tensor, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+def plain_affine(
+    q: Features, matrix: Tensor, shift: Tensor, add: Convolved | Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """`affine_read` by its definition."""
     return _sum(product(q, matrix) + shift[:, None], add).to(dtype)
 
@@ -112,8 +117,9 @@ def products(q: Features, state: LinearState, eps: float) -> tuple[Tensor, Tenso
         return apply_state(q.turned(mapped), state.kv), apply_state(mapped, state.k[..., None]) + eps
 
 
-def _sum(out: Tensor, add: Tensor | None) -> Tensor:
+def _sum(out: Tensor, add: Convolved | Tensor | None) -> Tensor:
     """`add` first, because a sum is laid out as its first term."""
+    add = made(add)
     if add is None:
         return out
     ahead = out.shape[1] - add.shape[1]

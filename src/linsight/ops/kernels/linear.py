@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 
+from ..conv import Convolved, made
 from ..features import Features
 from ..linear import LinearState, plain_absorb, plain_affine, plain_central, plain_read
 from ..states import accumulator, count_tokens
@@ -38,18 +39,18 @@ def central(k: Features, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor
     return count_tokens(v, keep), mean_k, mean_v, cross
 
 
-def read(q: Features, state: LinearState, eps: float, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+def read(q: Features, state: LinearState, eps: float, add: Convolved | Tensor | None, dtype: torch.dtype) -> Tensor:
     """`linear_read`."""
     if not _fits(q, state.kv):
         return plain_read(q, state, eps, add, dtype)
-    return _read(*Inputs.of(q), state.kv, state.k, add, eps, True, dtype)
+    return _read(*Inputs.of(q), state.kv, state.k, made(add), eps, True, dtype)
 
 
-def affine(q: Features, matrix: Tensor, shift: Tensor, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+def affine(q: Features, matrix: Tensor, shift: Tensor, add: Convolved | Tensor | None, dtype: torch.dtype) -> Tensor:
     """`affine_read`."""
     if not _fits(q, matrix):
         return plain_affine(q, matrix, shift, add, dtype)
-    return _read(*Inputs.of(q), matrix, shift, add, 0.0, False, dtype)
+    return _read(*Inputs.of(q), matrix, shift, made(add), 0.0, False, dtype)
 
 
 def _fits(features: Features, values: Tensor) -> bool:

@@ -11,15 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..conv import Convolved, made
 from ..features import Features
 from ..linear import LinearState, plain_absorb, plain_central, product, products
 from ..rotary import Turn
-from ..states import Moments
+from ..states import Moments, full_precision
 
 BUDGET = 2**18  # numbers in a tile of one tensor: fewer, and starting threads costs more than the cache gains
+ROWS = 32  # that are convolved at once, at least: of fewer, too many would be seen twice
+STEPS = 2**16  # numbers, of fewer of which the number of steps is what counts
 
-
-Write = Callable[[Features, slice, Tensor], None]  # queries, their images, where to write
+# Queries, their images, where to write, what is added to all but the first tokens, and how many those are.
+Write = Callable[[Features, slice, Tensor, Tensor | None, int], None]
 
 
 class Part(NamedTuple):
@@ -29,18 +32,27 @@ class Part(NamedTuple):
     tokens: slice
 
 
-def parts(x: Tensor, turn: Turn | None) -> Iterator[list[Part]]:
-    """`x` `(B, N, H, D)` in groups of images, each cut into parts of about `BUDGET` numbers: with a turn, rows."""
+def parts(x: Tensor, step: int, offset: int = 0) -> Iterator[list[Part]]:
+    """`x` `(B, N, H, D)` in groups of images, each cut into parts of `step` tokens, the first of `offset` more."""
     batch, n = x.shape[:2]
-    step = max(1, BUDGET // max(1, x[0, 0].numel()))
     images = max(1, step // max(1, n))
-    offset = 0
-    if turn is not None:
-        step, offset = max(1, step // turn.size[1]) * turn.size[1], turn.prefix
     edges = [0, *range(offset + step, n, step), n]
     for first in range(0, batch, images):
         group = slice(first, min(batch, first + images))
         yield [Part(group, slice(*pair)) for pair in itertools.pairwise(edges)]
+
+
+def budget(x: Tensor) -> int:
+    """How many tokens of `x` `(B, N, H, D)` are about `BUDGET` numbers."""
+    return max(1, BUDGET // max(1, x[0, 0].numel()))
+
+
+def whole_rows(x: Tensor, turn: Turn | None, width: int = 0) -> tuple[int, int]:
+    """The step and the offset of parts that are whole rows, where there is a turn or a `width` of rows; else any."""
+    step = budget(x)
+    if width:  # to be convolved, which begins anew with each part
+        return max(ROWS, step // width) * width, 0
+    return (step, 0) if turn is None else (max(1, step // turn.size[1]) * turn.size[1], turn.prefix)
 
 
 def absorb(k: Features, v: Tensor, keep: Tensor | None) -> LinearState:
@@ -48,7 +60,7 @@ def absorb(k: Features, v: Tensor, keep: Tensor | None) -> LinearState:
     if v.numel() <= BUDGET:
         return plain_absorb(k, v, keep)
     groups = []
-    for group in parts(v, k.turn):
+    for group in parts(v, *whole_rows(v, k.turn)):
         states = [plain_absorb(k.part(*part), v[part], _part(keep, part)) for part in group]
         groups.append(LinearState(*(torch.stack(fields).sum(dim=0) for fields in zip(*states, strict=True))))
     return LinearState(*map(torch.cat, zip(*groups, strict=True)))
@@ -59,56 +71,74 @@ def central(k: Features, v: Tensor, keep: Tensor | None) -> Moments:
     if v.numel() <= BUDGET:
         return plain_central(k, v, keep)
     groups = []
-    for group in parts(v, None):
+    for group in parts(v, budget(v)):
         states = [plain_central(k.part(*part), v[part], _part(keep, part)) for part in group]
         groups.append(Moments.stacked(states))
     return Moments(*map(torch.cat, zip(*groups, strict=True)))
 
 
-def read(q: Features, state: LinearState, eps: float, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+def read(q: Features, state: LinearState, eps: float, add: Convolved | Tensor | None, dtype: torch.dtype) -> Tensor:
     """`linear_read`."""
 
-    def write(q: Features, images: slice, out: Tensor) -> None:
-        mine = LinearState(*(field[images] for field in state))
-        torch.div(*products(q, mine, eps), out=out)
+    def write(q: Features, images: slice, out: Tensor, add: Tensor | None, ahead: int) -> None:
+        above, below = products(q, LinearState(*(field[images] for field in state)), eps)
+        if add is None:
+            torch.div(above, below, out=out)
+            return
+        if ahead:
+            torch.div(above[:, :ahead], below[:, :ahead], out=out[:, :ahead])
+        torch.addcdiv(add, above[:, ahead:], below[:, ahead:], out=out[:, ahead:])
 
     return _read(q, state.kv, add, dtype, write)
 
 
-def affine(q: Features, matrix: Tensor, shift: Tensor, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+def affine(q: Features, matrix: Tensor, shift: Tensor, add: Convolved | Tensor | None, dtype: torch.dtype) -> Tensor:
     """`affine_read`."""
 
-    def write(q: Features, images: slice, out: Tensor) -> None:
-        torch.add(product(q, matrix[images]), shift[images, None], out=out)
+    def write(q: Features, images: slice, out: Tensor, add: Tensor | None, ahead: int) -> None:
+        constant = shift[images, None]
+        if add is None or out.shape[0] > 1 or out.numel() < STEPS:
+            torch.add(product(q, matrix[images]), constant, out=out)
+            if add is not None:
+                out[:, ahead:].add_(add)
+            return
+        torch.add(add, constant, out=out[:, ahead:])
+        if ahead:
+            out[:, :ahead] = constant
+        mapped = q.mapped()
+        with full_precision(mapped):  # (H, n, E) += (H, n, D) (H, D, E), where it lies
+            out[0].transpose(0, 1).baddbmm_(q.turned(mapped)[0].transpose(0, 1), matrix[images][0])
 
     return _read(q, matrix, add, dtype, write)
 
 
-def _read(
-    q: Features,
-    matrix: Tensor,
-    add: Tensor | None,
-    dtype: torch.dtype,
-    write: Callable[[Features, slice, Tensor], None],
-) -> Tensor:
-    """What `write` writes of each part, and `add`, which lacks the first tokens."""
+def _read(q: Features, matrix: Tensor, add: Convolved | Tensor | None, dtype: torch.dtype, write: Write) -> Tensor:
+    """What `write` writes of each part, with `add`, which lacks the first tokens."""
     shape = (*q.x.shape[:3], matrix.shape[-1])
-    prefix = 0 if add is None else shape[1] - add.shape[1]
     # Sums are rounded once, at the end.
     out = matrix.new_empty(shape)
+    if q.x.numel() <= BUDGET or not isinstance(add, Convolved):
+        later, own = None, made(add)
+        prefix = 0 if own is None else shape[1] - own.shape[1]
+    else:
+        later, own = add, None
+        prefix = shape[1] - later.x.shape[1]
+    added = None if own is None else own.to(out.dtype)
     if q.x.numel() <= BUDGET:
-        write(q, slice(None), out)
-        if add is not None:
-            out[:, prefix:].add_(add)
+        write(q, slice(None), out, added, prefix)
         return out.to(dtype)
     rounded = out if dtype == out.dtype else out.new_empty(shape, dtype=dtype)
-    for group in parts(out, q.turn):
+    width = later.size[1] if later else 0
+    step, offset = whole_rows(out, q.turn, width)
+    for group in parts(out, step, prefix if later else offset):
         for part in group:
             mine = rounded[part] if dtype == out.dtype else out.new_empty(rounded[part].shape)
-            write(q.part(*part), part.images, mine)
-            if add is not None:
-                start, stop = part.tokens.start - prefix, part.tokens.stop - prefix
-                mine[:, max(0, -start) :].add_(add[part.images, max(0, start) : stop])
+            start, stop = part.tokens.start - prefix, part.tokens.stop - prefix
+            if later:
+                own = later.rows(part.images, max(0, start) // width, stop // width)
+            else:
+                own = None if added is None else added[part.images, max(0, start) : max(0, stop)]
+            write(q.part(*part), part.images, mine, own, max(0, -start))
             if mine.dtype != dtype:
                 rounded[part] = mine
     return rounded
