@@ -1,5 +1,6 @@
 """What streaming refuses, what it leaves behind when it is stopped, and how it goes on."""
 
+import contextlib
 import errno
 import json
 import os
@@ -10,7 +11,7 @@ import torch
 
 import linsight
 from linsight.errors import CapabilityError, LinsightError
-from linsight.streaming import _store, _tiled
+from linsight.streaming import _tiled
 
 from .hosts import PLAIN, close, image, small, whole
 
@@ -139,14 +140,74 @@ def test_a_tile_that_cannot_be_read(model, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_fills(model, tmp_path, monkeypatch):
-    def full(path, size):
-        path.write_bytes(b"0")
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextlib.contextmanager
+def disk_of(size):
+    """While entered, no file can be larger: the system's own error, as of a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(_store, "_allocate", full)
-    one_line(LinsightError, "No space left", model=model, scratch=tmp_path)
+
+MAP = 8 * 7 * 16 * 4  # bytes of each map of the model here
+
+
+def test_a_disk_that_fills(model, tmp_path):
+    with disk_of(MAP - 1):
+        one_line(LinsightError, "no place", "step-0", model=model, scratch=tmp_path)
     assert os.listdir(tmp_path) == []
+    with disk_of(MAP):  # the last one has a header
+        one_line(LinsightError, "no place for the final map", model=model, scratch=tmp_path, output="map")
+    assert sorted(os.listdir(tmp_path)) == ["step-2.bin", "stream.json"]
+    found = linsight.stream(model, PICTURE, scratch=tmp_path, output="map", resume=True, **ARGUMENTS)
+    close(found.flatten(0, 1), whole(model, PICTURE)[0])
+
+
+@pytest.mark.parametrize("call", [2, 4])
+def test_a_disk_that_fills_or_fails_as_it_is_written(call, model, tmp_path, monkeypatch):
+    """At the end of the second step, and of all: what is told of before is gone on with."""
+    calls, sync = [], os.fsync
+
+    def full(file):
+        calls.append(file)
+        if len(calls) == call:
+            raise OSError(errno.EIO, "Input/output error")
+        return sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    one_line(LinsightError, "Input/output error", model=model, scratch=tmp_path, output="map")
+    step = call - 2
+    assert sorted(os.listdir(tmp_path)) == [f"step-{step}.bin", "stream.json"]
+    assert json.loads((tmp_path / "stream.json").read_text())["step"] == step
+    found = linsight.stream(model, PICTURE, scratch=tmp_path, output="map", resume=True, **ARGUMENTS)
+    close(found.flatten(0, 1), whole(model, PICTURE)[0])
+
+
+@pytest.mark.parametrize("damage", [lambda map: os.truncate(map, MAP - 1), os.remove])
+def test_a_damaged_map_is_not_taken_for_whole(damage, model, tmp_path, monkeypatch):
+    with disk_of(MAP):
+        one_line(LinsightError, "no place", model=model, scratch=tmp_path, output="map")
+    damage(tmp_path / "step-2.bin")
+    one_line(LinsightError, "step-2.bin", "start again", model=model, scratch=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+    ],
+)
+def test_a_tile_that_does_not_fit(error, model, monkeypatch):
+    def run(self, x, tile):
+        raise error
+
+    monkeypatch.setattr(_tiled.TiledBlock, "run", run)
+    one_line(LinsightError, "no memory for a tile of 16 pixels", "--tile", model=model)
 
 
 def test_what_does_not_fit_is_refused_before_the_start(model, tmp_path):

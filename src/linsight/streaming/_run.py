@@ -97,9 +97,18 @@ def stream(
         run = _Run(model, plan, source, store, layers, report or (lambda done, total: None))
         try:
             return run(output)
-        except BaseException:
+        except BaseException as error:
             store.stopped()
+            if _is_out_of_memory(error):
+                raise LinsightError(f"no memory for a tile of {tile} pixels: make tile= (--tile) smaller") from error
             raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """On any device; on the CPU torch has no type of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
 
 
 def plan_of(model: nn.Module) -> StreamPlan:

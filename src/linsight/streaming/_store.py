@@ -65,8 +65,11 @@ class Memory:
 
     def new(self, step: int, shape: tuple[int, int, int]) -> Canvas:
         """A map for what `step` writes."""
+        return self._empty(shape, self.dtype)
+
+    def _empty(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Canvas:
         try:
-            return Canvas(torch.empty(shape, dtype=self.dtype))
+            return Canvas(torch.empty(shape, dtype=dtype))
         except RuntimeError as error:
             raise LinsightError(f"no memory for a map of {shape}: give a scratch folder on a disk") from error
 
@@ -78,7 +81,7 @@ class Memory:
 
     def output(self, shape: tuple[int, int, int]) -> Canvas:
         """For the final map, float32."""
-        return Canvas(torch.empty(shape, dtype=torch.float32))
+        return self._empty(shape, torch.float32)
 
     def end(self, output: Canvas | None) -> Tensor | None:
         """The run is over; its final map, if it wrote one."""
@@ -157,8 +160,6 @@ class Scratch:
     def done(self, step: int, canvas: Canvas, prefix: Tensor | None, work: dict[str, Any]) -> None:
         """`step` has written all of its map, and the one before is not needed any more."""
         path = self._file(step)
-        with open(path, "rb+") as file:  # what is written before the state is on the disk before it
-            os.fsync(file.fileno())
         state = {
             "step": step,
             "shape": list(canvas.data.shape),
@@ -167,6 +168,7 @@ class Scratch:
         }
         temporary = self.folder / f".{STATE}-{uuid.uuid4().hex[:8]}"
         try:
+            _sync(path)  # what is written before the state is on the disk before it
             temporary.write_text(json.dumps(state), encoding="utf-8")
             os.replace(temporary, self.folder / STATE)
         except OSError as error:
@@ -194,7 +196,12 @@ class Scratch:
     def end(self, output: Canvas | None) -> Tensor | None:
         """The run is over: only the final map stays."""
         if output is not None:
-            os.replace(self.folder / f".{MAP}", self.folder / MAP)
+            path = self.folder / f".{MAP}"
+            try:
+                _sync(path)
+                os.replace(path, self.folder / MAP)
+            except OSError as error:
+                raise LinsightError(f"the map cannot be written to '{self.folder}': {error.strerror}") from error
         (self.folder / STATE).unlink(missing_ok=True)
         self._clear()
         return None if output is None else output.data
@@ -224,6 +231,12 @@ def _allocate(path: pathlib.Path, size: int) -> None:
         zeros = bytes(2**24)
         for start in range(0, size, len(zeros)):
             file.write(zeros[: size - start])
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Wait until what was written to the map in `path` is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
