@@ -49,6 +49,16 @@ def close(found, expected, tolerance=1e-9):
     assert error <= tolerance, error
 
 
+def gradients_sum_to(module, alone, times=1, tolerance=1e-9):
+    """Those of `module` on all ranks to `times` that of `alone`, in one collective."""
+    pairs = [(p.grad, other.grad) for p, other in zip(module.parameters(), alone.parameters(), strict=True)]
+    assert all((found is None) == (expected is None) for found, expected in pairs)
+    pairs = [pair for pair in pairs if pair[0] is not None]
+    total = summed(torch.cat([found.flatten() for found, _ in pairs]))
+    for found, (_, expected) in zip(total.split([found.numel() for found, _ in pairs]), pairs, strict=True):
+        close(found.view_as(expected) / times, expected, tolerance)
+
+
 def same_as_one(layer, heights, width, prefix, dim=16, tolerance=1e-9, conditioned=False):
     """Outputs, and the gradients of the sum of the ranks' losses, are those of one process with all rows."""
     height, dtype = sum(heights), next(layer.parameters()).dtype
@@ -72,10 +82,7 @@ def same_as_one(layer, heights, width, prefix, dim=16, tolerance=1e-9, condition
     close(band.grad[:, prefix:], whole.grad[:, mine][:, prefix:], tolerance)
     if prefix:
         close(summed(band.grad[:, :prefix]), whole.grad[:, :prefix], tolerance)
-    for (name, parameter), other in zip(layer.named_parameters(), dense.parameters(), strict=True):
-        if other.grad is not None:
-            assert parameter.grad is not None, name
-            close(summed(parameter.grad), other.grad, tolerance)
+    gradients_sum_to(layer, dense, tolerance=tolerance)
 
 
 def mechanism(entry, prefix):

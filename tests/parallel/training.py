@@ -17,7 +17,7 @@ from linsight.parallel import gather, shard_image, split
 from streaming.hosts import small
 
 from .hosts import TOLERANCE
-from .layers import close, rows, summed
+from .layers import close, gradients_sum_to, rows
 
 CASES = {}
 
@@ -118,9 +118,7 @@ def paths_are_dropped_alike_and_again():
     weight = torch.ones_like(expected)
     (expected * weight).sum().backward()
     (found * weight).sum().backward()
-    for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
-        if other.grad is not None:
-            close(summed(parameter.grad) / dist.get_world_size(), other.grad, TOLERANCE)
+    gradients_sum_to(model, alone, dist.get_world_size(), TOLERANCE)
 
 
 @case
@@ -136,9 +134,7 @@ def a_loss_of_the_map():
     close(gather(found, rows()), expected, TOLERANCE)
     found.square().sum().backward()
     close(band.grad, shard_image(whole.grad, rows()), TOLERANCE)
-    for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
-        if other.grad is not None:
-            close(summed(parameter.grad), other.grad, TOLERANCE)
+    gradients_sum_to(model, alone, tolerance=TOLERANCE)
     features = alone.forward_head(alone.forward_features(image), pre_logits=True)
     close(model(shard_image(image, rows()), output="features"), features, TOLERANCE)
 
