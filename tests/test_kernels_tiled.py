@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from linsight.attention import create_attention, inline
 from linsight.ops import (
     Convolved,
     Features,
@@ -105,3 +106,20 @@ def test_powers_are_tiled_too(monkeypatch):
         torch.testing.assert_close(out, linear_read(features, state, 1e-6), rtol=1e-4, atol=1e-4)
         plain = linear_read(focus(x, column, 3.0), linear_absorb(focus(x, column, 3.0), v), 1e-6)
     torch.testing.assert_close(focused, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [Grid(5, 4, 2), Grid(1, 7)], ids=str)
+def test_one_small_image_goes_by_fewer_steps(grid, monkeypatch):
+    """InLine's way for it is the usual one, whatever it is conditioned on; in half precision it is not taken."""
+    layer = create_attention("inline", 24, 3).double()
+    x, cond = torch.randn(2, 1, grid.tokens, 24, dtype=torch.float64) + 2
+    taken, way = [], inline.InLine._of_one
+    monkeypatch.setattr(inline.InLine, "_of_one", lambda self, *given: taken.append(self) or way(self, *given))
+    with torch.no_grad():
+        ours = layer(x, grid, cond=cond)
+        with use_form("plain"):
+            plain = layer(x, grid, cond=cond)
+        layer.bfloat16()(x.bfloat16(), grid)
+        layer.float()(torch.cat([x, x]).float(), grid)
+    assert taken == [layer.core]
+    torch.testing.assert_close(ours, plain)

@@ -74,6 +74,8 @@ def check_asked(
     score_bias: Tensor | None = None,
 ) -> None:
     """Raise a CapabilityError, naming who can, for what `owner` is asked and has not declared."""
+    if keep is context is score_bias is layout.sizes is None and not layout.is_packed:
+        return require(owner, "prefix", "prefix tokens") if layout.grid.prefix else None
     asked = (
         (keep is not None, "keep", "dropping tokens"),
         (layout.sizes is not None, "sizes", "padded batches"),

@@ -22,19 +22,26 @@ from linsight.ops import (
     Convolved,
     Features,
     Grid,
+    Layout,
     Moments,
     State,
     Tile,
     accumulator,
     affine_read,
+    apply_state,
     central_absorb,
+    depthwise_conv,
+    foldable,
     full_precision,
     mask_tokens,
+    outer_sum,
 )
 
 from ._core import Capabilities, Core, Rename, Tokens, split_heads
 from ._local import grid_values, on_grid
 from ._registry import Paper, register
+
+SMALL = 2**17  # numbers: of fewer, the steps of an image cost more than what they do
 
 
 class InLineState(NamedTuple):
@@ -95,6 +102,43 @@ class InLine(Core):
             else None
         )
 
+    def forward(
+        self,
+        tokens: Tokens,
+        layout: Layout,
+        *,
+        context_layout: Layout | None = None,
+        score_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs `(B, N, H, E)`. One small image on a CPU, of which steps are all the cost, goes by fewer."""
+        x = tokens.x
+        if (
+            x is not None
+            and x.shape[0] == 1
+            and x.numel() <= SMALL
+            and x.device.type == "cpu"
+            and tokens.keep is layout.sizes is None
+            and self.generator is not None
+            and self.feature_map == "identity"
+            and foldable(x, next(self.generator.parameters()))
+        ):
+            return self._of_one(tokens, x, layout.grid, self.generator)
+        return super().forward(tokens, layout, context_layout=context_layout, score_bias=score_bias)
+
+    def _of_one(self, tokens: Tokens, x: Tensor, grid: Grid, generator: nn.Sequential) -> Tensor:
+        """The same: the mean value is the convolution's bias, and nothing is a state."""
+        (_, n, heads, width), prefix = tokens.v.shape, grid.prefix
+        mean_k, mean_v = tokens.k.mean(1, keepdim=True), tokens.v.mean(1, keepdim=True)
+        cov = outer_sum(tokens.k - mean_k, tokens.v - mean_v).mul_(tokens.k.shape[-1] ** -0.5 / n)
+        kernels = self._generate(generator, x.mean(1))[0, :, None]  # (C, 1, 3, 3)
+        out = torch.empty_like(tokens.v, memory_format=torch.contiguous_format)
+        read = apply_state(tokens.q, cov)
+        local = depthwise_conv(tokens.v.flatten(2)[:, prefix:], grid[:2], kernels, mean_v.flatten())
+        torch.add(read[:, prefix:], local.unflatten(-1, (heads, width)), out=out[:, prefix:])
+        if prefix:
+            torch.add(read[:, :prefix], mean_v, out=out[:, :prefix])
+        return out
+
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> InLineState:
         """Central moments of phi(k) and v, and the sum of x."""
         x = tokens.v.flatten(2) if tokens.x is None else tokens.x
@@ -128,9 +172,12 @@ class InLine(Core):
         heads = self.num_heads
 
         def grouped(x: Tensor, conv: Any) -> Tensor:  # (H, B, d) -> (H, B, out)
-            weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
+            weight, bias = conv.weight, conv.bias
+            if weight.dtype != x.dtype:
+                weight, bias = weight.to(x.dtype), bias.to(x.dtype)
             return torch.baddbmm(bias.view(heads, 1, -1), x, weight.view(heads, -1, x.shape[-1]).transpose(1, 2))
 
+        first, act, second = generator
         with full_precision(mean):
-            hidden = generator[1](grouped(split_heads(mean, heads).transpose(0, 1), generator[0]))
-            return grouped(hidden, generator[2]).transpose(0, 1).reshape(*mean.shape, 3, 3)
+            hidden = act(grouped(split_heads(mean, heads).transpose(0, 1), first))
+            return grouped(hidden, second).transpose(0, 1).reshape(*mean.shape, 3, 3)
