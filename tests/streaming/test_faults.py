@@ -11,7 +11,7 @@ import torch
 
 import linsight
 from linsight.errors import CapabilityError, LinsightError
-from linsight.streaming import _tiled
+from linsight.streaming import _store, _tiled
 
 from .hosts import PLAIN, close, image, small, whole
 
@@ -164,6 +164,15 @@ def test_a_disk_that_fills(model, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["step-2.bin", "stream.json"]
     found = linsight.stream(model, PICTURE, scratch=tmp_path, output="map", resume=True, **ARGUMENTS)
     close(found.flatten(0, 1), whole(model, PICTURE)[0])
+
+
+def test_files_have_their_place_before_they_are_written(tmp_path):
+    """A mapped file with holes ends the process when the disk is full."""
+    _store._allocate(tmp_path / "map", 2**20)
+    blocks = getattr(os.stat(tmp_path / "map"), "st_blocks", None)
+    if blocks is None:
+        pytest.skip("this system does not tell what a file takes")
+    assert blocks * 512 >= 2**20 == os.path.getsize(tmp_path / "map")
 
 
 @pytest.mark.parametrize("call", [2, 4])
