@@ -29,6 +29,7 @@ from typing import Any
 import _accuracy_docs as docs
 import timm
 import torch
+from _script import exit_status
 from torch import nn
 
 import linsight
@@ -260,14 +261,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the workers would train on
-    try:
-        run(parse(arguments))
-    except (LinsightError, OSError) as error:
-        print(f"accuracy.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return exit_status(__file__, lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

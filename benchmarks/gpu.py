@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from _script import exit_status
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -334,14 +335,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        run(parse(arguments))
-    except (LinsightError, OSError) as error:
-        print(f"gpu.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(__file__, lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

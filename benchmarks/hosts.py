@@ -18,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from _script import exit_status
 
 from linsight.bench import (
     STEPS,
@@ -37,7 +38,7 @@ from linsight.bench import (
     spread,
     write_rows,
 )
-from linsight.errors import LinsightError, UnknownNameError
+from linsight.errors import UnknownNameError
 from linsight.models import VARIANTS
 
 # Of the table: a heading, and where its number comes from, for ours and for softmax.
@@ -153,13 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return run(parse(arguments))
-    except (LinsightError, OSError) as error:
-        print(f"hosts.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(__file__, lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

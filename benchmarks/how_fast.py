@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _script import exit_status
 from torch import Tensor, nn
 
 import linsight.bench as room
@@ -208,18 +209,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
+    def work() -> None:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         text = run(options)
         print(text)
         if options.docs:
             document(options.docs, text)
-    except (LinsightError, OSError) as error:
-        print(f"how_fast.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_status(__file__, work)
 
 
 if __name__ == "__main__":
