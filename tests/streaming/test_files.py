@@ -100,6 +100,18 @@ def test_only_the_segments_that_are_asked_for_are_read(tmp_path, monkeypatch):
         assert len(read) == 2  # they are kept
 
 
+def test_segments_are_kept_while_there_is_place(tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    monkeypatch.setattr("linsight.streaming._tiff.KEPT", 2 * 16 * 16 * 3 + 1)
+    tifffile.imwrite(path, photo(), photometric="rgb", tile=(16, 16), compression="zlib")
+    with opened(path, 3) as (picture, _):
+        picture[0:45, 0:70]
+        assert list(picture.reader.kept) == [13, 14]
+    assert not picture.reader.kept
+    monkeypatch.setattr("linsight.streaming._memory._SOURCES", {"RLIMIT_AS": lambda root: [16 * 16 * 3 - 1]})
+    one_line(path, "RLIMIT_AS", "save it in tiles")
+
+
 def test_tiff_files_that_are_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, photo(), photometric="rgb", tile=(16, 16), compression="zlib")

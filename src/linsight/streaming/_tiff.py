@@ -8,6 +8,8 @@ import numpy as np
 
 from linsight.errors import ImageError, MissingExtraError
 
+from ._memory import free_memory, in_words
+
 KEPT = 2**28  # bytes of decoded segments: strips are as wide as the image, and all tiles of a row need them again
 
 
@@ -54,6 +56,12 @@ class Tiff:
             self.mapped = np.memmap(path, dtype, "r", page.dataoffsets[0], shape)
             self.mapped = np.moveaxis(self.mapped, 0, -1) if self.planes > 1 else self.mapped
             return
+        need = self.segment[0] * self.segment[1] * (page.samplesperpixel // self.planes) * page.dtype.itemsize
+        if need > (free := free_memory()).bytes:
+            raise ImageError(
+                f"'{path}' has segments of {in_words(need)}, each read whole, and {free} are free: save it in tiles"
+            )
+        self.most = max(1, KEPT // need)
         try:
             self._decoded(0)  # what cannot be decoded at all is known before any work
         except ValueError as error:
@@ -102,10 +110,9 @@ class Tiff:
             if len(data) < count:
                 raise ImageError("the file ends before its pixels do")
         part, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
-        part = np.full(shape, page.nodata, page.dtype) if part is None else part
-        part = part[0]
+        part = np.full(shape, page.nodata, page.dtype)[0] if part is None else part[0]
         self.kept[index] = part
-        while len(self.kept) > 1 and sum(p.nbytes for p in self.kept.values()) > KEPT:
+        if len(self.kept) > self.most:
             self.kept.popitem(last=False)
         return part
 
