@@ -29,6 +29,7 @@ import _gigapixel_docs as docs
 import numpy as np
 import timm
 import torch
+from _script import exit_status
 from PIL import Image
 from torch import Tensor, nn
 
@@ -209,17 +210,13 @@ def make_picture(path: Path, side: int, photos: list[np.ndarray]) -> None:
 
 
 def points(options: argparse.Namespace, folder: Path) -> Iterator[Point]:
-    """All, in the order in which they are run: the largest first, and what must stop somewhere from small to large."""
-
-    def point(form: Form, side: int) -> Point:
-        tile = options.tile
-        return Point(form, side, tile, 1e9 * options.limit, options.threads, folder / "picture.npy", folder / "maps")
-
-    for side in sorted(options.sides, reverse=True):
-        yield from (point(form, side) for form in STREAMS)
-    smaller = {min(options.sides) // 4, min(options.sides) // 2, *options.sides}
-    for form in WHOLE:
-        yield from (point(form, side) for side in sorted(smaller))
+    """All, from small to large: what is there at any moment is of use."""
+    least = min(options.sides)
+    for side in sorted({least // 4, least // 2, *options.sides}):
+        for form in (*STREAMS, *WHOLE):
+            if side >= least or form in WHOLE:
+                limit, picture, maps = 1e9 * options.limit, folder / "picture.npy", folder / "maps"
+                yield Point(form, side, options.tile, limit, options.threads, picture, maps)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -239,7 +236,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             if any(row["error"] and row["side"] < side for row in rows if (row["model"], row["way"]) == form[:2]):
                 continue  # it has stopped
             before = found.get((*form[:2], side // 2))
-            expected = before["wall_s"] * form.growth if before else 0.0
+            expected = before["cpu_s"] / options.threads * form.growth if before else 0.0
             row = {"model": form.model, "way": form.way, "maps": form.maps, "side": side, "limit_gb": options.limit}
             row |= dict.fromkeys(NOTED, "") | facts
             if form in STREAMS:
@@ -295,7 +292,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--sides", type=lambda text: [int(side) for side in text.split(",")], default=sides, help="pixels, by commas")
     add("--tile", type=int, default=1024, help="pixels of a tile's side")
     add("--limit", type=float, default=8.0, help="GB of anonymous memory")
-    add("--patience", type=float, default=1800.0, help="seconds for what is not streamed, expected or taken")
+    add("--patience", type=float, default=3600.0, help="seconds for what is not streamed, expected or taken")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--csv", type=Path, default=Path("gigapixel.csv"), help="file to write, and to go on with")
     add("--docs", type=Path, help="the folder of gigapixel.md, to write the result into")
@@ -303,7 +300,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
+    def work() -> None:
         if sys.platform != "linux":
             raise LinsightError("only Linux counts memory in a way that this can limit")
         options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -313,12 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(docs.text_of(rows, FACTS))
         if options.docs:
             docs.write(options.docs, rows, FACTS)
-    except (LinsightError, OSError) as error:
-        print(f"gigapixel.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_status(__file__, work)
 
 
 if __name__ == "__main__":
