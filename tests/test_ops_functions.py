@@ -31,6 +31,21 @@ def test_depthwise_conv(height, width, kernel, bias):
     torch.testing.assert_close(out, truth.flatten(2).transpose(1, 2))
 
 
+def test_a_compiler_gets_products_of_small_images_and_a_convolution_of_others():
+    """Of one image, in two graphs for all sizes: the first is for a size that is known."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append("conv2d" in graph.code)
+        return graph.forward
+
+    compiled = torch.compile(lambda x, size, kernels: dynamic_depthwise_conv(x, size, kernels), backend=backend)
+    for size in ((5, 6), (7, 9), (11, 3), (4, 8)):
+        x, kernels = torch.randn(1, size[0] * size[1], 8), torch.randn(1, 8, 3, 3)
+        torch.testing.assert_close(compiled(x, size, kernels), shifted_products(x, size, kernels))
+    assert graphs == [False, True]
+
+
 @given(height=SIDE, width=SIDE, kernel=st.sampled_from([1, 3, 5]))
 @pytest.mark.parametrize("conv", [dynamic_depthwise_conv, shifted_products])
 def test_dynamic_depthwise_conv(conv, height, width, kernel):

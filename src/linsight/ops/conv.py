@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from ._forms import fused_form, unrecorded
 from .states import accumulator, autocasts, full_precision
+
+SMALL = 2**17  # numbers: of more, on a CPU, one convolution is quicker than what a compiler makes of the products
 
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,17 +34,18 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
 
     The definition is the sum of k*k shifted products, which a compiler can fuse and no group count ties to a batch.
     Run eagerly it would pass over memory k*k times, so there it is one convolution of B*C groups, channels last: the
-    channels of all images side by side at each place, which is the cheaper way to copy them.
+    channels of all images side by side at each place, which is the cheaper way to copy them. So it is compiled for one
+    image, too, if that is not known to be small.
     Computed in the dtype of `kernels`.
     """
     fused = fused_form("dynamic_depthwise_conv", x)
     if fused is not None:
         return fused(x, size, kernels)
     x = x.to(kernels.dtype)
-    if torch.compiler.is_compiling():
-        return shifted_products(x, size, kernels)
     batch, _, channels = x.shape
-    if batch == 1:
+    if torch.compiler.is_compiling() and (batch != 1 or statically_known_true(size[0] * size[1] * channels <= SMALL)):
+        return shifted_products(x, size, kernels)
+    if batch == 1:  # compiled, too: graphs of one image are graphs of their own
         with full_precision(x):
             return _convolve(x, size, kernels.transpose(0, 1))
     beside = x.transpose(0, 1).reshape(1, -1, batch * channels)  # (1, H*W, B * C)
