@@ -26,9 +26,9 @@ HEADS = 3  # of DeiT-T, each with N x N scores
 
 
 def lines_of(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each model and way to run it, by size."""
+    """The rows of each model and way to run it, by size; what is streamed first."""
     found: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["side"]):
+    for row in sorted(rows, key=lambda row: (row["way"] != "streamed", row["side"])):
         found.setdefault((row["model"], row["way"]), []).append(row)
     return found
 
@@ -59,6 +59,7 @@ def megapixels(row: Row) -> float:
 def sentences(rows: Sequence[Row]) -> Iterator[str]:
     """What the tables say, of each line of rows."""
     lines = lines_of(rows)
+    sides = {row["side"] for row in rows if row["way"] == "streamed"}
     largest = max(row["side"] for row in rows)
     for (model, way), line in lines.items():
         done, stop = ended(line), next((row for row in line if row["error"]), None)
@@ -75,17 +76,19 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
         elif stop is not None:
             text += f"stops at {stop['side']:,} pixels a side: {stop['error']}."
         elif done:
-            text += f"runs up to {done[-1]['side']:,} pixels a side."
+            text += f"measured up to {done[-1]['side']:,} pixels a side."
         if way == "all scores in memory":
             scores = HEADS * 4 * ((largest / 16) ** 2 + 1) ** 2
             text += f" The scores of one layer at {largest:,} would be {scores / 1e12:,.0f} TB."
         elif way == "scaled_dot_product_attention" and done:
             guess = done[-1]["cpu_s"] * (largest / done[-1]["side"]) ** 4
             text += f" At {largest:,}, by the square of the tokens, it would take {duration(guess)} of CPU time."
+        if way == "streamed" and (missing := sides - {row["side"] for row in line}):
+            text += f" Not measured yet: {', '.join(f'{side:,}' for side in sorted(missing))}."
         beside = lines.get((model, "dense"), [])
         if way == "streamed" and (both := differences(line, beside)):
             side, difference = both[-1]
-            text += f" Logits differ from those of the dense form by {difference:.1e} of the largest at {side:,}"
+            text += f" Logits differ from those of the dense form by {difference:.1e} of the largest logit at {side:,}"
             dense = next(row for row in beside if row["side"] == side)
             own = next(row for row in line if row["side"] == side)
             text += f", and the CPU seconds are {own['cpu_s'] / dense['cpu_s']:.2f} times its."
@@ -119,7 +122,7 @@ def picture(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.ticker import NullLocator
 
     lines = {key: ended(line) for key, line in lines_of(rows).items() if ended(line)}
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
     growth, times, memory = figure.subplots(1, 3)
     colours = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(model for model, _ in lines))}
     marks = dict(zip(dict.fromkeys(way for _, way in lines), "osxv", strict=False))
@@ -147,7 +150,7 @@ def picture(path: Path, rows: Sequence[Row]) -> None:
         axes.set_xlabel("pixels a side")
     for axes in (growth, times, memory):
         axes.grid(alpha=0.3)
-    times.legend(fontsize=8)
+    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

@@ -85,8 +85,12 @@ def test_the_page_keeps_its_words(options, tmp_path, monkeypatch, capsys):
     head, _, rest = text.partition("<!-- generated: gigapixel -->\n")
     assert written.startswith(head) and written.endswith(rest[rest.index("<!-- end -->") :])
     assert "- `inline_deit_tiny`, streamed: from 256 to 512 pixels a side, 4 times the pixels, 4.0 times" in written
-    assert "(a power of 1.00); memory 600 and 600 MB" in written and "by 0.0e+00 of the largest at 512" in written
+    assert "(a power of 1.00); memory 600 and 600 MB" in written and "by 0.0e+00 of the largest logit at 512" in written
     assert "all scores in memory: stops at 256 pixels a side: no memory for 9.0 GB more." in written
+    left = [row for row in gigapixel.read(options.csv) if (row["maps"], row["side"]) != ("bfloat16", 512)]
+    assert "`inline_pvt_tiny`, streamed: measured up to 256 pixels a side. Not measured yet: 512." in docs.text_of(
+        left, ()
+    )
     assert (tmp_path / "gigapixel.png").stat().st_size > 10_000
     assert gigapixel.main(["--docs", str(tmp_path / "none")]) == 2
     assert "has no line" in capsys.readouterr().err
