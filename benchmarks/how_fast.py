@@ -121,7 +121,7 @@ def beside_floor(done: Done) -> Iterator[list[str]]:
 
 
 def precision(done: Done) -> str:
-    return f"{done.facts['precision']}, compiled" if done.facts["compiled"] else done.facts["precision"]
+    return f"{done.facts['precision']}, compiled" if done.facts.get("compiled") else done.facts["precision"]
 
 
 TITLES = {

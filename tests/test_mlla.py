@@ -129,6 +129,30 @@ def test_dense_backbones_take_the_weights_of_a_classifier(family):
         torch.testing.assert_close(map_, normed)
 
 
+def test_hooks_see_what_they_are_at():
+    """What is folded, or written in place, is neither where somebody looks."""
+    model, seen = build("mlla").eval(), {}
+    merge = model.stages[1].downsample
+    watched = {"conv": merge.narrow.conv, "norm": merge.narrow.bn, "widen": merge.widen}
+    watched["gate"] = model.stages[0].blocks[0].attn.act_proj
+    handles = [
+        part.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+        for name, part in watched.items()
+    ]
+    x = torch.randn(1, 3, 64, 64)
+    model(x)
+    recorded = {name: out.detach().clone() for name, out in seen.items()}
+    seen.clear()
+    with torch.no_grad():
+        model(x)
+    torch.testing.assert_close(seen, recorded)
+    assert seen["widen"].min() < 0
+    for handle in handles:
+        handle.remove()
+    merge.widen.register_full_backward_hook(lambda *_: None)
+    model(x).sum().backward()
+
+
 @families
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_without_gradients_norms_and_sums_are_folded(family, dtype):

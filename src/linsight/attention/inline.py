@@ -35,6 +35,7 @@ from linsight.ops import (
     full_precision,
     mask_tokens,
     outer_sum,
+    unrecorded,
 )
 
 from ._core import Capabilities, Core, Rename, Tokens, split_heads
@@ -113,7 +114,8 @@ class InLine(Core):
         """Outputs `(B, N, H, E)`. One small image on a CPU, of which steps are all the cost, goes by fewer."""
         x = tokens.x
         if (
-            x is not None
+            unrecorded()  # first, as a graph would be for the sizes that are asked for below
+            and x is not None
             and x.shape[0] == 1
             and x.numel() <= SMALL
             and x.device.type == "cpu"

@@ -73,7 +73,7 @@ class GatedAttention(Attention):
     def conclude(self, out: Tensor, x: Tensor) -> Tensor:
         """Gated by the other branch, and projected."""
         gate = self.act_proj(x)
-        return super().conclude(F.silu(gate, inplace=True).mul_(out) if unrecorded() else out * F.silu(gate), x)
+        return super().conclude(F.silu(gate).mul_(out) if unrecorded() else out * F.silu(gate), x)
 
     def _convolved(self, u: Tensor, layout: Layout) -> Tensor:
         grid = layout.grid

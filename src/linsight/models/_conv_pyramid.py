@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Rename
-from linsight.ops import Grid, foldable
+from linsight.ops import Grid, foldable, unrecorded
 
 from ._pyramid import PlainPyramid
 
@@ -39,7 +39,7 @@ class ConvNorm(ConvNormAct):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` to the same of other channels. In inference the norm is a part of the convolution."""
         conv, norm = self.conv, self.bn
-        if norm.training or not foldable(x, conv.weight) or norm.running_var is None:
+        if not (_folds(conv, norm) and foldable(x, conv.weight)):
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
@@ -47,6 +47,17 @@ class ConvNorm(ConvNormAct):
             shift = shift + conv.bias * scale
         weight = conv.weight * scale[:, None, None, None]
         return norm.act(conv._conv_forward(x, weight, shift))
+
+
+def _folds(conv: Any, norm: Any) -> bool:
+    """Whether these two are what was built here, and nobody looks at what is between them."""
+    if type(conv) not in (nn.Conv2d, Pointwise) or not isinstance(norm, nn.BatchNorm2d):
+        return False
+    return not norm.training and norm.running_var is not None and norm.affine and not _watched(conv, norm)
+
+
+def _watched(*modules: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class ConvStem(nn.Module):
@@ -107,8 +118,9 @@ class ConvMerge(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, in_dim, H, W)` to tokens `(B, h*w, C)` and their grid."""
-        x = F.relu(self.widen(pad_to_multiple(x, 2)), inplace=True)
-        return as_tokens(self.narrow(F.relu(self.stride2(x), inplace=True)))
+        free = unrecorded() and not _watched(self.widen, self.stride2)
+        x = F.relu(self.widen(pad_to_multiple(x, 2)), inplace=free)
+        return as_tokens(self.narrow(F.relu(self.stride2(x), inplace=free)))
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -94,7 +94,11 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "depthwise_conv": _triton("conv:depthwise_conv", widest=0),
     "dynamic_depthwise_conv": (
         *_triton("conv:dynamic_depthwise_conv", widest=0),
-        Form("one grouped convolution", "run eagerly; shifted products when compiled or exported", _everywhere),
+        Form(
+            "one grouped convolution",
+            "run eagerly; shifted products when compiled for batches or small images",
+            _everywhere,
+        ),
     ),
     "pool_tokens": (
         Form("one adaptive pooling", "run eagerly, whole, without gradients; else small matrices", _everywhere),
@@ -169,7 +173,7 @@ def _choose_fused(operator: str, x: Tensor) -> Callable[..., Any] | None:
 
 def unrecorded() -> bool:
     """Whether steps are only run, eagerly and without gradients: then they may write in place and fold weights."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _forced == "plain")
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _forced)
 
 
 @torch.compiler.assume_constant_result  # a compiler cannot trace an import

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ._forms import fused_form, unrecorded
 from .states import accumulator, autocasts, full_precision
 
-SMALL = 2**17  # numbers: of more, on a CPU, one convolution is quicker than what a compiler makes of the products
+SMALL = 2**17  # numbers: of more, one convolution is quicker than what a compiler makes of the products
 
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
