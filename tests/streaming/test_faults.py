@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_from_its_last_step(model, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         linsight.stream(model, PICTURE, scratch=tmp_path, **ARGUMENTS)
     assert json.loads((tmp_path / "stream.json").read_text())["step"] == 1
-    assert sorted(os.listdir(tmp_path)) == ["step-1.bin", "stream.json"]
+    assert sorted(os.listdir(tmp_path)) == ["linsight-1.map", "stream.json"]
     one_line(LinsightError, "resume=True", model=model, scratch=tmp_path)
     again = {"model": model, "scratch": tmp_path, "resume": True}
     one_line(LinsightError, "another image", **{**again, "image": PICTURE + 1})
@@ -128,8 +128,34 @@ def test_a_stopped_run_goes_on_from_its_last_step(model, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_damaged_state_is_not_gone_on_with(model, tmp_path):
-    (tmp_path / "stream.json").write_text("{")
+def test_a_scratch_folder_is_of_one_run_and_keeps_what_is_not_ours(model, tmp_path):
+    (tmp_path / "step-5.bin").write_text("of somebody")
+    inside = []
+
+    def report(done, total):
+        if not inside:
+            inside.append(done)
+            one_line(LinsightError, "another run works in", model=model, scratch=tmp_path)
+
+    linsight.stream(model, PICTURE, scratch=tmp_path, report=report, **ARGUMENTS)
+    linsight.stream(model, PICTURE, scratch=tmp_path, **ARGUMENTS)
+    assert inside and os.listdir(tmp_path) == ["step-5.bin"]
+
+
+def test_models_of_one_channel(tmp_path):
+    """Their configuration may still know of colours."""
+    model = small("vit_tiny", "inline", in_chans=1, depth=1).eval()
+    grey = torch.randint(0, 256, (30, 26), dtype=torch.uint8)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).mean() for key in ("mean", "std"))
+    expected = whole(model, ((grey / 255 - mean) / std)[None])[1]
+    for picture in (grey, grey[None], grey[..., None]):
+        close(linsight.stream(model, picture, tile=16, output="features"), expected)
+    one_line(LinsightError, "mean= has 3 values", "1 channel", model=model, image=grey, mean=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("state", ["{", "[]", '{"step": 0, "shape": [1], "prefix": null, "work": null}'])
+def test_a_damaged_state_is_not_gone_on_with(model, state, tmp_path):
+    (tmp_path / "stream.json").write_text(state)
     one_line(LinsightError, "stream.json", "start again", model=model, scratch=tmp_path, resume=True)
 
 
@@ -157,11 +183,11 @@ MAP = 8 * 7 * 16 * 4  # bytes of each map of the model here
 
 def test_a_disk_that_fills(model, tmp_path):
     with disk_of(MAP - 1):
-        one_line(LinsightError, "no place", "step-0", model=model, scratch=tmp_path)
+        one_line(LinsightError, "no place", "linsight-0", model=model, scratch=tmp_path)
     assert os.listdir(tmp_path) == []
     with disk_of(MAP):  # the last one has a header
         one_line(LinsightError, "no place for the final map", model=model, scratch=tmp_path, output="map")
-    assert sorted(os.listdir(tmp_path)) == ["step-2.bin", "stream.json"]
+    assert sorted(os.listdir(tmp_path)) == ["linsight-2.map", "stream.json"]
     found = linsight.stream(model, PICTURE, scratch=tmp_path, output="map", resume=True, **ARGUMENTS)
     close(found.flatten(0, 1), whole(model, PICTURE)[0])
 
@@ -189,7 +215,7 @@ def test_a_disk_that_fills_or_fails_as_it_is_written(call, model, tmp_path, monk
     monkeypatch.setattr(os, "fsync", full)
     one_line(LinsightError, "Input/output error", model=model, scratch=tmp_path, output="map")
     step = call - 2
-    assert sorted(os.listdir(tmp_path)) == [f"step-{step}.bin", "stream.json"]
+    assert sorted(os.listdir(tmp_path)) == [f"linsight-{step}.map", "stream.json"]
     assert json.loads((tmp_path / "stream.json").read_text())["step"] == step
     found = linsight.stream(model, PICTURE, scratch=tmp_path, output="map", resume=True, **ARGUMENTS)
     close(found.flatten(0, 1), whole(model, PICTURE)[0])
@@ -199,8 +225,8 @@ def test_a_disk_that_fills_or_fails_as_it_is_written(call, model, tmp_path, monk
 def test_a_damaged_map_is_not_taken_for_whole(damage, model, tmp_path, monkeypatch):
     with disk_of(MAP):
         one_line(LinsightError, "no place", model=model, scratch=tmp_path, output="map")
-    damage(tmp_path / "step-2.bin")
-    one_line(LinsightError, "step-2.bin", "start again", model=model, scratch=tmp_path, resume=True)
+    damage(tmp_path / "linsight-2.map")
+    one_line(LinsightError, "linsight-2.map", "start again", model=model, scratch=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(

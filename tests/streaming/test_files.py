@@ -132,6 +132,8 @@ def test_tiff_files_that_are_not_read(tmp_path, monkeypatch):
     one_line(path, "cannot be read")
     tifffile.imwrite(path, np.stack([photo()[..., 0]] * 5), photometric="minisblack")
     one_line(path, "stack")
+    tifffile.imwrite(path, photo(), photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+    one_line(path, "turned", "orientation 6")
     tifffile.imwrite(path, photo(6), photometric="minisblack", planarconfig="contig")
     one_line(path, "6 channels")
     tifffile.imwrite(path, photo()[..., 0] > 99, photometric="minisblack")

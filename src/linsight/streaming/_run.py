@@ -88,9 +88,9 @@ def stream(
         raise LinsightError("the model is in training mode, where layers are random: call model.eval()")
     if plan.head is None and output != "map":
         raise CapabilityError("this model pools in a way that does not stream: take output='map', or global_pool='avg'")
-    cfg: Any = resolve_model_data_config(model)
-    mean, std = (tuple(cfg[key] if given is None else given) for key, given in (("mean", mean), ("std", std)))
-    with opened(image, len(mean)) as (pixels, name), torch.inference_mode():
+    channels = next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))  # of the stem
+    mean, std = (_statistic(model, key, given, channels) for key, given in (("mean", mean), ("std", std)))
+    with opened(image, channels) as (pixels, name), torch.inference_mode():
         source = Source(pixels, mean, std, name)
         layers = _layers(plan, source.size, tile)
         store = Memory(dtype) if scratch is None else Scratch(scratch, dtype, resume)
@@ -102,6 +102,16 @@ def stream(
             if _is_out_of_memory(error):
                 raise LinsightError(f"no memory for a tile of {tile} pixels: make tile= (--tile) smaller") from error
             raise
+
+
+def _statistic(model: nn.Module, key: str, given: Sequence[float] | None, channels: int) -> tuple[float, ...]:
+    """One value a channel: what is given, or what the model's configuration has, which may know of colours alone."""
+    if given is None:
+        known: Sequence[float] = resolve_model_data_config(model)[key]
+        return tuple(known) if len(known) == channels else (sum(known) / len(known),) * channels
+    if len(given) != channels:
+        raise LinsightError(f"{key}= has {len(given)} values, and the model takes {channels} channels")
+    return tuple(given)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -187,11 +197,14 @@ class _Run:
         if isinstance(self.store, Memory):
             return {}
         height, width = self.source.size
-        sides = [((side - 1) // 2, min(side, (side - 1) // 2 + 64)) for side in (height, width)]
-        patch = self.source.read(sides[0], sides[1])
+        # Where there may be something: much of a slide is blank.
+        rows, columns = (
+            [(part * side // 8, min(side, part * side // 8 + 32)) for part in range(8)] for side in (height, width)
+        )
+        patches = [self.source.read(row, column) for row in rows for column in columns]
         return {
             "model": fingerprint(self.model.state_dict().values()),
-            "image": f"{self.source.shape} {fingerprint([patch])}",
+            "image": f"{self.source.shape} {fingerprint(patches)}",
             "dtype": str(self.store.dtype),
         }
 

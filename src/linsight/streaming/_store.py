@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ._memory import free_memory, in_words
 
 STATE = "stream.json"
 MAP = "map.npy"
+LOCK = ".linsight-lock"
 
 
 class Canvas:
@@ -92,7 +93,8 @@ class Scratch:
     """Maps in files of a folder, with a state after each step from which a stopped run goes on.
 
     Raises:
-        LinsightError: no folder can be there, or it holds the state of a run that `resume` does not ask for.
+        LinsightError: no folder can be there, another run works in it, or it holds the state of one that `resume`
+            does not ask for.
     """
 
     where = "scratch"
@@ -103,8 +105,10 @@ class Scratch:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LinsightError(f"scratch='{folder}' is no folder: {error.strerror}") from error
+        self._lock = _locked(self.folder)
         held = (self.folder / STATE).exists()
         if held and not resume:
+            self._lock()
             raise LinsightError(
                 f"'{folder}' holds the state of a stopped run: resume=True (--resume) goes on with it; or give another"
             )
@@ -129,7 +133,8 @@ class Scratch:
             return 0, None, None
         try:
             state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            step, shape, prefix, before = state["step"], tuple(state["shape"]), state["prefix"], state["work"]
+            step, shape, before = int(state["step"]), tuple(map(int, state["shape"])), dict(state["work"])
+            prefix = None if state["prefix"] is None else torch.tensor(state["prefix"], dtype=torch.float32)[None]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LinsightError(f"'{self.folder / STATE}' cannot be read: delete the folder and start again") from error
         odd = [key for key in work if before.get(key) != work[key]]
@@ -142,8 +147,7 @@ class Scratch:
             raise LinsightError(f"'{path}' is missing or damaged: delete the folder and start again")
         self._ours, self._last = True, path
         self._clear(path)
-        tokens = None if prefix is None else torch.tensor(prefix, dtype=torch.float32)[None]
-        return step + 1, self._map(path, shape), tokens
+        return step + 1, self._map(path, shape), prefix
 
     def new(self, step: int, shape: tuple[int, int, int]) -> Canvas:
         """A map for what `step` writes, with its place on the disk taken: a full disk is found here, not later."""
@@ -182,6 +186,7 @@ class Scratch:
         if self._ours:
             self._clear(self._last)
             (self.folder / f".{MAP}").unlink(missing_ok=True)
+        self._lock()
 
     def output(self, shape: tuple[int, int, int]) -> Canvas:
         """For the final map, float32, in a NumPy file that has its name once it is whole."""
@@ -204,13 +209,14 @@ class Scratch:
                 raise LinsightError(f"the map cannot be written to '{self.folder}': {error.strerror}") from error
         (self.folder / STATE).unlink(missing_ok=True)
         self._clear()
+        self._lock()
         return None if output is None else output.data
 
     def _file(self, step: int) -> pathlib.Path:
-        return self.folder / f"step-{step}.bin"
+        return self.folder / f"linsight-{step}.map"
 
     def _maps(self) -> Iterable[pathlib.Path]:
-        return self.folder.glob("step-*.bin")
+        return self.folder.glob("linsight-*.map")
 
     def _clear(self, but: pathlib.Path | None = None) -> None:
         for file in self._maps():
@@ -222,8 +228,29 @@ class Scratch:
         return Canvas(torch.from_file(str(path), shared=True, size=size, dtype=self.dtype).view(shape))
 
 
+def _locked(folder: pathlib.Path) -> Callable[[], None]:
+    """Keep other runs out of `folder`, where the system can, until what is returned is called or the process ends."""
+    try:
+        import fcntl
+    except ImportError:
+        return lambda: None
+    file = open(folder / LOCK, "w")  # noqa: SIM115  # open for as long as the run goes
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise LinsightError(f"another run works in '{folder}': give another folder") from error
+
+    def release() -> None:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+
+    return release
+
+
 def _allocate(path: pathlib.Path, size: int) -> None:
     """A file of `size` bytes that exist on the disk; a sparse one would end the process when the disk is full."""
+    path.unlink(missing_ok=True)  # not the same file, which may still be mapped somewhere
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)

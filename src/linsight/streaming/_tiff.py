@@ -36,6 +36,9 @@ class Tiff:
     def _open(self, path: pathlib.Path) -> None:
         page: Any = self.file.pages.first
         self.page, colour = page, getattr(page.photometric, "name", str(page.photometric))
+        turned = page.tags.get(274)  # orientation
+        if turned is not None and turned.value != 1:
+            raise ImageError(f"'{path}' is stored turned or mirrored (orientation {turned.value:d}): save it upright")
         axes, bits = self.file.series[0].axes, page.bitspersample
         self.palette, self.inverted = page.colormap if colour == "PALETTE" else None, colour == "MINISWHITE"
         if axes not in ("YX", "YXS", "SYX"):

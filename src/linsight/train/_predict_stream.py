@@ -66,7 +66,7 @@ def predict_stream(
     bad: list[str] = []
     for file in files:
         try:
-            logits = _streamed(trained, file, "logits", tiling)
+            logits = _streamed(trained, file, "logits", tiling, more=file is not files[-1])
         except ImageError as error:
             if on_bad_image == "refuse":
                 raise
@@ -96,6 +96,8 @@ def save_stream(
         raise UnknownNameError("output", output, ("features", "map"))
     if out.suffix != ".npy":
         raise LinsightError(f"'{out}' is to be a NumPy file: let its name end in .npy")
+    if out.is_dir():
+        raise LinsightError(f"'{out}' is a folder: name a file in it")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise LinsightError(f"'{out}' cannot be written: '{out.parent}' is no folder that can be written to")
     found = _streamed(trained, file, output, tiling)
@@ -121,7 +123,8 @@ def _check_file(file: pathlib.Path) -> None:
         raise LinsightError(f"'{file}' is a folder: a stream takes image files")
 
 
-def _streamed(trained: Trained, file: pathlib.Path, output: Any, tiling: Tiling) -> Tensor:
+def _streamed(trained: Trained, file: pathlib.Path, output: Any, tiling: Tiling, more: bool = False) -> Tensor:
+    """`more`: whether other files follow, so that a stop with the last tile is one, too."""
     if tiling.dtype not in _DTYPES:
         raise UnknownNameError("dtype", tiling.dtype, _DTYPES)
     where = pick_device(tiling.device)
@@ -133,7 +136,7 @@ def _streamed(trained: Trained, file: pathlib.Path, output: Any, tiling: Tiling)
         nonlocal share
         share = 100 * done / total
         tiling.progress.tile(done, total)
-        if stop.code and done < total:
+        if stop.code and (done < total or more):
             raise KeyboardInterrupt
 
     with Stop() as stop, autocast(where, precision), tiling.progress.of(str(file)):
