@@ -24,7 +24,7 @@ def test_variants_are_the_published_models(name):
     if published:
         # Cards give two decimals of a million and of a billion.
         assert abs(count_parameters(model) - published["params"]) <= 5.1e3
-        if published["params"] < 40e6:  # larger ones differ from these in widths and depths, which parameters tell
+        if published["params"] < 30e6:  # larger ones differ from these in widths and depths, which parameters tell
             macs = count_macs(model, torch.empty(1, 3, height, width, device="meta"))
             assert abs(macs / 1e9 - published["gmacs"]) <= 0.0101
     assert model.pretrained_cfg["architecture"] == name
