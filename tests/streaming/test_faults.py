@@ -140,6 +140,8 @@ def test_a_scratch_folder_is_of_one_run_and_keeps_what_is_not_ours(model, tmp_pa
     linsight.stream(model, PICTURE, scratch=tmp_path, report=report, **ARGUMENTS)
     linsight.stream(model, PICTURE, scratch=tmp_path, **ARGUMENTS)
     assert inside and os.listdir(tmp_path) == ["step-5.bin"]
+    (tmp_path / _store.LOCK).mkdir()
+    one_line(LinsightError, "nothing can be written to", model=model, scratch=tmp_path)
 
 
 def test_models_of_one_channel(tmp_path):

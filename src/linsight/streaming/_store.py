@@ -46,8 +46,6 @@ class Canvas:
 class Memory:
     """Maps in memory. Nothing is kept of a run that stops."""
 
-    where = "memory"
-
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
@@ -96,8 +94,6 @@ class Scratch:
         LinsightError: no folder can be there, another run works in it, or it holds the state of one that `resume`
             does not ask for.
     """
-
-    where = "scratch"
 
     def __init__(self, folder: str | os.PathLike[str], dtype: torch.dtype, resume: bool) -> None:
         self.folder, self.dtype = pathlib.Path(folder), dtype
@@ -234,16 +230,22 @@ def _locked(folder: pathlib.Path) -> Callable[[], None]:
         import fcntl
     except ImportError:
         return lambda: None
-    file = open(folder / LOCK, "w")  # noqa: SIM115  # open for as long as the run goes
+    try:
+        file = open(folder / LOCK, "w")  # noqa: SIM115  # open for as long as the run goes
+    except OSError as error:
+        raise LinsightError(f"nothing can be written to '{folder}': {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise LinsightError(f"another run works in '{folder}': give another folder") from error
+    except OSError:
+        pass  # a file system without locks
 
     def release() -> None:
-        (folder / LOCK).unlink(missing_ok=True)
-        file.close()
+        if not file.closed:  # else it may be another run's by now
+            (folder / LOCK).unlink(missing_ok=True)
+            file.close()
 
     return release
 
