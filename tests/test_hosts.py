@@ -75,12 +75,14 @@ def build(host, attention="inline", **arguments):
 
 
 def shallow(host):
-    """The fewest blocks that have all there is to trace, which is slow: one a stage, two with shifted windows."""
+    """The fewest blocks that have all there is to trace, which is slow: two stages of one, two with shifted windows."""
     small = SMALL[host]
     if "stages" in small:
-        return build(host, stages=[(dim, 1, *rest) for dim, _, *rest in small["stages"]])
+        (first, *_, last) = small["stages"]
+        return build(host, stages=[(dim, 1, *rest) for dim, _, *rest in (first, last)])
     if "depths" in small:
-        return build(host, depths=(2 if host.startswith("swin") else 1, 1, 1, 1))
+        dims = {key: small[key][:2] for key in ("num_heads", "embed_dims") if key in small}
+        return build(host, depths=(2 if host.startswith("swin") else 1, 1), **dims)
     return build(host, **({"depth": 2} if "depth" in small else {}))
 
 

@@ -13,6 +13,7 @@ from .launch import RUNS
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked here"),
     pytest.mark.timeout(300),  # the first test waits for all ranks
+    pytest.mark.xdist_group("ranks"),  # which are started once
 ]
 
 
