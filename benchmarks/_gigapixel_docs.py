@@ -73,7 +73,7 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
                 f"memory {first['anon_mb']:,.0f} and {last['anon_mb']:,.0f} MB, of which {last['start_mb']:,.0f} are "
                 f"Python, PyTorch and the weights."
             )
-        elif stop is not None:
+        elif stop is not None and not stop["error"].startswith("not run"):
             text += f"stops at {stop['side']:,} pixels a side: {stop['error']}."
         elif done:
             text += f"measured up to {done[-1]['side']:,} pixels a side."
