@@ -242,3 +242,35 @@ def test_dropped_projections_go_on(host):
 def test_dtype_and_device_arguments(host):
     model = build(host, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("host", ["vit_tiny", "pvt_tiny", "swin_tiny", "mlla_pyramid_tiny", "cswin_tiny"])
+def test_hooks_see_what_is_written_over_where_nobody_looks(host):
+    """Without gradients GELU and sums are made in place: not of tensors that a hook was given."""
+    model, x, seen = build(host).eval(), torch.randn(1, 3, *sizes(host)[0]), []
+
+    def hook(module, args, out):
+        for tensor in (*args, out):
+            if isinstance(tensor, torch.Tensor):
+                seen.append((tensor, tensor.clone()))
+
+    with torch.no_grad():
+        plain = model(x)
+        for name, module in model.named_modules():
+            if not name.endswith("bn.drop"):  # what it gives, timm's own norm writes over
+                module.register_forward_hook(hook)
+        torch.testing.assert_close(model(x), plain, rtol=1e-4, atol=1e-5)
+    assert seen and all(torch.equal(tensor, then) for tensor, then in seen)
+
+
+@pytest.mark.parametrize("host", ["vit_tiny", "pvt_tiny", "swin_tiny", "mlla_pyramid_tiny", "cswin_tiny"])
+def test_gelu_is_written_over_its_input(host, monkeypatch):
+    """The MLPs of these hosts are all of the kind that does, and give what they give with gradients."""
+    model, x, places = build(host).eval(), torch.randn(1, 3, *sizes(host)[0]), []
+    gelu_ = torch.ops.aten.gelu_
+    monkeypatch.setattr(torch.ops.aten, "gelu_", lambda x, **how: places.append(x.data_ptr()) or gelu_(x, **how))
+    plain = model(x)
+    assert not places
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain, rtol=1e-4, atol=1e-5)
+    assert len(places) == sum(type(module).__name__ == "TokenMlp" for module in model.modules()) > 0

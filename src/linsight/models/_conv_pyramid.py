@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Rename
-from linsight.ops import Grid, foldable, unrecorded
+from linsight.ops import Grid, foldable, unrecorded, watched
 
 from ._pyramid import PlainPyramid
 
@@ -53,11 +53,7 @@ def _folds(conv: Any, norm: Any) -> bool:
     """Whether these two are what was built here, and nobody looks at what is between them."""
     if type(conv) not in (nn.Conv2d, Pointwise) or not isinstance(norm, nn.BatchNorm2d):
         return False
-    return not norm.training and norm.running_var is not None and norm.affine and not _watched(conv, norm)
-
-
-def _watched(*modules: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return not norm.training and norm.running_var is not None and norm.affine and not watched(conv, norm)
 
 
 class ConvStem(nn.Module):
@@ -118,7 +114,7 @@ class ConvMerge(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, in_dim, H, W)` to tokens `(B, h*w, C)` and their grid."""
-        free = unrecorded() and not _watched(self.widen, self.stride2)
+        free = unrecorded() and not watched(self.widen, self.stride2)
         x = F.relu(self.widen(pad_to_multiple(x, 2)), inplace=free)
         return as_tokens(self.narrow(F.relu(self.stride2(x), inplace=free)))
 

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from timm.layers import DropPath, trunc_normal_
+import torch
+from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models._manipulate import checkpoint
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
-from linsight.ops import Grid, Tile
+from linsight.ops import Grid, Tile, unrecorded, watched
 
 from ._convs import ConvMlp
 from ._seams import set_grid
@@ -34,6 +35,25 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class TokenMlp(Mlp):
+    """timm's. Where nothing is recorded, GELU is written over its input, the widest tensor of a block."""
+
+    @classmethod
+    def of(cls, mlp: nn.Module) -> nn.Module:
+        """One that timm made, or whatever else is there instead."""
+        if type(mlp) is Mlp:
+            mlp.__class__ = cls
+        return mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, C)`; the shape is kept."""
+        plain = type(self.fc1) is nn.Linear and type(self.act) is nn.GELU
+        if not (plain and unrecorded()) or watched(self.fc1, self.act):
+            return super().forward(x)
+        hidden = torch.ops.aten.gelu_(self.fc1(x), approximate=self.act.approximate)
+        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
+
+
 class PreNorm(nn.Module):
     """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
 
@@ -56,12 +76,16 @@ class PreNorm(nn.Module):
 
     def add_attention(self, x: Tensor, grid: Grid) -> Tensor:
         """The first half."""
-        return x + self.drop_path(self.attn(self.norm1(x), grid, cond=x if self.stream_as_cond else None))
+        return self.add(x, self.attn(self.norm1(x), grid, cond=x if self.stream_as_cond else None))
 
     def add_mlp(self, x: Tensor, grid: Grid) -> Tensor:
         """The second half."""
         inner = self.norm2(x)
-        return x + self.drop_path(self.mlp(inner, grid) if self.mlp_on_grid else self.mlp(inner))
+        return self.add(x, self.mlp(inner, grid) if self.mlp_on_grid else self.mlp(inner))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The sum, in training without the branches of some images."""
+        return x + self.drop_path(branch)
 
 
 class Stage(nn.Module):

@@ -17,6 +17,7 @@ from ._plan import Choice
 from ._seams import make_block as whole_block
 from ._seams import make_layer
 from ._siamese import Junction, Pair
+from ._stages import TokenMlp
 from ._steps import Steps, block_widths, heads_of
 
 NORMS = ("pre", "siamese")
@@ -112,6 +113,7 @@ def make_block(
         return whole
     kind = SiameseBlock if norm == "siamese" else Block
     block = kind(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice, grid)})
+    block.mlp = TokenMlp.of(block.mlp)
     block.cpe = CPE(dim, device=timm_args["device"], dtype=timm_args["dtype"]) if cpe else None
     return block
 

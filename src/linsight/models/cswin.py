@@ -15,7 +15,6 @@ at another size their width and number of heads stay.
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +26,7 @@ from ._convs import ConvEmbed
 from ._plan import Choice
 from ._pyramid import PlainPyramid
 from ._seams import make_layer
-from ._stages import PreNorm, StageSize
+from ._stages import PreNorm, StageSize, TokenMlp
 
 
 class Stripes(NamedTuple):
@@ -212,5 +211,5 @@ class CSwinTransformer(PlainPyramid):
             attn = CrossShapedAttention(choice, size.dim, size.num_heads, split=split, **shared)
         else:  # with projections of its own, and so without LePE
             attn = make_layer(choice, size.dim, size.num_heads, **shared)
-        mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        mlp = TokenMlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
         return CSwinBlock(size.dim, attn, mlp, drop_path=drop_path, **factory)

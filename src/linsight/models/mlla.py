@@ -10,17 +10,16 @@ as in the published dense backbones. Padding is part of the grid.
 
 from typing import Any
 
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from linsight.attention import Rename
-from linsight.ops import Grid
+from linsight.ops import Grid, unrecorded, watched
 
 from ._conv_pyramid import ConvPyramid, stem_names
 from ._convs import CPE
 from ._plan import Choice
 from ._seams import make_layer
-from ._stages import PreNorm, StageSize
+from ._stages import PreNorm, StageSize, TokenMlp
 
 
 class MLLABlock(PreNorm):
@@ -38,6 +37,12 @@ class MLLABlock(PreNorm):
         x = self.add_attention(self.cpe1(x, grid), grid)
         return self.add_mlp(self.cpe2(x, grid), grid)
 
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The sum; where nothing is recorded, in place of x, which a position encoding made."""
+        if unrecorded() and not watched(self.cpe1, self.norm1, self.cpe2, self.norm2):
+            return x.add_(branch)
+        return super().add(x, branch)
+
 
 class MLLATransformer(ConvPyramid):
     """The host."""
@@ -50,5 +55,5 @@ class MLLATransformer(ConvPyramid):
     ) -> nn.Module:
         """Pre-norm attention and MLP, each behind a position encoding."""
         layer = make_layer(choice, size.dim, size.num_heads, grid=grid, **factory)
-        mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        mlp = TokenMlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
         return MLLABlock(size.dim, layer, mlp, drop_path=drop_path, **factory)

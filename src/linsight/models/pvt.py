@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from linsight.attention import Rename
@@ -25,7 +25,7 @@ from ._convs import ConvEmbed
 from ._plan import Choice, plan
 from ._pyramid import Pyramid
 from ._seams import make_layer, refuse_prefix
-from ._stages import PreNorm, Stage, StageSize, as_map, init_linear
+from ._stages import PreNorm, Stage, StageSize, TokenMlp, as_map, init_linear
 
 
 class PVTStage(Stage):
@@ -176,7 +176,7 @@ class PyramidVisionTransformer(Pyramid):
         """Pre-norm attention, with the reduction of the stage, and MLP."""
         shared = {"projections": "q_kv", "reduction": size.reduction, "grid": grid, **factory}
         layer = make_layer(choice, size.dim, size.num_heads, **shared)
-        mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        mlp = TokenMlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
         return PreNorm(size.dim, layer, mlp, drop_path=drop_path, eps=1e-6, **factory)
 
     def make_stage(

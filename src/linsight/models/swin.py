@@ -35,7 +35,7 @@ from linsight.ops import Grid
 
 from ._plan import Choice, plan
 from ._seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores
-from ._stages import init_linear
+from ._stages import TokenMlp, init_linear
 from ._steps import Steps, block_widths, opened, widened
 from ._steps_swin import narrow
 from ._streams import StreamPlan
@@ -59,7 +59,7 @@ class SwinBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1, self.attn, self.drop_path1 = theirs.norm1, attn, theirs.drop_path1
-        self.norm2, self.mlp, self.drop_path2 = theirs.norm2, theirs.mlp, theirs.drop_path2
+        self.norm2, self.mlp, self.drop_path2 = theirs.norm2, TokenMlp.of(theirs.mlp), theirs.drop_path2
         self.window, self.shift, self.dense = window, shift, dense
 
     def set_size(self, grid: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:

@@ -1,6 +1,6 @@
 """Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
 
-from ._forms import FORMS, TRITON, ChosenForm, Form, forms, unrecorded, use_form
+from ._forms import FORMS, TRITON, ChosenForm, Form, forms, unrecorded, use_form, watched
 from .circulant import circular_correlation
 from .conv import Convolved, depthwise_conv, dynamic_depthwise_conv, foldable, shifted_products
 from .features import Features, as_features, focus
@@ -113,4 +113,5 @@ __all__ = [
     "unpack",
     "unrecorded",
     "use_form",
+    "watched",
 ]

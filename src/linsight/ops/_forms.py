@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linsight.errors import LinsightError, UnknownNameError
 
@@ -174,6 +174,14 @@ def _choose_fused(operator: str, x: Tensor) -> Callable[..., Any] | None:
 def unrecorded() -> bool:
     """Whether steps are only run, eagerly and without gradients: then they may write in place and fold weights."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _forced)
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether others see what goes in or comes out: then it may be neither written over nor left out.
+
+    Hooks do, and a `forward` that was put in the place of the class's.
+    """
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
 
 
 @torch.compiler.assume_constant_result  # a compiler cannot trace an import
