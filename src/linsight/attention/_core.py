@@ -25,6 +25,13 @@ class Tokens(NamedTuple):
     extra: Tensor | None = None
 
 
+class Linear(NamedTuple):
+    """weight: `(out, in)`.  bias: `(out,)`, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class Capabilities(NamedTuple):
     """What the formula of a mechanism allows. What is False raises an error that names who can.
 
@@ -117,6 +124,15 @@ class Core(nn.Module):
             tile = queries if r in self.of_queries else keys
             done += (self.finish(r, self.absorb(r, tokens, tile, done), tile.grid),)
         return self.read(tokens, queries, done)
+
+    def folded(self, x: Tensor, maps: dict[str, Linear], layout: Layout, cond: Tensor) -> Tensor | None:
+        """The layer around, all of it: `(B, N, C)` to `(B, N, C)`; None where that would be no quicker.
+
+        For mechanisms that a layer's linear maps "q", "k", "v" and "proj" can be made a part of. Asked only where
+        nothing is recorded, nobody looks, all tokens are kept and the batch is neither padded nor packed. `cond` is
+        what a conditioned core is given as x.
+        """
+        return None
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample parameters that lie on a grid to another height and width."""

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, each_grid, mask_tokens
+from linsight.ops import Grid, Layout, LayoutLike, as_layout, check_tokens, each_grid, foldable, mask_tokens, watched
 
-from ._core import Capabilities, Core, Rename, Tokens, merge_heads, split_heads
+from ._core import Capabilities, Core, Linear, Rename, Tokens, merge_heads, split_heads
 from ._packed import mark_packed, mix_packed
 from ._reduction import Reduction, reduced
 from ._registry import mechanism, require
@@ -162,6 +162,10 @@ class Attention(Layer):
         check_asked(type(self.core), layout, keep=keep, context=context, score_bias=score_bias)
         if context is not None and getattr(self.core, "causal", False):
             raise CapabilityError("the causal form orders one sequence: pass causal=False, or no context")
+        if keep is context is score_bias is layout.sizes is None and not layout.is_packed:
+            out = self._folded(x, layout, cond)
+            if out is not None:
+                return self.proj_drop(out)
         source, source_layout = x, layout
         if context is not None:
             if context_layout is None:
@@ -199,6 +203,22 @@ class Attention(Layer):
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample parameters that lie on a grid to another height and width, those of `x`."""
         self.core.set_grid(self.reduction.grid(grid) if self.reduction is not None else grid)
+
+    def _folded(self, x: Tensor, layout: Layout, cond: Tensor | None) -> Tensor | None:
+        """All but the dropout in one, where the core can."""
+        if "folded" not in vars(type(self.core)) or not foldable(x, self.proj.weight):
+            return None  # a class derived from one that has it may have another formula
+        names = [projection.name for projection in PROJECTIONS[self.layout_name]]
+        linears: list[Any] = [*(getattr(self, name) for name in names), self.proj]
+        plain = type(self) is Attention and all(type(linear) is nn.Linear for linear in linears)
+        if not plain or self.reduction is not None or watched(self.core, *linears):
+            return None
+        maps = {"proj": Linear(self.proj.weight, self.proj.bias)}
+        for projection, linear in zip(PROJECTIONS[self.layout_name], linears, strict=False):
+            widths = [self.widths[part] for part in projection.parts]
+            biases = [None] * len(widths) if linear.bias is None else linear.bias.split(widths)
+            maps |= zip(projection.parts, map(Linear, linear.weight.split(widths), biases), strict=True)
+        return self.core.folded(x, maps, layout, x if cond is None or not self.core.conditioned else cond)
 
     def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
         assert self.reduction is not None

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from linsight.ops import (
     Convolved,
@@ -28,21 +29,15 @@ from linsight.ops import (
     Tile,
     accumulator,
     affine_read,
-    apply_state,
     central_absorb,
-    depthwise_conv,
-    foldable,
+    dynamic_depthwise_conv,
     full_precision,
     mask_tokens,
-    outer_sum,
-    unrecorded,
 )
 
-from ._core import Capabilities, Core, Rename, Tokens, split_heads
+from ._core import Capabilities, Core, Linear, Rename, Tokens, split_heads
 from ._local import grid_values, on_grid
 from ._registry import Paper, register
-
-SMALL = 2**17  # numbers: of fewer, the steps of an image cost more than what they do
 
 
 class InLineState(NamedTuple):
@@ -103,42 +98,34 @@ class InLine(Core):
             else None
         )
 
-    def forward(
-        self,
-        tokens: Tokens,
-        layout: Layout,
-        *,
-        context_layout: Layout | None = None,
-        score_bias: Tensor | None = None,
-    ) -> Tensor:
-        """Outputs `(B, N, H, E)`. One small image on a CPU, of which steps are all the cost, goes by fewer."""
-        x = tokens.x
-        if (
-            unrecorded()  # first, as a graph would be for the sizes that are asked for below
-            and x is not None
-            and x.shape[0] == 1
-            and x.numel() <= SMALL
-            and x.device.type == "cpu"
-            and tokens.keep is layout.sizes is None
-            and self.generator is not None
-            and self.feature_map == "identity"
-            and foldable(x, next(self.generator.parameters()))
-        ):
-            return self._of_one(tokens, x, layout.grid, self.generator)
-        return super().forward(tokens, layout, context_layout=context_layout, score_bias=score_bias)
+    def folded(self, x: Tensor, maps: dict[str, Linear], layout: Layout, cond: Tensor) -> Tensor | None:
+        """On a CPU, of no fewer tokens than channels, without queries and keys, which only enter products.
 
-    def _of_one(self, tokens: Tokens, x: Tensor, grid: Grid, generator: nn.Sequential) -> Tensor:
-        """The same: the mean value is the convolution's bias, and nothing is a state."""
-        (_, n, heads, width), prefix = tokens.v.shape, grid.prefix
-        mean_k, mean_v = tokens.k.mean(1, keepdim=True), tokens.v.mean(1, keepdim=True)
-        cov = outer_sum(tokens.k - mean_k, tokens.v - mean_v).mul_(tokens.k.shape[-1] ** -0.5 / n)
-        kernels = self._generate(generator, x.mean(1))[0, :, None]  # (C, 1, 3, 3)
-        out = torch.empty_like(tokens.v, memory_format=torch.contiguous_format)
-        read = apply_state(tokens.q, cov)
-        local = depthwise_conv(tokens.v.flatten(2)[:, prefix:], grid[:2], kernels, mean_v.flatten())
-        torch.add(read[:, prefix:], local.unflatten(-1, (heads, width)), out=out[:, prefix:])
-        if prefix:
-            torch.add(read[:, :prefix], mean_v, out=out[:, :prefix])
+        Of one head, with W_q, W_k, W_v, W_p its rows, or columns, of the layer's maps:
+
+            proj(o) = (x - mean(x)) W_q^T M + mean(q) M + mean(v) W_p^T + b_p + conv(v) W_p^T,
+            M = s W_k Cov(x, v) W_p^T
+
+        so a layer costs four products of its tokens with C x C matrices, as its linear maps alone do.
+        """
+        batch, n, width = x.shape
+        if x.device.type != "cpu" or n < width or self.feature_map != "identity":
+            return None
+        heads, prefix = self.num_heads, layout.prefix
+        mean = x.mean(dim=1, keepdim=True)
+        centred, mean_v = x - mean, F.linear(mean, *maps["v"])
+        v = F.linear(centred, maps["v"].weight)
+        cross = (v.transpose(1, 2) @ centred).view(batch, heads, -1, width)  # (B, H, E, C)
+        k, proj = maps["k"].weight.view(heads, -1, width), maps["proj"].weight
+        cov = (k @ cross.mT).mul_(k.shape[1] ** -0.5 / n)  # (B, H, D, E)
+        matrix = (cov @ proj.view(-1, heads, cov.shape[-1]).permute(1, 2, 0)).flatten(1, 2)  # (B, H * D, C)
+        shift = F.linear(mean_v, *maps["proj"]).baddbmm_(F.linear(mean, *maps["q"]), matrix)
+        out = torch.baddbmm(shift, centred, maps["q"].weight.mT @ matrix)
+        if self.generator is not None:
+            condition = mean if cond is x else cond.mean(dim=1, keepdim=True)
+            kernels = self._generate(self.generator, condition[:, 0])
+            local = dynamic_depthwise_conv(v.add_(mean_v)[:, prefix:], layout.grid[:2], kernels)
+            out[:, prefix:].baddbmm_(local, proj.mT.expand(batch, -1, -1))
         return out
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> InLineState:
