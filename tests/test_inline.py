@@ -130,3 +130,23 @@ def test_what_the_algebra_does_not_hold_for_is_not_folded(folds):
     with torch.no_grad():
         layer(feature_map="relu")(x, GRID)
     assert folds == [False]
+
+
+@pytest.mark.parametrize(("grid", "folded"), [(Grid(8, 8, 1), True), (Grid(5, 7, 1), False)], ids=str)
+def test_compiled(folds, grid, folded):
+    """Without gradients, of a size that is known; of any size it is the plain form, and one graph."""
+    mixing, x = layer(), torch.randn(1, grid.tokens, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(mixing, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, grid), mixing(x, grid), rtol=1e-4, atol=1e-5)
+    assert folds == [folded, True]
+    torch.testing.assert_close(compiled(x, grid), mixing(x, grid), rtol=1e-4, atol=1e-5)
+    assert folds == [folded, True]
+
+
+def test_exported_is_plain(folds):
+    with torch.no_grad():
+        program = torch.export.export(layer(), (torch.randn(1, 65, 16), Grid(8, 8, 1)))
+        program.module()(torch.randn(1, 65, 16), Grid(8, 8, 1))
+    assert folds == []

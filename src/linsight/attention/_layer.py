@@ -205,20 +205,20 @@ class Attention(Layer):
         self.core.set_grid(self.reduction.grid(grid) if self.reduction is not None else grid)
 
     def _folded(self, x: Tensor, layout: Layout, cond: Tensor | None) -> Tensor | None:
-        """All but the dropout in one, where the core can."""
-        if "folded" not in vars(type(self.core)) or not foldable(x, self.proj.weight):
+        """All but the dropout in one, where the core can; None where not, or where others look at its parts."""
+        core, proj = self.core, self.proj
+        if "folded" not in vars(type(core)) or not foldable(x, proj.weight, compiled=True):
             return None  # a class derived from one that has it may have another formula
-        names = [projection.name for projection in PROJECTIONS[self.layout_name]]
-        linears: list[Any] = [*(getattr(self, name) for name in names), self.proj]
-        plain = type(self) is Attention and all(type(linear) is nn.Linear for linear in linears)
-        if not plain or self.reduction is not None or watched(self.core, *linears):
+        linears: list[Any] = [getattr(self, projection.name) for projection in PROJECTIONS[self.layout_name]]
+        plain = type(self) is Attention and all(type(linear) is nn.Linear for linear in (proj, *linears))
+        if not plain or self.reduction is not None or watched(core, proj, *linears):
             return None
-        maps = {"proj": Linear(self.proj.weight, self.proj.bias)}
-        for projection, linear in zip(PROJECTIONS[self.layout_name], linears, strict=False):
-            widths = [self.widths[part] for part in projection.parts]
-            biases = [None] * len(widths) if linear.bias is None else linear.bias.split(widths)
-            maps |= zip(projection.parts, map(Linear, linear.weight.split(widths), biases), strict=True)
-        return self.core.folded(x, maps, layout, x if cond is None or not self.core.conditioned else cond)
+        maps = {"proj": Linear(proj.weight, proj.bias)}
+        for projection, linear in zip(PROJECTIONS[self.layout_name], linears, strict=True):
+            weight, bias, widths = linear.weight, linear.bias, [self.widths[part] for part in projection.parts]
+            biases = [None] * len(widths) if bias is None else bias.split_with_sizes(widths)
+            maps |= zip(projection.parts, map(Linear, weight.split_with_sizes(widths), biases), strict=True)
+        return core.folded(x, maps, layout, x if cond is None or not core.conditioned else cond)
 
     def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
         assert self.reduction is not None

@@ -171,9 +171,14 @@ def _choose_fused(operator: str, x: Tensor) -> Callable[..., Any] | None:
     return None
 
 
-def unrecorded() -> bool:
-    """Whether steps are only run, eagerly and without gradients: then they may write in place and fold weights."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _forced)
+def unrecorded(compiled: bool = False) -> bool:
+    """Whether steps are only run, eagerly and without gradients: then they may write in place and fold weights.
+
+    `compiled`: or in a graph that is compiled to be run so. One that is exported keeps the plain form.
+    """
+    if torch.is_grad_enabled() or _forced:
+        return False
+    return not torch.compiler.is_compiling() or (compiled and not torch.compiler.is_exporting())
 
 
 def watched(*modules: nn.Module) -> bool:

@@ -94,12 +94,13 @@ def made(add: Convolved | Tensor | None) -> Tensor | None:
     return add() if isinstance(add, Convolved) else add
 
 
-def foldable(x: Tensor, weight: Tensor) -> bool:
-    """Whether a linear step before or after a convolution of `x` may be folded into its `weight`.
+def foldable(x: Tensor, weight: Tensor, compiled: bool = False) -> bool:
+    """Whether a linear step before or after a convolution of `x`, or another map, may be folded into its `weight`.
 
-    When nothing is recorded, and not in half precision, in which the weight would be rounded once more.
+    When nothing is recorded, and not in half precision, in which the weight would be rounded once more. `compiled`:
+    also where the steps are compiled.
     """
-    return unrecorded() and x.dtype == weight.dtype == accumulator(x.dtype) and not autocasts(x)
+    return unrecorded(compiled) and x.dtype == weight.dtype == accumulator(x.dtype) and not autocasts(x)
 
 
 def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
