@@ -274,3 +274,29 @@ def test_gelu_is_written_over_its_input(host, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain, rtol=1e-4, atol=1e-5)
     assert len(places) == sum(type(module).__name__ == "TokenMlp" for module in model.modules()) > 0
+
+
+@hosts
+def test_stochastic_depth_without_gradients(host):
+    """As with them: the forward of a reentrant checkpoint runs without, and its recomputation with gradients."""
+    model, x = build(host, drop_path_rate=0.8).train(), torch.randn(4, 3, *sizes(host)[0])
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    outs = []
+    for grad in (True, False):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(grad):
+            outs.append(model(x))
+    torch.testing.assert_close(outs[1], outs[0].detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+@hosts
+def test_traces_without_gradients(host):
+    model, x = build(host).eval(), torch.randn(1, 3, *sizes(host)[0])
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (x,), check_trace=False)
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)

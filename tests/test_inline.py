@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from linsight import create_attention
@@ -133,16 +135,22 @@ def test_what_the_algebra_does_not_hold_for_is_not_folded(folds):
 
 
 @pytest.mark.parametrize(("grid", "folded"), [(Grid(8, 8, 1), True), (Grid(5, 7, 1), False)], ids=str)
-def test_compiled(folds, grid, folded):
-    """Without gradients, of a size that is known; of any size it is the plain form, and one graph."""
-    mixing, x = layer(), torch.randn(1, grid.tokens, 16)
+def test_compiled(grid, folded):
+    """Without gradients, of a size that is known."""
+    mixing, x, products = layer(), torch.randn(1, grid.tokens, 16), []
+
+    def backend(graph, inputs):
+        products.append(sum("baddbmm" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
     torch._dynamo.reset()
-    compiled = torch.compile(mixing, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, grid), mixing(x, grid), rtol=1e-4, atol=1e-5)
-    assert folds == [folded, True]
-    torch.testing.assert_close(compiled(x, grid), mixing(x, grid), rtol=1e-4, atol=1e-5)
-    assert folds == [folded, True]
+    compiled = torch.compile(mixing, backend=backend, fullgraph=True)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(compiled(x, grid), mixing(x, grid), rtol=1e-4, atol=1e-5)
+    # torch 2.9 takes every graph for one that is exported.
+    exporting = torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(torch.zeros(()))
+    assert products == [5 if folded and not exporting else 2, 2]  # two are the generator's
 
 
 def test_exported_is_plain(folds):
@@ -150,3 +158,64 @@ def test_exported_is_plain(folds):
         program = torch.export.export(layer(), (torch.randn(1, 65, 16), Grid(8, 8, 1)))
         program.module()(torch.randn(1, 65, 16), Grid(8, 8, 1))
     assert folds == []
+
+
+def test_condition_of_another_dtype(folds):
+    mixing, x = layer(), torch.randn(1, GRID.tokens, 16)
+    plain = mixing(x, GRID, cond=x.bfloat16())
+    with torch.no_grad():
+        torch.testing.assert_close(mixing(x, GRID, cond=x.bfloat16()), plain, rtol=1e-2, atol=1e-2)
+    assert folds == [True]
+
+
+class OnlyLinear(torch.Tensor):
+    """As weights that are quantised: a subclass that knows linear maps alone."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if "split" in func.__name__:
+            raise NotImplementedError(func.__name__)
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out.as_subclass(torch.Tensor) if func is torch.nn.functional.linear else out
+
+
+def test_weights_of_another_class_are_not_split(folds):
+    mixing, x = layer(), torch.randn(1, GRID.tokens, 16)
+    plain = mixing(x, GRID)
+    mixing.qkv.weight = nn.Parameter(mixing.qkv.weight.detach().as_subclass(OnlyLinear), requires_grad=False)
+    assert type(mixing.qkv.weight) is OnlyLinear
+    with torch.no_grad():
+        torch.testing.assert_close(mixing(x, GRID), plain, rtol=1e-4, atol=1e-5)
+    assert folds == []
+
+
+def test_hooks_of_all_modules_see_the_parts(folds):
+    mixing, x, seen = layer(), torch.randn(1, GRID.tokens, 16), []
+    handle = register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        with torch.no_grad():
+            mixing(x, GRID)
+    finally:
+        handle.remove()
+    assert folds == [] and {mixing.qkv, mixing.core, mixing.proj} <= set(seen)
+
+
+def test_one_graph_of_any_size():
+    """It is not bound to the sizes for which a layer is folded."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer()
+
+        def forward(self, x):
+            return self.layer(x.flatten(2).mT, x.shape[2:])
+
+    torch._dynamo.reset()
+    model, counter = Model(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        for size in ((11, 13), (3, 4), (5, 6)):
+            x = torch.randn(1, 16, *size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1

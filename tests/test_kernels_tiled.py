@@ -4,9 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.export import Dim, export
 
-from linsight.attention import create_attention, inline
 from linsight.ops import (
     Convolved,
     Features,
@@ -107,40 +105,3 @@ def test_powers_are_tiled_too(monkeypatch):
         torch.testing.assert_close(out, linear_read(features, state, 1e-6), rtol=1e-4, atol=1e-4)
         plain = linear_read(focus(x, column, 3.0), linear_absorb(focus(x, column, 3.0), v), 1e-6)
     torch.testing.assert_close(focused, plain, rtol=1e-4, atol=1e-4)
-
-
-def test_a_graph_knows_no_small_image(monkeypatch):
-    """Its sizes would be bound to those where the way with fewer steps is taken."""
-    monkeypatch.setattr(inline, "SMALL", 1000)
-    layer = create_attention("inline", 16, 2).eval()
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x.flatten(2).mT, x.shape[2:])
-
-    sides = {2: Dim("height", min=2, max=99), 3: Dim("width", min=2, max=99)}
-    with torch.no_grad():
-        program = export(Model(), (torch.randn(1, 16, 5, 6),), dynamic_shapes={"x": sides}, strict=True)
-        x = torch.randn(1, 16, 11, 13)
-        torch.testing.assert_close(program.module()(x), Model()(x))
-
-
-@pytest.mark.parametrize("grid", [Grid(5, 4, 2), Grid(1, 7)], ids=str)
-def test_one_small_image_goes_by_fewer_steps(grid, monkeypatch):
-    """InLine's way for it is the usual one, whatever it is conditioned on; in half precision it is not taken."""
-    layer = create_attention("inline", 24, 3).double()
-    x, cond = torch.randn(2, 1, grid.tokens, 24, dtype=torch.float64) + 2
-    taken, way = [], inline.InLine._of_one
-    monkeypatch.setattr(inline.InLine, "_of_one", lambda self, *given: taken.append(self) or way(self, *given))
-    with torch.no_grad():
-        ours = layer(x, grid, cond=cond)
-        with use_form("plain"):
-            plain = layer(x, grid, cond=cond)
-        layer.bfloat16()(x.bfloat16(), grid)
-        layer.float()(torch.cat([x, x]).float(), grid)
-    assert taken == [layer.core]
-    torch.testing.assert_close(ours, plain)

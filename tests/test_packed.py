@@ -1,5 +1,7 @@
 """Batches of images of different sizes, packed and padded, beyond what the matrix checks of every mechanism."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -63,7 +65,7 @@ def test_offsets_of_a_packed_batch():
             lambda x: check_tokens(x, Layout(GRIDS[0], None, torch.tensor([0, 13, 20, 32]), GRIDS)),
         ),
         ("cu_seqlens", lambda x: check_tokens(x, Layout(GRIDS[0], None, torch.tensor([0, 32])))),
-        ("not both", lambda x: check_tokens(x, Layout.packed(GRIDS)._replace(sizes=torch.ones(1, 2, dtype=torch.int)))),
+        ("not both", lambda x: check_tokens(x, replace(Layout.packed(GRIDS), sizes=torch.ones(1, 2, dtype=torch.int)))),
         ("their images are 3 and 2", lambda x: Groups(Layout.packed(GRIDS), Layout.packed(GRIDS[:2]))),
         ("their images are 3 and none", lambda x: cross(x, x[:, :13], GRIDS[0])),
         ("score_bias", lambda x: layer()(x, Layout.packed(GRIDS), score_bias=torch.zeros(1, 1, 32, 32))),

@@ -210,8 +210,10 @@ class Attention(Layer):
         if "folded" not in vars(type(core)) or not foldable(x, proj.weight, compiled=True):
             return None  # a class derived from one that has it may have another formula
         linears: list[Any] = [getattr(self, projection.name) for projection in PROJECTIONS[self.layout_name]]
-        plain = type(self) is Attention and all(type(linear) is nn.Linear for linear in (proj, *linears))
-        if not plain or self.reduction is not None or watched(core, proj, *linears):
+        if type(self) is not Attention or self.reduction is not None or watched(core, proj, *linears):
+            return None
+        # Others, and weights that are quantised or sharded, have ways of their own to make a product.
+        if any(type(m) is not nn.Linear or type(m.weight) not in (nn.Parameter, Tensor) for m in (proj, *linears)):
             return None
         maps = {"proj": Linear(proj.weight, proj.bias)}
         for projection, linear in zip(PROJECTIONS[self.layout_name], linears, strict=True):

@@ -21,10 +21,10 @@ def local_values(v: Tensor, conv: nn.Conv2d, tile: Tile, num_heads: int) -> Conv
 
 def on_grid(local: Convolved, tile: Tile) -> Convolved | Tensor:
     """That of the tile's own tokens `(B, h*w, H, E)`; still to be made where they are all that is seen."""
-    return local if tile.halo == 0 else tile.inner_grid(local())
+    return local if tile.halo == 0 else tile.inner_grid(local.whole())
 
 
 def add_local(out: Tensor, v: Tensor, conv: nn.Conv2d, tile: Tile) -> Tensor:
     """`out` `(B, P + h*w, H, E)` of `tile`, in the accumulator's dtype, plus `local_values`; prefix tokens get none."""
-    local = merge_heads(tile.inner_grid(local_values(v, conv, tile, out.shape[-2])()))
+    local = merge_heads(tile.inner_grid(local_values(v, conv, tile, out.shape[-2]).whole()))
     return out + split_heads(pad_prefix(local, tile.prefix), out.shape[-2])

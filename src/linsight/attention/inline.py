@@ -102,7 +102,8 @@ class InLine(Core):
     def folded(self, x: Tensor, maps: dict[str, Linear], layout: Layout, cond: Tensor) -> Tensor | None:
         """On a CPU, of no fewer tokens than channels, without queries and keys, which only enter products.
 
-        Compiled, of four times as many, and where that is known: fewer cost a compiler little in the plain form.
+        In a compiled graph of four times as many at least, if that is known: fewer are quicker as compiled from the
+        plain form.
 
         Of one head, with W_q, W_k, W_v, W_p its rows, or columns, of the layer's maps:
 
@@ -127,7 +128,7 @@ class InLine(Core):
         shift = F.linear(mean_v, *maps["proj"]).baddbmm_(F.linear(mean, *maps["q"]), matrix, alpha=scale)
         out = torch.baddbmm(shift, centred, maps["q"].weight.mT @ matrix, alpha=scale)
         if self.generator is not None:
-            condition = mean if cond is x else cond.mean(dim=1, keepdim=True)
+            condition = mean if cond is x else cond.mean(dim=1, keepdim=True, dtype=x.dtype)
             kernels = self._generate(self.generator, condition[:, 0])
             local = dynamic_depthwise_conv(v.add_(mean_v)[:, prefix:], layout.grid[:2], kernels)
             out[:, prefix:].baddbmm_(local, proj.mT.expand(batch, -1, -1))

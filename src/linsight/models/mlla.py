@@ -38,9 +38,10 @@ class MLLABlock(PreNorm):
         return self.add_mlp(self.cpe2(x, grid), grid)
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The sum; where nothing is recorded, in place of x, which a position encoding made."""
-        if unrecorded() and not watched(self.cpe1, self.norm1, self.cpe2, self.norm2):
-            return x.add_(branch)
+        """The sum; where nothing is recorded, written over x, which a position encoding made."""
+        made = type(self.cpe1) is CPE is type(self.cpe2) and not watched(self.cpe1, self.norm1, self.cpe2, self.norm2)
+        if made and unrecorded() and x.dtype == branch.dtype:
+            return x.add_(self.drop_path(branch))
         return super().add(x, branch)
 
 

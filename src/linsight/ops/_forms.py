@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from linsight.errors import LinsightError, UnknownNameError
 
@@ -178,14 +179,18 @@ def unrecorded(compiled: bool = False) -> bool:
     """
     if torch.is_grad_enabled() or _forced:
         return False
-    return not torch.compiler.is_compiling() or (compiled and not torch.compiler.is_exporting())
+    if torch.compiler.is_compiling():
+        return compiled and not torch.compiler.is_exporting()
+    return not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def watched(*modules: nn.Module) -> bool:
     """Whether others see what goes in or comes out: then it may be neither written over nor left out.
 
-    Hooks do, and a `forward` that was put in the place of the class's.
+    Hooks do, those of all modules too, and a `forward` that was put in the place of the class's.
     """
+    if module._global_forward_hooks or module._global_forward_pre_hooks:
+        return True
     return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
 
 

@@ -68,7 +68,7 @@ class Convolved(NamedTuple):
     heads: int = 1
     dynamic: bool = False
 
-    def __call__(self) -> Tensor:
+    def whole(self) -> Tensor:
         """All of it."""
         with full_precision(self.x):
             if self.dynamic:
@@ -86,12 +86,12 @@ class Convolved(NamedTuple):
             size=(bottom - top, width),
             weight=self.weight[images] if self.dynamic else self.weight,
         )
-        return seen()[:, (first - top) * width : (end - top) * width]
+        return seen.whole()[:, (first - top) * width : (end - top) * width]
 
 
 def made(add: Convolved | Tensor | None) -> Tensor | None:
     """A tensor, if it is not one."""
-    return add() if isinstance(add, Convolved) else add
+    return add.whole() if isinstance(add, Convolved) else add
 
 
 def foldable(x: Tensor, weight: Tensor, compiled: bool = False) -> bool:
@@ -107,7 +107,8 @@ def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | N
     """Dense, because convolutions bring any other view to (B, C, H, W) order in memory."""
     batch, _, channels = x.shape
     canvas = x.contiguous().view(batch, *size, channels).permute(0, 3, 1, 2)
-    out = F.conv2d(canvas, weight, bias, padding=weight.shape[-1] // 2, groups=channels)
+    pad = int(weight.shape[-1]) // 2  # which torch.jit.trace has as a tensor
+    out = F.conv2d(canvas, weight, bias, padding=pad, groups=channels)
     return out.permute(0, 2, 3, 1).flatten(1, 2)
 
 

@@ -58,7 +58,7 @@ class Features(NamedTuple):
         """What products with values see of `mapped`."""
         if self.turn is None:
             return mapped
-        return self.turn(mapped.flatten(2)).unflatten(2, mapped.shape[2:])
+        return self.turn.rotate(mapped.flatten(2)).unflatten(2, mapped.shape[2:])
 
 
 def as_features(x: "Features | Tensor") -> Features:

@@ -30,7 +30,8 @@ class Grid(NamedTuple):
         return self.prefix + self.height * self.width
 
 
-class Layout(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Layout:
     """The canvas of a batch, and what part of it each image fills.
 
     grid: the canvas, a whole image or one window; of a packed batch, the smallest one that every image fits in.

@@ -27,7 +27,7 @@ def check_rotary(dim: int) -> None:
 
 
 class Turn(NamedTuple):
-    """The rotation of the tokens of a tile, which is called with them.
+    """The rotation of the tokens of a tile.
 
     cos, sin: `(h + w, C / 4)`, of the angles of its rows, then of its columns, halo included.  size: (h, w).
     prefix: tokens in front, that are not turned.
@@ -57,7 +57,7 @@ class Turn(NamedTuple):
         cos, sin = (torch.cat([table[top:bottom], table[height:]]) for table in (self.cos, self.sin))
         return Turn(cos, sin, (bottom - top, width), prefix)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         """`x` `(B, prefix + h*w, C)` -> the same shape, in the accumulator's dtype."""
         x = x.to(self.cos.dtype)
         prefix, spatial = x[:, : self.prefix], x[:, self.prefix :]
@@ -93,4 +93,4 @@ def rotate(x: Tensor, tile: Tile) -> Tensor:
 
     Returns the accumulator's dtype.
     """
-    return Turn.of(tile, x.shape[-1], device=x.device, dtype=accumulator(x.dtype))(x)
+    return Turn.of(tile, x.shape[-1], device=x.device, dtype=accumulator(x.dtype)).rotate(x)
