@@ -89,7 +89,6 @@ def uninterrupted(tmp_path_factory):
     return outcome(folder)
 
 
-@pytest.mark.xdist_group("uninterrupted")
 @pytest.mark.parametrize("stops", [(1,), (STEPS,), (3, 7, 1)], ids=str)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, uninterrupted, stops):
     folder = tmp_path / "run"
