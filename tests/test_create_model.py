@@ -14,6 +14,16 @@ from linsight.models import HOSTS, VARIANTS, Variant, add_variants, default_atte
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
 
 
+def kind(variant):
+    """The class of the model, the mechanism in it, and whether it is a dense backbone."""
+    host = HOSTS.get(getattr(variant, "host", ""), variant)
+    return host.model_cls, getattr(variant, "attention", ""), getattr(variant, "dense", "")
+
+
+PUBLISHED = sorted((v for v in VARIANTS.values() if v.published), key=lambda v: v.published["params"], reverse=True)
+SMALLEST = {variant.name for variant in {kind(variant): variant for variant in PUBLISHED}.values()}
+
+
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_variants_are_the_published_models(name):
     """Built by timm, with the published parameters and multiply-adds, at the published size."""
@@ -24,7 +34,7 @@ def test_variants_are_the_published_models(name):
     if published:
         # Cards give two decimals of a million and of a billion.
         assert abs(count_parameters(model) - published["params"]) <= 5.1e3
-        if published["params"] < 30e6:  # larger ones differ from these in widths and depths, which parameters tell
+        if name in SMALLEST:  # larger ones differ from these in widths and depths, which parameters tell
             macs = count_macs(model, torch.empty(1, 3, height, width, device="meta"))
             assert abs(macs / 1e9 - published["gmacs"]) <= 0.0101
     assert model.pretrained_cfg["architecture"] == name
@@ -44,8 +54,16 @@ def test_variants_take_timms_arguments(name):
     assert model(torch.randn(1, 1, 96, 64)).shape == (1, model.num_features)
 
 
-@pytest.mark.parametrize("name", ["inline_swin_tiny", "focused_pvt_tiny", "focused_pvt_v2_b0", "inline_cswin_tiny"])
-@pytest.mark.parametrize("size", [(231, 197), (160, 352), (149, 211)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("inline_swin_tiny", (231, 197)),
+        ("inline_swin_tiny", (160, 352)),
+        ("focused_pvt_tiny", (149, 211)),
+        ("focused_pvt_v2_b0", (231, 197)),
+        ("inline_cswin_tiny", (149, 211)),
+    ],
+)
 def test_any_size_on_a_build_for_224(name, size):
     model = timm.create_model(name, features_only=True, out_indices=(0, 3)).eval()
     with torch.no_grad():
