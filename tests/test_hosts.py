@@ -251,7 +251,11 @@ def test_dtype_and_device_arguments(host):
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
 
 
-@pytest.mark.parametrize("host", ["vit_tiny", "pvt_tiny", "swin_tiny", "mlla_pyramid_tiny", "cswin_tiny"])
+# Those whose MLPs are timm's, without a convolution.
+in_place = pytest.mark.parametrize("host", ["vit_tiny", "pvt_tiny", "swin_tiny", "mlla_pyramid_tiny", "cswin_tiny"])
+
+
+@in_place
 def test_hooks_see_what_is_written_over_where_nobody_looks(host):
     """Without gradients GELU and sums are made in place: not of tensors that a hook was given."""
     model, x, seen = build(host).eval(), torch.randn(1, 3, *sizes(host)[0]), []
@@ -270,7 +274,7 @@ def test_hooks_see_what_is_written_over_where_nobody_looks(host):
     assert seen and all(torch.equal(tensor, then) for tensor, then in seen)
 
 
-@pytest.mark.parametrize("host", ["vit_tiny", "pvt_tiny", "swin_tiny", "mlla_pyramid_tiny", "cswin_tiny"])
+@in_place
 def test_gelu_is_written_over_its_input(host, monkeypatch):
     """The MLPs of these hosts are all of the kind that does, and give what they give with gradients."""
     model, x, places = build(host).eval(), torch.randn(1, 3, *sizes(host)[0]), []
