@@ -47,7 +47,11 @@ def test_a_compiler_gets_products_of_small_images_and_a_convolution_of_others():
 
 
 @given(height=SIDE, width=SIDE, kernel=st.sampled_from([1, 3, 5]))
-@pytest.mark.parametrize("conv", [dynamic_depthwise_conv, shifted_products])
+@pytest.mark.parametrize(
+    "conv",
+    [dynamic_depthwise_conv, shifted_products, torch.no_grad()(dynamic_depthwise_conv)],
+    ids=["conv", "plain", "add"],
+)
 def test_dynamic_depthwise_conv(conv, height, width, kernel):
     canvas, kernels = torch.randn(3, 6, height, width, dtype=F64), torch.randn(3, 6, kernel, kernel, dtype=F64)
     out = conv(canvas.flatten(2).transpose(1, 2), (height, width), kernels)

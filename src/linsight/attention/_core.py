@@ -31,6 +31,12 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def split(self, width: int) -> "list[Linear]":
+        """Those that yield `width` channels each, in order."""
+        weights = self.weight.split(width)
+        biases = [None] * len(weights) if self.bias is None else self.bias.split(width)
+        return list(map(Linear, weights, biases))
+
 
 class Capabilities(NamedTuple):
     """What the formula of a mechanism allows. What is False raises an error that names who can.
@@ -125,14 +131,18 @@ class Core(nn.Module):
             done += (self.finish(r, self.absorb(r, tokens, tile, done), tile.grid),)
         return self.read(tokens, queries, done)
 
-    def folded(self, x: Tensor, maps: dict[str, Linear], layout: Layout, cond: Tensor) -> Tensor | None:
-        """The layer around, all of it: `(B, N, C)` to `(B, N, C)`; None where that would be no quicker.
+    def folds(self, x: Tensor) -> bool:
+        """Whether `folded` is the quicker way for a layer's input `(B, N, C)`."""
+        return False
 
-        For mechanisms that a layer's linear maps "q", "k", "v" and "proj" can be made a part of. Asked only where
-        nothing is recorded, nobody looks, all tokens are kept and the batch is neither padded nor packed. `cond` is
-        what a conditioned core is given as x.
+    def folded(self, x: Tensor, linears: list[Linear], layout: Layout, cond: Tensor) -> Tensor:
+        """The layer around, all of it: `(B, N, C)` to `(B, N, C)`.
+
+        For mechanisms that the layer's `linears` can be made a part of: those that yield q, k and v, in this order, and
+        that of its output. Asked only where nothing is recorded, nobody looks, all tokens are kept and the batch is
+        neither padded nor packed. `cond` is what a conditioned core is given as x.
         """
-        return None
+        raise NotImplementedError
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample parameters that lie on a grid to another height and width."""

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from linsight.ops import (
+    SMALL,
     Convolved,
     Features,
     Grid,
@@ -29,7 +30,9 @@ from linsight.ops import (
     State,
     Tile,
     accumulator,
+    add_products,
     affine_read,
+    autocasts,
     central_absorb,
     dynamic_depthwise_conv,
     full_precision,
@@ -39,6 +42,12 @@ from linsight.ops import (
 from ._core import Capabilities, Core, Linear, Rename, Tokens, split_heads
 from ._local import grid_values, on_grid
 from ._registry import Paper, register
+
+
+def _is_few(x: Tensor) -> bool:
+    """Of one image `(1, N, C)`, so few tokens that products of C x C matrices cost what `InLine.folded` saves."""
+    batch, n, width = x.shape
+    return batch == 1 and n < 3 * width and n * width <= SMALL
 
 
 class InLineState(NamedTuple):
@@ -99,11 +108,21 @@ class InLine(Core):
             else None
         )
 
-    def folded(self, x: Tensor, maps: dict[str, Linear], layout: Layout, cond: Tensor) -> Tensor | None:
-        """On a CPU, of no fewer tokens than channels, without queries and keys, which only enter products.
+    def folds(self, x: Tensor) -> bool:
+        """On a CPU, of a feature map that is none, as long as it is quicker.
 
-        In a compiled graph of four times as many at least, if that is known: fewer are quicker as compiled from the
-        plain form.
+        In a compiled graph of four times as many tokens as channels at least, if that is known; eagerly of as many, or
+        of one image.
+        """
+        if not x.is_cpu or self.feature_map != "identity":
+            return False
+        _, n, width = x.shape
+        if torch.compiler.is_compiling():
+            return statically_known_true(n >= 4 * width)
+        return n >= width or _is_few(x)
+
+    def folded(self, x: Tensor, linears: list[Linear], layout: Layout, cond: Tensor) -> Tensor:
+        """Without queries and keys, which only enter products; of one image of few tokens, `_of_few`.
 
         Of one head, with W_q, W_k, W_v, W_p its rows, or columns, of the layer's maps:
 
@@ -113,25 +132,43 @@ class InLine(Core):
         so a layer costs four products of its tokens with C x C matrices, as its linear maps alone do.
         """
         batch, n, width = x.shape
-        least = 4 * width if torch.compiler.is_compiling() else width
-        if x.device.type != "cpu" or not statically_known_true(n >= least) or self.feature_map != "identity":
-            return None
+        *linears, proj = linears
+        if _is_few(x) and not torch.compiler.is_compiling():
+            return F.linear(self._of_few(x, linears, layout, cond), *proj)
         heads, prefix = self.num_heads, layout.prefix
+        to_q, to_k, to_v = (linear for several in linears for linear in several.split(width))
         mean = x.mean(dim=1, keepdim=True)
-        centred, mean_v = x - mean, F.linear(mean, *maps["v"])
-        v = F.linear(centred, maps["v"].weight)
+        centred, mean_v = x - mean, F.linear(mean, *to_v)
+        v = F.linear(centred, to_v.weight)
         cross = (v.transpose(1, 2) @ centred).view(batch, heads, -1, width)  # (B, H, E, C)
-        k, proj = maps["k"].weight.view(heads, -1, width), maps["proj"].weight
+        k = to_k.weight.view(heads, -1, width)
         cov = k @ cross.mT  # (B, H, D, E), times n; scaled where it enters a sum
         scale = k.shape[1] ** -0.5 / n
-        matrix = (cov @ proj.view(-1, heads, cov.shape[-1]).permute(1, 2, 0)).flatten(1, 2)  # (B, H * D, C)
-        shift = F.linear(mean_v, *maps["proj"]).baddbmm_(F.linear(mean, *maps["q"]), matrix, alpha=scale)
-        out = torch.baddbmm(shift, centred, maps["q"].weight.mT @ matrix, alpha=scale)
+        matrix = (cov @ proj.weight.view(-1, heads, cov.shape[-1]).permute(1, 2, 0)).flatten(1, 2)  # (B, H * D, C)
+        shift = F.linear(mean_v, *proj).baddbmm_(F.linear(mean, *to_q), matrix, alpha=scale)
+        out = torch.baddbmm(shift, centred, to_q.weight.mT @ matrix, alpha=scale)
         if self.generator is not None:
             condition = mean if cond is x else cond.mean(dim=1, keepdim=True, dtype=x.dtype)
             kernels = self._generate(self.generator, condition[:, 0])
             local = dynamic_depthwise_conv(v.add_(mean_v)[:, prefix:], layout.grid[:2], kernels)
-            out[:, prefix:].baddbmm_(local, proj.mT.expand(batch, -1, -1))
+            out[:, prefix:].baddbmm_(local, proj.weight.mT.expand(batch, -1, -1))
+        return out
+
+    def _of_few(self, x: Tensor, linears: list[Linear], layout: Layout, cond: Tensor) -> Tensor:
+        """The formula, of one image, in the fewest calls, each of which takes longer than what it computes."""
+        _, n, width = x.shape
+        heads, prefix = self.num_heads, layout.prefix
+        q, k, v = (part for linear in linears for part in F.linear(x, *linear).split(width, dim=-1))
+        share = x.new_full((1, 1, n), 1 / n)  # a product with it is a mean
+        mean_v = torch.bmm(share, v)
+        parts = (q, k - torch.bmm(share, k), v - mean_v)
+        q, k, centred = (part.view(n, heads, -1).transpose(0, 1) for part in parts)  # (H, N, D)
+        out = torch.baddbmm(mean_v.view(heads, 1, -1), q, torch.bmm(k.mT, centred), alpha=k.shape[-1] ** -0.5 / n)
+        out = out.transpose(0, 1).reshape(1, n, width)
+        if self.generator is not None:
+            condition = torch.bmm(share, x) if cond is x else cond.mean(dim=1, keepdim=True, dtype=x.dtype)
+            kernels = self._generate(self.generator, condition[:, 0])
+            add_products(out[:, prefix:], v[:, prefix:], layout.grid[:2], kernels)
         return out
 
     def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> InLineState:
@@ -163,10 +200,12 @@ class InLine(Core):
 
     def _generate(self, generator: nn.Sequential, mean: Tensor) -> Tensor:
         """`(B, C)` -> `(B, C, 3, 3)`, tap 3*ky + kx of channel c at 9c + tap; in the dtype of `mean`."""
+        if autocasts(mean):
+            with full_precision(mean):
+                return self._generate(generator, mean)
         first, act, second = generator
-        with full_precision(mean):
-            hidden = act(self._grouped(first, split_heads(mean, self.num_heads).transpose(0, 1)))
-            return self._grouped(second, hidden).transpose(0, 1).reshape(*mean.shape, 3, 3)
+        hidden = act(self._grouped(first, split_heads(mean, self.num_heads).transpose(0, 1)))
+        return self._grouped(second, hidden).transpose(0, 1).reshape(*mean.shape, 3, 3)
 
     def _grouped(self, conv: Any, x: Tensor) -> Tensor:
         """The grouped 1x1 convolution of one token, head by head: `(H, B, D)` -> `(H, B, out)`."""

@@ -2,7 +2,15 @@
 
 from ._forms import FORMS, TRITON, ChosenForm, Form, forms, unrecorded, use_form, watched
 from .circulant import circular_correlation
-from .conv import Convolved, depthwise_conv, dynamic_depthwise_conv, foldable, shifted_products
+from .conv import (
+    SMALL,
+    Convolved,
+    add_products,
+    depthwise_conv,
+    dynamic_depthwise_conv,
+    foldable,
+    shifted_products,
+)
 from .features import Features, as_features, focus
 from .inner import (
     INNER_MODELS,
@@ -36,6 +44,7 @@ from .states import (
     State,
     accumulator,
     apply_state,
+    autocasts,
     count_tokens,
     full_precision,
     mask_tokens,
@@ -47,6 +56,7 @@ __all__ = [
     "FEATURE_MAPS",
     "FORMS",
     "INNER_MODELS",
+    "SMALL",
     "TRITON",
     "ChosenForm",
     "Convolved",
@@ -68,10 +78,12 @@ __all__ = [
     "Tile",
     "Turn",
     "accumulator",
+    "add_products",
     "affine_read",
     "apply_state",
     "as_features",
     "as_layout",
+    "autocasts",
     "causal_linear_attention",
     "central_absorb",
     "check_rotary",

@@ -97,7 +97,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         *_triton("conv:dynamic_depthwise_conv", widest=0),
         Form(
             "one grouped convolution",
-            "run eagerly; shifted products when compiled for batches or small images",
+            "run eagerly; shifted products for small images, and when compiled for batches",
             _everywhere,
         ),
     ),
@@ -191,7 +191,11 @@ def watched(*modules: nn.Module) -> bool:
     """
     if module._global_forward_hooks or module._global_forward_pre_hooks:
         return True
-    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+    for m in modules:  # in few steps: layers ask at each call
+        own = m.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return True
+    return False
 
 
 @torch.compiler.assume_constant_result  # a compiler cannot trace an import

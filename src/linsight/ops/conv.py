@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ._forms import fused_form, unrecorded
 from .states import accumulator, autocasts, full_precision
 
-SMALL = 2**17  # numbers: of more, one convolution is quicker than what a compiler makes of the products
+SMALL = 2**17  # numbers: of more, one convolution is quicker than nine products, compiled or added in place
 
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,13 +35,16 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
     The definition is the sum of k*k shifted products, which a compiler can fuse and no group count ties to a batch.
     Run eagerly it would pass over memory k*k times, so there it is one convolution of B*C groups, channels last: the
     channels of all images side by side at each place, which is the cheaper way to copy them. So it is compiled for one
-    image, too, if that is not known to be small.
+    image, too, if that is not known to be small. Where so few numbers are in the cache anyway, and may be written over,
+    the products are added up in place: to begin a convolution takes longer.
     Computed in the dtype of `kernels`.
     """
     fused = fused_form("dynamic_depthwise_conv", x)
     if fused is not None:
         return fused(x, size, kernels)
     x = x.to(kernels.dtype)
+    if x.is_cpu and kernels.shape[-1] <= 3 and x.numel() <= SMALL and unrecorded():
+        return add_products(x.new_zeros(x.shape), x, size, kernels)
     batch, _, channels = x.shape
     if torch.compiler.is_compiling() and (batch != 1 or statically_known_true(size[0] * size[1] * channels <= SMALL)):
         return shifted_products(x, size, kernels)
@@ -124,3 +127,20 @@ def shifted_products(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tenso
         dy, dx = divmod(t, k)
         out = out + canvas[:, dy : dy + height, dx : dx + width] * taps[t]
     return out.flatten(1, 2)
+
+
+def add_products(out: Tensor, x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
+    """`out` `(B, H*W, C)` with the `shifted_products` of `x` added to it in place, one after the other."""
+    batch, _, channels = x.shape
+    (height, width), k = size, kernels.shape[-1]
+    pad = k // 2
+    canvas = x.new_zeros(batch, height + 2 * pad, width + 2 * pad, channels)
+    canvas[:, pad : pad + height, pad : pad + width] = x.unflatten(1, size)
+    image, row, token, channel = canvas.stride()
+    shifted = canvas.as_strided((k, k, batch, *size, channels), (row, token, image, row, token, channel))
+    taps = kernels.permute(2, 3, 0, 1).contiguous()[:, :, :, None, None]  # (k, k, B, 1, 1, C)
+    grid = out.unflatten(1, size)
+    for some, their in zip(shifted.unbind(), taps.unbind(), strict=True):
+        for one, tap in zip(some.unbind(), their.unbind(), strict=True):
+            grid.addcmul_(one, tap)
+    return out

@@ -37,7 +37,8 @@ def _autocast_off(device_type: str) -> Iterator[None]:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`; torch knows none of meta."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    device = "cpu" if x.is_cpu else x.device.type  # the first is quicker to ask for
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
