@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, and those th
 import pytest
 import torch
 from hypothesis import settings
+from timm.layers import weight_init
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run without a GPU; before Triton is imported
@@ -19,3 +20,14 @@ settings.load_profile("linsight")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch, request):
+    """Weights that are not drawn, where to draw them takes half the time of a test.
+
+    Those without memory, and, of modules that say LOADS = True because they load weights, all.
+    """
+    draw, loads = getattr(weight_init, "_trunc_normal_", None), getattr(request.module, "LOADS", False)
+    if draw is not None:  # a private one of timm's
+        monkeypatch.setattr(weight_init, "_trunc_normal_", lambda x, *args: x if loads or x.is_meta else draw(x, *args))

@@ -8,6 +8,8 @@ import linsight
 from golden import cases
 from golden.spec import tensor
 
+LOADS = True
+
 
 def check(module, call, trace, rules, recorded):
     """The outputs of `call` are the published ones; else fail with the first submodule that departs."""

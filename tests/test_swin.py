@@ -143,18 +143,6 @@ def test_a_grid_of_one_window_is_not_shifted():
     assert not torch.allclose(block._mix(x, Grid(1, 12)), plain._mix(x, Grid(1, 12)))
 
 
-@pytest.mark.timeout(300)  # tracing is slow where cores are shared
-def test_windows_export_with_dynamic_sizes():
-    """Where every stage has several windows; a stage of one is a graph of its own, for torch asks which it is."""
-    model = small()
-    dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(2, 3, 96, 64),), dynamic_shapes=(dims,)).module()
-        for size in ((64, 64), (71, 97), (160, 100)):
-            x = torch.randn(3, 3, *size)
-            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("shifted", [False, True])
 def test_dense_windows_see_their_padding(shifted):
     """As the published dense backbones: what pads a window is as a token of zeros, and one window is shifted, too."""
