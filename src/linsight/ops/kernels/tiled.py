@@ -115,33 +115,35 @@ def affine(q: Features, matrix: Tensor, shift: Tensor, add: Convolved | Tensor |
 def _read(q: Features, matrix: Tensor, add: Convolved | Tensor | None, dtype: torch.dtype, write: Write) -> Tensor:
     """What `write` writes of each part, with `add`, which lacks the first tokens."""
     shape = (*q.x.shape[:3], matrix.shape[-1])
-    # Sums are rounded once, at the end.
-    out = matrix.new_empty(shape)
     if q.x.numel() <= BUDGET or not isinstance(add, Convolved):
         later, own = None, made(add)
         prefix = 0 if own is None else shape[1] - own.shape[1]
     else:
         later, own = add, None
         prefix = shape[1] - later.x.shape[1]
-    added = None if own is None else own.to(out.dtype)
+    added = None if own is None else own.to(matrix.dtype)
+    # Sums are rounded once, at the end.
     if q.x.numel() <= BUDGET:
-        write(q, slice(None), out, added, prefix)
-        return out.to(dtype)
-    rounded = out if dtype == out.dtype else out.new_empty(shape, dtype=dtype)
+        whole = matrix.new_empty(shape)
+        write(q, slice(None), whole, added, prefix)
+        return whole.to(dtype)
+    out = matrix.new_empty(shape, dtype=dtype)
     width = later.size[1] if later else 0
     step, offset = whole_rows(out, q.turn, width)
     for group in parts(out, step, prefix if later else offset):
         for part in group:
-            mine = rounded[part] if dtype == out.dtype else out.new_empty(rounded[part].shape)
+            rounded = out[part]
+            mine = rounded if dtype == matrix.dtype else matrix.new_empty(rounded.shape)
             start, stop = part.tokens.start - prefix, part.tokens.stop - prefix
+            own = None  # before the next is made
             if later:
                 own = later.rows(part.images, max(0, start) // width, stop // width)
-            else:
-                own = None if added is None else added[part.images, max(0, start) : max(0, stop)]
+            elif added is not None:
+                own = added[part.images, max(0, start) : max(0, stop)]
             write(q.part(*part), part.images, mine, own, max(0, -start))
-            if mine.dtype != dtype:
-                rounded[part] = mine
-    return rounded
+            if mine is not rounded:
+                rounded.copy_(mine)
+    return out
 
 
 def _part(x: Tensor | None, part: Part) -> Tensor | None:
