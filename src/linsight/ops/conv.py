@@ -136,11 +136,10 @@ def add_products(out: Tensor, x: Tensor, size: tuple[int, int], kernels: Tensor)
     pad = k // 2
     canvas = x.new_zeros(batch, height + 2 * pad, width + 2 * pad, channels)
     canvas[:, pad : pad + height, pad : pad + width] = x.unflatten(1, size)
-    image, row, token, channel = canvas.stride()
-    shifted = canvas.as_strided((k, k, batch, *size, channels), (row, token, image, row, token, channel))
-    taps = kernels.permute(2, 3, 0, 1).contiguous()[:, :, :, None, None]  # (k, k, B, 1, 1, C)
+    taps = kernels.flatten(2).permute(2, 0, 1).contiguous()[:, :, None, None]  # (k*k, B, 1, 1, C)
     grid = out.unflatten(1, size)
-    for some, their in zip(shifted.unbind(), taps.unbind(), strict=True):
-        for one, tap in zip(some.unbind(), their.unbind(), strict=True):
-            grid.addcmul_(one, tap)
+    _, row, token, _ = canvas.stride()
+    for t in range(k * k):
+        dy, dx = divmod(t, k)
+        grid.addcmul_(canvas.as_strided(grid.shape, canvas.stride(), dy * row + dx * token), taps[t])
     return out
