@@ -119,7 +119,6 @@ class Attention(Layer):
         layout = PROJECTIONS[self.layout_name]
         if reducing and any("q" in projection.parts and len(projection.parts) > 1 for projection in layout):
             raise LinsightError("a reduction needs keys and values projected apart from queries: projections='q_kv'")
-        self.linears = tuple(projection.name for projection in layout)
         for projection in layout:
             out = sum(self.widths[part] for part in projection.parts)
             self.add_module(projection.name, nn.Linear(dim, out, bias=qkv_bias and core.qkv_bias, **factory))
@@ -208,18 +207,18 @@ class Attention(Layer):
     def _folded(self, x: Tensor, layout: Layout, cond: Tensor | None) -> Tensor | None:
         """All but the dropout in one, where the core can; None where not, or where others look at its parts."""
         core, proj = self.core, self.proj
-        if "folded" not in vars(type(core)) or not core.folds(x) or not foldable(x, proj.weight, compiled=True):
+        if "folded" not in vars(type(core)) or not foldable(x, proj.weight, compiled=True) or not core.folds(x):
             return None  # a class derived from one that has it may have another formula
         if type(self) is not Attention or self.reduction is not None or watched(core):
             return None
         maps = []
-        for name in (*self.linears, "proj"):
+        for name in (*(projection.name for projection in PROJECTIONS[self.layout_name]), "proj"):
             linear = getattr(self, name)
             weight = linear._parameters.get("weight")
             # Others, and weights that are quantised or sharded, have ways of their own to make a product.
             if type(linear) is not nn.Linear or type(weight) not in (nn.Parameter, Tensor) or watched(linear):
                 return None
-            maps.append(Linear(weight, linear._parameters["bias"]))
+            maps.append(Linear(weight, linear.bias))
         return core.folded(x, maps, layout, x if cond is None or not core.conditioned else cond)
 
     def _reduce(self, x: Tensor, layout: Layout, keep: Tensor | None) -> tuple[Tensor, Layout]:
