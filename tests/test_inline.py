@@ -120,6 +120,24 @@ def test_what_somebody_changed_is_not_folded_away(folds, change):
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_values_that_are_not_projected_and_other_output_maps(folds):
+    x = torch.randn(1, GRID.tokens, 16)
+    mixing, without = layer(projections="qk"), layer()
+    without.proj = nn.Identity()
+    for mixed in (mixing, without):
+        plain = mixed(x, GRID)
+        with torch.no_grad():
+            torch.testing.assert_close(mixed(x, GRID), plain, rtol=1e-4, atol=1e-5)
+    assert folds == []
+
+
+def test_condition_of_fewer_tokens(folds):
+    mixing, x, cond = layer(), *torch.randn(2, 1, GRID.tokens, 16)
+    plain = mixing(x, GRID, cond=cond[:, :5])
+    with torch.no_grad():
+        torch.testing.assert_close(mixing(x, GRID, cond=cond[:, :5]), plain, rtol=1e-4, atol=1e-5)
+
+
 def test_what_the_algebra_does_not_hold_for_is_not_folded(folds):
     mixing, x = layer(), torch.randn(2, GRID.tokens, 16)
     with torch.no_grad():

@@ -206,13 +206,17 @@ class Attention(Layer):
 
     def _folded(self, x: Tensor, layout: Layout, cond: Tensor | None) -> Tensor | None:
         """All but the dropout in one, where the core can; None where not, or where others look at its parts."""
-        core, proj = self.core, self.proj
-        if "folded" not in vars(type(core)) or not foldable(x, proj.weight, compiled=True) or not core.folds(x):
-            return None  # a class derived from one that has it may have another formula
-        if type(self) is not Attention or self.reduction is not None or watched(core):
+        core, proj, projections = self.core, self.proj, PROJECTIONS[self.layout_name]
+        # A class derived from one that has it may have another formula.
+        known = "folded" in vars(type(core)) and type(self) is Attention and type(proj) is nn.Linear
+        if not known or not foldable(x, proj.weight, compiled=True) or not core.folds(x):
+            return None
+        if self.reduction is not None or projections[-1].parts == ("q", "k") or watched(core):
+            return None
+        if cond is not None and cond.shape[:2] != x.shape[:2]:
             return None
         maps = []
-        for name in (*(projection.name for projection in PROJECTIONS[self.layout_name]), "proj"):
+        for name in (*(projection.name for projection in projections), "proj"):
             linear = getattr(self, name)
             weight = linear._parameters.get("weight")
             # Others, and weights that are quantised or sharded, have ways of their own to make a product.

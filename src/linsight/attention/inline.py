@@ -112,7 +112,7 @@ class InLine(Core):
         """On a CPU, of a feature map that is none, as long as it is quicker.
 
         In a compiled graph of four times as many tokens as channels at least, if that is known; eagerly of as many, or
-        of one image.
+        of one small image.
         """
         if not x.is_cpu or self.feature_map != "identity":
             return False

@@ -97,7 +97,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         *_triton("conv:dynamic_depthwise_conv", widest=0),
         Form(
             "one grouped convolution",
-            "run eagerly; shifted products for small images, and when compiled for batches",
+            "run eagerly; shifted products when compiled for batches or small images",
             _everywhere,
         ),
     ),

@@ -35,16 +35,13 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
     The definition is the sum of k*k shifted products, which a compiler can fuse and no group count ties to a batch.
     Run eagerly it would pass over memory k*k times, so there it is one convolution of B*C groups, channels last: the
     channels of all images side by side at each place, which is the cheaper way to copy them. So it is compiled for one
-    image, too, if that is not known to be small. Where so few numbers are in the cache anyway, and may be written over,
-    the products are added up in place: to begin a convolution takes longer.
+    image, too, if that is not known to be small.
     Computed in the dtype of `kernels`.
     """
     fused = fused_form("dynamic_depthwise_conv", x)
     if fused is not None:
         return fused(x, size, kernels)
     x = x.to(kernels.dtype)
-    if x.is_cpu and kernels.shape[-1] <= 3 and x.numel() <= SMALL and unrecorded():
-        return add_products(x.new_zeros(x.shape), x, size, kernels)
     batch, _, channels = x.shape
     if torch.compiler.is_compiling() and (batch != 1 or statically_known_true(size[0] * size[1] * channels <= SMALL)):
         return shifted_products(x, size, kernels)
@@ -130,7 +127,10 @@ def shifted_products(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tenso
 
 
 def add_products(out: Tensor, x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
-    """`out` `(B, H*W, C)` with the `shifted_products` of `x` added to it in place, one after the other."""
+    """`out` `(B, H*W, C)` with the `shifted_products` of `x` added to it in place, one after the other.
+
+    For few numbers, of which a convolution takes as long to begin, and in full precision: each sum is rounded.
+    """
     batch, _, channels = x.shape
     (height, width), k = size, kernels.shape[-1]
     pad = k // 2
