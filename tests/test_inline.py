@@ -131,7 +131,17 @@ def test_values_that_are_not_projected_and_other_output_maps(folds):
     assert folds == []
 
 
-def test_condition_of_fewer_tokens(folds):
+def test_bias_that_is_no_parameter(folds):
+    mixing, x = layer(), torch.randn(1, GRID.tokens, 16)
+    plain, bias = mixing(x, GRID), mixing.qkv.bias.detach()
+    del mixing.qkv.bias
+    mixing.qkv.bias = bias
+    with torch.no_grad():
+        torch.testing.assert_close(mixing(x, GRID), plain, rtol=1e-4, atol=1e-5)
+    assert folds == [True]
+
+
+def test_condition_of_fewer_tokens():
     mixing, x, cond = layer(), *torch.randn(2, 1, GRID.tokens, 16)
     plain = mixing(x, GRID, cond=cond[:, :5])
     with torch.no_grad():

@@ -133,7 +133,7 @@ class InLine(Core):
         """
         batch, n, width = x.shape
         *linears, proj = linears
-        if not torch.compiler.is_compiling() and _is_few(x):  # in this order: a graph of any size knows no n
+        if _is_few(x):
             return F.linear(self._of_few(x, linears, layout, cond), *proj)
         heads, prefix = self.num_heads, layout.prefix
         to_q, to_k, to_v = (linear for several in linears for linear in several.split(width))
