@@ -9,7 +9,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from linsight.ops import Features
-from linsight.ops.kernels import _launch, _sizes, conv, focus, linear
+from linsight.ops.triton import conv, focus, launch, linear, sizes
 
 
 class H100:
@@ -35,8 +35,8 @@ def compile_only(self, *args, grid, warmup, **options):
 
 driver.set_active(H100())
 JITFunction.run = compile_only
-_sizes._INTERPRETED = 2048
-_launch._INTERPRETED = _launch._HALF[0][32]
+sizes._INTERPRETED = 2048
+launch._INTERPRETED = launch._HALF[0][32]
 
 x, v = (torch.randn(2, 256, 2, 32, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
 local = conv.dynamic_depthwise_conv(v.flatten(2), (16, 16), torch.randn(2, 64, 3, 3).requires_grad_())

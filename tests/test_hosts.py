@@ -196,7 +196,9 @@ def test_optimiser_groups(host):
 
 @hosts
 def test_mechanisms_may_ask_for_no_decay(host, monkeypatch):
-    monkeypatch.setattr("linsight.attention.inline.InLine.no_weight_decay", lambda self: {"generator.0.weight"})
+    monkeypatch.setattr(
+        "linsight.attention.mechanisms.inline.InLine.no_weight_decay", lambda self: {"generator.0.weight"}
+    )
     asked = {name for name in build(host).no_weight_decay() if "generator" in name}
     assert len(asked) == sum(isinstance(module, Core) for module in build(host).modules())
 

@@ -8,7 +8,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from linsight import create_attention
-from linsight.attention.inline import InLine
+from linsight.attention.mechanisms.inline import InLine
 from linsight.ops import Grid, Layout
 from matrix.subject import close
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from linsight.ops import kernels
+from linsight.ops import triton as kernels
 
 pytest.importorskip("triton.backends.nvidia")
 

@@ -27,9 +27,9 @@ from linsight.ops import (
     linear_read,
     use_form,
 )
-from linsight.ops.kernels import _launch, linear
-from linsight.ops.kernels import _linear_kernels as kernels
-from linsight.ops.kernels._maps import MAPS
+from linsight.ops.triton import launch, linear
+from linsight.ops.triton import linear_kernels as kernels
+from linsight.ops.triton.maps import MAPS
 
 pytestmark = pytest.mark.timeout(300)  # the interpreter is slow where cores are shared
 F64, HALF = torch.float64, torch.float16
@@ -182,7 +182,7 @@ def test_dropped_tokens_are_not_even_read(kind):
 
 @pytest.mark.parametrize("what", ["wide heads", "rotation across heads"])
 def test_what_does_not_fit_is_plain(what, monkeypatch):
-    monkeypatch.setattr(_launch.Inputs, "plan", lambda *_, **__: pytest.fail("a kernel was run"))
+    monkeypatch.setattr(launch.Inputs, "plan", lambda *_, **__: pytest.fail("a kernel was run"))
     d = 130 if what == "wide heads" else 6
     x, v, turn = randn(1, 4, 4, d), randn(1, 4, 4, 8), None
     if what == "rotation across heads":
@@ -193,17 +193,17 @@ def test_what_does_not_fit_is_plain(what, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_shares_some_of_them_empty(kind, monkeypatch):
-    monkeypatch.setattr(_launch, "_INTERPRETED", _launch.Blocks(16, 1, 1))
-    monkeypatch.setattr(_launch, "_shares", lambda *_: (5, 16))  # of 48 tokens
+    monkeypatch.setattr(launch, "_INTERPRETED", launch.Blocks(16, 1, 1))
+    monkeypatch.setattr(launch, "_shares", lambda *_: (5, 16))  # of 48 tokens
     compare(*case("elu+1", kind, "qkv", (8, 8), True, True, batch=1))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 49, 256, 4096, 1_000_003])
 @pytest.mark.parametrize("programs", [1, 6, 100_000])
 def test_shares_of_a_gpu_cover_all_tokens(tokens, programs, monkeypatch):
-    monkeypatch.setattr(_launch, "_multiprocessors", lambda device: 132)
-    for blocks in (_launch.Blocks(16, 4, 1), _launch.Blocks(128, 4, 3)):
-        splits, share = _launch._shares(tokens, programs, blocks, torch.device("cuda"))
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    for blocks in (launch.Blocks(16, 4, 1), launch.Blocks(128, 4, 3)):
+        splits, share = launch._shares(tokens, programs, blocks, torch.device("cuda"))
         assert 1 <= splits <= 64
         assert share % blocks.tokens == 0
         assert (splits - 1) * share < max(1, tokens) <= splits * share
@@ -215,8 +215,8 @@ def test_shares_of_a_gpu_cover_all_tokens(tokens, programs, monkeypatch):
 )
 def test_heads_as_wide_as_shared_memory_allows(kilobytes, dtype, width, monkeypatch):
     properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024)
-    monkeypatch.setattr(_launch, "_properties", lambda device: properties)
-    assert _launch.widest(SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == width
+    monkeypatch.setattr(launch, "_properties", lambda device: properties)
+    assert launch.widest(SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == width
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter checks")
@@ -225,7 +225,7 @@ def test_addresses_are_of_64_bits(monkeypatch):
     interpreter = importlib.import_module("triton.runtime.interpreter")
     monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
     x, keep = randn(1, 48, 1, 8), torch.zeros(1, 48, dtype=torch.bool)
-    plan = _launch.Inputs.of(Features(x)).plan(8, F64, F64, False, CENTRAL=False)
+    plan = launch.Inputs.of(Features(x)).plan(8, F64, F64, False, CENTRAL=False)
     matrix, left, far = x.new_empty(2, 1, 1, 8, 8), x.new_empty(2, 1, 1, 8), (1, 2**30, 2**30, 2**30)
     tensors = (x, far, plan.factors, None, x, far, keep, keep.stride(), matrix, left, None, None)
     kernels.absorb_kernel[(1, 2)](*tensors, 48, 1, plan.share, **plan.constants)
@@ -233,7 +233,7 @@ def test_addresses_are_of_64_bits(monkeypatch):
 
 
 def test_central_moments_of_many_tokens_around_100(monkeypatch):
-    monkeypatch.setattr(_launch, "_INTERPRETED", _launch.Blocks(256, 1, 1))
+    monkeypatch.setattr(launch, "_INTERPRETED", launch.Blocks(256, 1, 1))
     k, v = (randn(1, 2**17, 1, 4).float() + 100 for _ in range(2))
     truth = central_absorb(k.double(), v.double()).covariance()
     with use_form("triton"):
@@ -269,7 +269,7 @@ def features_of(x):
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_opcheck():
     x, v, keep = randn(1, 40, 2, 4).requires_grad_(), randn(1, 40, 2, 6).requires_grad_(), torch.rand(1, 40) < 0.7
-    keep, full, plain = keep.to(DEVICE), _launch.Inputs.of(features_of(x)), _launch.Inputs.of(Features(x))
+    keep, full, plain = keep.to(DEVICE), launch.Inputs.of(features_of(x)), launch.Inputs.of(Features(x))
     matrix, total, shift = (randn(1, 2, *s).requires_grad_() for s in ((4, 6), (4,), (6,)))
     add = randn(1, 37, 2, 6).requires_grad_()
     empty = v.new_empty(0)
@@ -312,7 +312,7 @@ def test_nothing_needs_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch, linsight; from linsight.ops import linear_attention;"
         "x = torch.rand(1, 5, 1, 4, requires_grad=True); linear_attention(x, x, x).sum().backward();"
-        "assert not any(name.startswith('linsight.ops.kernels.') for name in sys.modules), sys.modules.keys()"
+        "assert not any(name.startswith('linsight.ops.triton.') for name in sys.modules), sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

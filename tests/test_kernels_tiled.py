@@ -18,7 +18,7 @@ from linsight.ops import (
     linear_read,
     use_form,
 )
-from linsight.ops.kernels import tiled
+from linsight.ops.cpu import tiled
 
 HEADS, WIDTH = 2, 8
 

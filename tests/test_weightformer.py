@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import linsight
 from linsight import Grid
 from linsight.attention import Tokens, create_block, run_rounds
-from linsight.attention.weightformer import DynCnn, DynLinear, is_dynamic
+from linsight.attention.mechanisms.weightformer import DynCnn, DynLinear, is_dynamic
 from linsight.errors import LinsightError
 from linsight.ops import Layout, Tile, tiles
 

@@ -1,17 +1,17 @@
-"""Floor 2: the mechanisms. One module, one mechanism; every module without an underscore is imported."""
+"""The mechanisms, the contract that they meet, and the layers around them."""
 
 import importlib
 import pkgutil
 
-from ._block import Block, create_block, is_block
-from ._core import Capabilities, Core, Rename, Tokens, merge_heads, run_rounds, split_heads
-from ._layer import PROJECTIONS, Attention, Layer, Projection, check_asked, create_attention, create_core
-from ._packed import each_image
-from ._registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
+from . import mechanisms
+from .block import Block, create_block, is_block
+from .core import Capabilities, Core, Rename, Tokens, merge_heads, run_rounds, split_heads
+from .layer import PROJECTIONS, Attention, Layer, Projection, check_asked, create_attention, create_core
+from .packed import each_image
+from .registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
 
-for _module in pkgutil.iter_modules(__path__):
-    if not _module.name.startswith("_"):
-        importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.iter_modules(mechanisms.__path__):
+    importlib.import_module(f"{mechanisms.__name__}.{_module.name}")
 
 __all__ = [
     "PROJECTIONS",

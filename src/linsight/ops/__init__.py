@@ -1,6 +1,5 @@
-"""Floor 1: tensors in, tensors out. The plain PyTorch form of each function is its definition."""
+"""Tensors in, tensors out. The plain PyTorch form of each function is its definition."""
 
-from ._forms import FORMS, TRITON, ChosenForm, Form, forms, unrecorded, use_form, watched
 from .circulant import circular_correlation
 from .conv import (
     SMALL,
@@ -11,6 +10,7 @@ from .conv import (
     foldable,
     shifted_products,
 )
+from .dispatch import FORMS, TRITON, ChosenForm, Form, forms, unrecorded, use_form, watched
 from .features import Features, as_features, focus
 from .inner import (
     INNER_MODELS,

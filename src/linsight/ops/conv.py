@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from ._forms import fused_form, unrecorded
+from .dispatch import fused_form, unrecorded
 from .states import accumulator, autocasts, full_precision
 
 SMALL = 2**17  # numbers: of more, one convolution is quicker than nine products, compiled or added in place

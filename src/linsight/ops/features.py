@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._forms import fused_form
+from .dispatch import fused_form
 from .maps import FEATURE_MAPS
 from .rotary import Turn
 from .states import full_precision, widened

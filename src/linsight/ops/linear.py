@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._forms import fused_form
 from .conv import Convolved, made
+from .dispatch import fused_form
 from .features import Features, as_features
 from .states import Moments, accumulator, apply_state, full_precision, mask_tokens, outer_sum
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._forms import unrecorded
+from .dispatch import unrecorded
 
 
 def identity(x: Tensor) -> Tensor:

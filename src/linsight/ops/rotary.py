@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 
-from ._forms import unrecorded
+from .dispatch import unrecorded
 from .layout import Tile
 from .states import accumulator
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from golden.spec import Run, tensor
 from linsight import Grid, Layout
 from linsight.attention import Tokens, create_block
-from linsight.attention.weightformer import DynCnn, DynLinear
+from linsight.attention.mechanisms.weightformer import DynCnn, DynLinear
 
 
 def _input(spec: dict[str, Any]) -> Tensor:

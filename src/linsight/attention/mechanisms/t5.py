@@ -1,0 +1,85 @@
+"""T5 (Transformer to TTT): layers that take the place of softmax attention in a pretrained model.
+
+"Linearizing Vision Transformer with Test-Time Training", ICML 2026 (arXiv 2605.02772). q, k, v and the output
+projection are those of softmax attention, names included, so a softmax checkpoint loads into a model of these layers
+with `strict=False`. Keys are normed for each image and channel over the N tokens, as softmax ignores a shift of all
+keys and the inner loss does not; queries and normed keys see their neighbours through depthwise 3x3 convolutions:
+
+    q' = q + conv(q),   n = (k - mean k) / sqrt(var k + 1),   k' = n + conv(n)
+
+Each head then takes one step of its inner model f on (k', v) and answers q', with s = d^(-1/2), no clip:
+
+    published        f(u) = (SiLU(u W1) * (u W2)) W3   -(s/N) sum f(k').v
+    ablation "v0"    f(u) = SiLU(u W1) W2              -(s/N) sum f(k').v, no convolutions
+
+Prefix tokens, of which the publication has none, are normed, train and are answered as all others; the convolutions
+pass them by. The form for diffusion models is `dit5`.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from linsight.ops import Tile, depthwise_conv, full_precision, pad_prefix
+
+from ..core import Capabilities, Rename
+from ..parts.inner import InnerTraining
+from ..registry import Paper, register
+
+
+@register(
+    "t5",
+    formula="o = f_W'(q + conv(q)), W' = W - dL/dW, L = -(s/N) sum f_W(n + conv(n)).v, n = instance_norm(k)",
+    complexity="O(N d^2)",
+    paper=Paper("Linearizing Vision Transformer with Test-Time Training", "2605.02772", "ICML 2026"),
+)
+class T5(InnerTraining):
+    """One inner step a head on normed keys, with convolutions on queries and keys.
+
+    Args:
+        inner_model: f. "swiglu3" is (SiLU(u W1) (u W2)) W3, "mlp2" SiLU(u W1) W2.
+        loss: -f(k).v or |f(k) - v|^2 / 2.
+        local: the convolutions.
+    """
+
+    capabilities = Capabilities(keep=True, sizes=True, reduced=True, stream=True, prefix=True)
+    halos: tuple[int, ...] = (0, 1, 1)
+    published: ClassVar[tuple[Rename, ...]] = (
+        Rename("w1", "core.w1"),
+        Rename("w2", "core.w2"),
+        Rename("w3", "core.w3"),
+        Rename("q_conv2d.", "core.q_conv."),
+        Rename("k_conv2d.", "core.k_conv."),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        inner_model: Literal["swiglu3", "mlp2"] = "swiglu3",
+        loss: Literal["dot", "mse"] = "dot",
+        local: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        heads: dict[str, Any] = {"inner_model": inner_model, "loss": loss, "inner_lr": 1.0, "scale": None}
+        super().__init__(dim, num_heads, **heads, key_norm=True, clip=False, **factory)
+        self.local = local
+        if local:
+            self.q_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+            self.k_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        else:
+            self.halos = (0, 0, 0)
+
+    def localise(self, name: str, x: Tensor, tile: Tile) -> Tensor:
+        """x + conv(x) on the grid; the convolution sees zeros where nothing is kept."""
+        if not self.local:
+            return x
+        conv = self.q_conv if name == "q" else self.k_conv
+        assert conv.bias is not None
+        with full_precision(x):
+            weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
+            return x + pad_prefix(depthwise_conv(x[:, tile.prefix :], tile.seen, weight, bias), tile.prefix)

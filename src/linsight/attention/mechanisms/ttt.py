@@ -1,0 +1,152 @@
+"""Test-time-training attention of ViT^3: a two-branch inner model takes one step on (k, v), then answers q.
+
+Han et al., "ViT^3: Unlocking Test-Time Training in Vision", CVPR 2026 (arXiv 2512.01643). One projection of x gives
+q1, k1, v1 (C channels each) and q2, k2, v2 (d = C / heads each). Each head trains
+
+    f(u) = (u W1) * SiLU(u W2)   on (k1, v1)
+
+and one further head of width d trains a depthwise 3x3 kernel w on the images k2, v2 of its channels. Both losses are
+-(s/N) sum_n f(k_n).v_n, s = 1/3 in both, N the tokens that the branch trains on; gradients are clipped softly,
+g / (|g| + 1) with a norm for each column of a matrix and each kernel, and the step is W' = W - lr g. Then
+
+    o = [(q1 W1') * SiLU(q1 W2'),  conv(q2; w')],
+
+C + d channels. Queries and keys are not normalised. Prefix tokens, of which the publication has none, train and are
+answered by the heads; they have no place on the grid, so the convolution neither sees them nor adds to them.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from linsight.errors import LinsightError
+from linsight.ops import (
+    Grid,
+    InnerGradient,
+    State,
+    Tile,
+    accumulator,
+    check_rotary,
+    count_tokens,
+    dynamic_depthwise_conv,
+    kernel_gradient,
+    mask_tokens,
+    pad_prefix,
+    rotate,
+)
+
+from ..core import Capabilities, Rename, Tokens
+from ..parts.inner import InnerTraining
+from ..registry import Paper, register
+
+
+class TTTState(NamedTuple):
+    """The sums of the heads, and those of the convolution."""
+
+    heads: InnerGradient
+    kernels: InnerGradient
+
+
+class Trained(NamedTuple):
+    """heads: `(B, H, D, M * D)`.  kernels: `(B, D, 3, 3)`."""
+
+    heads: Tensor
+    kernels: Tensor
+
+
+@register(
+    "ttt",
+    formula="o = [f_W'(q1), conv3x3(q2; w')], W' = W - lr clip(dL/dW), L = -(s/N) sum f_W(k).v",
+    complexity="O(N d^2)",
+    paper=Paper("ViT^3: Unlocking Test-Time Training in Vision", "2512.01643", "CVPR 2026"),
+)
+class TTT(InnerTraining):
+    """One inner step of a model a head, and of a depthwise convolution beside them.
+
+    Args:
+        inner_model: f. "swiglu" is (u W1) SiLU(u W2), "swiglu3" (SiLU(u W1) (u W2)) W3, "mlp2" SiLU(u W1) W2.
+        loss: of the heads, -f(k).v or |f(k) - v|^2 / 2. The convolution's is always the first.
+        key_norm: "instance" takes from each key channel its mean over the tokens, and divides by sqrt(variance + 1).
+        clip: soft clipping of the gradients. Without it the step grows with the cube of the activations.
+        conv: the convolution's head. Every published model has it.
+        rotary: turn q1 and k1 by their positions, over all channels before heads are split, as hierarchical models do.
+        inner_lr: lr.
+        scale: s; None is d^(-1/2). Every published model uses 1/3.
+    """
+
+    capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
+    projections = "qkvx"
+    halos: tuple[int, ...] = (1, 1)
+    published = (
+        Rename("w1", "core.w1"),
+        Rename("w2", "core.w2"),
+        Rename("w3", "core.kernel"),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        inner_model: Literal["swiglu", "swiglu3", "mlp2"] = "swiglu",
+        loss: Literal["dot", "mse"] = "dot",
+        key_norm: Literal["none", "instance"] = "none",
+        clip: bool = True,
+        conv: bool = True,
+        rotary: bool = False,
+        inner_lr: float = 1.0,
+        scale: float | None = 1 / 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm, width, reach = key_norm == "instance", dim // num_heads, 1 if conv else 0
+        heads: dict[str, Any] = {"inner_model": inner_model, "loss": loss, "key_norm": norm, "clip": clip}
+        super().__init__(dim, num_heads, **heads, inner_lr=inner_lr, scale=scale, **factory)
+        if rotary:
+            check_rotary(dim)
+        self.rotary = rotary
+        self.halos = (0, reach, reach) if norm else (reach, reach)
+        self.kernel: nn.Parameter | None = None
+        if conv:
+            self.kernel = nn.Parameter(torch.empty(width, 1, 3, 3, **factory))
+            nn.init.trunc_normal_(self.kernel, std=0.02)
+            self.extra_dim, self.out_dim = 3 * width, dim + width
+
+    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Any:
+        """The sums of both branches; before them, where keys are normed, the moments of k1."""
+        state = super().absorb(r, tokens, tile, done)
+        if self.kernel is None or r < self.rounds - 1:
+            return state
+        keep = None if tokens.keep is None else tokens.keep[:, tile.prefix :]
+        _, k, v = (mask_tokens(x, keep) for x in self._images(tokens, tile))
+        places = count_tokens(tile.inner_grid(v), None if keep is None else tile.inner_grid(keep))
+        return TTTState(state, InnerGradient(kernel_gradient(k, v, tile), places))
+
+    def finish(self, r: int, state: Any, grid: Grid) -> Any:
+        """The trained matrices and kernels."""
+        if self.kernel is None or r < self.rounds - 1:
+            return super().finish(r, state, grid)
+        w = self.kernel.transpose(0, 1).to(state.kernels.total.dtype)
+        return Trained(super().finish(r, state.heads, grid), self.trained(w, state.kernels, -2, -1))
+
+    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+        """The trained model on q1, and behind its heads the trained convolution on q2."""
+        if self.kernel is None:
+            return super().read(tokens, tile, done)
+        out = self.answer(tokens, tile, done[-1].heads)
+        keep = None if tokens.keep is None else tokens.keep[:, tile.prefix :]
+        q = mask_tokens(self._images(tokens, tile)[0], keep)
+        local = tile.inner_grid(dynamic_depthwise_conv(q, tile.seen, done[-1].kernels))
+        return torch.cat([out, pad_prefix(local, tile.prefix)[:, :, None]], dim=2).to(tokens.q.dtype)
+
+    def prepare(self, name: str, x: Tensor, tile: Tile) -> Tensor:
+        """Turned by their positions, where asked."""
+        return rotate(x, tile) if self.rotary else x.to(accumulator(x.dtype))
+
+    def _images(self, tokens: Tokens, tile: Tile) -> tuple[Tensor, ...]:
+        """q2, k2, v2 on the grid, each `(B, n, D)`."""
+        if tokens.extra is None:
+            raise LinsightError("the convolution of 'ttt' needs projections='qkvx'; others go with conv=False")
+        return tokens.extra[:, tile.prefix :].chunk(3, dim=-1)

@@ -1,0 +1,199 @@
+"""The registry of mechanisms: everything that tests, documentation and the command line know of them.
+
+A module of this package registers one mechanism with `@register(...)`; its options are read off the
+constructor. Nothing else is edited to add one.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from linsight.errors import CapabilityError, LinsightError, UnknownNameError
+
+from .core import Capabilities, Core
+from .packed import takes_packed
+
+Kind = Literal["core", "layer", "block"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """Where a mechanism comes from."""
+
+    title: str
+    arxiv: str = ""
+    venue: str = ""
+
+    def __str__(self) -> str:
+        parts = [self.title, f"arXiv {self.arxiv}" if self.arxiv else "", self.venue]
+        return ", ".join(p for p in parts if p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A keyword argument of a mechanism's constructor. `choices` is empty where any value goes."""
+
+    name: str
+    default: Any
+    choices: tuple[Any, ...] = ()
+    help: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """One row of the registry."""
+
+    name: str
+    factory: type[nn.Module]
+    kind: Kind
+    formula: str
+    complexity: str
+    paper: Paper
+    capabilities: Capabilities
+    options: tuple[Option, ...]
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether the cost is that of a score matrix; hosts give such mechanisms their windows and reductions."""
+        return "N^2" in self.complexity
+
+    def placed(
+        self, grid: tuple[int, int] | None, index: int | None, query_grid: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """`grid=`, `index=` and `query_grid=` for the constructor, of a mechanism that takes them."""
+        takes = inspect.signature(self.factory.__init__).parameters
+        given = {"grid": grid, "index": index, "query_grid": query_grid}
+        return {key: value for key, value in given.items() if key in takes and value is not None}
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise unless every option is one of ours and has one of its values."""
+        known = {option.name: option for option in self.options}
+        hints = typing.get_type_hints(self.factory.__init__) if options else {}
+        for name, value in options.items():
+            if name not in known:
+                if name in Capabilities._fields:
+                    require(self.factory, name, f"{name}={value}")
+                raise UnknownNameError(f"option of '{self.name}'", name, known)
+            if known[name].choices and value not in known[name].choices:
+                raise UnknownNameError(f"{name} of '{self.name}'", str(value), map(str, known[name].choices))
+            if not known[name].choices and not _fits(value, hints.get(name, Any)):
+                raise LinsightError(f"{name}={value!r} of '{self.name}' must be {_words(hints[name])}")
+
+
+_REGISTRY: dict[str, Mechanism] = {}
+# What hosts give; the other keyword arguments of a constructor are options.
+_RESERVED = {"self", "dim", "num_heads", "grid", "query_grid", "index", "mlp_ratio", "drop_path", "device", "dtype"}
+M = TypeVar("M", bound=type[nn.Module])
+
+
+def register(name: str, *, formula: str, complexity: str, paper: Paper, kind: Kind = "core") -> Callable[[M], M]:
+    """Register a mechanism under `name`. For use on its class, in its own file.
+
+    Nobody declares `packed`: the layer around a core takes packed batches, and so does any `forward` with
+    `@each_image`. Here this is written into the capabilities of the class.
+    """
+
+    def add(cls: M) -> M:
+        if name in _REGISTRY and _REGISTRY[name].factory.__qualname__ != cls.__qualname__:
+            raise LinsightError(f"mechanism '{name}' is already registered by {_REGISTRY[name].factory}")
+        if kind == "core" and not issubclass(cls, Core):
+            raise LinsightError(f"mechanism '{name}' has kind 'core', but {cls.__name__} is not a Core")
+        own_layer = getattr(cls, "layer", None)
+        packed = own_layer is None or takes_packed(own_layer) if kind == "core" else takes_packed(cls)
+        cls.capabilities = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)  # type: ignore[attr-defined]
+        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, cls.capabilities, _options(cls))  # type: ignore[attr-defined]
+        return cls
+
+    return add
+
+
+def unregister(name: str) -> None:
+    """Forget a mechanism, one that a test registered."""
+    _REGISTRY.pop(name, None)
+
+
+def mechanism(name: str) -> Mechanism:
+    """The registry's row for `name`; raises with the nearest name."""
+    if name not in _REGISTRY:
+        raise UnknownNameError("attention", name, _REGISTRY, "'linsight list' shows all")
+    return _REGISTRY[name]
+
+
+def list_attentions(**capabilities: bool) -> list[Mechanism]:
+    """All mechanisms, by name; those with the given capabilities, as in `list_attentions(stream=True)`."""
+    for key in capabilities:
+        if key not in Capabilities._fields:
+            raise UnknownNameError("capability", key, Capabilities._fields)
+    return [
+        entry
+        for _, entry in sorted(_REGISTRY.items())
+        if all(getattr(entry.capabilities, key) == value for key, value in capabilities.items())
+    ]
+
+
+def require(cls: type[nn.Module], capability: str, asked: str) -> None:
+    """Raise a CapabilityError naming those that can, unless `cls` has `capability`."""
+    if getattr(getattr(cls, "capabilities", Capabilities()), capability):
+        return
+    able = [entry.name for entry in list_attentions(**{capability: True})]
+    name = next((n for n, entry in _REGISTRY.items() if entry.factory is cls), cls.__name__)
+    raise CapabilityError(
+        f"'{name}' does not support {asked} ({capability}); these do: {', '.join(able) or 'none yet'}"
+    )
+
+
+def _options(cls: type[nn.Module]) -> tuple[Option, ...]:
+    hints = typing.get_type_hints(cls.__init__)
+    helps = _arguments(inspect.getdoc(cls) or "")
+    found = []
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name in _RESERVED or parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint = hints.get(name)
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        found.append(Option(name, parameter.default, choices, helps.get(name, "")))
+    return tuple(found)
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether an option may have this value, as far as its type tells; a list is as good as a tuple."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple | list) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in _WORDS else True
+
+
+def _words(hint: Any) -> str:
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return f"({', '.join(map(_words, parts))})"
+    return " or ".join(map(_words, parts)) if parts else _WORDS.get(hint, str(hint))
+
+
+def _arguments(doc: str) -> dict[str, str]:
+    """The `Args:` section of a docstring, by argument."""
+    lines: Iterable[str] = doc.partition("Args:\n")[2].splitlines()
+    helps: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if not line.strip():
+            break
+        head, colon, rest = line.strip().partition(": ")
+        if line.startswith("    ") and not line.startswith("     ") and colon and head.isidentifier():
+            name = head
+            helps[name] = rest
+        elif name:
+            helps[name] += " " + line.strip()
+    return helps

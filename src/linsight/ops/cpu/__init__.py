@@ -1,0 +1,1 @@
+"""Forms of operators for a CPU. Nothing here is imported until `ops/dispatch.py` chooses it."""
