@@ -99,11 +99,11 @@ def test_reduced_keys(name, options):
 def test_a_layer_of_its_own_by_one_line():
     """Context and masks are split as well; without the line it is refused, and packed is not declared."""
 
-    def forward(self, x, layout, *, keep=None, context=None, context_layout=None, score_bias=None, cond=None):
+    def forward(self, x, layout, *, keep=None, context=None, context_layout=None, score_bias=None, residual=None):
         source = x if context is None else context
         check_tokens(source, as_layout(layout if context is None else context_layout), "context")
         total = mask_tokens(source, keep).sum(1, keepdim=True)
-        return x + total * as_layout(layout).grid.height + (0 if cond is None else cond)
+        return x + total * as_layout(layout).grid.height + (0 if residual is None else residual)
 
     kinds = {}
     try:
@@ -119,11 +119,11 @@ def test_a_layer_of_its_own_by_one_line():
     images, contexts = sequences(), sequences(others)
     (x, layout), (context, context_layout) = pack(images, GRIDS), pack(contexts, others)
     keep, mixer = torch.rand(1, context.shape[1]) < 0.5, kinds["toy_packed"]()
-    out = mixer(x, layout, cond=x, keep=keep, context=context, context_layout=context_layout)
+    out = mixer(x, layout, residual=x, keep=keep, context=context, context_layout=context_layout)
     kept = keep[0].split([grid.tokens for grid in others])
     for i, ours in enumerate(unpack(out, layout)):
         own = {"context": contexts[i][None], "context_layout": others[i], "keep": kept[i][None]}
-        close(ours, mixer(images[i][None], GRIDS[i], cond=images[i][None], **own)[0], 1e-6)
+        close(ours, mixer(images[i][None], GRIDS[i], residual=images[i][None], **own)[0], 1e-6)
 
 
 def test_a_packed_layer_in_one_graph():

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linsight.attention import Capabilities, Core, Paper, register
+from linsight.attention import Capabilities, Core, Paper, Round, Structure, register
 from linsight.ops import accumulator, count_tokens, mask_tokens
 
 
@@ -29,21 +29,25 @@ class Sums(NamedTuple):
     count: Tensor
 
 
-@register("toy_mean", formula="sigmoid(q_i) mean_j(sigmoid(k_j) v_j)", complexity="O(N d)", paper=Paper("None"))
-class ToyMean(Core):
-    capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
-
-    def __init__(self, dim, num_heads, *, scale: float = 1.0, device=None, dtype=None):
-        super().__init__()
-        self.num_heads, self.scale = num_heads, scale
-
-    def absorb(self, r, tokens, tile, done):
+class Gated(Round):
+    def absorb(self, core, tokens, tile, done):
         dtype = accumulator(tokens.v.dtype)
         gated = torch.sigmoid(tokens.k.to(dtype)) * tokens.v.to(dtype)
         return Sums(mask_tokens(gated, tokens.keep).sum(dim=1), count_tokens(tokens.v, tokens.keep))
 
-    def finish(self, r, state, grid):
-        return state.total * (self.scale / state.count.clamp(min=1))[:, None, None]
+    def finish(self, core, state, done):
+        return state.total * (core.scale / state.count.clamp(min=1))[:, None, None]
+
+
+@register("toy_mean", formula="sigmoid(q_i) mean_j(sigmoid(k_j) v_j)", complexity="O(N d)", paper=Paper("None"))
+class ToyMean(Core):
+    capabilities = Capabilities(keep=True, sizes=True, prefix=True)
+    structure = Structure(stream=True)
+    rounds = (Gated(),)
+
+    def __init__(self, dim, num_heads, *, scale: float = 1.0, device=None, dtype=None):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, scale
 
     def read(self, tokens, tile, done):
         q = tile.inner(tokens.q).to(done[0].dtype)
@@ -55,8 +59,8 @@ LAYER = '''
 
 from torch import nn
 
-from linsight.attention import Capabilities, Layer, Paper, check_asked, register
-from linsight.ops import as_layout, check_tokens, mask_tokens
+from linsight.attention import Capabilities, Layer, Paper, check_asked, check_beside, entered, register
+from linsight.ops import mask_tokens
 
 
 @register("toy_layer", kind="layer", formula="mean(x) W", complexity="O(N d)", paper=Paper("None"))
@@ -67,10 +71,10 @@ class ToyLayer(Layer):
         super().__init__()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
 
-    def forward(self, x, layout, *, keep=None, context=None, context_layout=None, score_bias=None, cond=None):
-        layout = as_layout(layout)
-        check_tokens(x, layout)
-        check_asked(type(self), layout, keep=keep, context=context, score_bias=score_bias)
+    def forward(self, x, layout, *, keep=None, context=None, context_layout=None, score_bias=None, residual=None):
+        layout = entered(x, layout, dim=self.proj.in_features, weight=self.proj.weight)
+        check_asked(self, layout, keep=keep, context=context, score_bias=score_bias)
+        check_beside(x, layout, keep=keep)
         total = mask_tokens(x, keep).sum(1, keepdim=True)
         count = x.shape[1] if keep is None else keep.sum(1).clamp(min=1)[:, None, None]
         return self.proj((total / count).expand_as(x))
@@ -81,8 +85,7 @@ BLOCK = '''
 
 from torch import nn
 
-from linsight.attention import Block, Capabilities, Paper, check_asked, register
-from linsight.ops import as_layout, check_tokens
+from linsight.attention import Block, Capabilities, Paper, check_asked, entered, register
 
 
 @register("toy_block", kind="block", formula="x + W mean(LN(x))", complexity="O(N d)", paper=Paper("None"))
@@ -96,9 +99,8 @@ class ToyBlock(Block):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x, layout, *, keep=None):
-        layout = as_layout(layout)
-        check_tokens(x, layout)
-        check_asked(type(self), layout, keep=keep)
+        layout = entered(x, layout, dim=self.proj.in_features, weight=self.proj.weight)
+        check_asked(self, layout, keep=keep)
         return x + self.gain * self.proj(self.norm(x).mean(1, keepdim=True))
 '''
 

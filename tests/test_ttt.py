@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linsight
 from linsight import create_attention
-from linsight.attention import Tokens, create_core
+from linsight.attention import Tokens, create_core, drive
 from linsight.errors import CheckpointError, LinsightError
 from linsight.ops import Grid, Layout, Tile
 from matrix.subject import cast, random_tokens
@@ -61,7 +61,7 @@ def test_only_the_clip_bounds_the_step(clip):
     core, layout = make_core("ttt", clip=clip, conv=False), Layout(Grid(4, 4))
     tokens = random_tokens(core, 1, layout.grid)
     tokens = tokens._replace(k=1e3 * tokens.k, v=1e3 * tokens.v)
-    trained = core.finish(0, core.absorb(0, tokens, Tile.whole(layout.grid), ()), layout.grid)
+    (trained,) = drive(core, lambda now: [(tokens, Tile.whole(layout.grid))])
     moved = (trained - core.matrices(F64)).norm(dim=-2)
     assert moved.max() < 1 if clip else moved.max() > 1e6
 
@@ -118,7 +118,7 @@ def test_key_norm_shrinks_small_keys():
     tokens = random_tokens(core, 1, grid)
     tokens = tokens._replace(k=0.1 * tokens.k)
     whole = Tile.whole(grid)
-    norm = core.finish(0, core.absorb(0, tokens, whole, ()), grid)
+    norm, _ = drive(core, lambda now: [(tokens, whole)])
     k = tokens.k.flatten(2)
     torch.testing.assert_close(norm.mean, k.mean(1, keepdim=True))
     torch.testing.assert_close(norm.scale, (k.var(1, correction=0, keepdim=True) + 1).rsqrt())

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import linsight
 from linsight import Grid
-from linsight.attention import Tokens, create_block, run_rounds
+from linsight.attention import Tokens, create_block, drive, run_rounds
 from linsight.attention.mechanisms.weightformer import DynCnn, DynLinear, is_dynamic
 from linsight.errors import LinsightError
 from linsight.ops import Layout, Tile, tiles
@@ -149,7 +149,7 @@ def test_states_are_full_precision():
     x, whole = 100 * torch.randn(1, 64 * 64, 8), Tile.whole(Grid(64, 64))
 
     def state(layer, x):
-        return layer.finish(0, layer.absorb(0, Tokens(x, x, x), whole, ()), whole.grid)
+        return drive(layer, lambda now: [(Tokens(x, x, x), whole)])[0]
 
     for layer in (DynLinear(8, 16), DynCnn(8)):
         with torch.no_grad():

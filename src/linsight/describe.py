@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from linsight.attention import Mechanism, create_attention, create_block, list_attentions, mechanism
+from linsight.attention import FLAGS, Mechanism, create_attention, create_block, list_attentions, mechanism
 from linsight.errors import UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention
 from linsight.models.dyn_perceiver import DynamicPerceiver
@@ -118,7 +118,8 @@ def _mechanism_row(entry: Mechanism) -> dict[str, Any]:
             "venue": paper.venue,
             "url": f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else "",
         },
-        "capabilities": entry.capabilities._asdict(),
+        "capabilities": {flag: entry.can(flag) for flag in FLAGS},
+        "cost": entry.structure.cost.value,
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linsight import create_attention
-from linsight.attention import Capabilities, list_attentions, run_rounds
+from linsight.attention import FLAGS, list_attentions, run_rounds
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, tiles
 
@@ -59,8 +59,8 @@ def incapable_says_who_can(subject: Subject) -> None:
         "layer": {"stream", "reduced"},
         "block": {"stream", "reduced", "cross", "score_bias"},
     }[subject.entry.kind]
-    for capability in sorted(set(Capabilities._fields) - unasked):
-        if getattr(subject.can, capability):
+    for capability in sorted({*FLAGS} - {"bidirectional"} - unasked):
+        if subject.entry.can(capability):
             call(capability)
             continue
         with pytest.raises(CapabilityError) as caught:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from linsight.attention import Core, Tokens, run_rounds
-from linsight.ops import Grid, Layout, Tile, pack, unpack
+from linsight.attention import run_rounds
+from linsight.ops import Grid, Layout, Tile, merge, pack, unpack
 
 from .subject import Subject, close, random_tokens
 
@@ -73,18 +73,16 @@ def merge_is_associative(subject: Subject) -> None:
     def leaves(state: Any) -> list[torch.Tensor]:
         return [leaf for leaf in _pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
 
-    for r in range(core.rounds):
-        a, b, c = (_absorb(core, r, tokens, band, done) for band in bands)
-        merged = core.merge(r, core.merge(r, a, b), c)
-        for other in (core.merge(r, a, core.merge(r, b, c)), core.merge(r, c, core.merge(r, b, a))):
-            for x, y in zip(leaves(core.finish(r, merged, grid)), leaves(core.finish(r, other, grid)), strict=True):
+    for now in core.rounds:
+        tiles = [replace(band, halo=now.halo) for band in bands]
+        a, b, c = (now.absorb(core, tokens.each(tile.take), tile, done) for tile in tiles)
+        merged, *others = (
+            now.finish(core, s, done) for s in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, merge(b, a)))
+        )
+        for other in others:
+            for x, y in zip(leaves(merged), leaves(other), strict=True):
                 close(x, y)
-        done += (core.finish(r, merged, grid),)
-
-
-def _absorb(core: Core, r: int, tokens: Tokens, tile: Tile, done: tuple[Any, ...]) -> Any:
-    tile = replace(tile, halo=core.halos[r])
-    return core.absorb(r, Tokens(*(None if t is None else tile.take(t) for t in tokens)), tile, done)
+        done += (merged,)
 
 
 def any_grid_and_prefix(subject: Subject) -> None:

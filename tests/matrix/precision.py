@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from linsight.attention import Core, Tokens
-from linsight.ops import Grid, Layout, State, Tile
+from linsight.attention import Core, Tokens, drive
+from linsight.ops import Grid, Layout, Tile
 
 from .subject import Subject, cast, random_tokens
 
@@ -80,10 +80,10 @@ def states_are_full_precision(subject: Subject) -> None:
     for dtype in (*HALVES, torch.float32, torch.float64):
         core = subject.core().to(dtype)
         tokens, done = cast(random_tokens(core, 1, grid), dtype), ()
-        for r in range(core.rounds):
+        for now in core.rounds:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-                state = core.absorb(r, tokens, Tile.whole(grid), done)
-                done += (core.finish(r, state, grid),)
+                state = now.absorb(core, tokens, Tile.whole(grid), done)
+                done += (now.finish(core, state, done),)
             wanted = torch.promote_types(dtype, torch.float32)
             for leaf in tree_leaves((state, done)):
                 assert not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dtype == wanted
@@ -98,7 +98,7 @@ def autocast_is_finite(subject: Subject) -> None:
         out.float().mean().backward()
     assert out.isfinite().all()
     assert all(t.grad.isfinite().all() for t in (x, *layer.parameters()))
-    if subject.can.stream and subject.entry.kind == "core":
+    if subject.entry.can("stream") and subject.entry.kind == "core":
         tokens = cast(random_tokens(layer.core, 2, grid), torch.float32)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             inside = layer.core(tokens, Layout(grid))
@@ -120,11 +120,9 @@ def long_sequences(subject: Subject) -> None:
 
 
 def _read_corner(core: Core, tokens: Tokens, grid: Grid) -> Tensor:
-    done: tuple[State, ...] = ()
-    for r in range(core.rounds):
-        done += (core.finish(r, core.absorb(r, tokens, Tile.whole(grid), done), grid),)
-    corner = Tile(grid, 0, 0, 16, 16, halo=core.halos[-1])
-    return core.read(Tokens(*(None if t is None else corner.take(t) for t in tokens)), corner, done)
+    done = drive(core, lambda now: [(tokens, Tile.whole(grid))])
+    corner = Tile(grid, 0, 0, 16, 16, halo=core.halo)
+    return core.read(tokens.each(corner.take), corner, done)
 
 
 def no_number_is_left_unwritten(subject: Subject) -> None:

@@ -31,12 +31,12 @@ class Subject(NamedTuple):
     @property
     def local(self) -> bool:
         """Whether a token's output depends on its neighbours on the grid."""
-        return max(getattr(self.entry.factory, "halos", (1,))) > 0
+        return self.entry.kind != "core" or self.core().halo > 0
 
     def need(self, *capabilities: str) -> None:
         """Skip unless the mechanism declares these."""
         for name in capabilities:
-            if not getattr(self.can, name):
+            if not self.entry.can(name):
                 pytest.skip(f"{self.name} declares no '{name}'")
 
     def layer(self, dim: int = 16, num_heads: int = 2, **options: Any) -> nn.Module:

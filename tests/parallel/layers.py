@@ -66,7 +66,7 @@ def same_as_one(layer, heights, width, prefix, dim=16, tolerance=1e-9, condition
     first, end = own(heights)
     mine = torch.cat([torch.arange(prefix), torch.arange(prefix + first * width, prefix + end * width)])
     x, weight, cond = (torch.randn(2, grid.tokens, dim, dtype=dtype) for _ in range(3))
-    more, part = ({"cond": cond}, {"cond": cond[:, mine]}) if conditioned else ({}, {})
+    more, part = ({"residual": cond}, {"residual": cond[:, mine]}) if conditioned else ({}, {})
     dense = copy.deepcopy(layer)
     whole = x.clone().requires_grad_()
     expected = dense(whole, grid, **more)
@@ -93,7 +93,7 @@ def mechanism(entry, prefix):
 
 for _entry in STREAMING:
     CASES[f"layer {_entry.name}"] = functools.partial(mechanism, _entry, 0)
-    if _entry.capabilities.prefix:
+    if _entry.can("prefix"):
         CASES[f"layer {_entry.name} prefix"] = functools.partial(mechanism, _entry, 2)
 
 
@@ -122,7 +122,7 @@ def collectives():
             patch.setattr(dist, name, functools.partial(counted, getattr(dist, name), calls, name))
         with torch.no_grad():
             layer(torch.randn(1, 1 + 6, 16), Grid(2, 3, 1))
-    assert calls == {"all_gather_into_tensor": layer.core.rounds + 2, "all_to_all_single": 1}
+    assert calls == {"all_gather_into_tensor": len(layer.core.rounds) + 2, "all_to_all_single": 1}
 
 
 def counted(function, calls, name, *arguments, **more):

@@ -141,7 +141,8 @@ class MultiheadAttention(nn.Module):
         if keep is not None:  # of keys and values alone, as torch has it: ignored tokens may still ask
             k, v = mask_tokens(k, keep), mask_tokens(v, keep)
         tokens = Tokens(*self._project(q, k, v), x=q, keep=keep)
-        out = self.core(tokens, layout, context_layout=source, score_bias=bias)
+        beside = {"context_layout": source, "score_bias": bias}
+        out = self.core(tokens, layout, **{name: value for name, value in beside.items() if value is not None})
         out = self.out_proj(merge_heads(out))
         if not batched:
             return out[0], None
@@ -171,10 +172,10 @@ class MultiheadAttention(nn.Module):
         self, q: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Masks of torch as our `keep` `(B, N)` and `score_bias`, which broadcasts to `(B, H, M, N)`."""
-        kind = type(self.core)
+        kind = self.core
         scores = self.core.capabilities.score_bias
         keep = bias = None
-        if is_causal and getattr(self.core, "causal", False):
+        if is_causal and self.core.causal:
             mask = None
         elif is_causal and (mask is None or not scores):
             require(kind, "causal", "a causal mask")

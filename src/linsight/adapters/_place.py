@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from linsight.attention import require
+from linsight.attention import Core, require
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
@@ -44,10 +44,10 @@ def check_prefix(owner: type[nn.Module], prefix: int) -> None:
         require(owner, "prefix", "prefix tokens")
 
 
-def lies_on_grid(core: nn.Module) -> bool:
-    """Whether it matters to a mechanism where tokens lie: it convolves, pools, or has no place for prefix tokens."""
-    local = any(getattr(core, "halos", (1,))) or bool(getattr(core, "of_queries", ()))
-    return local or not core.capabilities.prefix  # type: ignore[union-attr]
+def lies_on_grid(core: Core) -> bool:
+    """True where it matters to a mechanism where tokens lie: it convolves, pools, or has no place for prefix tokens."""
+    local = core.halo or any(now.halo or now.of == "queries" for now in core.rounds)
+    return bool(local) or not core.capabilities.prefix
 
 
 def refuse(given: Mapping[str, Any], table: Mapping[str, str]) -> None:

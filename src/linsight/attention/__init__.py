@@ -4,33 +4,53 @@ import importlib
 import pkgutil
 
 from . import mechanisms
-from .block import Block, create_block, is_block
-from .core import Capabilities, Core, Rename, Tokens, merge_heads, run_rounds, split_heads
-from .layer import PROJECTIONS, Attention, Layer, Projection, check_asked, create_attention, create_core
+from .block import Block
+from .capabilities import FLAGS, Capabilities, Cost, Structure
+from .checks import check_asked, check_beside, entered
+from .core import Core, Rename
+from .create import create_attention, create_block, create_core, is_block
+from .fusing import INFERENCE_FORMS, Fusable
+from .layer import Attention, Layer
 from .packed import each_image
+from .parts.token_conv import TokenConv
+from .projections import PROJECTIONS, Projection
 from .registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
+from .rounds import Progress, Round, drive, scan
+from .tiled import run_rounds
+from .tokens import Tokens, merge_heads, split_heads
 
 for _module in pkgutil.iter_modules(mechanisms.__path__):
     importlib.import_module(f"{mechanisms.__name__}.{_module.name}")
 
 __all__ = [
+    "FLAGS",
+    "INFERENCE_FORMS",
     "PROJECTIONS",
     "Attention",
     "Block",
     "Capabilities",
     "Core",
+    "Cost",
+    "Fusable",
     "Layer",
     "Mechanism",
     "Option",
     "Paper",
+    "Progress",
     "Projection",
     "Rename",
+    "Round",
+    "Structure",
+    "TokenConv",
     "Tokens",
     "check_asked",
+    "check_beside",
     "create_attention",
     "create_block",
     "create_core",
+    "drive",
     "each_image",
+    "entered",
     "is_block",
     "list_attentions",
     "mechanism",
@@ -38,6 +58,7 @@ __all__ = [
     "register",
     "require",
     "run_rounds",
+    "scan",
     "split_heads",
     "unregister",
 ]

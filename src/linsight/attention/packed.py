@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from linsight.errors import LinsightError
 from linsight.ops import Groups, Layout, LayoutLike, as_layout, check_tokens
 
-from .core import Core, Tokens
+from .core import Core
+from .tokens import Tokens
 
 Forward = Callable[..., Tensor]
 
@@ -27,12 +28,12 @@ def mix_packed(
         raise LinsightError("score_bias= is of the scores of one image, not of packed ones: pad the batch (sizes=)")
     groups = Groups(layout) if context_layout is None else Groups(layout, context_layout)
     keys = 0 if context_layout is None else 1
-    sides = (0, keys, keys, 0, keys, keys)  # of each field of Tokens
+    sides = (0, keys, keys, 0, keys, keys, 0)  # of each field of Tokens
     split = [None if t is None else groups.split(t, side) for t, side in zip(tokens, sides, strict=True)]
     outs = []
     for i, grids in enumerate(groups.grids):
         part = Tokens(*(None if parts is None else parts[i] for parts in split))  # type: ignore[arg-type]
-        outs.append(core(part, Layout(grids[0]), context_layout=Layout(grids[1]) if keys else None))
+        outs.append(core(part, Layout(grids[0]), **({"context_layout": Layout(grids[1])} if keys else {})))
     return groups.join(outs)
 
 
@@ -53,7 +54,7 @@ def each_image(forward: Forward) -> Forward:
             layouts.append(as_layout(others["context_layout"]))
             check_tokens(context, layouts[1], "context")
         groups = Groups(*layouts)
-        sides = {"cond": 0, "context": 1, "keep": len(layouts) - 1}
+        sides = {"residual": 0, "context": 1, "keep": len(layouts) - 1}
         given = {key: groups.split(t, sides[key]) for key, t in others.items() if key in sides and t is not None}
         outs = []
         for i, (part, grids) in enumerate(zip(groups.split(x), groups.grids, strict=True)):

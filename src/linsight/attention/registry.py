@@ -15,7 +15,8 @@ from torch import nn
 
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 
-from .core import Capabilities, Core
+from .capabilities import FLAGS, Capabilities, Cost, Structure
+from .core import Core
 from .packed import takes_packed
 
 Kind = Literal["core", "layer", "block"]
@@ -55,12 +56,17 @@ class Mechanism:
     complexity: str
     paper: Paper
     capabilities: Capabilities
+    structure: Structure
     options: tuple[Option, ...]
 
     @property
     def quadratic(self) -> bool:
-        """Whether the cost is that of a score matrix; hosts give such mechanisms their windows and reductions."""
-        return "N^2" in self.complexity
+        """True where the cost is that of a score matrix; hosts give such mechanisms their windows and reductions."""
+        return self.structure.cost is Cost.QUADRATIC
+
+    def can(self, flag: str) -> bool:
+        """One of `FLAGS`, in whichever record it stands."""
+        return _flag(self.factory, flag)
 
     def placed(
         self, grid: tuple[int, int] | None, index: int | None, query_grid: tuple[int, int] | None = None
@@ -76,7 +82,7 @@ class Mechanism:
         hints = typing.get_type_hints(self.factory.__init__) if options else {}
         for name, value in options.items():
             if name not in known:
-                if name in Capabilities._fields:
+                if name in FLAGS:
                     require(self.factory, name, f"{name}={value}")
                 raise UnknownNameError(f"option of '{self.name}'", name, known)
             if known[name].choices and value not in known[name].choices:
@@ -106,7 +112,10 @@ def register(name: str, *, formula: str, complexity: str, paper: Paper, kind: Ki
         own_layer = getattr(cls, "layer", None)
         packed = own_layer is None or takes_packed(own_layer) if kind == "core" else takes_packed(cls)
         cls.capabilities = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)  # type: ignore[attr-defined]
-        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, cls.capabilities, _options(cls))  # type: ignore[attr-defined]
+        structure = getattr(cls, "structure", Structure())
+        _REGISTRY[name] = Mechanism(
+            name, cls, kind, formula, complexity, paper, cls.capabilities, structure, _options(cls)
+        )  # type: ignore[attr-defined]
         return cls
 
     return add
@@ -124,27 +133,31 @@ def mechanism(name: str) -> Mechanism:
     return _REGISTRY[name]
 
 
-def list_attentions(**capabilities: bool) -> list[Mechanism]:
-    """All mechanisms, by name; those with the given capabilities, as in `list_attentions(stream=True)`."""
-    for key in capabilities:
-        if key not in Capabilities._fields:
-            raise UnknownNameError("capability", key, Capabilities._fields)
+def list_attentions(**flags: bool) -> list[Mechanism]:
+    """All mechanisms, by name; those that can do what is asked, as in `list_attentions(stream=True)`."""
+    for flag in flags:
+        if flag not in FLAGS:
+            raise UnknownNameError("capability", flag, FLAGS)
     return [
         entry
         for _, entry in sorted(_REGISTRY.items())
-        if all(getattr(entry.capabilities, key) == value for key, value in capabilities.items())
+        if all(entry.can(flag) == value for flag, value in flags.items())
     ]
 
 
-def require(cls: type[nn.Module], capability: str, asked: str) -> None:
-    """Raise a CapabilityError naming those that can, unless `cls` has `capability`."""
-    if getattr(getattr(cls, "capabilities", Capabilities()), capability):
+def require(owner: nn.Module | type[nn.Module], flag: str, asked: str) -> None:
+    """Raise a CapabilityError naming those that can, unless `owner`, a mechanism or its class, has the `flag`."""
+    if _flag(owner, flag):
         return
-    able = [entry.name for entry in list_attentions(**{capability: True})]
+    cls = owner if isinstance(owner, type) else type(owner)
+    able = [entry.name for entry in list_attentions(**{flag: True})]
     name = next((n for n, entry in _REGISTRY.items() if entry.factory is cls), cls.__name__)
-    raise CapabilityError(
-        f"'{name}' does not support {asked} ({capability}); these do: {', '.join(able) or 'none yet'}"
-    )
+    raise CapabilityError(f"'{name}' does not support {asked} ({flag}); these do: {', '.join(able) or 'none yet'}")
+
+
+def _flag(owner: Any, flag: str) -> bool:
+    asked = getattr(owner, "capabilities", Capabilities())
+    return getattr(asked, flag) if flag in asked._fields else getattr(getattr(owner, "structure", Structure()), flag)
 
 
 def _options(cls: type[nn.Module]) -> tuple[Option, ...]:

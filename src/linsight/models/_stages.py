@@ -57,7 +57,7 @@ class TokenMlp(Mlp):
 class PreNorm(nn.Module):
     """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
 
-    stream_as_cond = False  # condition the layer on x before the norm
+    gives_residual = False  # hands the layer x before the norm
 
     def __init__(
         self, dim: int, attn: nn.Module, mlp: nn.Module, *, drop_path: float = 0.0, eps: float = 1e-5, **factory: Any
@@ -76,7 +76,7 @@ class PreNorm(nn.Module):
 
     def add_attention(self, x: Tensor, grid: Grid) -> Tensor:
         """The first half."""
-        return self.add(x, self.attn(self.norm1(x), grid, cond=x if self.stream_as_cond else None))
+        return self.add(x, self.attn(self.norm1(x), grid, residual=x if self.gives_residual else None))
 
     def add_mlp(self, x: Tensor, grid: Grid) -> Tensor:
         """The second half."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Core, Rename, Tokens, create_core, mechanism, merge_heads, require, split_heads
+from linsight.attention import Core, Rename, TokenConv, Tokens, create_core, mechanism, merge_heads, require, split_heads
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout, depthwise_conv, shifted_products
+from linsight.ops import Grid, Layout
 
 from ._convs import ConvEmbed
 from ._plan import Choice
@@ -98,37 +98,29 @@ class Branch(nn.Module):
         super().__init__()
         self.stripes = stripes
         self.core = core
-        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.lepe = TokenConv(dim, device=device, dtype=dtype)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Move the mechanism's tables to those of another grid."""
         self.core.set_grid(self.stripes.inner(grid) if self.stripes else grid)
 
-    def forward(self, qkv: Tensor, grid: Grid, cond: Tensor) -> Tensor:
-        """`qkv` `(B, H*W, 3, C)` and `cond` `(B, H*W, C)` -> `(B, H*W, C)`."""
+    def forward(self, qkv: Tensor, grid: Grid, x: Tensor) -> Tensor:
+        """`qkv` `(B, H*W, 3, C)` and `x` `(B, H*W, C)`, the residual stream or what was projected -> `(B, H*W, C)`."""
         if self.stripes is None:
-            return self._mix(qkv, grid, cond, None)
+            return self._mix(qkv, grid, x, None)
         keep = self.stripes.keep(qkv, grid)
         if keep is not None:
-            require(type(self.core), "keep", f"a grid that stripes of {self.stripes.width} do not divide")
+            require(self.core, "keep", f"a grid that stripes of {self.stripes.width} do not divide")
         inner = Grid(*self.stripes.inner(grid))
-        out = self._mix(self.stripes.cut(qkv, grid), inner, self.stripes.cut(cond, grid), keep)
+        out = self._mix(self.stripes.cut(qkv, grid), inner, self.stripes.cut(x, grid), keep)
         return self.stripes.join(out, grid)
 
-    def _mix(self, qkv: Tensor, grid: Grid, cond: Tensor, keep: Tensor | None) -> Tensor:
+    def _mix(self, qkv: Tensor, grid: Grid, x: Tensor, keep: Tensor | None) -> Tensor:
         q, k, v = qkv.unbind(2)
         heads: int = self.core.num_heads  # type: ignore[assignment]
-        tokens = Tokens(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), cond, keep)
+        tokens = Tokens(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), x, keep)
         out = merge_heads(self.core(tokens, Layout(grid)))
-        return out + self._lepe(v, (grid.height, grid.width))
-
-    def _lepe(self, v: Tensor, size: tuple[int, int]) -> Tensor:
-        assert self.lepe.bias is not None
-        if self.stripes is None or not torch.compiler.is_compiling():
-            return depthwise_conv(v, size, self.lepe.weight, self.lepe.bias)
-        # How a convolution is best run depends on the number of stripes, so a graph would be tied to it.
-        out = shifted_products(v, size, self.lepe.weight.transpose(0, 1)) + self.lepe.bias
-        return out.to(v.dtype)
+        return out + self.lepe(v, (grid.height, grid.width))
 
 
 class CrossShapedAttention(nn.Module):
@@ -163,20 +155,20 @@ class CrossShapedAttention(nn.Module):
             self.branches.append(Branch(core, dims, stripes=stripes, **factory))
         self.proj = nn.Linear(dim, dim, **factory)
 
-    def forward(self, x: Tensor, grid: Grid, cond: Tensor | None = None) -> Tensor:
-        """`(B, H*W, C)`; the shape is kept. `cond`: what a mechanism that asks for it is conditioned on."""
+    def forward(self, x: Tensor, grid: Grid, residual: Tensor | None = None) -> Tensor:
+        """`(B, H*W, C)`; the shape is kept. `residual`: the residual stream, for a mechanism that reads it."""
         count = len(self.branches)
         shares = self.qkv(x).unflatten(-1, (3, count, -1)).unbind(3)  # each (B, H*W, 3, C / count)
-        conditioned = all(branch.core.conditioned for branch in self.branches)  # type: ignore[union-attr]
-        conds = (cond if cond is not None and conditioned else x).chunk(count, -1)
-        outs = [branch(qkv, grid, c) for branch, qkv, c in zip(self.branches, shares, conds, strict=True)]
+        reads = all(branch.core.reads_residual for branch in self.branches)  # type: ignore[union-attr]
+        parts = (residual if residual is not None and reads else x).chunk(count, -1)
+        outs = [branch(qkv, grid, part) for branch, qkv, part in zip(self.branches, shares, parts, strict=True)]
         return self.proj(outs[0] if count == 1 else torch.cat(outs, -1))
 
 
 class CSwinBlock(PreNorm):
     """Pre-norm attention and MLP. As published, projections are the block's and a branch is one of `attns`."""
 
-    stream_as_cond = True
+    gives_residual = True
     published = (
         Rename("qkv.", "attn.qkv."),
         Rename("proj.", "attn.proj."),

@@ -10,7 +10,7 @@ from .conv import (
     foldable,
     shifted_products,
 )
-from .dispatch import FORMS, TRITON, ChosenForm, Form, forms, unrecorded, use_form, watched
+from .dispatch import FORMS, TRITON, ChosenForm, Form, forms, plain_is_asked, unrecorded, use_form, watched
 from .features import Features, as_features, focus
 from .inner import (
     INNER_MODELS,
@@ -113,6 +113,7 @@ __all__ = [
     "outer_sum",
     "pack",
     "pad_prefix",
+    "plain_is_asked",
     "pool_matrix",
     "pool_tokens",
     "read_pooled",

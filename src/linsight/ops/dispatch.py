@@ -139,6 +139,11 @@ def use_form(name: str) -> Iterator[None]:
         _forced = before
 
 
+def plain_is_asked() -> bool:
+    """True inside `use_form("plain")`: no other form runs, not one of a library either."""
+    return _forced == "plain"
+
+
 def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
     """The function to compute `operator` with, on tensors like `x` `(..., D)`; None for the plain form.
 

@@ -198,6 +198,13 @@ class Tile:
         (top, bottom), (left, right) = self.rows, self.columns
         return x.unflatten(1, (self.grid.height, self.grid.width))[:, top:bottom, left:right].flatten(1, 2)
 
+    def put(self, whole: Tensor, x: Tensor) -> None:
+        """Write `x` `(B, prefix + height*width, ...)`, the tile's own tokens, to their place in the whole sequence."""
+        whole[:, : self.prefix] = x[:, : self.prefix]
+        canvas = whole[:, self.grid.prefix :].unflatten(1, (self.grid.height, self.grid.width))
+        rows, columns = slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+        canvas[:, rows, columns] = x[:, self.prefix :].unflatten(1, (self.height, self.width))
+
     def inner(self, x: Tensor) -> Tensor:
         """The tile's own tokens `(B, prefix + height*width, ...)` out of those with the halo."""
         if self.halo == 0:

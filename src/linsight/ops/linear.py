@@ -133,10 +133,13 @@ def linear_attention(
     return linear_read(q, linear_absorb(k, v, keep), eps, dtype=v.dtype)
 
 
-def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Query i reads keys j <= i only. `q`, `k` `(B, N, H, D)`; `v` `(B, N, H, E)`; cost O(N).
+def causal_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, before: LinearState | None = None
+) -> Tensor:
+    """Query i reads keys j <= i only. `q`, `k` `(B, N, H, D)`, mapped; `v` `(B, N, H, E)`; cost O(N).
 
-    Chunks of 64 tokens: a triangle inside a chunk, the running state of the chunks before it.
+    Chunks of 64 tokens: a triangle inside a chunk, the running state of the chunks before it. `before` is the state of
+    tokens in front of all of these.
     """
     dtype, n = accumulator(v.dtype), v.shape[1]
     pad = -n % _CHUNK
@@ -149,6 +152,8 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-
         kv, ks = kc.transpose(-1, -2) @ vc, kc.sum(dim=-2)
         kv_before = F.pad(kv.cumsum(dim=1)[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
         k_before = F.pad(ks.cumsum(dim=1)[:, :-1], (0, 0, 0, 0, 1, 0))
+        if before is not None:
+            kv_before, k_before = kv_before + before.kv[:, None], k_before + before.k[:, None]
         scores = (qc @ kc.transpose(-1, -2)).tril()
         norm = scores.sum(dim=-1) + (qc @ k_before[..., None])[..., 0] + eps
         out = (scores @ vc + qc @ kv_before) / norm[..., None]

@@ -1,6 +1,6 @@
 """States: summaries of tokens whose size does not depend on N, and the three ways they merge.
 
-A state is a tensor (merged by addition), a `LogSumExp`, a `Moments`, or a named tuple of states.
+A state is a tensor (merged by addition), a named tuple of states, or anything with a `merge` of its own.
 Axes: B batch, N tokens, H heads, D query/key width, E value width. Everything that sums over N is
 accumulated in `promote_types(dtype, float32)`, whatever the autocast dtype.
 """
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-State: TypeAlias = Any  # Tensor | LogSumExp | Moments | NamedTuple of states
+State: TypeAlias = Any  # a tensor, a named tuple of states, or what has a `merge`
+
+_STRETCH = 2**14  # tokens that one product sums over
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -64,8 +66,15 @@ def count_tokens(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def outer_sum(k: Tensor, v: Tensor) -> Tensor:
-    """sum_n k_n v_n^T: `(B, N, H, D)`, `(B, N, H, E)` -> `(B, H, D, E)`."""
-    return k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
+    """sum_n k_n v_n^T: `(B, N, H, D)`, `(B, N, H, E)` -> `(B, H, D, E)`.
+
+    Run eagerly, in stretches of tokens: a product adds up in one row of numbers on some processors, which loses digits
+    as a million of them go by.
+    """
+    if torch.compiler.is_compiling() or k.shape[1] <= _STRETCH:
+        return k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
+    pairs = zip(k.split(_STRETCH, dim=1), v.split(_STRETCH, dim=1), strict=True)
+    return torch.stack([outer_sum(*pair) for pair in pairs]).sum(dim=0)
 
 
 def apply_state(q: Tensor, state: Tensor) -> Tensor:
@@ -166,9 +175,12 @@ def _mean(x: Tensor, keep: Tensor | None, count: Tensor) -> Tensor:
 
 
 def merge(a: State, b: State) -> State:
-    """The state of the tokens of `a` and of `b` together: associative, and the same for any mechanism."""
-    if isinstance(a, Tensor):
-        return a + b
-    if isinstance(a, LogSumExp | Moments):
-        return a.merge(b)
-    return type(a)(*(merge(x, y) for x, y in zip(a, b, strict=True)))
+    """The state of the tokens of `a` and of `b` together: associative, and the same for any mechanism.
+
+    A state merges by its own `merge`, a tuple field by field, tensors by their sum.
+    """
+    own = getattr(a, "merge", None)
+    if own is not None:
+        return own(b)
+    fields = getattr(a, "_fields", None)
+    return a + b if fields is None else type(a)(*map(merge, a, b))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from linsight.attention import Core, Tokens
+from linsight.attention import Core, Tokens, drive
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, State, Tile
+from linsight.ops import Grid, Tile
 
 from ._ranks import Ranks
 
@@ -117,14 +117,9 @@ class Bands:
             raise CapabilityError(f"'{name}' is asked for more than its tokens here: it does not split over ranks")
 
         def part(tile: Tile) -> tuple[Tokens, Tile]:
-            return Tokens(*(None if t is None else band.take(t, tile) for t in tokens)), tile  # type: ignore[arg-type]
+            return tokens.each(lambda t: band.take(t, tile)), tile
 
-        done: tuple[State, ...] = ()
-        for r in range(core.rounds):
-            state = core.absorb(r, *part(band.tile(core.halos[r])), done)
-            state = self.ranks.fold(state, functools.partial(core.merge, r))
-            done += (core.finish(r, state, band.grid),)
+        done = drive(core, lambda now: [part(band.tile(now.halo))], fold=self.ranks.fold)
         # What later convolutions see of its outputs is read too; zero is what is beyond their reach.
-        halo = core.halos[-1]
-        tile = band.tile(halo, band.reach - halo)
+        tile = band.tile(core.halo, band.reach - core.halo)
         return band.outer(core.read(*part(tile), done), tile)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from linsight.errors import LinsightError
-from linsight.ops import State
+from linsight.ops import State, merge
 
 Spans: TypeAlias = Sequence[tuple[int, int]]  # of each rank: first, and one past the last
 
@@ -89,7 +89,7 @@ class Ranks:
             found.append(_rebuilt(state, shaped))
         return found
 
-    def fold(self, state: State, merge: Callable[[State, State], State]) -> State:
+    def fold(self, state: State) -> State:
         """The merged state of all ranks, bit for bit the same on each."""
         return functools.reduce(merge, self.gather_states(state))
 

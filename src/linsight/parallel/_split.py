@@ -76,7 +76,7 @@ class _SplitLayer:
         self.bands = Bands(module, ranks)
         self.reach = reach(module)
 
-    def __call__(self, x: Tensor, layout: LayoutLike, *, cond: Tensor | None = None, **more: Any) -> Tensor:
+    def __call__(self, x: Tensor, layout: LayoutLike, *, residual: Tensor | None = None, **more: Any) -> Tensor:
         layout, ranks = as_layout(layout), self.ranks
         if layout.sizes is not None or layout.is_packed or any(value is not None for value in more.values()):
             asked = [name for name, value in more.items() if value is not None] or ["sizes or packed images"]
@@ -85,7 +85,7 @@ class _SplitLayer:
         height, width, prefix = layout.grid
         bounds = ranks.bounds(height, x, batch=x.shape[0], width=width, prefix=prefix, channels=x.shape[2])
         band = Band(Grid(bounds[-1], width, prefix), bounds, ranks.own, self.reach)
-        beside = {} if cond is None else {"cond": cond}
+        beside = {} if residual is None else {"residual": residual}
         if ranks.own:  # prefix tokens go with the first row
             x, beside = x[:, prefix:], {name: t[:, prefix:] for name, t in beside.items()}
         with same_draws(self.module, ranks, x.device):

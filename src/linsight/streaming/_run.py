@@ -258,7 +258,7 @@ class _Run:
                         after = out[:, : tile.prefix]
                     new.write(tile, out[:, tile.prefix :])
                 self._tell()
-            again = block.end_pass(layer.grid)
+            again = block.end_pass()
         return after
 
     def _end(self, layer: Layer, canvas: Canvas, prefix: Tensor | None, output: str) -> Tensor:

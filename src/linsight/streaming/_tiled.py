@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linsight.attention import Attention, Block, Core, Layer, Tokens, require
+from linsight.attention import Attention, Block, Core, Layer, Progress, Tokens, require
 from linsight.errors import CapabilityError
-from linsight.ops import Grid, State, Tile
+from linsight.ops import Grid, Tile
 
 
 class _Absorbed(Exception):  # no error: it ends a block's run at the core that had to absorb
@@ -31,11 +31,10 @@ class TiledBlock:
         check_streams(block)
         self.reach = reach(block)
         cores = [part for part in block.modules() if isinstance(part, Core)]
-        self.passes = sum(core.rounds for core in cores) + 1
+        self.passes = sum(len(core.rounds) for core in cores) + 1
         self._block = self._shadow(block)
-        self._done: dict[Core, tuple[State, ...]] = dict.fromkeys(cores, ())
-        self._active: Core | None = None  # that absorbs in this pass
-        self._state: State = None
+        self._progress = {core: Progress(core) for core in cores}
+        self._active: Progress | None = None  # of the core that absorbs in this pass
 
     def run(self, x: Tensor, tile: Tile) -> Tensor | None:
         """The tokens of `tile`, which has a halo of `reach`, to its own after the block; None in a pass that absorbs.
@@ -49,14 +48,12 @@ class TiledBlock:
             return None
         return self._own(tile, 0).inner_of(out)
 
-    def end_pass(self, grid: Grid) -> bool:
-        """After all tiles of `grid`: whether another pass is needed."""
-        core, self._active = self._active, None
-        if core is None:
+    def end_pass(self) -> bool:
+        """To be called after all tiles; True where another pass is needed."""
+        active, self._active = self._active, None
+        if active is None:
             return False
-        done = self._done[core]
-        self._done[core] = (*done, core.finish(len(done), self._state, grid))
-        self._state = None
+        active.finish()
         return True
 
     def seen(self, tile: Tile) -> Grid:
@@ -85,17 +82,15 @@ class TiledBlock:
         """In the place of `core.forward`."""
         if any(value is not None for value in (tokens.keep, *more.values())):
             raise CapabilityError(f"'{type(core).__name__}' is asked for more than its tokens here: it does not stream")
-        done, tile = self._done[core], self._tile
-        if len(done) < core.rounds:
-            crop = self._own(tile, core.halos[len(done)])
-            part = core.absorb(len(done), crop.tokens(tokens), crop.tile, done)
-            self._state = part if self._active is None else core.merge(len(done), self._state, part)
-            self._active = core
+        progress, tile = self._progress[core], self._tile
+        if (now := progress.round) is not None:
+            crop = self._own(tile, now.halo)
+            progress.absorb(crop.tokens(tokens), crop.tile)
+            self._active = progress
             raise _Absorbed
         # What later convolutions see of its outputs is read too; zero is what is beyond their reach.
-        halo = core.halos[-1]
-        crop = self._own(grown(tile, self.reach - halo), halo)
-        return crop.outer(core.read(crop.tokens(tokens), crop.tile, done))
+        crop = self._own(grown(tile, self.reach - core.halo), core.halo)
+        return crop.outer(core.read(crop.tokens(tokens), crop.tile, progress.done))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +108,7 @@ class _Crop:
 
     def tokens(self, tokens: Tokens) -> Tokens:
         """Of each the part of `tile`, its halo included."""
-        local = self.local
-        return Tokens(*(None if t is None else local.take(t) for t in tokens))  # type: ignore[arg-type]
+        return tokens.each(self.local.take)
 
     def inner_of(self, x: Tensor) -> Tensor:
         """The tokens of `tile` without halo."""
@@ -122,11 +116,8 @@ class _Crop:
 
     def outer(self, x: Tensor) -> Tensor:
         """`x` `(1, p + h*w, ...)`, those of `tile`, among zeros."""
-        local, whole = self.local, x.new_zeros(x.shape[0], self.seen.tokens, *x.shape[2:])
-        whole[:, : local.prefix] = x[:, : local.prefix]
-        canvas = whole[:, self.seen.prefix :].unflatten(1, self.seen[:2])
-        rows, columns = slice(local.top, local.top + local.height), slice(local.left, local.left + local.width)
-        canvas[:, rows, columns] = x[:, local.prefix :].unflatten(1, (local.height, local.width))
+        whole = x.new_zeros(x.shape[0], self.seen.tokens, *x.shape[2:])
+        self.local.put(whole, x)
         return whole
 
 
@@ -140,8 +131,8 @@ def check_streams(block: nn.Module) -> None:
     """Raise a CapabilityError, naming who can, unless all mechanisms in `block` stream."""
     for part in block.modules():
         if isinstance(part, Core | Block) or (isinstance(part, Layer) and not isinstance(part, Attention)):
-            require(type(part), "stream", "images in tiles")
-        if isinstance(part, Core) and getattr(part, "causal", False):
+            require(part, "stream", "images in tiles")
+        if isinstance(part, Core) and part.causal:
             raise CapabilityError("a causal form depends on the order of tokens and has no tiles: pass causal=False")
         if isinstance(part, Attention) and part.reduction is not None:
             raise CapabilityError("keys of a reduced grid do not stream: pass reduction=1")
@@ -150,7 +141,7 @@ def check_streams(block: nn.Module) -> None:
 def reach(block: nn.Module) -> int:
     """By how many tokens a token sees beyond its place, other than through states."""
     if isinstance(block, Core):
-        return max(block.halos)
+        return max(block.halo, *(now.halo for now in block.rounds))
     if isinstance(block, nn.Conv2d):
         if max(block.stride) > 1:
             raise CapabilityError("a block that makes its grid coarser does not stream: that is a step of its own")

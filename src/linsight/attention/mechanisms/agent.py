@@ -22,28 +22,30 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linsight.errors import LinsightError
-from linsight.ops import (
-    Grid,
-    Layout,
-    State,
-    Tile,
-    gather_pooled,
-    gather_state,
-    pool_tokens,
-    read_pooled,
-    separable,
-)
+from linsight.ops import Tile, read_pooled, separable
 
-from ..core import Capabilities, Core, Rename, Tokens
+from ..capabilities import Capabilities, Structure
+from ..core import Core, Rename
 from ..layer import Attention
 from ..parts.bias_tables import AgentTables, stretches
-from ..parts.token_conv import add_local, grid_values
+from ..parts.pooled import Gather, Pool
+from ..parts.token_conv import TokenConv, add_behind, convolved_values, grid_values
 from ..registry import Paper, register
+from ..rounds import Done
+from ..tokens import Tokens, split_heads
 
 _TABLES = ("an", "na", "ah", "aw", "ha", "wa", "ac", "ca")
+
+
+class AgentGather(Gather):
+    """Softmax over the keys, with the bias B1."""
+
+    def bias(self, core: Any, tile: Tile) -> Tensor:
+        """B1 of the tile's keys."""
+        return core.tables(tile, "keys")
 
 
 class AgentAttention(Attention):
@@ -72,10 +74,9 @@ class Agent(Core):
         prefix_bias: a bias for prefix tokens, as published for the class token.
     """
 
-    capabilities = Capabilities(sizes=True, reduced=True, stream=True, prefix=True)
-    rounds = 2
-    halos = (0, 0, 1)
-    of_queries = (0,)
+    capabilities = Capabilities(sizes=True, prefix=True)
+    structure = Structure(stream=True, reduced=True)
+    halo = 1
     layer = AgentAttention
     published = (
         *(Rename(f"{name}_bias", f"core.tables.{name}_bias") for name in _TABLES),
@@ -106,55 +107,28 @@ class Agent(Core):
         if min(self.agent_grid) < 1:
             raise LinsightError(f"agent_grid={agent_grid} of 'agent' must be a height and a width of 1 or more")
         self.num_heads = num_heads
+        self.rounds = (Pool(self.agent_grid), AgentGather())
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.tables = AgentTables(
             num_heads, agents, self.agent_grid, keys=grid, queries=query_grid or grid, prefix=prefix_bias, **factory
         )
-        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory) if local else None
+        self.dwc = TokenConv(dim, **factory) if local else None
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> State:
-        """The tile's share of the agents `(B, n, H, D)`; then what they gather from its keys."""
-        if r == 0:
-            return pool_tokens(tokens.q, tile, self.agent_grid)
-        return gather_state(done[0], tokens.k, tokens.v, self.tables.of_keys(tile), tokens.keep)
-
-    def finish(self, r: int, state: State, grid: Grid) -> Tensor:
-        """The agents, then their values `(B, H, n, E)`."""
-        return state if r == 0 else state.mean()
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+    def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """What queries read from the agents, and the convolution of v."""
         agents, values = done
-        out = read_pooled(tile.inner(tokens.q), agents, values, self.tables.of_queries(tile))
+        out = read_pooled(tile.inner(tokens.q), agents, values, self.tables(tile, "queries"))
         if self.dwc is not None:
-            out = add_local(out, grid_values(tokens, tile), self.dwc, tile)
+            out = add_behind(out, convolved_values(self.dwc, tokens, tile), tile.prefix)
         return out.to(tokens.q.dtype)
 
-    def forward(
-        self,
-        tokens: Tokens,
-        layout: Layout,
-        *,
-        context_layout: Layout | None = None,
-        score_bias: Tensor | None = None,
-    ) -> Tensor:
-        """The rounds over the whole, as two calls of scaled dot-product attention."""
-        source = context_layout or layout
-        queries, keys = Tile.whole(layout.grid, layout.sizes), Tile.whole(source.grid, source.sizes)
-        of_keys, of_queries = self.tables(keys, queries)
-        agents = pool_tokens(tokens.q, queries, self.agent_grid)
-        values = gather_pooled(agents, tokens.k, tokens.v, of_keys, tokens.keep)
-        out = read_pooled(tokens.q, agents, values, of_queries)
-        if self.dwc is not None:
-            v = grid_values(tokens, keys)
-            if context_layout is not None:
-                v = v.to(out.dtype)
-                rows, columns = stretches(v, (keys.grid.height, keys.grid.width), queries)
-                v = separable(v.unflatten(1, (keys.grid.height, keys.grid.width)), rows[0, 0], columns[0, 0]).flatten(
-                    1, 2
-                )
-            out = add_local(out, v, self.dwc, queries)
-        return out.to(tokens.q.dtype)
+    def lift(self, tokens: Tokens, keys: Tile, queries: Tile) -> Tokens:
+        """v brought to the grid of the queries bilinearly."""
+        v = grid_values(tokens, keys)
+        old = (keys.grid.height, keys.grid.width)
+        rows, columns = stretches(v, old, queries)
+        v = separable(v.unflatten(1, old), rows[0, 0], columns[0, 0]).flatten(1, 2)
+        return tokens._replace(v=split_heads(v, self.num_heads))
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample the tables to another grid, of keys and queries."""

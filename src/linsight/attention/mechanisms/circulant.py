@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from linsight.ops import Layout, accumulator, circular_correlation, full_precision
 
-from ..core import Core, Rename, Tokens, merge_heads, split_heads
+from ..capabilities import Cost, Structure
+from ..core import Core, Rename
 from ..registry import Paper, register
+from ..tokens import Tokens, merge_heads, split_heads
 
 
 @register(
@@ -32,7 +34,7 @@ from ..registry import Paper, register
 class Circulant(Core):
     """Softmax over circular offsets, one map a channel, with a gate."""
 
-    rounds = 0
+    structure = Structure(cost=Cost.N_LOG_N)
     qkv_bias = False
     published = (Rename("gate.0.", "core.gate."),)
 
@@ -48,14 +50,7 @@ class Circulant(Core):
         self.num_heads = num_heads
         self.gate = nn.Linear(dim, dim, device=device, dtype=dtype)
 
-    def forward(
-        self,
-        tokens: Tokens,
-        layout: Layout,
-        *,
-        context_layout: Layout | None = None,
-        score_bias: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
         """Two circular correlations, in float32 whatever the dtype of the tokens."""
         height, width, _ = layout.grid
         dtype = accumulator(tokens.q.dtype)

@@ -14,10 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from linsight.ops import State, Tile, accumulator, mask_tokens, neighbourhood_attention
+from linsight.ops import Tile, accumulator, mask_tokens, neighbourhood_attention
 
-from ..core import Capabilities, Rename, Tokens
+from ..capabilities import Capabilities, Structure
+from ..core import Rename
 from ..registry import Paper, register
+from ..rounds import Done
+from ..tokens import Tokens
 from .t5 import T5
 
 
@@ -33,9 +36,9 @@ class DiT5(T5):
     Windows are shifted inward at the rim, so that each query sees 25 keys (all of a side shorter than 5).
     """
 
-    capabilities = Capabilities(sizes=True, stream=True)  # a dropped token leaves a hole in the windows, not fewer keys
+    structure = Structure(stream=True)
+    capabilities = Capabilities(sizes=True)  # a dropped token leaves a hole in the windows, not fewer keys
     window: ClassVar[int] = 5
-    halos: tuple[int, ...] = (0, 1, window - 1)
     published = (
         *T5.published,
         Rename("qk_scale_ttt", "core.qk_scale"),
@@ -51,11 +54,12 @@ class DiT5(T5):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, inner_model="mlp2", loss="mse", device=device, dtype=dtype)
+        self.halo = self.window - 1
         # (..., 0) of queries, (..., 1) of keys
         self.qk_scale = nn.Parameter(torch.ones(1, 1, dim, 2, device=device, dtype=dtype))
         self.qk_offset = nn.Parameter(torch.zeros(1, 1, dim, 2, device=device, dtype=dtype))
 
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+    def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """Both ways, in equal parts."""
         q, k, v = (mask_tokens(x, tokens.keep) for x in tokens[:3])
         near = neighbourhood_attention(q, k, v, tile, self.window)

@@ -9,10 +9,25 @@ its output; here the residual belongs to the block.
 import torch
 from torch import Tensor
 
-from linsight.ops import Grid, LogSumExp, State, Tile, accumulator, apply_state, full_precision
+from linsight.ops import LogSumExp, Tile, accumulator, apply_state, full_precision
 
-from ..core import Capabilities, Core, Rename, Tokens
+from ..capabilities import Capabilities, Structure
+from ..core import Core, Rename
 from ..registry import Paper, register
+from ..rounds import Done, Round
+from ..tokens import Tokens
+
+
+class ChannelMeans(Round):
+    """E: means of v under softmax over the tokens, one for each key channel."""
+
+    def absorb(self, core: "Efficient", tokens: Tokens, tile: Tile, done: Done) -> LogSumExp:
+        """A log-sum-exp for each key channel."""
+        return LogSumExp.absorb(tokens.k, tokens.v, tokens.keep)
+
+    def finish(self, core: "Efficient", state: LogSumExp, done: Done) -> Tensor:
+        """E `(B, H, D, E)`."""
+        return state.mean()
 
 
 @register(
@@ -24,7 +39,9 @@ from ..registry import Paper, register
 class Efficient(Core):
     """Softmax over channels for queries, over positions for keys."""
 
-    capabilities = Capabilities(keep=True, sizes=True, cross=True, reduced=True, stream=True, prefix=True)
+    capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
+    structure = Structure(stream=True, reduced=True)
+    rounds = (ChannelMeans(),)
     published = (
         Rename("queries.", "q.", ones=2),
         Rename("keys.", "k.", ones=2),
@@ -43,15 +60,7 @@ class Efficient(Core):
         super().__init__()
         self.num_heads = num_heads
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> LogSumExp:
-        """A log-sum-exp for each key channel."""
-        return LogSumExp.absorb(tokens.k, tokens.v, tokens.keep)
-
-    def finish(self, r: int, state: LogSumExp, grid: Grid) -> Tensor:
-        """E `(B, H, D, E)`."""
-        return state.mean()
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+    def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """softmax(q) E."""
         q = tokens.q.to(accumulator(tokens.q.dtype))
         with full_precision(q):

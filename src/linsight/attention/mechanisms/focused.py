@@ -19,43 +19,22 @@ linear interpolation along the flattened sequence. Prefix tokens, of which the p
 are read and absorbed as all others, without a position and without the convolution.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import (
-    Features,
-    FittedTable,
-    Grid,
-    Layout,
-    LinearState,
-    State,
-    Tile,
-    accumulator,
-    count_tokens,
-    depthwise_conv,
-    fit_square,
-    focus,
-    full_precision,
-    linear_absorb,
-    linear_read,
-    pad_prefix,
-    table_for,
-)
+from linsight.ops import Features, FittedTable, Grid, Tile, accumulator, fit_square, focus, pad_prefix, table_for
 
-from ..core import Capabilities, Core, Rename, Tokens, split_heads
-from ..parts.token_conv import grid_values
+from ..capabilities import Capabilities, Structure
+from ..core import Rename
+from ..parts.kernel import KernelCore, KernelMeans
+from ..parts.token_conv import TokenConv, convolved_values, grid_values
 from ..registry import Paper, register
-
-
-class FocusedState(NamedTuple):
-    """sums: over the mapped keys.  count: `(B,)` tokens absorbed."""
-
-    sums: LinearState
-    count: Tensor  # type: ignore[assignment]  # also a method of tuples
+from ..rounds import Done
+from ..tokens import Tokens, split_heads
 
 
 @register(
@@ -64,7 +43,7 @@ class FocusedState(NamedTuple):
     complexity="O(N d^2)",
     paper=Paper("FLatten Transformer: Vision Transformer using Focused Linear Attention", "2308.00442", "ICCV 2023"),
 )
-class Focused(Core):
+class Focused(KernelCore):
     """Linear attention with a norm-preserving power map and a depthwise convolution of v.
 
     Args:
@@ -72,14 +51,14 @@ class Focused(Core):
         kernel_size: side of the depthwise kernel, odd.
     """
 
-    capabilities = Capabilities(keep=True, sizes=True, reduced=True, stream=True, prefix=True)
-    halos = (0, 2)
+    capabilities = Capabilities(keep=True, sizes=True, prefix=True)
+    structure = Structure(stream=True, reduced=True)
+    rounds = (KernelMeans(),)
     published = (
         Rename("scale", "core.scale"),
         Rename("positional_encoding", "core.positions"),
         Rename("dwc.", "core.dwc."),
     )
-    eps = 1e-6
 
     def __init__(
         self,
@@ -99,50 +78,34 @@ class Focused(Core):
             raise LinsightError(f"kernel_size={kernel_size} of 'focused' must be odd, so that it has a middle")
         self.num_heads = num_heads
         self.power = power
-        self.halos = (0, kernel_size // 2)
+        self.halo = kernel_size // 2
         self.size = grid or (0, 0)  # of the table
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = dim // num_heads
         self.scale = nn.Parameter(torch.zeros(1, 1, dim, **factory))
         places = self.size[0] * self.size[1]
         self.positions = nn.Parameter(torch.zeros(1, places, dim, **factory)) if grid else None
-        self.dwc = nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width, **factory)
+        self.dwc = TokenConv(width, kernel_size, repeats=num_heads, **factory)
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> FocusedState:
-        """sum phi(k + P) v^T, sum phi(k + P) and the number of tokens."""
-        k = tokens.k
-        if self.positions is not None:
-            table = table_for(self.positions, self.size, tile, "bicubic").to(accumulator(k.dtype))
-            k = k + split_heads(pad_prefix(table, tile.prefix), self.num_heads)
-        sums = linear_absorb(self._features(k), tokens.v, tokens.keep)
-        return FocusedState(sums, count_tokens(tokens.v, tokens.keep))
+    def features(self, name: str, x: Tensor, tile: Tile, done: Done) -> Features:
+        """phi, of keys with their positions."""
+        dtype = accumulator(x.dtype)
+        if name == "k" and self.positions is not None:
+            table = table_for(self.positions, self.size, tile, "bicubic").to(dtype)
+            x = x + split_heads(pad_prefix(table, tile.prefix), self.num_heads)
+        scale = split_heads(self.scale.to(dtype), self.num_heads)
+        return focus(x, 1 / F.softplus(scale[0, 0]), self.power)
 
-    def finish(self, r: int, state: FocusedState, grid: Grid) -> LinearState:
-        """The means over the tokens."""
-        share = 1 / state.count.clamp(min=1)[:, None, None]
-        return LinearState(state.sums.kv * share[..., None], state.sums.k * share)
+    def local(self, tokens: Tokens, tile: Tile) -> Tensor:
+        """conv(v)."""
+        return convolved_values(self.dwc, tokens, tile)
 
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
-        """phi(q) against the state, and the convolution of v."""
-        return self._read(tokens.q, grid_values(tokens, tile), tile, done[0])
-
-    def forward(
-        self,
-        tokens: Tokens,
-        layout: Layout,
-        *,
-        context_layout: Layout | None = None,
-        score_bias: Tensor | None = None,
-    ) -> Tensor:
-        """The rounds; where keys lie on a coarser grid, v is brought back to that of the queries."""
-        if context_layout is None:
-            return super().forward(tokens, layout)
-        keys, grid = Tile.whole(context_layout.grid, context_layout.sizes), layout.grid
-        state = self.finish(0, self.absorb(0, tokens, keys, ()), keys.grid)
+    def lift(self, tokens: Tokens, keys: Tile, queries: Tile) -> Tokens:
+        """v of all tokens, by linear interpolation along the flattened sequence."""
         v = grid_values(tokens, keys).transpose(1, 2)
         v = v.to(accumulator(v.dtype))
-        v = F.interpolate(v, grid.height * grid.width, mode="linear").transpose(1, 2)
-        return self._read(tokens.q, v, Tile.whole(grid), state)
+        v = F.interpolate(v, queries.height * queries.width, mode="linear").transpose(1, 2)
+        return tokens._replace(v=split_heads(v, self.num_heads))
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample the table, if there is one, to another grid of keys."""
@@ -155,18 +118,3 @@ class Focused(Core):
     def fit_table(self, name: str, table: Tensor) -> FittedTable | None:
         """A published table of another size, resampled to ours."""
         return fit_square(table, self.size, "bicubic") if name == "positions" and self.positions is not None else None
-
-    def _features(self, x: Tensor) -> Features:
-        """phi of `x` `(B, N, H, D)`."""
-        scale = self.scale.to(accumulator(x.dtype)).unflatten(-1, (self.num_heads, -1))
-        return focus(x, 1 / F.softplus(scale[0, 0]), self.power)
-
-    def _read(self, q: Tensor, v: Tensor, tile: Tile, state: LinearState) -> Tensor:
-        """Outputs of `tile`; `v` `(B, n, C)` lies on the part of the grid that it sees."""
-        assert self.dwc.bias is not None
-        weight = self.dwc.weight.to(state.kv.dtype).repeat(self.num_heads, 1, 1, 1)
-        bias = self.dwc.bias.to(state.kv.dtype).repeat(self.num_heads)
-        with full_precision(v):
-            local = tile.inner_grid(depthwise_conv(v, tile.seen, weight, bias))
-        local = split_heads(local, self.num_heads)
-        return linear_read(self._features(tile.inner(q)), state, self.eps, add=local, dtype=q.dtype)

@@ -10,20 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from linsight.errors import CapabilityError
-from linsight.ops import (
-    Features,
-    Layout,
-    LinearState,
-    State,
-    Tile,
-    causal_linear_attention,
-    linear_absorb,
-    linear_read,
-)
+from linsight.ops import Features, Tile
 
-from ..core import Capabilities, Core, Tokens
+from ..capabilities import Capabilities, Structure
+from ..parts.kernel import KernelCore
 from ..registry import Paper, register
+from ..rounds import Done
 
 
 @register(
@@ -32,7 +24,7 @@ from ..registry import Paper, register
     complexity="O(N d^2)",
     paper=Paper("Transformers are RNNs", "2006.16236", "ICML 2020"),
 )
-class Linear(Core):
+class Linear(KernelCore):
     """Kernel attention with a plain feature map.
 
     Args:
@@ -40,8 +32,8 @@ class Linear(Core):
         causal: token i sees tokens j <= i only; then there are no tiles.
     """
 
-    capabilities = Capabilities(keep=True, sizes=True, cross=True, reduced=True, stream=True, prefix=True, causal=True)
-    eps = 1e-6
+    capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
+    structure = Structure(stream=True, reduced=True, causal=True)
 
     def __init__(
         self,
@@ -58,32 +50,6 @@ class Linear(Core):
         self.causal = causal
         self.feature_map = feature_map
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> LinearState:
-        """sum phi(k) v^T and sum phi(k)."""
-        if self.causal:
-            raise CapabilityError("the causal form of 'linear' depends on order and has no tiles: pass causal=False")
-        return linear_absorb(Features(tokens.k, self.feature_map), tokens.v, tokens.keep)
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
-        """phi(q) against the state."""
-        return linear_read(Features(tokens.q, self.feature_map), done[0], self.eps, dtype=tokens.q.dtype)
-
-    def forward(
-        self,
-        tokens: Tokens,
-        layout: Layout,
-        *,
-        context_layout: Layout | None = None,
-        score_bias: Tensor | None = None,
-    ) -> Tensor:
-        """The rounds, or the running sums of the causal form."""
-        if not self.causal:
-            return super().forward(tokens, layout, context_layout=context_layout)
-        k = self._map(tokens.k)
-        if tokens.keep is not None:
-            keep = ~tokens.keep[..., None, None]
-            k, tokens = k.masked_fill(keep, 0), tokens._replace(v=tokens.v.masked_fill(keep, 0))
-        return causal_linear_attention(self._map(tokens.q), k, tokens.v, eps=self.eps)
-
-    def _map(self, x: Tensor) -> Tensor:
-        return Features(x, self.feature_map).mapped()
+    def features(self, name: str, x: Tensor, tile: Tile, done: Done) -> Features:
+        """phi, of queries and keys alike."""
+        return Features(x, self.feature_map)

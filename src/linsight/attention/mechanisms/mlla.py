@@ -15,36 +15,22 @@ Both convolutions are depthwise. Prefix tokens have no place on the grid: they a
 The published code rotates complex numbers, which fails in half precision; here everything is real.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import (
-    Features,
-    Grid,
-    Layout,
-    LinearState,
-    State,
-    Tile,
-    Turn,
-    accumulator,
-    check_rotary,
-    count_tokens,
-    depthwise_conv,
-    each_grid,
-    linear_absorb,
-    linear_read,
-    mask_tokens,
-    unrecorded,
-)
+from linsight.ops import Features, Layout, Tile, Turn, accumulator, check_rotary, each_grid, mask_tokens
 
-from ..core import Capabilities, Core, Rename, Tokens
+from ..capabilities import Capabilities, Structure
+from ..core import Core, Rename
 from ..layer import Attention
-from ..parts.token_conv import grid_values, local_values, on_grid
+from ..parts.kernel import KernelCore, KernelMeans
+from ..parts.token_conv import TokenConv, convolved_values
 from ..registry import Paper, register
+from ..rounds import Done
+from ..tokens import Tokens
 
 
 class GatedAttention(Attention):
@@ -62,7 +48,7 @@ class GatedAttention(Attention):
         super().__init__(core, dim, device=device, dtype=dtype, **layer)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(dim, dim, **factory)
-        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.dwc = TokenConv(dim, **factory)
         self.act_proj = nn.Linear(dim, dim, **factory)
 
     def tokens(self, x: Tensor, source: Tensor, layout: Layout, keep: Tensor | None) -> Tokens:
@@ -72,21 +58,12 @@ class GatedAttention(Attention):
 
     def conclude(self, out: Tensor, x: Tensor) -> Tensor:
         """Gated by the other branch, and projected."""
-        gate = self.act_proj(x)
-        return super().conclude(F.silu(gate).mul_(out) if unrecorded() else out * F.silu(gate), x)
+        return super().conclude(out * F.silu(self.act_proj(x)), x)
 
     def _convolved(self, u: Tensor, layout: Layout) -> Tensor:
         grid = layout.grid
-        local = depthwise_conv(u[:, grid.prefix :], (grid.height, grid.width), self.dwc.weight, self.dwc.bias)
-        return F.silu(torch.cat([u[:, : grid.prefix], local], dim=1) if grid.prefix else local, inplace=unrecorded())
-
-
-class MLLAState(NamedTuple):
-    """kv: `(B, H, D, E)` sum rot(f(k)) v^T.  k: `(B, H, D)` sum f(k).  count: `(B,)` tokens."""
-
-    kv: Tensor
-    k: Tensor
-    count: Tensor  # type: ignore[assignment]  # also a method of tuples
+        local = self.dwc(u[:, grid.prefix :], (grid.height, grid.width))
+        return F.silu(torch.cat([u[:, : grid.prefix], local], dim=1) if grid.prefix else local)
 
 
 @register(
@@ -95,15 +72,16 @@ class MLLAState(NamedTuple):
     complexity="O(N d^2)",
     paper=Paper("Demystify Mamba in Vision: A Linear Attention Perspective", "2405.16605", "NeurIPS 2024"),
 )
-class MLLA(Core):
+class MLLA(KernelCore):
     """Linear attention with a rotary embedding and a convolution of v; `layer` puts it between convolution and gate."""
 
-    capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
-    halos = (0, 1)
+    capabilities = Capabilities(keep=True, sizes=True, prefix=True)
+    structure = Structure(stream=True)
+    rounds = (KernelMeans(),)
+    halo = 1
     projections = "qk"
     layer = GatedAttention
     published = (Rename("lepe.", "core.lepe."), Rename("out_proj.", "proj."))
-    eps = 1e-6
 
     def __init__(
         self,
@@ -116,26 +94,14 @@ class MLLA(Core):
         super().__init__()
         check_rotary(dim)
         self.num_heads = num_heads
-        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.lepe = TokenConv(dim, device=device, dtype=dtype)
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> MLLAState:
-        """The sums over the tile's tokens, and how many there are."""
-        sums = linear_absorb(self._features(tokens.k, tile), tokens.v, tokens.keep)
-        return MLLAState(sums.kv, sums.k, count_tokens(tokens.v, tokens.keep))
-
-    def finish(self, r: int, state: MLLAState, grid: Grid) -> LinearState:
-        """The means over the tokens."""
-        share = 1 / state.count.clamp(min=1)[:, None, None]
-        return LinearState(state.kv * share[..., None], state.k * share)
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
-        """f(q), rotated above the line only, against the means; and the convolution of v."""
-        state: LinearState = done[0]
-        q = self._features(tile.inner(tokens.q), dataclasses.replace(tile, halo=0))
-        local = on_grid(local_values(grid_values(tokens, tile), self.lepe, tile, self.num_heads), tile)
-        return linear_read(q, state, self.eps, add=local, dtype=tokens.q.dtype)
-
-    def _features(self, x: Tensor, tile: Tile) -> Features:
+    def features(self, name: str, x: Tensor, tile: Tile, done: Done) -> Features:
+        """f, and the rotation that only products with values see."""
         channels = x.shape[-2] * x.shape[-1]
         turn = Turn.of(tile, channels, device=x.device, dtype=accumulator(x.dtype))
         return Features(x, "elu+1", turn=turn)
+
+    def local(self, tokens: Tokens, tile: Tile) -> Tensor:
+        """conv(v)."""
+        return convolved_values(self.lepe, tokens, tile)

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from linsight.ops import Layout
 
-from ..core import Capabilities, Core, Tokens
+from ..capabilities import Capabilities, Cost, Structure
+from ..core import Core
 from ..registry import Paper, register
+from ..tokens import Tokens
 
 
 @register(
@@ -27,10 +29,8 @@ class Softmax(Core):
         causal: token i sees tokens j <= i only.
     """
 
-    capabilities = Capabilities(
-        keep=True, sizes=True, cross=True, reduced=True, score_bias=True, prefix=True, causal=True
-    )
-    rounds = 0
+    capabilities = Capabilities(keep=True, sizes=True, cross=True, score_bias=True, prefix=True)
+    structure = Structure(reduced=True, causal=True, cost=Cost.QUADRATIC)
 
     def __init__(
         self,

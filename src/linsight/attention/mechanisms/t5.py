@@ -19,12 +19,14 @@ pass them by. The form for diffusion models is `dit5`.
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from linsight.ops import Tile, depthwise_conv, full_precision, pad_prefix
+from linsight.ops import Tile, pad_prefix
 
-from ..core import Capabilities, Rename
-from ..parts.inner import InnerTraining
+from ..capabilities import Capabilities, Structure
+from ..core import Rename
+from ..parts.inner import InnerStep, InnerTraining
+from ..parts.token_conv import TokenConv
 from ..registry import Paper, register
 
 
@@ -43,8 +45,8 @@ class T5(InnerTraining):
         local: the convolutions.
     """
 
-    capabilities = Capabilities(keep=True, sizes=True, reduced=True, stream=True, prefix=True)
-    halos: tuple[int, ...] = (0, 1, 1)
+    capabilities = Capabilities(keep=True, sizes=True, prefix=True)
+    structure = Structure(stream=True, reduced=True)
     published: ClassVar[tuple[Rename, ...]] = (
         Rename("w1", "core.w1"),
         Rename("w2", "core.w2"),
@@ -66,20 +68,15 @@ class T5(InnerTraining):
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         heads: dict[str, Any] = {"inner_model": inner_model, "loss": loss, "inner_lr": 1.0, "scale": None}
-        super().__init__(dim, num_heads, **heads, key_norm=True, clip=False, **factory)
-        self.local = local
+        super().__init__(dim, num_heads, **heads, step=InnerStep(halo=int(local)), key_norm=True, clip=False, **factory)
+        self.local, self.halo = local, int(local)
         if local:
-            self.q_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
-            self.k_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
-        else:
-            self.halos = (0, 0, 0)
+            self.q_conv = TokenConv(dim, **factory)
+            self.k_conv = TokenConv(dim, **factory)
 
     def localise(self, name: str, x: Tensor, tile: Tile) -> Tensor:
         """x + conv(x) on the grid; the convolution sees zeros where nothing is kept."""
         if not self.local:
             return x
         conv = self.q_conv if name == "q" else self.k_conv
-        assert conv.bias is not None
-        with full_precision(x):
-            weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
-            return x + pad_prefix(depthwise_conv(x[:, tile.prefix :], tile.seen, weight, bias), tile.prefix)
+        return x + pad_prefix(conv(x[:, tile.prefix :], tile.seen, wide=True), tile.prefix)

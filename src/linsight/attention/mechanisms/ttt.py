@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from linsight.errors import LinsightError
 from linsight.ops import (
-    Grid,
     InnerGradient,
-    State,
     Tile,
     accumulator,
     check_rotary,
@@ -36,9 +34,12 @@ from linsight.ops import (
     rotate,
 )
 
-from ..core import Capabilities, Rename, Tokens
-from ..parts.inner import InnerTraining
+from ..capabilities import Capabilities, Structure
+from ..core import Rename
+from ..parts.inner import InnerStep, InnerTraining
 from ..registry import Paper, register
+from ..rounds import Done
+from ..tokens import Tokens
 
 
 class TTTState(NamedTuple):
@@ -53,6 +54,29 @@ class Trained(NamedTuple):
 
     heads: Tensor
     kernels: Tensor
+
+
+class BothSteps(InnerStep):
+    """The step of the heads, and that of the convolution beside them."""
+
+    def absorb(self, core: Any, tokens: Tokens, tile: Tile, done: Done) -> TTTState:
+        """The sums of both branches."""
+        heads = super().absorb(core, tokens, tile, done)
+        _, k, v = images(tokens, tile)
+        keep = None if tokens.keep is None else tile.inner_grid(tokens.keep[:, tile.prefix :])
+        return TTTState(heads, InnerGradient(kernel_gradient(k, v, tile), count_tokens(tile.inner_grid(v), keep)))
+
+    def finish(self, core: Any, state: TTTState, done: Done) -> Trained:
+        """The trained matrices and kernels."""
+        w = core.kernel.transpose(0, 1).to(state.kernels.total.dtype)
+        return Trained(super().finish(core, state.heads, done), core.trained(w, state.kernels, -2, -1))
+
+
+def images(tokens: Tokens, tile: Tile) -> tuple[Tensor, ...]:
+    """q2, k2, v2 of what `tile` sees of the grid, each `(B, n, D)`, zero where a token is not kept."""
+    if tokens.extra is None:
+        raise LinsightError("the convolution of 'ttt' needs projections='qkvx'; others go with conv=False")
+    return mask_tokens(tokens.extra, tokens.keep)[:, tile.prefix :].chunk(3, dim=-1)
 
 
 @register(
@@ -75,9 +99,9 @@ class TTT(InnerTraining):
         scale: s; None is d^(-1/2). Every published model uses 1/3.
     """
 
-    capabilities = Capabilities(keep=True, sizes=True, stream=True, prefix=True)
+    capabilities = Capabilities(keep=True, sizes=True, prefix=True)
+    structure = Structure(stream=True)
     projections = "qkvx"
-    halos: tuple[int, ...] = (1, 1)
     published = (
         Rename("w1", "core.w1"),
         Rename("w2", "core.w2"),
@@ -101,52 +125,28 @@ class TTT(InnerTraining):
         dtype: torch.dtype | None = None,
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        norm, width, reach = key_norm == "instance", dim // num_heads, 1 if conv else 0
-        heads: dict[str, Any] = {"inner_model": inner_model, "loss": loss, "key_norm": norm, "clip": clip}
+        norm, width, step = key_norm == "instance", dim // num_heads, BothSteps(halo=1) if conv else InnerStep()
+        heads: dict[str, Any] = {"inner_model": inner_model, "loss": loss, "step": step, "key_norm": norm, "clip": clip}
         super().__init__(dim, num_heads, **heads, inner_lr=inner_lr, scale=scale, **factory)
         if rotary:
             check_rotary(dim)
         self.rotary = rotary
-        self.halos = (0, reach, reach) if norm else (reach, reach)
+        self.halo = step.halo
         self.kernel: nn.Parameter | None = None
         if conv:
             self.kernel = nn.Parameter(torch.empty(width, 1, 3, 3, **factory))
             nn.init.trunc_normal_(self.kernel, std=0.02)
             self.extra_dim, self.out_dim = 3 * width, dim + width
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Any:
-        """The sums of both branches; before them, where keys are normed, the moments of k1."""
-        state = super().absorb(r, tokens, tile, done)
-        if self.kernel is None or r < self.rounds - 1:
-            return state
-        keep = None if tokens.keep is None else tokens.keep[:, tile.prefix :]
-        _, k, v = (mask_tokens(x, keep) for x in self._images(tokens, tile))
-        places = count_tokens(tile.inner_grid(v), None if keep is None else tile.inner_grid(keep))
-        return TTTState(state, InnerGradient(kernel_gradient(k, v, tile), places))
-
-    def finish(self, r: int, state: Any, grid: Grid) -> Any:
-        """The trained matrices and kernels."""
-        if self.kernel is None or r < self.rounds - 1:
-            return super().finish(r, state, grid)
-        w = self.kernel.transpose(0, 1).to(state.kernels.total.dtype)
-        return Trained(super().finish(r, state.heads, grid), self.trained(w, state.kernels, -2, -1))
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+    def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """The trained model on q1, and behind its heads the trained convolution on q2."""
         if self.kernel is None:
             return super().read(tokens, tile, done)
         out = self.answer(tokens, tile, done[-1].heads)
-        keep = None if tokens.keep is None else tokens.keep[:, tile.prefix :]
-        q = mask_tokens(self._images(tokens, tile)[0], keep)
-        local = tile.inner_grid(dynamic_depthwise_conv(q, tile.seen, done[-1].kernels))
+        local = dynamic_depthwise_conv(images(tokens, tile)[0], tile.seen, done[-1].kernels)
+        local = tile.inner_grid(local)
         return torch.cat([out, pad_prefix(local, tile.prefix)[:, :, None]], dim=2).to(tokens.q.dtype)
 
     def prepare(self, name: str, x: Tensor, tile: Tile) -> Tensor:
         """Turned by their positions, where asked."""
         return rotate(x, tile) if self.rotary else x.to(accumulator(x.dtype))
-
-    def _images(self, tokens: Tokens, tile: Tile) -> tuple[Tensor, ...]:
-        """q2, k2, v2 on the grid, each `(B, n, D)`."""
-        if tokens.extra is None:
-            raise LinsightError("the convolution of 'ttt' needs projections='qkvx'; others go with conv=False")
-        return tokens.extra[:, tile.prefix :].chunk(3, dim=-1)

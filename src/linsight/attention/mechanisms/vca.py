@@ -23,22 +23,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import (
-    Grid,
-    Layout,
-    State,
-    Tile,
-    gather_pooled,
-    gather_state,
-    pool_tokens,
-    read_pooled,
-)
+from linsight.ops import Tile, read_pooled
 
-from ..core import Capabilities, Core, Rename, Tokens, split_heads
-from ..parts.token_conv import add_local, grid_values
+from ..capabilities import Capabilities, Structure
+from ..core import Core, Rename
+from ..parts.pooled import Gather, Pool
+from ..parts.token_conv import TokenConv, add_behind, convolved_values
 from ..registry import Paper, register
+from ..rounds import Done
+from ..tokens import Tokens, split_heads
 
 _VECTORS = tuple(f"lambda_{stage}_{name}" for stage in (1, 2) for name in ("q1", "k1", "q2", "k2"))
+
+
+class Contrast(Pool):
+    """The pooled queries, once for each sign."""
+
+    def finish(self, core: Any, state: Tensor, done: Done) -> Tensor:
+        """T+ and T- `(B, 2n, H, D)`."""
+        signs = (split_heads(table.to(state.dtype), core.num_heads) for table in (core.e_pos, core.e_neg))
+        return torch.cat([state + sign for sign in signs], dim=1)
+
+
+class Difference(Gather):
+    """What both signs gather, one subtracted from the other."""
+
+    def values(self, core: Any, mean: Tensor) -> Tensor:
+        """V^ `(B, H, n, E)`."""
+        plus, minus = mean.chunk(2, dim=2)
+        return core.normed(core.subln1, plus - core.weight(1, plus.dtype) * minus)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input, whatever that of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., E)`; the shape is kept."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 @register(
@@ -61,10 +82,9 @@ class VisualContrast(Core):
         local: the depthwise convolution of v.
     """
 
-    capabilities = Capabilities(sizes=True, stream=True, prefix=True)
-    rounds = 2
-    halos = (0, 0, 1)
-    of_queries = (0,)
+    capabilities = Capabilities(sizes=True, prefix=True)
+    structure = Structure(stream=True)
+    halo = 1
     projections = "q_k_v"
     published = (
         *(Rename(f"to_{name}.", f"{name}.") for name in "qkv"),
@@ -90,6 +110,7 @@ class VisualContrast(Core):
         if contrast_tokens < 1 or self.side**2 != contrast_tokens:
             raise LinsightError(f"contrast_tokens={contrast_tokens} of 'vca' must be a square number, as 16 or 49")
         self.num_heads = num_heads
+        self.rounds = (Contrast((self.side, self.side)), Difference())
         self.joint = joint
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (index or 0))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -100,63 +121,32 @@ class VisualContrast(Core):
             nn.init.normal_(table)
         for name in _VECTORS:
             self.register_parameter(name, nn.Parameter(torch.empty(width, **factory)))
-            nn.init.normal_(self.get_parameter(name), std=0.1)
-        self.subln1 = nn.RMSNorm(width, eps=self.eps, **factory)
-        self.subln2 = nn.RMSNorm(width, eps=self.eps, **factory)
-        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory) if local else None
+            nn.init.normal_(getattr(self, name), std=0.1)
+        self.subln1 = HeadNorm(width, eps=self.eps, **factory)
+        self.subln2 = HeadNorm(width, eps=self.eps, **factory)
+        self.dwc = TokenConv(dim, **factory) if local else None
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> State:
-        """The tile's share of the pooled queries `(B, n, H, D)`; then what both signs gather from its keys."""
-        if r == 0:
-            return pool_tokens(tokens.q, tile, (self.side, self.side))
-        return gather_state(done[0], tokens.k, tokens.v, None, tokens.keep)
-
-    def finish(self, r: int, state: State, grid: Grid) -> Tensor:
-        """T+ and T- `(B, 2n, H, D)`, then V^ `(B, H, n, E)`."""
-        return self._contrast(state) if r == 0 else self._difference(state.mean())
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+    def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """What queries read from V^, normed, and the convolution of v."""
         contrast, values = done
         q = tile.inner(tokens.q)
         # The difference of the maps goes to the values, so the maps need not be held.
-        minus = -self._lambda(2, values.dtype) * values
+        minus = -self.weight(2, values.dtype) * values
         if self.joint:
             out = read_pooled(q, contrast, torch.cat([values, minus], dim=2), None)
         else:
             positive, negative = contrast.chunk(2, dim=1)
             out = read_pooled(q, positive, values, None) + read_pooled(q, negative, minus, None)
-        out = self._norm(self.subln2, out)
+        out = self.normed(self.subln2, out)
         if self.dwc is not None:
-            out = add_local(out, grid_values(tokens, tile), self.dwc, tile)
+            out = add_behind(out, convolved_values(self.dwc, tokens, tile), tile.prefix)
         return out.to(tokens.q.dtype)
 
-    def forward(
-        self,
-        tokens: Tokens,
-        layout: Layout,
-        *,
-        context_layout: Layout | None = None,
-        score_bias: Tensor | None = None,
-    ) -> Tensor:
-        """The rounds over the whole; what is gathered, by scaled dot-product attention."""
-        tile = Tile.whole(layout.grid, layout.sizes)
-        contrast = self._contrast(pool_tokens(tokens.q, tile, (self.side, self.side)))
-        values = self._difference(gather_pooled(contrast, tokens.k, tokens.v, None, tokens.keep))
-        return self.read(tokens, tile, (contrast, values))
-
-    def _contrast(self, pooled: Tensor) -> Tensor:
-        signs = (split_heads(table.to(pooled.dtype), self.num_heads) for table in (self.e_pos, self.e_neg))
-        return torch.cat([pooled + sign for sign in signs], dim=1)
-
-    def _difference(self, gathered: Tensor) -> Tensor:
-        plus, minus = gathered.chunk(2, dim=2)
-        return self._norm(self.subln1, plus - self._lambda(1, plus.dtype) * minus)
-
-    def _lambda(self, stage: int, dtype: torch.dtype) -> Tensor:
-        q1, k1, q2, k2 = (self.get_parameter(f"lambda_{stage}_{name}").to(dtype) for name in ("q1", "k1", "q2", "k2"))
+    def weight(self, stage: int, dtype: torch.dtype) -> Tensor:
+        """l1 or l2, of the `stage`, 1 or 2."""
+        q1, k1, q2, k2 = (getattr(self, f"lambda_{stage}_{name}").to(dtype) for name in ("q1", "k1", "q2", "k2"))
         return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
 
-    def _norm(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """(1 - l0) RMSNorm(x), in the dtype of x, which is the accumulator's."""
-        return (1 - self.lambda_init) * F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+        return (1 - self.lambda_init) * norm(x)

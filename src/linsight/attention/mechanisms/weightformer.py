@@ -20,6 +20,8 @@ every image is pooled at its own size. Both sums over cells merge, so a block st
 then the linear layer's, on tokens that have been through the convolution.
 """
 
+from typing import Any
+
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -30,24 +32,24 @@ from linsight.ops import (
     Grid,
     Layout,
     LayoutLike,
-    State,
     Tile,
     accumulator,
-    as_layout,
-    check_tokens,
-    depthwise_conv,
     dynamic_depthwise_conv,
     full_precision,
     mask_tokens,
     pad_prefix,
-    pool_tokens,
 )
 
 from ..block import Block
-from ..core import Capabilities, Core, Tokens
-from ..layer import check_asked
+from ..capabilities import Capabilities, Structure
+from ..checks import check_asked, check_beside, entered
+from ..core import Core
 from ..packed import each_image
+from ..parts.pooled import Pool
+from ..parts.token_conv import TokenConv
 from ..registry import Paper, register
+from ..rounds import Done, Round
+from ..tokens import Tokens
 
 
 def _alone(x: Tensor) -> Tokens:
@@ -62,14 +64,49 @@ def is_dynamic(index: int | None, every: int) -> bool:
     return index is None or index % every == 1 % every
 
 
+class CellProducts(Round):
+    """D, of the cells of 2x2 tokens; a cell is absorbed where it begins, and reaches one token further."""
+
+    def __init__(self) -> None:
+        super().__init__(halo=1)
+
+    def absorb(self, core: Any, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
+        """D, `(B, in, out)`, of the cells that begin in the tile."""
+        x = tokens.q
+        cells, inside, count = pool_pairs(x[:, tile.prefix :], tile)
+        narrow = (core.w1.shape[0], core.w2.shape[0])
+        a, b = F.silu(core.wfm(cells.to(x.dtype))).split(narrow, dim=-1)
+        a, b = mask_tokens(a @ core.w1, inside), b @ core.w2  # a cell masked in one factor adds nothing
+        dtype = accumulator(x.dtype)
+        with full_precision(x):
+            return torch.matmul(a.to(dtype).transpose(1, 2) * (x.shape[-1] ** -0.5 / count), b.to(dtype))
+
+    def finish(self, core: Any, state: Tensor, done: Done) -> Tensor:
+        """D / (|D| + 1)."""
+        with full_precision(state):
+            return state / (torch.linalg.vector_norm(state, dim=1, keepdim=True) + 1)
+
+
+class KernelCells(Pool):
+    """K, of the tokens pooled to 3x3 cells."""
+
+    def finish(self, core: Any, state: Tensor, done: Done) -> Tensor:
+        """K / (|K| + 1), `(B, C, 3, 3)`."""
+        cells = state.to(core.w.dtype).unflatten(1, self.size).permute(0, 3, 1, 2)
+        kernels = core.wfm(cells).to(state.dtype)
+        with full_precision(state):
+            return kernels / (torch.linalg.vector_norm(kernels, dim=(2, 3), keepdim=True) + 1)
+
+
 class DynLinear(Core):
     """A linear layer with weights for each image, W + D(x). Of `tokens` it takes q, `(B, P + H*W, in)`.
 
     `w` is `(in, out)`, input first, as published. Padding must be zero.
     """
 
-    capabilities = Capabilities(sizes=True, stream=True, prefix=True)
-    halos = (1, 0)  # a cell is absorbed where it begins, and reaches one token further
+    capabilities = Capabilities(sizes=True, prefix=True)
+    structure = Structure(stream=True)
+    rounds = (CellProducts(),)
     reduction = 4  # of the widths of a and b
 
     def __init__(
@@ -92,23 +129,7 @@ class DynLinear(Core):
         for parameter in (self.w, self.b, self.w1, self.w2):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
-        """D, `(B, in, out)`, of the cells that begin in the tile."""
-        x = tokens.q
-        cells, inside, count = pool_pairs(x[:, tile.prefix :], tile)
-        narrow = (self.w1.shape[0], self.w2.shape[0])
-        a, b = F.silu(self.wfm(cells.to(x.dtype))).split(narrow, dim=-1)
-        a, b = mask_tokens(a @ self.w1, inside), b @ self.w2  # a cell masked in one factor adds nothing
-        dtype = accumulator(x.dtype)
-        with full_precision(x):
-            return torch.matmul(a.to(dtype).transpose(1, 2) * (x.shape[-1] ** -0.5 / count), b.to(dtype))
-
-    def finish(self, r: int, state: Tensor, grid: Grid) -> Tensor:
-        """D / (|D| + 1)."""
-        with full_precision(state):
-            return state / (torch.linalg.vector_norm(state, dim=1, keepdim=True) + 1)
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+    def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """`(B, P + h*w, out)`."""
         return torch.matmul(tokens.q, self.w + done[0].to(self.w.dtype)) + self.b
 
@@ -119,13 +140,14 @@ class DynCnn(Core):
     Padding must be zero; at prefix tokens the outputs are.
     """
 
-    capabilities = Capabilities(sizes=True, stream=True, prefix=True)
-    halos = (0, 1)
-    size = 3
+    capabilities = Capabilities(sizes=True, prefix=True)
+    structure = Structure(stream=True)
+    rounds = (KernelCells((3, 3)),)
+    halo = 1
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.empty(dim, 1, self.size, self.size, device=device, dtype=dtype))
+        self.w = nn.Parameter(torch.empty(dim, 1, 3, 3, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.wfm = nn.Sequential(
             nn.Conv2d(dim, dim, 1, device=device, dtype=dtype),
@@ -135,18 +157,7 @@ class DynCnn(Core):
         for parameter in (self.w, self.b):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
-        """What the tile adds to the 3x3 cells, `(B, 9, C)`."""
-        return pool_tokens(tokens.q, tile, (self.size, self.size))
-
-    def finish(self, r: int, state: Tensor, grid: Grid) -> Tensor:
-        """K / (|K| + 1), `(B, C, 3, 3)`."""
-        cells = state.to(self.w.dtype).unflatten(1, (self.size, self.size)).permute(0, 3, 1, 2)
-        kernels = self.wfm(cells).to(state.dtype)
-        with full_precision(state):
-            return kernels / (torch.linalg.vector_norm(kernels, dim=(2, 3), keepdim=True) + 1)
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+    def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """`(B, P + h*w, C)`."""
         x = tokens.q[:, tile.prefix :]
         kernels = self.w[:, 0] + done[0].to(self.w.dtype)
@@ -154,16 +165,13 @@ class DynCnn(Core):
         return pad_prefix(tile.inner_grid(out), tile.prefix)
 
 
-class StaticCnn(nn.Conv2d):
+class StaticCnn(TokenConv):
     """The plain 3x3 depthwise convolution, called as `DynCnn`."""
-
-    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
         """`(B, P + H*W, C)`; 0 at prefix tokens."""
         height, width, prefix = layout.grid
-        return pad_prefix(depthwise_conv(tokens.q[:, prefix:], (height, width), self.weight, self.bias), prefix)
+        return pad_prefix(super().forward(tokens.q[:, prefix:], (height, width)), prefix)
 
 
 class StaticLinear(nn.Linear):
@@ -225,7 +233,8 @@ class WeightFormer(Block):
             dynamic.
     """
 
-    capabilities = Capabilities(sizes=True, stream=True, prefix=True)
+    capabilities = Capabilities(sizes=True, prefix=True)
+    structure = Structure(stream=True)
 
     def __init__(
         self,
@@ -240,7 +249,7 @@ class WeightFormer(Block):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = int(dim * mlp_ratio)
+        hidden, self.dim = int(dim * mlp_ratio), dim
         self.dynamic = is_dynamic(index, every)
         make_linear, make_conv = (DynLinear, DynCnn) if self.dynamic else (StaticLinear, StaticCnn)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype) if self.dynamic else nn.Identity()
@@ -253,9 +262,9 @@ class WeightFormer(Block):
     @each_image
     def forward(self, x: Tensor, layout: LayoutLike, *, keep: Tensor | None = None) -> Tensor:
         """The residual stream, which a dynamic block replaces by its norm."""
-        layout = as_layout(layout)
-        check_tokens(x, layout)
-        check_asked(type(self), layout, keep=keep)
+        layout = entered(x, layout, dim=self.dim, weight=self.linear2.weight)
+        check_asked(self, layout, keep=keep)
+        check_beside(x, layout, keep=keep)
         inside = layout.keep(x.device)
         x = mask_tokens(self.norm1(mask_tokens(x, inside)), inside)
         x = x + self.dwc(_alone(x), layout)

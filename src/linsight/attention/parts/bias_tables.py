@@ -1,35 +1,16 @@
-"""The biases of agent attention: tables on a grid, brought to any other one, and kept where nothing can change."""
+"""The biases of agent attention: tables on a grid, brought to any other one."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import FittedTable, Grid, Tile, accumulator, full_precision, resize_matrix, separable
+from linsight.ops import FittedTable, Tile, accumulator, full_precision, resize_matrix, separable
 
 _BLOCK = 7  # side of `an` and `na`, whatever the grid
-_MOST_KEPT = 2**20  # numbers a layer: those of all published classifiers, but not of a detector's large images
 _AXES = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}  # of each table along a side of a grid
-
-
-class _Kept(NamedTuple):
-    """Biases of the last call, and the parameters they were made of, with their versions.
-
-    The parameters are held, detached, so that no other tensor can come to lie at their address.
-    """
-
-    place: tuple[Grid, Grid]
-    made_of: tuple[tuple[Tensor, int], ...]
-    biases: tuple[Tensor, Tensor]
-
-    def holds(self, place: tuple[Grid, Grid], parameters: tuple[Tensor, ...]) -> bool:
-        """Whether neither the grids nor any parameter has changed since."""
-        return self.place == place and all(
-            (old.data_ptr(), old.dtype, old.device, version) == (new.data_ptr(), new.dtype, new.device, new._version)
-            for (old, version), new in zip(self.made_of, parameters, strict=True)
-        )
 
 
 class AgentTables(nn.Module):
@@ -80,46 +61,21 @@ class AgentTables(nn.Module):
             self.register_parameter(name, table)
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
-        self._kept: _Kept | None = None
 
-    def forward(self, keys: Tile, queries: Tile) -> tuple[Tensor, Tensor]:
-        """B1 `(1 or B, H, n, N)` and B2 `(1 or B, H, M, n)` of whole grids, in the accumulator's dtype.
+    def forward(self, tile: Tile, side: Literal["keys", "queries"]) -> Tensor:
+        """B1 of the keys of `tile` `(1 or B, H, n, N)`, or B2 of its queries `(1 or B, H, M, n)`, without its halo.
 
-        Without gradients, and outside of compiled graphs, they are kept for the next call unless they are large.
+        In the accumulator's dtype.
         """
-        if torch.compiler.is_compiling():
-            return self.of_keys(keys), self.of_queries(queries)
-        parameters, place = tuple(self.parameters()), (keys.grid, queries.grid)
-        # Tensors of functorch, FSDP or fake modes are no plain parameters; those of inference mode count no versions.
-        # A replica of DataParallel has no parameters at all.
-        plain = bool(parameters) and all(type(p) is nn.Parameter and not p.is_inference() for p in parameters)
-        if torch.is_grad_enabled() or keys.sizes is not None or not plain:
-            # A step of training follows, which an optimiser may make through `.data`: that counts no version either.
-            self._kept = None
-            return self.of_keys(keys), self.of_queries(queries)
-        kept = self._kept  # read once: another thread may put its own there
-        if kept is None or not kept.holds(place, parameters):
-            made_of = tuple((p.detach(), p._version) for p in parameters)
-            kept = _Kept(place, made_of, (self.of_keys(keys), self.of_queries(queries)))
-            self._kept = kept if sum(bias.numel() for bias in kept.biases) <= _MOST_KEPT else None
-        return kept.biases
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
-
-    def of_keys(self, tile: Tile) -> Tensor:
-        """B1 of the keys of `tile`: `(1 or B, H, n, N)`."""
-        first = None if self.ac_bias is None else self.ac_bias[0]
-        if self.ah_bias is None or self.aw_bias is None:
-            return self._lay(tile, self.an_bias, None, first)
-        return self._lay(tile, self.an_bias, (self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0]), first)
-
-    def of_queries(self, tile: Tile) -> Tensor:
-        """B2 of the queries of `tile`: `(1 or B, H, M, n)`."""
-        first = None if self.ca_bias is None else self.ca_bias[0].mT
+        if side == "keys":
+            sides = None
+            if self.ah_bias is not None and self.aw_bias is not None:
+                sides = self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0]
+            return self._lay(tile, self.an_bias, sides, None if self.ac_bias is None else self.ac_bias[0])
         sides = None
         if self.ha_bias is not None and self.wa_bias is not None:
             sides = self.ha_bias[0, :, :, 0].mT, self.wa_bias[0, :, 0].mT
+        first = None if self.ca_bias is None else self.ca_bias[0].mT
         return self._lay(tile, self.na_bias, sides, first).mT.contiguous()
 
     def set_grids(self, keys: tuple[int, int], queries: tuple[int, int]) -> None:

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from linsight.ops import (
     INNER_MODELS,
-    Grid,
     InnerGradient,
     InnerLoss,
-    State,
     Tile,
     accumulator,
     count_tokens,
@@ -26,10 +24,11 @@ from linsight.ops import (
     inner_gradient,
     inner_step,
     mask_tokens,
-    merge,
 )
 
-from ..core import Core, Tokens, merge_heads, split_heads
+from ..core import Core
+from ..rounds import Done, Round
+from ..tokens import Tokens, merge_heads, split_heads
 
 
 class KeyMoments(NamedTuple):
@@ -66,6 +65,39 @@ class KeyNorm(NamedTuple):
     scale: Tensor
 
 
+class KeyMomentsRound(Round):
+    """Moments of each key channel, for the norm that takes the mean away and divides by sqrt(variance + eps)."""
+
+    def absorb(self, core: "InnerTraining", tokens: Tokens, tile: Tile, done: Done) -> KeyMoments:
+        """Those of the tile's keys."""
+        k = mask_tokens(core.prepare("k", merge_heads(tokens.k), tile), tokens.keep)
+        return KeyMoments.absorb(k, tokens.keep)
+
+    def finish(self, core: "InnerTraining", state: KeyMoments, done: Done) -> KeyNorm:
+        """The key norm."""
+        variance = state.squares / state.tokens.clamp(min=1)
+        return KeyNorm(state.mean[:, None], torch.rsqrt(variance + core.key_norm_eps)[:, None])
+
+
+class InnerStep(Round):
+    """The gradients of the inner models, and the step."""
+
+    def absorb(self, core: "InnerTraining", tokens: Tokens, tile: Tile, done: Done) -> Any:
+        """The sum of the gradients over the tile's tokens."""
+        keep = tokens.keep
+        k = mask_tokens(core.prepare("k", merge_heads(tokens.k), tile), keep)
+        if done:
+            k = mask_tokens((k - done[0].mean) * done[0].scale, keep)
+        k = split_heads(tile.inner(core.localise("k", k, tile)), core.num_heads)
+        v, keep = tile.inner(tokens.v), None if keep is None else tile.inner(keep)
+        total = inner_gradient(core.model, core.loss, k, v, core.matrices(k.dtype), keep)
+        return InnerGradient(total, count_tokens(v, keep))
+
+    def finish(self, core: "InnerTraining", state: Any, done: Done) -> Any:
+        """The trained matrices."""
+        return core.trained(core.matrices(state.total.dtype), state, -2)
+
+
 class InnerTraining(Core):
     """Heads that train an inner model. Mechanisms add what they do to q and k before and after the key norm."""
 
@@ -78,6 +110,7 @@ class InnerTraining(Core):
         *,
         inner_model: str,
         loss: InnerLoss,
+        step: InnerStep,
         key_norm: bool,
         inner_lr: float,
         scale: float | None,
@@ -90,38 +123,14 @@ class InnerTraining(Core):
         self.model = INNER_MODELS[inner_model]
         self.loss: InnerLoss = loss
         self.inner_lr, self.clip = inner_lr, clip
+        self.rounds = (KeyMomentsRound(), step) if key_norm else (step,)
         self.inner_scale = width**-0.5 if scale is None else scale
-        self.rounds = 2 if key_norm else 1
         for i in range(self.model.matrices):
             matrix = nn.Parameter(torch.empty(1, num_heads, width, width, **factory))
             nn.init.trunc_normal_(matrix, std=0.02)
             self.register_parameter(f"w{i + 1}", matrix)
 
-    def absorb(self, r: int, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Any:
-        """Moments of each key channel, where keys are normed; then the sum of inner gradients."""
-        keep = tokens.keep
-        k = mask_tokens(self.prepare("k", merge_heads(tokens.k), tile), keep)
-        if r < self.rounds - 1:
-            return KeyMoments.absorb(k, keep)
-        if done:
-            k = mask_tokens((k - done[0].mean) * done[0].scale, keep)
-        k = split_heads(tile.inner(self.localise("k", k, tile)), self.num_heads)
-        v, keep = tile.inner(tokens.v), None if keep is None else tile.inner(keep)
-        total = inner_gradient(self.model, self.loss, k, v, self.matrices(k.dtype), keep)
-        return InnerGradient(total, count_tokens(v, keep))
-
-    def merge(self, r: int, a: Any, b: Any) -> State:
-        """The state of two disjoint sets of tokens."""
-        return a.merge(b) if isinstance(a, KeyMoments) else merge(a, b)
-
-    def finish(self, r: int, state: Any, grid: Grid) -> Any:
-        """The key norm; the trained matrices."""
-        if r < self.rounds - 1:
-            variance = state.squares / state.tokens.clamp(min=1)
-            return KeyNorm(state.mean[:, None], torch.rsqrt(variance + self.key_norm_eps)[:, None])
-        return self.trained(self.matrices(state.total.dtype), state, -2)
-
-    def read(self, tokens: Tokens, tile: Tile, done: tuple[State, ...]) -> Tensor:
+    def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """The trained model on the queries."""
         return self.answer(tokens, tile, done[-1]).to(tokens.q.dtype)
 
@@ -139,7 +148,7 @@ class InnerTraining(Core):
 
     def matrices(self, dtype: torch.dtype) -> Tensor:
         """The inner matrices side by side, `(1, H, D, M * D)`."""
-        return torch.cat([self.get_parameter(f"w{i + 1}") for i in range(self.model.matrices)], dim=-1).to(dtype)
+        return torch.cat([getattr(self, f"w{i + 1}") for i in range(self.model.matrices)], dim=-1).to(dtype)
 
     def prepare(self, name: str, x: Tensor, tile: Tile) -> Tensor:
         """Queries or keys (`name` is "q" or "k") `(B, n, C)`, halo included, before the key norm."""

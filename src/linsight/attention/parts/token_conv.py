@@ -1,10 +1,44 @@
-"""The depthwise convolution of values that many mechanisms add to what they read."""
+"""The depthwise convolution of tokens on their grid, which mechanisms and hosts add to what they mix."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from linsight.ops import Convolved, Tile, accumulator, mask_tokens, pad_prefix
+from linsight.ops import Tile, accumulator, depthwise_conv, full_precision, mask_tokens
 
-from ..core import Tokens, merge_heads, split_heads
+from ..tokens import Tokens, merge_heads, split_heads
+
+
+class TokenConv(nn.Conv2d):
+    """A depthwise convolution of tokens that lie on a grid, of stride 1, with zeros around it.
+
+    Args:
+        dim: channels of its kernels.
+        kernel_size: their side, odd.
+        repeats: so many times `dim` channels come, and share them: one kernel for all heads.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, *, repeats: int = 1, device: Any = None, dtype: Any = None):
+        padding = kernel_size // 2
+        super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, device=device, dtype=dtype)
+        self.repeats = repeats
+
+    def forward(self, x: Tensor, size: tuple[int, int], *, wide: bool = False) -> Tensor:  # type: ignore[override]
+        """`x` `(B, h*w, C)`, row by row; `size` (h, w). The shape is kept.
+
+        wide: computed in the accumulator's dtype, whatever autocast says; else as torch's convolution.
+        """
+        weight, bias = self.weight, self.bias
+        assert bias is not None
+        if self.repeats > 1:
+            weight, bias = weight.repeat(self.repeats, 1, 1, 1), bias.repeat(self.repeats)
+        if not wide:
+            return depthwise_conv(x, size, weight, bias)
+        dtype = accumulator(torch.promote_types(x.dtype, weight.dtype))
+        with full_precision(x):
+            return depthwise_conv(x, size, weight.to(dtype), bias.to(dtype))
 
 
 def grid_values(tokens: Tokens, tile: Tile) -> Tensor:
@@ -12,19 +46,12 @@ def grid_values(tokens: Tokens, tile: Tile) -> Tensor:
     return mask_tokens(merge_heads(tokens.v), tokens.keep)[:, tile.prefix :]
 
 
-def local_values(v: Tensor, conv: nn.Conv2d, tile: Tile, num_heads: int) -> Convolved:
-    """The depthwise `conv` of `v` `(B, n, C)`, what `tile` sees of the grid, in the accumulator's dtype."""
-    assert conv.bias is not None
-    dtype = accumulator(v.dtype)
-    return Convolved(v, tile.seen, conv.weight.to(dtype), conv.bias.to(dtype), num_heads)
+def convolved_values(conv: TokenConv, tokens: Tokens, tile: Tile) -> Tensor:
+    """The convolution of v at the tile's own grid tokens: `(B, h*w, H, E)`, in the accumulator's dtype."""
+    out = conv(grid_values(tokens, tile), tile.seen, wide=True)
+    return split_heads(tile.inner_grid(out), tokens.v.shape[-2])
 
 
-def on_grid(local: Convolved, tile: Tile) -> Convolved | Tensor:
-    """That of the tile's own tokens `(B, h*w, H, E)`; still to be made where they are all that is seen."""
-    return local if tile.halo == 0 else tile.inner_grid(local.whole())
-
-
-def add_local(out: Tensor, v: Tensor, conv: nn.Conv2d, tile: Tile) -> Tensor:
-    """`out` `(B, P + h*w, H, E)` of `tile`, in the accumulator's dtype, plus `local_values`; prefix tokens get none."""
-    local = merge_heads(tile.inner_grid(local_values(v, conv, tile, out.shape[-2]).whole()))
-    return out + split_heads(pad_prefix(local, tile.prefix), out.shape[-2])
+def add_behind(out: Tensor, local: Tensor, prefix: int) -> Tensor:
+    """`out` `(B, prefix + n, H, E)` plus `local` `(B, n, H, E)`; prefix tokens get none."""
+    return out + (F.pad(local, (0, 0, 0, 0, prefix, 0)) if prefix else local)

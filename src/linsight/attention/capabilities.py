@@ -1,0 +1,46 @@
+"""What a mechanism can do, as two records: what may be asked in a call, and how the mechanism is built."""
+
+import enum
+from typing import NamedTuple
+
+
+class Cost(enum.StrEnum):
+    """How the cost of one image grows with its N tokens."""
+
+    LINEAR = "linear"
+    N_LOG_N = "n log n"
+    WINDOWED = "windowed"  # each token sees a window: linear in N, quadratic in the window
+    QUADRATIC = "quadratic"
+
+
+class Capabilities(NamedTuple):
+    """What may be asked in a call, as far as the formula defines it. What is False raises an error that names who can.
+
+    keep: drop tokens.  sizes: padded batches.  packed: packed batches (declared by nobody: see `register`).
+    cross: keys from another sequence.  score_bias: an additive bias on the scores.  prefix: class and register tokens.
+    """
+
+    keep: bool = False
+    sizes: bool = False
+    packed: bool = False
+    cross: bool = False
+    score_bias: bool = False
+    prefix: bool = False
+
+
+class Structure(NamedTuple):
+    """How a mechanism is built.
+
+    stream: rounds of states that merge, so tiles, ranks and images of any size.  reduced: keys of the same image on
+    a coarser grid.  causal: a causal form (`causal=True`).  bidirectional: a form in which every token sees all.
+    cost: in N; hosts give windows and reductions to what is quadratic.
+    """
+
+    stream: bool = False
+    reduced: bool = False
+    causal: bool = False
+    bidirectional: bool = True
+    cost: Cost = Cost.LINEAR
+
+
+FLAGS = (*Capabilities._fields, *(name for name in Structure._fields if name != "cost"))

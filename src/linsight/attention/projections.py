@@ -1,0 +1,20 @@
+"""The linear maps in front of a core, as data."""
+
+from typing import NamedTuple
+
+
+class Projection(NamedTuple):
+    """One linear map of a layer: its name in the state dict, and which of q, k, v it yields, in order."""
+
+    name: str
+    parts: tuple[str, ...]
+
+
+# What no projection yields is the layer's input itself.
+PROJECTIONS: dict[str, tuple[Projection, ...]] = {
+    "qkv": (Projection("qkv", ("q", "k", "v")),),
+    "q_kv": (Projection("q", ("q",)), Projection("kv", ("k", "v"))),
+    "q_k_v": (Projection("q", ("q",)), Projection("k", ("k",)), Projection("v", ("v",))),
+    "qk": (Projection("qk", ("q", "k")),),
+    "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
+}
