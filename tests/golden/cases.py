@@ -6,6 +6,7 @@ the mechanism's own rules and loaded strictly.
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -57,9 +58,14 @@ def published_state(spec: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The json of a case, and what was recorded: `output`, further outputs, gradients."""
+    """The json of a case, and what was recorded: `output`, further outputs, gradients.
+
+    A case without a trace is located nowhere; its parameters, where they are not counted, are what is filled.
+    """
     path = FOLDER / f"{name}.json"
     spec: dict[str, Any] = json.loads(path.read_text())
+    spec.setdefault("trace", {})
+    spec.setdefault("params", sum(math.prod(shape) for _, shape in spec["state_dict"]))
     with np.load(path.with_suffix(".npz")) as arrays:
         return spec, {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 

@@ -33,7 +33,7 @@ from .linear import (
     linear_read,
 )
 from .maps import FEATURE_MAPS
-from .neighbourhood import neighbourhood_attention
+from .neighbourhood import AxisWindow, axis_window, neighbourhood_attention
 from .packing import Groups, each_grid, pack, unpack
 from .pooled import gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
@@ -58,6 +58,7 @@ __all__ = [
     "INNER_MODELS",
     "SMALL",
     "TRITON",
+    "AxisWindow",
     "ChosenForm",
     "Convolved",
     "Features",
@@ -84,6 +85,7 @@ __all__ = [
     "as_features",
     "as_layout",
     "autocasts",
+    "axis_window",
     "causal_linear_attention",
     "central_absorb",
     "check_rotary",

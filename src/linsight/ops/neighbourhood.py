@@ -1,8 +1,19 @@
-"""Softmax attention of each token to the window around it, by gathering its keys: O(N K^2) for K x K windows.
+"""Softmax attention of each token to the window around it, by gathering its keys: O(N K^2 d) for K x K windows.
 
-At the rim of the image a window is shifted inward, so that every query sees K^2 keys, the convention of Hassani et
-al., "Neighborhood Attention Transformer", CVPR 2023 (arXiv 2204.07143). A side shorter than K is seen whole.
+A window is the product of one on each axis, of a side of L tokens, with kernel K, dilation D and stride S:
+
+    group     g = x mod D, in which token x has place c = floor(x / D) of n = ceil((L - g) / D)
+    leader    l = min(floor(c / S) S + floor(S / 2), n - 1), whose window all tokens of its block share
+    window    the K places from clamp(l - floor(K / 2), 0, n - K) on: at the rim it moves inward, and is never cut
+    causal    l = min(floor(c / S) S + S - 1, n - 1), and the places above l - K, up to c
+
+as Hassani et al. have it: "Neighborhood Attention Transformer", CVPR 2023 (arXiv 2204.07143), "Dilated Neighborhood
+Attention Transformer" (arXiv 2209.15001), "Generalized Neighborhood Attention" (arXiv 2504.16922; stride and even K).
+They refuse sides below K D. Here D becomes max(1, floor(L / K)) there, and a side shorter than K is seen whole.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,39 +21,132 @@ from torch import Tensor
 from .layout import Tile
 from .states import accumulator, full_precision
 
+_KEYS = 25  # of each query that are gathered at once
+_AT_ONCE = 2**22  # numbers gathered at once where no gradients are recorded
 
-def neighbourhood_attention(q: Tensor, k: Tensor, v: Tensor, tile: Tile, window: int) -> Tensor:
-    """softmax(q.k / sqrt(D)) v over windows of side `window`, for the own grid tokens of `tile`: `(B, n, H, D)`.
 
-    `q`, `k`, `v` `(B, n, H, D)`, finite, are all grid tokens that `tile` sees; a window at the rim reaches
-    `window - 1` tokens far, which its halo has to cover. In a padded batch each image has a rim of its own.
-    Computed in the accumulator's dtype.
+class AxisWindow(NamedTuple):
+    """Which keys along one axis a query sees. 1 <= stride <= kernel."""
+
+    kernel: int
+    dilation: int = 1
+    stride: int = 1
+    causal: bool = False
+
+
+class _Side(NamedTuple):
+    """Along one axis, `(B or 1, places, K)` each: keys of every place.
+
+    index: where the key is.  offset: key minus query, in units of the dilation.  inside: whether there is one.
     """
-    dtype, batch = accumulator(v.dtype), v.shape[0]
-    sizes = (tile.grid.height, tile.grid.width)
-    height, width = sizes if tile.sizes is None else tile.sizes.to(v.device)[:, :, None].unbind(1)
-    rows, is_row = _nearest(tile.top, tile.height, height, window, tile.rows, v.device)
-    columns, is_column = _nearest(tile.left, tile.width, width, window, tile.columns, v.device)
-    # (B or 1, h, w, K, K) -> (B or 1, n, K * K)
-    places = (rows[:, :, None, :, None] * tile.seen[1] + columns[:, None, :, None, :]).flatten(3).flatten(1, 2)
-    inside = (is_row[:, :, None, :, None] & is_column[:, None, :, None, :]).flatten(3).flatten(1, 2)
-    images = torch.arange(batch, device=v.device)[:, None, None]
+
+    index: Tensor  # type: ignore[assignment]  # also a method of tuples
+    offset: Tensor
+    inside: Tensor
+
+    def at(self, places: Tensor) -> "_Side":
+        """The rows of `places`."""
+        return _Side(*(table.index_select(1, places) for table in self))
+
+
+def neighbourhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile: Tile,
+    window: int | tuple[AxisWindow, AxisWindow],
+    table: Tensor | None = None,
+) -> Tensor:
+    """softmax(q.k / sqrt(D) + bias) v over windows, for the own grid tokens of `tile`: `(B, n, H, E)`.
+
+    `q`, `k` `(B, n, H, D)`, `v` `(B, n, H, E)`, finite, are all grid tokens that `tile` sees, and its halo has to cover
+    the windows: `K - 1` tokens where stride and dilation are 1. In a padded batch each image has a rim of its own.
+    Computed in the accumulator's dtype; without gradients, so many queries at once that memory does not grow with
+    what is gathered.
+
+    Args:
+        window: that of rows and that of columns; a number is the kernel of both.
+        table: `(H, 2K - 1, 2K' - 1)`, the bias at each distance, key minus query in units of the dilation.
+    """
+    down, across = (AxisWindow(window), AxisWindow(window)) if isinstance(window, int) else window
+    dtype, own = accumulator(v.dtype), (tile.grid.height, tile.grid.width)
+    lengths = (
+        [torch.full((1, 1), side, device=v.device) for side in own]
+        if tile.sizes is None
+        else tile.sizes.to(v.device)[:, :, None].unbind(1)
+    )
+    rows = _side(tile.top, tile.height, lengths[0], down, tile.rows)
+    columns = _side(tile.left, tile.width, lengths[1], across, tile.columns)
     with full_precision(v):
         q = tile.inner_grid(q).to(dtype) * q.shape[-1] ** -0.5
-        scores = torch.einsum("bnhd,bnkhd->bnhk", q, k.to(dtype)[images, places])
-        scores = scores.masked_fill(~inside[:, :, None], torch.finfo(dtype).min)
-        return torch.einsum("bnhk,bnkhd->bnhd", scores.softmax(dim=-1), v.to(dtype)[images, places])
+        q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, n, D)
+        bias = None if table is None else table.to(dtype)
+        parts = []
+        for some in _cut(q, v, down.kernel * across.kernel):
+            y, x = some // tile.width, some % tile.width
+            parts.append(_attend(q.index_select(2, some), k, v, rows.at(y), columns.at(x), tile.seen[1], bias))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
 
 
-def _nearest(
-    start: int, count: int, total: int | Tensor, window: int, seen: tuple[int, int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Along one side: where in `seen` the window of each of `count` places lies, and whether the image reaches there.
+def axis_window(place: Tensor, length: Tensor, window: AxisWindow) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys of each place of a side, as this module defines them.
 
-    `total` is the length of the side, or that of each image `(B, 1)`. Both results are `(B or 1, count, window)`.
+    `place` `(n,)`, `length` `(B or 1, 1)`, integers. Returns keys, their distance to the query in units of the
+    dilation, and whether they are seen, `(B or 1, n, K)` each; what is not seen may lie outside.
     """
-    place = torch.arange(count, device=device)[None] + start
-    first = (place - window // 2).clamp(max=total - window).clamp(min=0)
-    index = first[..., None] + torch.arange(window, device=device)
-    inside = index < (total[..., None] if isinstance(total, Tensor) else total)
-    return (index - seen[0]).clamp(min=0).clamp(max=seen[1] - seen[0] - 1), inside
+    kernel, dilation, stride, causal = window
+    step = (length // kernel).clamp(1, dilation)
+    group, place = place % step, place // step
+    count = (length - group + step - 1) // step
+    block = place // stride * stride
+    steps = torch.arange(kernel, device=place.device)
+    if causal:
+        leader = torch.minimum(block + stride - 1, count - 1)
+        keys = (leader - kernel + 1)[..., None] + steps
+        seen = (keys >= 0) & (keys <= place[..., None])
+    else:
+        leader = torch.minimum(block + stride // 2, count - 1)
+        keys = torch.minimum(leader - kernel // 2, count - kernel).clamp(min=0)[..., None] + steps
+        seen = keys < count[..., None]
+    return keys * step[..., None] + group[..., None], keys - place[..., None], seen
+
+
+def _side(start: int, count: int, length: Tensor, window: AxisWindow, seen: tuple[int, int]) -> _Side:
+    """The keys of `count` places from `start` on, by their place in what is `seen`."""
+    index, offset, inside = axis_window(torch.arange(count, device=length.device) + start, length, window)
+    most = window.kernel - 1  # padding is further away, and reads anything
+    index = (index - seen[0]).clamp(min=0).clamp(max=seen[1] - seen[0] - 1)
+    return _Side(index, offset.clamp(-most, most) + most, inside)
+
+
+def _cut(q: Tensor, v: Tensor, keys: int) -> tuple[Tensor, ...]:
+    """The places of the queries `(B, H, n, D)`, in so many parts that each gathers little; one if it is recorded."""
+    places = torch.arange(q.shape[2], device=q.device)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return (places,)
+    each = q.shape[0] * q.shape[1] * min(keys, _KEYS) * max(q.shape[-1], v.shape[-1])
+    return places.split(max(1, _AT_ONCE // max(1, each)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, rows: _Side, columns: _Side, width: int, table: Tensor | None) -> Tensor:
+    """Outputs `(B, H, n, E)` of queries `(B, H, n, D)`."""
+    batch, heads, count, _ = k.shape
+    first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * count
+    places = ((rows.index[..., None] * width + columns.index[..., None, :]).flatten(2)[:, None] + first).split(
+        _KEYS, -1
+    )
+    k, v = k.flatten(0, 2), v.flatten(0, 2)
+    scores = torch.cat([(_gather(k, p) @ q[..., None])[..., 0] for p in places], dim=-1)
+    if table is not None:
+        at = (rows.offset[..., None] * table.shape[-1] + columns.offset[..., None, :]).flatten(2)
+        scores = scores + table.flatten(1).index_select(1, at.flatten()).unflatten(1, at.shape).transpose(0, 1)
+    inside = (rows.inside[..., None] & columns.inside[..., None, :]).flatten(2)
+    scores = scores.masked_fill(~inside[:, None], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1).split(_KEYS, dim=-1)
+    parts = [w[..., None, :] @ _gather(v, p) for w, p in zip(weights, places, strict=True)]
+    return functools.reduce(torch.add, parts)[..., 0, :]
+
+
+def _gather(x: Tensor, places: Tensor) -> Tensor:
+    """`(*places, D)` of `x` `(tokens, D)`."""
+    return x.index_select(0, places.flatten()).view(*places.shape, x.shape[-1])
