@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Core, Rename, TokenConv, Tokens, create_core, mechanism, merge_heads, require, split_heads
+from linsight.attention import (
+    Core,
+    Rename,
+    TokenConv,
+    Tokens,
+    create_core,
+    mechanism,
+    merge_heads,
+    require,
+    split_heads,
+)
 from linsight.errors import LinsightError
 from linsight.ops import Grid, Layout
 

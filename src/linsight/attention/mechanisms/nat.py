@@ -31,8 +31,10 @@ from linsight.ops import (
     separable,
 )
 
-from ._core import Capabilities, Core, Rename, Tokens
-from ._registry import Paper, register
+from ..capabilities import Capabilities, Cost, Structure
+from ..core import Core, Rename
+from ..registry import Paper, register
+from ..tokens import Tokens
 
 
 @register(
@@ -53,7 +55,7 @@ class NAT(Core):
     """
 
     capabilities = Capabilities(sizes=True)
-    rounds = 0
+    structure = Structure(cost=Cost.WINDOWED)
     published = (Rename("rpb", "core.rpb"),)
 
     def __init__(
@@ -86,15 +88,8 @@ class NAT(Core):
         if self.rpb is not None:
             nn.init.trunc_normal_(self.rpb, std=0.02)
 
-    def forward(
-        self,
-        tokens: Tokens,
-        layout: Layout,
-        *,
-        context_layout: Layout | None = None,
-        score_bias: Tensor | None = None,
-    ) -> Tensor:
-        """Attention in the window of each token; neither a context nor a bias on the scores is defined."""
+    def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
+        """Attention in the window of each token."""
         q, k, v = (mask_tokens(x, tokens.keep) for x in tokens[:3])
         tile = Tile.whole(layout.grid, layout.sizes)
         return neighbourhood_attention(q, k, v, tile, self.window, self.rpb).to(tokens.v.dtype)
