@@ -13,7 +13,7 @@ from typing import Any
 from linsight import describe
 from linsight.attention import Mechanism, mechanism
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
-from linsight.models._registry import TIMM_HOSTS
+from linsight.models.registry import TIMM_HOSTS
 from linsight.train import RECIPES
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import linsight
 from linsight.models import Variant
-from linsight.models._registry import _build
+from linsight.models.registry import _build
 
 SIZE = (70, 45)
 

@@ -19,8 +19,8 @@ from golden.builders.dyn_perceiver import model as from_golden
 from linsight import describe
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES
-from linsight.models._dyn_cnn import cut
-from linsight.models.dyn_perceiver import DynamicPerceiver, ExitLogits, Latents, Network
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver, ExitLogits, Latents, Network
+from linsight.models.hosts.dyn_perceiver.cnn import cut
 from linsight.train._budget import leaving
 
 CASES = [name for name in cases.names(models=True) if name.startswith("dyn_perceiver/")]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from linsight.attention import Mechanism, create_attention, create_block, list_attentions, mechanism
 from linsight.errors import UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention
-from linsight.models.dyn_perceiver import DynamicPerceiver
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.ops import Grid
 
 # What `mechanism_info` measures a layer at: tokens of a 224 and of a 1024 image in patches of 16.

@@ -7,7 +7,7 @@ from small import colours, truncate
 
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
-from linsight.models._registry import DEFAULT_CFG
+from linsight.models.registry import DEFAULT_CFG
 from linsight.train import RECIPES, Recipe, resolve, suggest
 from linsight.train._learner import ema_decay
 from linsight.train._model import build
