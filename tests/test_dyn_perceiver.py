@@ -314,7 +314,7 @@ def test_it_exports_whole():
         (lambda: timm.create_model("dynp_reg400m_t32", attention="inline"), "takes no attention mechanism"),
         (lambda: timm.create_model("dynp_reg400m_t32", features_only=True), "no features_only"),
         (lambda: linsight.create_model("dynp_reg400m_t33"), "did you mean 'dynp_reg400m_t32'"),
-        (lambda: linsight.create_model("dynp_reg400m_t32", pretrained=True), "no weights are distributed"),
+        (lambda: linsight.create_model("dynp_reg400m_t32", pretrained=True), "no address of weights is known"),
     ],
 )
 def test_errors_offer_a_way_out(call, line):

@@ -8,15 +8,15 @@ from .registry import (
     ARCHITECTURES,
     HOSTS,
     VARIANTS,
-    Architecture,
-    Host,
-    Variant,
     add_architectures,
     add_hosts,
     add_variants,
     create_model,
     default_attention,
+    default_config,
+    load_pretrained_with,
 )
+from .rows import Architecture, Host, Training, Variant
 from .steps import Mix, Sample, StreamPlan, Streams, sampled
 from .timm import takeover as takeover
 from .timm.keys import published_keys
@@ -32,13 +32,16 @@ __all__ = [
     "Sample",
     "StreamPlan",
     "Streams",
+    "Training",
     "Variant",
     "add_architectures",
     "add_hosts",
     "add_variants",
     "create_model",
     "default_attention",
+    "default_config",
     "fit_bias_table",
+    "load_pretrained_with",
     "plan",
     "published_keys",
     "sampled",

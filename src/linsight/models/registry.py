@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, is_model, list_models, model_entrypoint, register_model
@@ -18,69 +18,7 @@ from torch import nn
 from linsight.errors import LinsightError, UnknownNameError
 
 from .parts.dense import DenseFeatures
-
-
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """A backbone that takes any mechanism.
-
-    name: as in `create_model("vit_tiny", attention=...)`.
-    model_cls: the class, which takes `attention=` and `attention_options=`.
-    args: its arguments for this size.
-    cfg: timm's pretrained_cfg entries beyond the defaults below.
-    feature_cfg: how timm's `features_only` wraps it.
-    published: figures of the host with softmax, as of a variant.
-    """
-
-    name: str
-    model_cls: type[nn.Module]
-    args: Mapping[str, Any]
-    cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    feature_cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A named model: a host, the mechanism in it and what it changes of the host's arguments.
-
-    published: its figures (`top1`, `params`, `gmacs`); `plotted` where its top-1 is read off a plot, so is not exact;
-        `ema` where the averaged weights are the published ones.
-    dense: a backbone for dense tasks, whose forward gives the map of each stage: "plain", or "normed" by a LayerNorm
-        of its own.
-    """
-
-    name: str
-    host: str
-    attention: str
-    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dense: Literal["", "plain", "normed"] = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A named model whose layers are its own: it takes no mechanism.
-
-    model_cls: the class.  args: its arguments.  cfg, published: as of a variant.
-    feature_cfg: how timm's `features_only` wraps it; None: it gives no maps.
-    """
-
-    name: str
-    model_cls: type[nn.Module]
-    args: Mapping[str, Any]
-    cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    feature_cfg: Mapping[str, Any] | None = None
-
-
-def figures(top1: float | None, params: float, gmacs: float, **more: Any) -> dict[str, Any]:
-    """Published top-1 in percent (None: not published); of the published code, millions of parameters and GMACs."""
-    known = {"params": round(params * 1e6), "gmacs": gmacs, **more}
-    return known if top1 is None else {"top1": top1, **known}
-
+from .rows import Architecture, Host, Variant
 
 # The evaluation of the published repositories: a square resize, then the centre crop.
 DEFAULT_CFG: dict[str, Any] = {
@@ -95,15 +33,18 @@ DEFAULT_CFG: dict[str, Any] = {
     "fixed_input_size": False,
 }
 
-# How timm's `features_only` wraps a host of four stages.
-FOUR_MAPS: Mapping[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-
 HOSTS: dict[str, Host] = {}
 VARIANTS: dict[str, Variant] = {}
 ARCHITECTURES: dict[str, Architecture] = {}
 # Adopters of timm's own models: the timm module that defines them -> how to make one with a mechanism.
 TIMM_HOSTS: dict[str, Callable[..., nn.Module]] = {}
 _REGISTERED: set[str] = set()  # in timm, by us
+_LOADERS: list[Callable[..., Any]] = []  # what reads weights is of a room above
+
+
+def load_pretrained_with(load: Callable[..., Any]) -> None:
+    """For `pretrained=True`: `load(model, address, head=)` fills a model; `head=False` spares its classifier."""
+    _LOADERS[:] = [load]
 
 
 def add_hosts(*hosts: Host) -> None:
@@ -114,22 +55,25 @@ def add_hosts(*hosts: Host) -> None:
             _register_variant(Variant(host.name, host.name, "softmax"))
 
 
-def add_variants(*variants: Variant) -> None:
-    """Make variants known to `create_model` and register them in timm, under names that timm lacks."""
-    for variant in variants:
+def add_variants(*variants: Variant, code: str = "") -> None:
+    """Make variants known to `create_model` and register them in timm, under names that timm lacks.
+
+    code: the repository of their authors.
+    """
+    for variant in (dataclasses.replace(variant, code=code or variant.code) for variant in variants):
         _refuse_taken(variant.name, VARIANTS)
         VARIANTS[variant.name] = variant
         if not is_model(variant.name):
             _register_variant(variant)
 
 
-def add_architectures(*architectures: Architecture) -> None:
-    """Make models that take no mechanism known to `create_model` and register them in timm."""
-    for entry in architectures:
+def add_architectures(*architectures: Architecture, code: str = "") -> None:
+    """Make models that take no mechanism known to `create_model` and register them in timm; `code` as above."""
+    for entry in (dataclasses.replace(entry, code=code or entry.code) for entry in architectures):
         _refuse_taken(entry.name, ARCHITECTURES)
         ARCHITECTURES[entry.name] = entry
         if not is_model(entry.name):
-            _register(entry.name, f"{entry.name}: {entry.model_cls.__name__}.", partial(_build_architecture, entry))
+            _register(entry.name, f"{entry.name}: {entry.model_cls.__name__}.", partial(build, entry))
 
 
 def _refuse_taken(name: str, own: Mapping[str, Any]) -> None:
@@ -139,12 +83,12 @@ def _refuse_taken(name: str, own: Mapping[str, Any]) -> None:
 
 def _register_variant(variant: Variant) -> None:
     about = f"{variant.name}: {variant.attention} in the host {variant.host}."
-    _register(variant.name, about, partial(_build, variant))
+    _register(variant.name, about, partial(build, variant))
 
 
-def _register(name: str, about: str, build: Callable[..., nn.Module]) -> None:
+def _register(name: str, about: str, make: Callable[..., nn.Module]) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build(pretrained=pretrained, **kwargs)
+        return make(pretrained=pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = about
@@ -154,16 +98,19 @@ def _register(name: str, about: str, build: Callable[..., nn.Module]) -> None:
     _REGISTERED.add(name)
 
 
-def _take_cfg(name: str, pretrained: bool, kwargs: dict[str, Any], *cfgs: Mapping[str, Any]) -> dict[str, Any]:
-    """The pretrained_cfg of a model, out of `cfgs` and what timm's factory put into `kwargs`."""
-    if pretrained:
-        raise LinsightError(
-            f"no weights are distributed for '{name}': load a published file with linsight.load_published(model, path)"
-        )
-    cfg = dict(DEFAULT_CFG)
-    for entries in cfgs:
-        cfg.update(entries)
-    cfg["architecture"] = name
+def default_config(name: str) -> dict[str, Any]:
+    """The `pretrained_cfg` of one of our models, by its name: how images are made for it."""
+    return _config(VARIANTS.get(name) or ARCHITECTURES.get(name) or HOSTS[name])
+
+
+def _config(entry: Variant | Architecture | Host) -> dict[str, Any]:
+    host = HOSTS[entry.host].cfg if isinstance(entry, Variant) else {}
+    return {**DEFAULT_CFG, **host, **entry.cfg, "architecture": entry.name}
+
+
+def _take_cfg(entry: Variant | Architecture, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The pretrained_cfg of a model, with what timm's factory put into `kwargs`."""
+    cfg = _config(entry)
     for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's factory always passes these
         given = kwargs.pop(key, None)
         if key != "cache_dir" and isinstance(given, Mapping):
@@ -171,9 +118,33 @@ def _take_cfg(name: str, pretrained: bool, kwargs: dict[str, Any], *cfgs: Mappin
     return cfg
 
 
-def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def build(entry: Variant | Architecture, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The model of a row of a table, with its published weights where they are asked for and can be fetched."""
+    if pretrained:
+        _check_fetched(entry, kwargs.get("attention"))
+    model = _build_variant(entry, **kwargs) if isinstance(entry, Variant) else _build_architecture(entry, **kwargs)
+    if pretrained:
+        classes = DEFAULT_CFG["num_classes"]
+        _LOADERS[0](model, entry.weights, head=kwargs.get("num_classes", classes) == classes)
+    return model
+
+
+def _check_fetched(entry: Variant | Architecture, attention: str | None = None) -> None:
+    """Raise, naming the way out, unless the published weights of a model can be fetched."""
+    if attention not in (None, getattr(entry, "attention", None)):
+        raise LinsightError(f"the weights of '{entry.name}' are those of another mechanism: pass pretrained=False")
+    if entry.weights.startswith("https://"):
+        return
+    known = f"the weights of '{entry.name}' are in {entry.weights}, which linsight cannot fetch from"
+    if not entry.weights:
+        code = f" (code of its authors: {entry.code})" if entry.code else ""
+        known = f"no address of weights is known for '{entry.name}'{code}"
+    raise LinsightError(f"{known}: load a published file with linsight.load_published(model, path)")
+
+
+def _build_variant(variant: Variant, **kwargs: Any) -> nn.Module:
     host = HOSTS[variant.host]
-    cfg = _take_cfg(variant.name, pretrained, kwargs, host.cfg, variant.cfg)
+    cfg = _take_cfg(variant, kwargs)
     attention = kwargs.pop("attention", None)
     attention = variant.attention if attention is None else attention
     options = kwargs.pop("attention_options", None)
@@ -195,8 +166,8 @@ def _build(variant: Variant, *, pretrained: bool = False, **kwargs: Any) -> nn.M
     return DenseFeatures(model, normed=variant.dense == "normed", **maps) if variant.dense else model
 
 
-def _build_architecture(entry: Architecture, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    cfg = _take_cfg(entry.name, pretrained, kwargs, entry.cfg)
+def _build_architecture(entry: Architecture, **kwargs: Any) -> nn.Module:
+    cfg = _take_cfg(entry, kwargs)
     if kwargs.pop("attention", None) is not None or kwargs.pop("attention_options", None):
         raise LinsightError(
             f"'{entry.name}' takes no attention mechanism, its layers are its own: take a host, as vit_tiny "
@@ -240,16 +211,11 @@ def create_model(
         UnknownNameError: no such model, mechanism or option; the nearest is offered.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    if name in VARIANTS:
-        return _build(
-            VARIANTS[name], pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs
-        )
-    if name in ARCHITECTURES:
-        mechanism = {"attention": attention, "attention_options": attention_options}
-        return _build_architecture(ARCHITECTURES[name], pretrained=pretrained, **mechanism, **kwargs)
+    ours = VARIANTS.get(name) or ARCHITECTURES.get(name)
     if name in HOSTS and name in _REGISTERED:  # not PVTv2's, whose names and weights are timm's
-        plain = Variant(name, host=name, attention="softmax")
-        return _build(plain, pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs)
+        ours = ours or Variant(name, host=name, attention="softmax")
+    if ours is not None:
+        return build(ours, pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs)
     base = name.partition(".")[0]
     if is_model(base):
         adopt = TIMM_HOSTS.get(model_entrypoint(base).__module__)

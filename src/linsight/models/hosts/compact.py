@@ -23,7 +23,8 @@ from linsight.ops import Grid
 from ..parts.pyramid import Pyramid
 from ..parts.stages import PreNorm, StageSize, init_linear
 from ..plan import Choice
-from ..registry import Host, add_hosts
+from ..registry import add_hosts
+from ..rows import Host
 from ..seams import make_layer
 
 

@@ -26,7 +26,8 @@ from ..parts.convs import ConvEmbed
 from ..parts.pyramid import PlainPyramid
 from ..parts.stages import PreNorm, StageSize, TokenMlp
 from ..plan import Choice
-from ..registry import FOUR_MAPS, Host, add_hosts, figures
+from ..registry import add_hosts
+from ..rows import FOUR_MAPS, Host, figures
 from ..seams import make_layer
 
 

@@ -18,7 +18,8 @@ from ..parts.conv_pyramid import ConvPyramid, stem_names
 from ..parts.convs import CPE, ConvMlp
 from ..parts.stages import PreNorm, StageSize
 from ..plan import Choice
-from ..registry import FOUR_MAPS, Host, add_hosts
+from ..registry import add_hosts
+from ..rows import FOUR_MAPS, Host
 from ..seams import make_layer
 
 

@@ -25,7 +25,8 @@ from ..parts.convs import ConvEmbed
 from ..parts.pyramid import Pyramid
 from ..parts.stages import PreNorm, Stage, StageSize, TokenMlp, as_map, init_linear
 from ..plan import Choice, plan
-from ..registry import FOUR_MAPS, Host, add_hosts, figures
+from ..registry import add_hosts
+from ..rows import FOUR_MAPS, Host, figures
 from ..seams import make_layer, refuse_prefix
 
 

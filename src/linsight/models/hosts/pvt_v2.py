@@ -18,7 +18,8 @@ from timm.models import pvt_v2 as timm_pvt
 from timm.models._input import update_model_input_size
 
 from ..plan import Choice, plan
-from ..registry import FOUR_MAPS, Host, add_hosts, figures
+from ..registry import add_hosts
+from ..rows import FOUR_MAPS, Host, figures
 from ..seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores, set_grid
 from ..steps import StreamPlan
 from ..timm.steps import pvt_v2_plan

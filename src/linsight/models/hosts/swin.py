@@ -37,7 +37,8 @@ from ..parts.stages import TokenMlp, init_linear
 from ..parts.stepsnet import Steps, block_widths, narrow, opened, widened
 from ..parts.windows import WindowAttention, Windows, half_shift, to_multiple, within
 from ..plan import Choice, plan
-from ..registry import FOUR_MAPS, Host, add_hosts, figures
+from ..registry import add_hosts
+from ..rows import FOUR_MAPS, Host, figures
 from ..seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores
 from ..steps import StreamPlan
 from ..timm.steps import swin_plan

@@ -1,4 +1,4 @@
-"""Dynamic Perceiver: the published models, and one of ours for small images, as data.
+"""Dynamic Perceiver (arXiv 2306.11248): three families of networks, each with a recipe for all of its sizes.
 
 Names: the network, its width, and the number of latents, as in `dynp_mobilenetv3_0x5_t128`.
 """
@@ -6,13 +6,15 @@ Names: the network, its width, and the number of latents, as in `dynp_mobilenetv
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..hosts.dyn_perceiver.host import DynamicPerceiver
-from ..hosts.dyn_perceiver.types import Latents, Network
-from ..registry import Architecture, add_architectures, figures
+from ..hosts.dyn_perceiver import DynamicPerceiver, Latents, Network
+from ..registry import add_architectures
+from ..rows import Architecture, Training, figures, trained
+
+_CODE = "LeapLabTHU/Dynamic_Perceiver"
 
 _HEADS = ("head_early", "head_att", "head_cnn", "head_merge", "feedback_att", "feedback_merge")
-_CFG: Mapping[str, Any] = {"classifier": _HEADS, "first_conv": "stem.0", "crop_mode": "center"}
-_CFG_MOBILENET = {**_CFG, "first_conv": "stem.0.0"}
+CFG: Mapping[str, Any] = {"classifier": _HEADS, "first_conv": "stem.0", "crop_mode": "center"}
+_CFG_MOBILENET = {**CFG, "first_conv": "stem.0.0"}
 
 
 class _Row(NamedTuple):
@@ -72,14 +74,26 @@ _ROWS = (
 )
 
 
+def _training(network: str) -> Training:
+    family: dict[str, Any] = {"drop_path": 0.0}
+    if network == _MOBILENET:
+        family = {"drop_path": 0.0, "epochs": 600}
+    elif network.startswith("resnet"):
+        family = {"drop_path": 0.2, "lr": 6e-4}
+    return trained("dyn_perceiver", 128, **family)
+
+
 def _models(row: _Row) -> Iterator[Architecture]:
     for tokens in row.latents:
+        known = tokens == 128
         yield Architecture(
             f"dynp_{row.name}_t{tokens}",
             DynamicPerceiver,
             {"network": row.network, "latents": Latents(tokens, row.depth_factor)},
-            _CFG_MOBILENET if row.network.name == _MOBILENET else _CFG,
-            {**(_figures(row) if tokens == 128 else {}), "ema": True},  # which the authors evaluate
+            _CFG_MOBILENET if row.network.name == _MOBILENET else CFG,
+            {**(_figures(row) if known else {}), "ema": True},  # which the authors evaluate
+            training=(_training(row.network.name),),
+            weights=f"the repository {_CODE}" if known and row.top1 else "",
         )
 
 
@@ -94,16 +108,4 @@ def _figures(row: _Row) -> dict[str, Any]:
     return known
 
 
-add_architectures(
-    *(model for row in _ROWS for model in _models(row)),
-    # Maps of 16x16 before the first two stages, then 8x8 and 4x4, which latents read whole.
-    Architecture(
-        "dynp_resnet18_025_t32_cifar",
-        DynamicPerceiver,
-        {
-            "network": Network("resnet18", 0.25, stem_stride=2),
-            "latents": Latents(32, (1 / 3, 1 / 3, 2 / 9, 1 / 3), mlp_ratio=2, pool=4),
-        },
-        {**_CFG, "input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bilinear"},
-    ),
-)
+add_architectures(*(model for row in _ROWS for model in _models(row)), code=_CODE)

@@ -1,16 +1,16 @@
-"""The published variants of WeightFormer, as data.
+"""WeightFormer (arXiv 2605.01711).
 
-arXiv 2605.01711: no class token and no position table, a norm of the embedded patches, the mean of the normed
-tokens. The base model is the small one at 448. Images are normalised as the training code does it, by the mean and
-deviation of ImageNet; the published weights' page says 0.5 for both.
+No class token and no position table, a norm of the embedded patches, the mean of the normed tokens. The base model is
+the small one at 448. Images are normalised as the training code does it, by the mean and deviation of ImageNet; the
+published weights' page says 0.5 for both.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from ..registry import Variant, add_variants, figures
+from ..registry import add_variants
+from ..rows import Variant, figures, trained
 
-_MEAN: Mapping[str, Any] = {
+_MEAN = {
     "class_token": False,
     "global_pool": "avg",
     "fc_norm": False,
@@ -18,21 +18,24 @@ _MEAN: Mapping[str, Any] = {
     "embed_norm_layer": "layernorm",
     "depth": 17,
 }
-_CENTRE = {"crop_mode": "center"}  # of an image whose aspect ratio is kept
 
-add_variants(
-    Variant(
-        "wfm_tiny", "vit_tiny", "weightformer", _MEAN, cfg=_CENTRE, published=figures(76.3, 7.07, 1.12, plotted=True)
-    ),
-    Variant(
-        "wfm_small", "vit_small", "weightformer", _MEAN, cfg=_CENTRE, published=figures(81.3, 27.49, 4.43, plotted=True)
-    ),
-    Variant(
-        "wfm_base",
-        "vit_small",
+
+def _wfm(size: str, host: str, side: int, known: dict[str, Any], drop_path: float, **changes: Any) -> Variant:
+    return Variant(
+        f"wfm_{size}",
+        host,
         "weightformer",
         _MEAN,
-        cfg={**_CENTRE, "input_size": (3, 448, 448)},
-        published=figures(83.4, 27.49, 17.66, plotted=True),
-    ),
+        cfg={"crop_mode": "center", "input_size": (3, side, side)},  # the aspect ratio of an image is kept
+        published={**known, "plotted": True},
+        training=(trained("imagenet", 256, drop_path, **changes),),
+        weights=f"https://huggingface.co/RuizeHe/weightformer-{size[0]}/resolve/main/model.safetensors",
+    )
+
+
+add_variants(
+    _wfm("tiny", "vit_tiny", 224, figures(76.3, 7.07, 1.12), 0.0),
+    _wfm("small", "vit_small", 224, figures(81.3, 27.49, 4.43), 0.2),
+    _wfm("base", "vit_small", 448, figures(83.4, 27.49, 17.66), 0.2, amp="off"),
+    code="LeapLabTHU/WeightFormer",
 )

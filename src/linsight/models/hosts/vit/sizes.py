@@ -1,6 +1,7 @@
 """The sizes of the ViT host."""
 
-from ...registry import Host, add_hosts
+from ...registry import add_hosts
+from ...rows import Host
 from .host import VisionTransformer
 
 _CFG = {"first_conv": "patch_embed.proj", "classifier": "head"}
