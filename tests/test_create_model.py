@@ -1,10 +1,12 @@
 """Models by name: ours, a host with any mechanism, timm's own."""
 
 import copy
+import urllib.error
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import linsight
 from linsight.describe import count_macs, count_parameters
@@ -123,8 +125,19 @@ def test_names_of_timm_with_features_only():
         (lambda: linsight.create_model("pvt_v2_b0", attn_drop_rate=0.1), "attn_drop_rate=0"),
         (lambda: linsight.create_model("swin_tiny", always_partition=True), "always_partition=False"),
         (lambda: linsight.create_model("swin_tiny", attention="inline", attention_window=0), "attention_window=0"),
-        (lambda: timm.create_model("inline_deit_tiny", pretrained=True), "load_published"),
-        (lambda: linsight.create_model("inline_deit_tiny", pretrained=True), "load_published"),
+        (
+            lambda: timm.create_model("inline_deit_tiny", pretrained=True),
+            r"LeapLabTHU/InLine\): load .*load_published",
+        ),
+        (lambda: linsight.create_model("vit_tiny", pretrained=True), "known for 'vit_tiny': load .*load_published"),
+        (
+            lambda: timm.create_model("focused_swin_tiny", pretrained=True),
+            "are in the repository LeapLabTHU/FLatten-Transformer, .*load_published",
+        ),
+        (
+            lambda: linsight.create_model("wfm_tiny", attention="inline", pretrained=True),
+            "those of another mechanism: pass pretrained=False",
+        ),
         (
             lambda: linsight.create_model("vit_tiny_patch16_224", attention="inline", pretrained=True),
             "pretrained=False",
@@ -134,6 +147,38 @@ def test_names_of_timm_with_features_only():
 def test_mistakes_are_one_line(call, message):
     with pytest.raises(LinsightError, match=message) as caught:
         call()
+    assert "\n" not in str(caught.value)
+
+
+def test_published_weights_are_fetched_from_their_address(monkeypatch, tmp_path):
+    """The authors' file, kept in PyTorch's hub folder; another classifier stays as it is."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    source = timm.create_model("wfm_tiny", depth=1)
+    asked = []
+
+    def download(address, path):
+        asked.append(address)
+        save_file(linsight.export_published(source), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    model = timm.create_model("wfm_tiny", depth=1, pretrained=True)
+    assert asked == ["https://huggingface.co/RuizeHe/weightformer-t/resolve/main/model.safetensors"]
+    state = source.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    other = linsight.create_model("wfm_tiny", depth=1, num_classes=3, pretrained=True)
+    assert torch.equal(other.blocks[0].linear1.bias, source.blocks[0].linear1.bias) and other.head.out_features == 3
+
+
+def test_without_a_network_the_address_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def download(address, path):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    address = "https://huggingface.co/RuizeHe/weightformer-b/resolve/main/model.safetensors"
+    with pytest.raises(LinsightError, match=f"{address} could not be downloaded: .*no network") as caught:
+        timm.create_model("wfm_base", depth=1, pretrained=True)
     assert "\n" not in str(caught.value)
 
 

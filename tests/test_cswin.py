@@ -8,7 +8,7 @@ import linsight
 from linsight.attention import Capabilities, Tokens, split_heads
 from linsight.errors import CapabilityError, LinsightError
 from linsight.models import Choice
-from linsight.models.cswin import CrossShapedAttention
+from linsight.models.hosts.cswin import CrossShapedAttention
 from linsight.ops import Grid, Layout, depthwise_conv
 
 STAGES = [(8, 1, 2, 2.0, 1), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 7), (16, 1, 2, 2.0, 7)]

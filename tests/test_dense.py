@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import linsight
 from linsight.models import Variant
-from linsight.models._registry import _build
+from linsight.models.registry import build
 
 SIZE = (70, 45)
 
@@ -14,7 +14,7 @@ SIZE = (70, 45)
 def backbone(kind, **more):
     """One that a row of data describes."""
     small = {"embed_dim": 8, "num_heads": (1, 2, 2, 2), **more}
-    return _build(Variant("toy_dense", "swin_tiny", "inline", dense=kind), **small).eval()
+    return build(Variant("toy_dense", "swin_tiny", "inline", dense=kind), **small).eval()
 
 
 @pytest.mark.parametrize("kind", ["plain", "normed"])
@@ -56,7 +56,7 @@ def test_some_stages(kind):
 
 
 def test_what_training_asks_of_it():
-    dense = _build(Variant("toy_dense", "swin_tiny", "inline:1/softmax", dense="normed"), embed_dim=24)
+    dense = build(Variant("toy_dense", "swin_tiny", "inline:1/softmax", dense="normed"), embed_dim=24)
     inner = dense.model
     dense.set_grad_checkpointing()
     assert all(stage.grad_checkpointing for stage in inner.layers)

@@ -19,8 +19,8 @@ from golden.builders.dyn_perceiver import model as from_golden
 from linsight import describe
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES
-from linsight.models._dyn_cnn import cut
-from linsight.models.dyn_perceiver import DynamicPerceiver, ExitLogits, Latents, Network
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver, ExitLogits, Latents, Network
+from linsight.models.hosts.dyn_perceiver.cnn import cut
 from linsight.train._budget import leaving
 
 CASES = [name for name in cases.names(models=True) if name.startswith("dyn_perceiver/")]
@@ -314,7 +314,7 @@ def test_it_exports_whole():
         (lambda: timm.create_model("dynp_reg400m_t32", attention="inline"), "takes no attention mechanism"),
         (lambda: timm.create_model("dynp_reg400m_t32", features_only=True), "no features_only"),
         (lambda: linsight.create_model("dynp_reg400m_t33"), "did you mean 'dynp_reg400m_t32'"),
-        (lambda: linsight.create_model("dynp_reg400m_t32", pretrained=True), "no weights are distributed"),
+        (lambda: linsight.create_model("dynp_reg400m_t32", pretrained=True), "no address of weights is known"),
     ],
 )
 def test_errors_offer_a_way_out(call, line):

@@ -15,7 +15,7 @@ import linsight
 from linsight import Grid, Layout, create_attention
 from linsight.attention import Capabilities, Layer, Paper, each_image, mechanism, register, unregister
 from linsight.errors import CapabilityError, LinsightError
-from linsight.models._vit_blocks import dropped
+from linsight.models.hosts.vit.blocks import dropped
 from linsight.ops import Groups, as_layout, check_tokens, each_grid, mask_tokens, pack, resize_matrix, unpack
 from matrix.subject import close
 

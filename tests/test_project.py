@@ -19,6 +19,7 @@ NAMES = Path(__file__).with_name("public_names.txt")
 # A room imports from rooms of a lower floor, or from itself.
 FLOORS = {
     "errors": 0,
+    "recipe": 1,
     "ops": 1,
     "attention": 2,
     "models": 3,

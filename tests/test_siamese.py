@@ -13,7 +13,7 @@ from torch import nn
 import linsight
 from linsight.attention import list_attentions
 from linsight.errors import LinsightError, UnknownNameError
-from linsight.models._siamese import Junction, Merge, Pair
+from linsight.models.parts.siamese import Junction, Merge, Pair
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
 MEAN = {"class_token": False, "global_pool": "avg"}

@@ -11,7 +11,7 @@ import linsight
 from linsight.attention import list_attentions
 from linsight.describe import count_macs, count_parameters
 from linsight.errors import LinsightError
-from linsight.models.steps_resnet import StepsResNet
+from linsight.models.hosts.steps_resnet import StepsResNet
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 7}
 STEPS = [(16, 1), (24, 2), (32, 1)]

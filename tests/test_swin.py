@@ -6,8 +6,8 @@ import torch
 
 import linsight
 from linsight.attention import list_attentions
-from linsight.models._windows import Windows
-from linsight.models.swin import SwinTransformer
+from linsight.models.hosts.swin import SwinTransformer
+from linsight.models.parts.windows import Windows
 from linsight.ops import Grid
 
 SMALL = {"embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "num_classes": 5, "img_size": 64}

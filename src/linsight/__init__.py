@@ -7,9 +7,11 @@
 
 from .attention import create_attention, list_attentions
 from .checkpoints import export_published, load_published
-from .models import create_model
+from .models import create_model, load_pretrained_with
 from .ops import Grid, Layout
 from .streaming import stream
+
+load_pretrained_with(load_published)
 
 __version__ = "0.1.0"
 

@@ -134,6 +134,8 @@ def _model(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]
         ("multiply-adds", f"{found['gmacs']:.2f} G for one image"),
         ("to its exits", ", ".join(f"{cost:.3f} G" for cost in found.get("exit_gmacs", ()))),
         ("published", _figures(found)),
+        ("weights", found["weights"]),
+        ("code of its authors", found["code"]),
         ("recipe", recipe.about if recipe else ""),
     ]
     return lines, []

@@ -1,7 +1,6 @@
 """What there is, as plain data: mechanisms, models, and what they cost. The CLI and the documentation show it."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linsight.attention import FLAGS, Mechanism, create_attention, create_block, list_attentions, mechanism
 from linsight.errors import UnknownNameError
-from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention
-from linsight.models.dyn_perceiver import DynamicPerceiver
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention, default_config
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.ops import Grid
 
 # What `mechanism_info` measures a layer at: tokens of a 224 and of a 1024 image in patches of 16.
@@ -67,7 +66,7 @@ def model_info(name: str, attention: str | None = None) -> dict[str, Any]:
     size = model.pretrained_cfg["input_size"]  # type: ignore[index]
     row = _model_row(name)
     if attention not in (None, row["attention"]):  # another model than the published one
-        row |= {"attention": attention, "published": {}}
+        row |= {"attention": attention, "published": {}, "weights": "", "code": ""}
     row["params"] = count_parameters(model)
     row["gmacs"] = count_macs(model, torch.empty(1, *size, device="meta")) / 1e9
     if isinstance(model, DynamicPerceiver):
@@ -127,12 +126,13 @@ def _model_row(name: str) -> dict[str, Any]:
     variant, alone = VARIANTS.get(name), ARCHITECTURES.get(name)
     host = None if alone else HOSTS[variant.host if variant else name]
     entry: Any = alone or variant or host
-    cfg: Mapping[str, Any] = {"input_size": (3, 224, 224), **(host.cfg if host else {}), **entry.cfg}
     return {
         "name": name,
         "kind": "architecture" if alone else "variant" if variant else "host",
         "host": host.name if host else "",
         "attention": default_attention(name) if host else "",
-        "image_size": "x".join(map(str, cfg["input_size"][-2:])),
+        "image_size": "x".join(map(str, default_config(name)["input_size"][-2:])),
         "published": dict(entry.published),
+        "weights": getattr(entry, "weights", ""),
+        "code": getattr(entry, "code", ""),
     }

@@ -13,7 +13,7 @@ from linsight import export_published, load_published
 from linsight.attention import Rename, mechanism
 from linsight.checkpoints._keys import CONSTANTS, Rules, to_ours, to_published
 from linsight.errors import CheckpointError, LinsightError
-from linsight.models.cswin import CSwinTransformer
+from linsight.models.hosts.cswin import CSwinTransformer
 
 
 def published(name):

@@ -107,6 +107,22 @@ def test_info_shows_what_is_published(run, monkeypatch, name, published):
     assert shown == ([published] if published else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("wfm_tiny", "https://huggingface.co/RuizeHe/weightformer-t/resolve/main/model.safetensors"),
+        ("focused_pvt_v2_b0", "the repository LeapLabTHU/FLatten-Transformer"),
+        ("inline_pvt_tiny", ""),
+    ],
+)
+def test_info_shows_where_weights_are(run, monkeypatch, name, place):
+    monkeypatch.setattr("linsight.describe.count_macs", lambda *_: 0)  # which takes seconds
+    shown = dict(line.strip().split(maxsplit=1) for line in run("info", name)[1].splitlines() if " " in line.strip())
+    assert shown.get("weights", "") == place
+    assert shown["code"].startswith("of its authors") and "LeapLabTHU/" in shown["code"]
+    assert "LeapLabTHU/" not in run("info", name, "--attention", "softmax")[1]
+
+
 def test_info_names_the_recipe_of_the_published_model(run):
     assert "--recipe inline_deit_small --data IMAGENET" in run("info", "inline_deit_small")[1]
     assert "--recipe" not in run("info", "inline_deit_small", "--attention", "linear")[1]

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from small import colours, truncate
 
 from linsight import create_model
-from linsight.train._recipe import FIELDS
+from linsight.recipe import FIELDS
 
 
 @pytest.fixture

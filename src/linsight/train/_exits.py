@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from linsight.errors import LinsightError
-from linsight.models.dyn_perceiver import DynamicPerceiver
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 
 from ._budget import Scored, Setting, choose, curve
 from ._device import autocast

@@ -1,136 +1,20 @@
-"""`Recipe`: everything that decides a training run, one flat record; `resolve` makes one from a name and overrides."""
+"""A recipe by name with some fields changed, and the one for a run that names none."""
 
-import ast
 import dataclasses
-import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.optim import list_optimizers
-
-from linsight.errors import LinsightError, UnknownNameError
+from linsight.errors import UnknownNameError
 from linsight.models import create_model
+from linsight.recipe import DATA_FIELDS as DATA_FIELDS
+from linsight.recipe import FIELDS as FIELDS
+from linsight.recipe import HINTS as HINTS
+from linsight.recipe import RESUMABLE as RESUMABLE
+from linsight.recipe import Recipe as Recipe
+from linsight.recipe import check as check
+from linsight.recipe import parse as parse
 
-
-def _field(group: str, default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"group": group, "help": help, "choices": choices}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-_MODEL, _DATA, _AUGMENT, _OPTIMISE, _RUN = "Model", "Data", "Augmentation", "Optimisation", "Run"
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One training run. Every field is an option of `linsight train` and a key of the run's config.json."""
-
-    model: str = _field(_MODEL, "vit_tiny", "a variant, a host, or a model of timm that linsight has a host for")
-    attention: str | None = _field(_MODEL, None, "a mechanism, or one a stage; none: the model's own")
-    attention_options: Mapping[str, Any] = _field(_MODEL, {}, "options of the mechanism")
-    model_args: Mapping[str, Any] = _field(_MODEL, {}, "other arguments of the model, as in depth=6,embed_dim=96")
-    img_size: tuple[int, ...] = _field(_MODEL, (), "side, or height and width; empty: the model's own")
-    in_chans: int = _field(_MODEL, 3, "3 reads images as RGB, 1 as grey", ("1", "3"))
-    num_classes: int | None = _field(_MODEL, None, "none: as many as the data has")
-    drop_path: float = _field(_MODEL, 0.0, "stochastic depth of the last block")
-    init: str | None = _field(_MODEL, None, "weights to start from, published or one's own: a run, a file, an address")
-    init_partial: bool = _field(_MODEL, False, "what init lacks stays as initialised, as with another mechanism")
-
-    data: str = _field(_DATA, "digits", "a folder, a tar, Parquet files, 'digits', or a name of timm's: torch/cifar10")
-    data_dir: str | None = _field(_DATA, None, "where the data of a torch/ or hfds/ name is kept")
-    train_split: str = _field(_DATA, "train", "the split trained on")
-    val_split: str | None = _field(_DATA, None, "the split evaluated; none: validation, else test, else held out")
-    val_fraction: float = _field(_DATA, 0.1, "what is held out of each class, where there is no split to evaluate")
-    image_key: str | None = _field(_DATA, None, "the image column of a Hugging Face data set; none: found by its type")
-    label_key: str | None = _field(_DATA, None, "the label column of a Hugging Face data set; none: found by its type")
-    on_bad_image: str = _field(
-        _DATA, "skip", "an unreadable image is left out and counted, or ends the run", ("skip", "refuse")
-    )
-    workers: int | None = _field(_DATA, None, "processes that read images; none: chosen by the number of cores")
-    cache: bool = _field(_DATA, False, "keep decoded images in memory")
-
-    crop_mode: str = _field(
-        _AUGMENT,
-        "rrc",
-        "rrc: random resized crop; pad: pad and crop; rkrc, rkrr: as in timm",
-        ("rrc", "rkrc", "rkrr", "pad", "none"),
-    )
-    crop_padding: int = _field(_AUGMENT, 4, "pixels on each side, for crop_mode pad")
-    scale: tuple[float, ...] = _field(_AUGMENT, (0.08, 1.0), "smallest and largest area of a random resized crop")
-    ratio: tuple[float, ...] = _field(_AUGMENT, (0.75, 1.3333), "smallest and largest aspect ratio of it")
-    hflip: float = _field(_AUGMENT, 0.5, "probability of a mirror image")
-    color_jitter: float = _field(_AUGMENT, 0.0, "change of brightness, contrast and saturation")
-    auto_augment: str | None = _field(_AUGMENT, None, "timm's policy, as in rand-m9-mstd0.5-inc1")
-    re_prob: float = _field(_AUGMENT, 0.0, "probability of random erasing")
-    re_mode: str = _field(_AUGMENT, "pixel", "what erased pixels become", ("const", "rand", "pixel"))
-    mixup: float = _field(_AUGMENT, 0.0, "alpha of mixup, 0 is off")
-    cutmix: float = _field(_AUGMENT, 0.0, "alpha of cutmix, 0 is off")
-    mixup_prob: float = _field(_AUGMENT, 1.0, "share of batches that are mixed")
-    mixup_switch_prob: float = _field(_AUGMENT, 0.5, "share of those that get cutmix, where both are on")
-    smoothing: float = _field(_AUGMENT, 0.0, "label smoothing")
-    aug_repeats: int = _field(_AUGMENT, 1, "copies of an image in an epoch, which has as many times fewer images")
-    interpolation: str = _field(
-        _AUGMENT, "bicubic", "how images are resized", ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-    )
-    mean: tuple[float, ...] = _field(_AUGMENT, (), "of each channel, in 0..1; empty: ImageNet's, 0.5 for grey")
-    std: tuple[float, ...] = _field(_AUGMENT, (), "of each channel; empty: ImageNet's, 0.5 for grey")
-    crop_pct: float = _field(_AUGMENT, 0.875, "centre crop of evaluation; 1: the whole image")
-    eval_crop: str = _field(
-        _AUGMENT,
-        "squash",
-        "what happens to the aspect ratio before that crop, as in timm",
-        ("squash", "center", "border"),
-    )
-
-    opt: str = _field(_OPTIMISE, "adamw", "an optimiser of timm")
-    opt_args: Mapping[str, Any] = _field(_OPTIMISE, {}, "its other arguments, as in betas=(0.9,0.95)")
-    lr: float = _field(_OPTIMISE, 1e-3, "peak learning rate")
-    lr_base_batch: int = _field(_OPTIMISE, 0, "rates are for this batch and scale with it; 0: used as they are")
-    new_lr_scale: float = _field(_OPTIMISE, 1.0, "times the learning rate, for what init did not fill")
-    freeze: bool = _field(_OPTIMISE, False, "train only what init did not fill")
-    weight_decay: float = _field(_OPTIMISE, 0.05, "not applied to vectors and what the model exempts")
-    clip_grad: float = _field(_OPTIMISE, 0.0, "largest norm of the gradient, 0 is off")
-    sched: str = _field(
-        _OPTIMISE, "cosine", "course of the learning rate, by update", ("cosine", "tanh", "poly", "step", "none")
-    )
-    sched_args: Mapping[str, Any] = _field(_OPTIMISE, {}, "other arguments of timm's schedule")
-    epochs: int = _field(_OPTIMISE, 10, "with the warm-up, without the cool-down")
-    warmup_epochs: int = _field(_OPTIMISE, 0, "epochs of linear warm-up")
-    warmup_lr: float = _field(_OPTIMISE, 0.0, "learning rate it starts from")
-    min_lr: float = _field(_OPTIMISE, 0.0, "learning rate at the end")
-    cooldown_epochs: int = _field(_OPTIMISE, 0, "more epochs at that rate")
-    ema: float = _field(_OPTIMISE, 0.0, "decay of the averaged weights, which are then the ones evaluated; 0 is off")
-    ema_warmup: bool = _field(_OPTIMISE, False, "let that decay grow from 0")
-    ema_base_batch: int = _field(_OPTIMISE, 0, "the decay is for this batch, a larger one takes its power; 0: as it is")
-    mesa: float = _field(_OPTIMISE, 0.0, "weight of a second loss, against what the averaged weights say; 0 is off")
-    mesa_start: float = _field(_OPTIMISE, 0.25, "share of the epochs after which that loss sets in")
-
-    batch_size: int = _field(_RUN, 128, "images of one update")
-    seed: int = _field(_RUN, 0, "decides initial weights, order and augmentation")
-    device: str = _field(_RUN, "auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
-    amp: str = _field(
-        _RUN,
-        "auto",
-        "mixed precision; auto: bf16 where the device computes in it, fp16 on older GPUs",
-        ("auto", "off", "bf16", "fp16"),
-    )
-    compile: bool = _field(_RUN, False, "torch.compile the model")
-    channels_last: bool = _field(_RUN, False, "keep image tensors in channels-last order")
-    grad_checkpointing: bool = _field(_RUN, False, "recompute activations, for less memory")
-    threads: int | None = _field(_RUN, None, "CPU threads of the training process; none: PyTorch's choice")
-    save_every: int = _field(_RUN, 0, "steps between saved states within an epoch; 0: at the end of each epoch")
-    figures: bool = _field(_RUN, True, "draw curves.png and predictions.png (needs matplotlib)")
-
-
-HINTS: dict[str, Any] = typing.get_type_hints(Recipe)
-FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Recipe)}
-# What may change when a run goes on: nothing that its result depends on.
-RESUMABLE = {"device", "workers", "cache", "threads", "save_every", "compile", "figures"}
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+from .recipes import RECIPES
 
 
 def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -143,8 +27,6 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
         UnknownNameError: no such recipe, field or choice; the nearest is offered.
         LinsightError: a value of the wrong kind or out of range.
     """
-    from .recipes import RECIPES
-
     if name not in RECIPES:
         raise UnknownNameError("recipe", name, RECIPES)
     given = {field: parse(field, value) for field, value in (overrides or {}).items()}
@@ -160,14 +42,14 @@ def suggest(overrides: Mapping[str, Any]) -> str:
     Raises:
         LinsightError: the model or the data cannot be used.
     """
-    from ._data import open_data
+    from ._data import open_data  # which takes a recipe
 
     if overrides.get("data", "digits") == "digits":
         return "digits"
     if "model" in overrides:
         config: Any = create_model(overrides["model"], device="meta").pretrained_cfg
         return _for_size(config["input_size"][-2:])
-    data = {name: value for name, value in overrides.items() if FIELDS[name].metadata["group"] == _DATA}
+    data = {name: value for name, value in overrides.items() if name in DATA_FIELDS}
     source = open_data(resolve("photos", data)).train
     for index in range(min(len(source), 10)):  # the first ones may be damaged
         try:
@@ -179,99 +61,3 @@ def suggest(overrides: Mapping[str, Any]) -> str:
 
 def _for_size(sides: Sequence[int]) -> str:
     return "cifar10" if max(sides) <= 64 else "photos"
-
-
-def parse(field: str, value: Any) -> Any:
-    """`value`, perhaps text, as the type of `field`; raises with the field's name."""
-    if field not in FIELDS:
-        raise UnknownNameError("recipe field", field, FIELDS)
-    hint = HINTS[field]
-    optional = isinstance(hint, types.UnionType)
-    if optional:
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "")):
-            return None
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        parts = [p for p in re.split(r"[,\sx]+", value.strip("()[] ")) if p] if isinstance(value, str) else value
-        parts = parts if isinstance(parts, list | tuple) else [parts]
-        return tuple(_scalar(field, typing.get_args(hint)[0], part) for part in parts)
-    if typing.get_origin(hint) is Mapping:
-        return _options(field, value)
-    return _scalar(field, hint, value)
-
-
-def _scalar(field: str, kind: type, value: Any) -> Any:
-    wrong = LinsightError(f"{field}={value!r} is not {_KINDS[kind]}")
-    if kind is bool:
-        flags = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if str(value).lower() not in flags:
-            raise wrong
-        return flags[str(value).lower()]
-    if kind is not str and isinstance(value, bool):
-        raise wrong
-    if kind is int and isinstance(value, float) and not value.is_integer():
-        raise wrong
-    if kind is str and not isinstance(value, str):
-        raise wrong
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise wrong from None
-
-
-def _options(field: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {str(name): _tuples(item) for name, item in value.items()}
-    options = {}
-    for part in re.split(r",(?=\s*\w+\s*=)", value) if str(value).strip() else []:
-        name, equals, text = part.partition("=")
-        if not equals:
-            raise LinsightError(f"{field}={value!r} is not understood: write name=value,name=value")
-        try:
-            options[name.strip()] = _tuples(ast.literal_eval(text.strip()))
-        except (SyntaxError, ValueError):
-            lowered = text.strip().lower()
-            options[name.strip()] = {"true": True, "false": False}.get(lowered, text.strip())
-    return options
-
-
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, all the way down: what JSON made of them."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-_POSITIVE = ("epochs", "batch_size", "lr", "crop_pct", "aug_repeats", "new_lr_scale")
-_SHARES = {"val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing"}
-_SHARES |= {"drop_path", "ema", "mesa_start"}
-
-
-def check(recipe: Recipe) -> Recipe:
-    """`recipe` itself, if its values can be used; raises otherwise."""
-    for name, field in FIELDS.items():
-        value = getattr(recipe, name)
-        if field.metadata["choices"] and str(value) not in field.metadata["choices"]:
-            raise UnknownNameError(name, str(value), field.metadata["choices"])
-        low = 1e-300 if name in _POSITIVE else 0
-        high = 1.0 if name in _SHARES else float("inf")
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if isinstance(number, int | float) and name not in ("seed",) and not low <= number <= high:
-                limit = f"between 0 and {high:g}" if name in _SHARES else "positive" if low else "0 or more"
-                raise LinsightError(f"{name}={number} is out of range: it must be {limit}")
-    if recipe.opt not in list_optimizers():
-        raise UnknownNameError("optimiser (opt)", recipe.opt, list_optimizers())
-    for name, lengths in (
-        ("img_size", (0, 1, 2)),
-        ("scale", (2,)),
-        ("ratio", (2,)),
-        ("mean", (0, recipe.in_chans)),
-        ("std", (0, recipe.in_chans)),
-    ):
-        if len(getattr(recipe, name)) not in lengths:
-            wanted = " or ".join(str(n) for n in lengths if n)
-            raise LinsightError(f"{name} takes {wanted} numbers, not {len(getattr(recipe, name))}")
-    if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
-        raise LinsightError(f"mixup and cutmix pair the images of a batch: batch_size={recipe.batch_size} must be even")
-    if recipe.mesa and not recipe.ema:
-        raise LinsightError(f"mesa={recipe.mesa:g} learns from averaged weights: set their decay, as in ema=0.9999")
-    return recipe

@@ -6,9 +6,9 @@ from torch import nn
 
 from golden.spec import Run, tensor
 from linsight.models import ARCHITECTURES
-from linsight.models._dyn_parts import CrossLayer, SelfLayer
-from linsight.models._dyn_types import Latents
-from linsight.models.dyn_perceiver import DynamicPerceiver
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
+from linsight.models.hosts.dyn_perceiver.parts import CrossLayer, SelfLayer
+from linsight.models.hosts.dyn_perceiver.types import Latents
 
 OUTPUTS = ("y_early3", "y_att", "y_cnn", "y_merge")
 

@@ -6,9 +6,9 @@ import linsight
 from golden.spec import REDUCTION, Run, heads, tensor
 from linsight import Grid
 from linsight.attention import Rename
-from linsight.models.cswin import CSwinTransformer
-from linsight.models.pvt_v2 import PyramidVisionTransformerV2
-from linsight.models.swin import SwinTransformer
+from linsight.models.hosts.cswin import CSwinTransformer
+from linsight.models.hosts.pvt_v2 import PyramidVisionTransformerV2
+from linsight.models.hosts.swin import SwinTransformer
 
 
 def softmax_op(spec: dict[str, Any]) -> Run:

@@ -6,7 +6,7 @@ import linsight
 from golden.spec import Run, heads, tensor
 from linsight import Grid
 from linsight.attention import create_core
-from linsight.models.cswin import Branch
+from linsight.models.hosts.cswin import Branch
 
 
 def inline_op(spec: dict[str, Any]) -> Run:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from golden.spec import Run, heads, tensor
 from linsight import Grid
 from linsight.attention import Attention, create_core
-from linsight.models._conv_pyramid import ConvMerge
-from linsight.models.mlla import MLLATransformer
+from linsight.models.hosts.mlla import MLLATransformer
+from linsight.models.parts.conv_pyramid import ConvMerge
 from linsight.ops import Tile, rotate
 
 

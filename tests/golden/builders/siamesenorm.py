@@ -4,8 +4,8 @@ from typing import Any
 
 from golden.spec import Run, heads, tensor
 from linsight import Grid
-from linsight.models._siamese import Pair
-from linsight.models.vit import VisionTransformer
+from linsight.models.hosts.vit import VisionTransformer
+from linsight.models.parts.siamese import Pair
 
 
 def block(spec: dict[str, Any]) -> Run:

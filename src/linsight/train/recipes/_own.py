@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from .._recipe import Recipe
-from ._table import IMAGENET, Shipped
+from linsight.recipe import Recipe
+
+from ._base import IMAGENET, Shipped
 
 _DIGITS = Recipe(
     model="inline_compact_pico",

@@ -1,0 +1,7 @@
+"""The hosts: backbones that take any mechanism, each with its own sizes. Every module here registers itself."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

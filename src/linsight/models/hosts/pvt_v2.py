@@ -1,0 +1,141 @@
+"""The PVTv2 host: timm's PyramidVisionTransformerV2 with any mechanism.
+
+Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", CVMJ 2022 (arXiv 2106.13797).
+Overlapping patch embeddings, a depthwise convolution in the MLP instead of position tables. Keys and values
+of a mechanism of quadratic cost are reduced by a strided convolution (8, 4, 2, 1), or pooled to 7x7 (the
+"linear" form, `pvt_v2_b2_li`); the others see every token.
+
+Any image size: strides round upwards, and nothing is padded to a multiple.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from timm.models import pvt_v2 as timm_pvt
+from timm.models._input import update_model_input_size
+
+from ..plan import Choice, plan
+from ..registry import add_hosts
+from ..rows import FOUR_MAPS, Host, figures
+from ..seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores, set_grid
+from ..steps import StreamPlan
+from ..timm.steps import pvt_v2_plan
+
+
+class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
+    """timm's class, all its arguments, and
+
+    attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
+    attention_options: keyword arguments of that mechanism.
+    img_size: what position tables are made for, of mechanisms that have some; any size works.
+    """
+
+    def __init__(
+        self,
+        *timm_args: Any,
+        attention: str = "softmax",
+        attention_options: Mapping[str, Any] | None = None,
+        img_size: int | tuple[int, int] = 224,
+        depths: Sequence[int] = (3, 4, 6, 3),
+        **timm_kwargs: Any,
+    ) -> None:
+        choices = plan(attention, depths, attention_options)
+        super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
+        self.put(choices, to_2tuple(img_size))
+
+    @classmethod
+    def adopt(
+        cls, model: timm_pvt.PyramidVisionTransformerV2, choices: Sequence[Sequence[Choice]], img_size: tuple[int, int]
+    ) -> None:
+        """Make a model of timm, its weights too, one of ours: this class adds methods and no state."""
+        model.__class__ = cls
+        model.put(choices, img_size)
+
+    def put(self, choices: Sequence[Sequence[Choice]], img_size: tuple[int, int]) -> None:
+        """The chosen mechanisms in the place of timm's attention, whose weights go on where they fit."""
+        for (stage, grid), row in zip(self.grids(img_size), choices, strict=False):
+            for i, choice in enumerate(row):
+                self._put(stage.blocks, i, choice, grid)
+
+    def _put(self, blocks: Any, i: int, choice: Choice, grid: tuple[int, int]) -> None:
+        block, old = blocks[i], blocks[i].attn
+        refuse_dropped_scores(old)
+        shared = {"grid": grid, "device": old.q.weight.device, "dtype": old.q.weight.dtype}
+        ratio, rate = block.mlp.fc1.out_features / old.dim, getattr(block.drop_path1, "drop_prob", 0.0)
+        whole = make_block(choice, old.dim, old.num_heads, mlp_ratio=ratio, drop_path=rate, **shared)
+        if whole is not None:
+            blocks[i] = whole.apply(self._init_weights)
+            return
+        block.attn = make_layer(
+            choice,
+            old.dim,
+            old.num_heads,
+            projections="q_kv",
+            reduction=old.sr.stride[0] if old.sr is not None else 1,
+            pool=7 if old.pool is not None else 0,
+            qkv_bias=old.q.bias is not None,
+            proj_drop=old.proj_drop.p,
+            **shared,
+        )
+        block.attn.apply(self._init_weights)
+        keys = {key: re.sub(r"^(sr|norm)\.", r"reduction.\1.", key) for key in old.state_dict()}
+        inherit(block.attn, {keys[key]: tensor for key, tensor in old.state_dict().items()})
+
+    def grids(self, size: tuple[int, int]) -> Iterator[tuple[Any, tuple[int, int]]]:
+        """Each stage and the height and width of its tokens, for images of `size`."""
+        for i, stage in enumerate(self.stages):
+            halvings = 2 if i == 0 else 1
+            for _ in range(halvings):
+                size = (size[0] + 1) // 2, (size[1] + 1) // 2
+            yield stage, size
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
+        """Resample position tables, for good, to those of images of `img_size`. Any size works without it, too."""
+        if img_size is None:
+            return
+        height, width = to_2tuple(img_size)
+        for stage, grid in self.grids((height, width)):
+            set_grid(stage, grid)
+        update_model_input_size(self, (height, width))
+
+    def stream_plan(self) -> StreamPlan:
+        """The steps that an image goes through in tiles."""
+        return pvt_v2_plan(self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """What the mechanisms ask for."""
+        return asked_no_weight_decay(self)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise decay, by block unless `coarse`."""
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),
+        ]
+        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+
+_CFG = {"first_conv": "patch_embed.proj", "classifier": "head"}
+
+
+def _host(size: str, depths: tuple[int, ...], published: dict[str, Any], **more: Any) -> Host:
+    args = {"num_heads": (1, 2, 5, 8), "embed_dims": (64, 128, 320, 512), "depths": depths, **more}
+    return Host(f"pvt_v2_{size}", PyramidVisionTransformerV2, args, _CFG, FOUR_MAPS, published)
+
+
+# timm's sizes; figures with softmax, as published.
+add_hosts(
+    _host("b0", (2, 2, 2, 2), figures(70.5, 3.67, 0.57), embed_dims=(32, 64, 160, 256)),
+    _host("b1", (2, 2, 2, 2), figures(78.7, 14.01, 2.11)),
+    _host("b2", (3, 4, 6, 3), figures(82.0, 25.36, 4.03)),
+    _host("b2_li", (3, 4, 6, 3), figures(82.1, 22.55, 3.89), linear=True),
+    _host("b3", (3, 4, 18, 3), figures(83.1, 45.24, 6.90)),
+    _host("b4", (3, 8, 27, 3), figures(83.6, 62.56, 10.10)),
+    _host("b5", (3, 6, 40, 3), figures(83.8, 81.96, 11.72), mlp_ratios=(4, 4, 4, 4)),
+)

@@ -1,0 +1,4 @@
+"""ViT and DeiT."""
+
+from . import sizes as sizes
+from .host import VisionTransformer as VisionTransformer

@@ -1,0 +1,136 @@
+"""The blocks of the ViT host, which timm's VisionTransformer builds for it."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import vision_transformer as timm_vit
+from torch import Tensor, nn
+
+from linsight.attention import Rename, is_block
+from linsight.errors import LinsightError, UnknownNameError
+from linsight.ops import Layout, LayoutLike, as_layout
+
+from ...parts.convs import CPE
+from ...parts.siamese import Junction, Pair
+from ...parts.stages import TokenMlp
+from ...parts.stepsnet import Steps, block_widths, heads_of
+from ...plan import Choice
+from ...seams import make_block as whole_block
+from ...seams import make_layer
+
+NORMS = ("pre", "siamese")
+
+
+def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
+    """A class for timm's `attn_layer=`, whose instances are linsight layers."""
+
+    class Layer(nn.Module):
+        def __new__(cls, dim: int, num_heads: int, **timm_args: Any) -> Any:
+            if timm_args.get("qk_norm") or timm_args.get("scale_norm"):
+                raise LinsightError("the ViT host has no query/key normalisation: pass qk_norm=False")
+            if timm_args.get("attn_drop"):
+                raise LinsightError("linear attention has no score matrix to drop from: pass attn_drop_rate=0")
+            shared = {key: timm_args[key] for key in ("qkv_bias", "proj_bias", "proj_drop", "device", "dtype")}
+            return make_layer(choice, dim, num_heads, grid=grid, **shared)
+
+    return Layer
+
+
+class Block(timm_vit.Block):
+    """timm's pre-norm block around a linsight layer, behind a position encoding `cpe` where the host has one."""
+
+    cpe: CPE | None
+
+    def forward(self, x: Tensor, layout: LayoutLike, keep: Tensor | None = None) -> Tensor:
+        """`x` `(B, P + H*W, C)`, which lies as `layout` says."""
+        layout = as_layout(layout)
+        if self.cpe is not None:
+            x = self.cpe(x, layout)
+        x = x + dropped(self.drop_path1, self.ls1(self.attn(self.norm1(x), layout, keep=keep)), layout)
+        return x + dropped(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), layout)
+
+
+def dropped(drop_path: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+    """Stochastic depth: a branch is dropped for whole images, each of a packed batch by a draw of its own."""
+    if not layout.is_packed or isinstance(drop_path, nn.Identity):
+        return drop_path(x)
+    drawn = drop_path(x.new_ones(len(layout.grids), 1, 1))
+    return x * torch.cat([one.expand(grid.tokens, 1) for one, grid in zip(drawn, layout.grids, strict=True)])
+
+
+class SiameseBlock(Block):
+    """The same between two streams, whose position encoding is one and the same; `depth` is its place in the model."""
+
+    # Published names say before or after the add; ours, which stream they norm.
+    published = tuple(
+        Rename(f"{name}_norm{i}.", ours.format(i))
+        for i in (1, 2)
+        for name, ours in (("post", "pair{}.norm_x."), ("pre", "pair{}.norm_y."), ("input", "norm{}."))
+    )
+
+    def __init__(self, dim: int, num_heads: int, *, depth: int, norm_layer: Any, **timm_args: Any) -> None:
+        super().__init__(dim, num_heads, depth=depth, norm_layer=norm_layer, **timm_args)
+        factory = {key: timm_args[key] for key in ("device", "dtype")}
+        self.pair1 = Junction(norm_layer(dim, **factory), norm_layer(dim, **factory), depth)
+        self.pair2 = Junction(norm_layer(dim, **factory), norm_layer(dim, **factory), depth)
+
+    def forward(self, pair: Pair, layout: LayoutLike, keep: Tensor | None = None) -> Pair:  # type: ignore[override]
+        """Streams `(B, P + H*W, C)`, which lie as `layout` says."""
+        own = as_layout(layout)
+        if self.cpe is not None:
+            pair = Pair(self.cpe(pair.x, own), self.cpe(pair.y, own))
+        pair = self.pair1(
+            pair, lambda x: dropped(self.drop_path1, self.ls1(self.attn(self.norm1(x), own, keep=keep)), own)
+        )
+        return self.pair2(pair, lambda x: dropped(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), own))
+
+
+def make_block(
+    dim: int,
+    num_heads: int,
+    *,
+    choices: list[Choice],
+    grid: tuple[int, int],
+    cpe: bool,
+    norm: str,
+    widths: Sequence[int] | None,
+    depth: int = 0,
+    **timm_args: Any,
+) -> nn.Module:
+    """For timm's `block_fn=`: the block at `depth`, of the width of its step, around the mechanism chosen for it."""
+    choice = choices[depth]
+    if norm not in NORMS:
+        raise UnknownNameError("norm", norm, NORMS)
+    if norm == "siamese" and is_block(choice.name):
+        raise LinsightError(f"'{choice.name}' is a whole block, with a residual stream of its own: pass norm='pre'")
+    if widths is not None:
+        dim, num_heads = widths[depth], heads_of(widths[depth], dim, num_heads)
+    shared = {key: timm_args[key] for key in ("mlp_ratio", "drop_path", "device", "dtype")}
+    whole = whole_block(choice, dim, num_heads, grid=grid, **shared)
+    if whole is not None:
+        return whole
+    kind = SiameseBlock if norm == "siamese" else Block
+    block = kind(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice, grid)})
+    block.mlp = TokenMlp.of(block.mlp)
+    block.cpe = CPE(dim, device=timm_args["device"], dtype=timm_args["dtype"]) if cpe else None
+    return block
+
+
+def host_arguments(
+    choices: list[Choice],
+    grid: tuple[int, int],
+    *,
+    cpe: bool = False,
+    norm: str = "pre",
+    steps: Steps | None = None,
+) -> dict[str, Any]:
+    """What timm's VisionTransformer is built with to become the host; `grid` is that of its image size."""
+    widths = None if steps is None else block_widths(steps)
+    return {
+        "block_fn": functools.partial(make_block, choices=choices, grid=grid, cpe=cpe, norm=norm, widths=widths),
+        "dynamic_img_size": True,
+        # without it, timm asserts divisible sizes, which makes a compiled graph for each
+        "dynamic_img_pad": True,
+    }

@@ -1,0 +1,265 @@
+"""The ViT and DeiT host: timm's VisionTransformer with any mechanism and any image size.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021 (arXiv 2010.11929); Touvron et al.,
+"Training data-efficient image transformers", ICML 2021 (arXiv 2012.12877). Every mechanism, of quadratic
+cost or linear, sees the whole grid and the class token.
+
+Any image size: what differs from timm's class is that blocks are given the grid of their tokens with the
+call (so checkpointing and compilation see it), that images are padded at the right and bottom to whole
+patches, and that the position table is resampled (bicubic) to their grid. Images of different sizes make one batch
+padded (`model(x, sizes=...)`) or packed (`model.forward_packed(images)`); each gets what it gets alone.
+
+Two designs of the residual stream go with any mechanism, and with each other. `norm="siamese"` keeps two streams
+that share every branch (SiameseNorm, arXiv 2602.08064). `steps=[(96, 4), (192, 8)]` widens the stream: blocks of the
+first step see 96 channels, later ones those and fresh ones (StepsNet, arXiv 2511.14329, which published the budgets
+of its DeiT but not the widths: those of `steps_deit_*` are ours). Features taken between blocks are of the merged and
+whole tensor.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple, trunc_normal_
+from timm.models import deit as timm_deit
+from timm.models import vision_transformer as timm_vit
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from linsight.attention import Rename
+from linsight.errors import CapabilityError, LinsightError
+from linsight.ops import Grid, Layout, LayoutLike
+
+from ...parts.siamese import Merge, Pair
+from ...parts.stepsnet import Steps, block_widths, check_last, opened, widened
+from ...plan import plan
+from ...seams import asked_no_weight_decay, refuse_prefix, set_grid
+from ...steps import StreamPlan
+from .batches import classify, embed_packed, embed_padded
+from .blocks import host_arguments
+from .steps import vit_plan
+
+_INIT_NORM = Rename("init_norm.", "patch_embed.norm.")
+# At the end of the published SiameseNorm, unlike in its blocks, pre is x and post is y.
+_SIAMESE = (
+    Rename("pre_norm.", "norm_pair.norm_x."),
+    Rename("post_norm.", "norm_pair.norm_y."),
+    Rename("final_norm.", "norm."),
+)
+
+
+class VisionTransformer(timm_vit.VisionTransformer):
+    """timm's VisionTransformer, all its arguments, and
+
+    attention: a mechanism, or `"inline:4/softmax"` for the first 4 blocks and the rest.
+    attention_options: keyword arguments of that mechanism.
+    cpe: a depthwise convolution in front of each block, beside `pos_embed` or in its place ("none").
+    norm: "pre", or "siamese" for two residual streams.
+    steps: `(width, number of blocks)` of each step, the last as wide as the model, in place of `depth`; a head is as
+        wide in all of them.
+    """
+
+    norm_pair: Merge | None
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        *timm_args: Any,
+        attention: str = "softmax",
+        attention_options: Mapping[str, Any] | None = None,
+        cpe: bool = False,
+        norm: str = "pre",
+        steps: Steps | None = None,
+        depth: int = 12,
+        **timm_kwargs: Any,
+    ) -> None:
+        depth = depth if steps is None else len(block_widths(steps))
+        (choices,) = plan(attention, [depth], attention_options)
+        (height, width), (down, right) = to_2tuple(img_size), to_2tuple(patch_size)
+        ours = host_arguments(choices, (height // down, width // right), cpe=cpe, norm=norm, steps=steps)
+        super().__init__(img_size, patch_size, *timm_args, depth=depth, **ours, **timm_kwargs)
+        self._set_streams(norm, steps)
+        if self.num_prefix_tokens:
+            refuse_prefix(choices, "pass class_token=False, global_pool='avg'")
+        if not isinstance(self.patch_drop, nn.Identity):
+            raise LinsightError("dropped patches leave no grid: pass patch_drop_rate=0")
+
+    @staticmethod
+    def adopt(
+        model: timm_vit.VisionTransformer, *, norm: str = "pre", steps: Steps | None = None
+    ) -> "VisionTransformer":
+        """A VisionTransformer, distilled or not, that timm built with `host_arguments`, as one of ours.
+
+        `norm` and `steps` are those that it was built with. The object itself changes class.
+        """
+        kinds = {timm_vit.VisionTransformer: VisionTransformer, timm_deit.VisionTransformerDistilled: Distilled}
+        if type(model) not in kinds:
+            raise LinsightError(f"the ViT host cannot take over a {type(model).__name__}")
+        model.__class__ = kinds[type(model)]
+        assert isinstance(model, VisionTransformer)
+        model._set_streams(norm, steps)
+        return model
+
+    def _set_streams(self, norm: str, steps: Steps | None) -> None:
+        """What is between and behind the blocks: the width that each takes, and how two streams are merged."""
+        if steps is not None:
+            check_last(steps, self.embed_dim)
+        self.widths = [self.embed_dim] * len(self.blocks) if steps is None else block_widths(steps)
+        self.norm_pair = None
+        if norm == "siamese":
+            last = self.fc_norm if isinstance(self.norm, nn.Identity) else self.norm
+            if isinstance(last, nn.Identity):
+                raise LinsightError("two streams are merged by norms: pass final_norm=True, or norm='pre'")
+            self.norm_pair = Merge(copy.deepcopy(last), copy.deepcopy(last))
+
+    @property
+    def published(self) -> tuple[Rename, ...]:
+        """Published names of what is outside the blocks."""
+        return (_INIT_NORM,) if self.norm_pair is None else (_INIT_NORM, *_SIAMESE)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """timm's, with the class token at the published standard deviation of 0.02."""
+        super().init_weights(mode, needs_reset)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """timm's; the tables of mechanisms are resampled too."""
+        super().set_input_size(*args, **kwargs)
+        set_grid(self.blocks, self.patch_embed.grid_size)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """timm's names, and what the mechanisms ask for."""
+        return super().no_weight_decay() | asked_no_weight_decay(self)
+
+    def stream_plan(self) -> StreamPlan:
+        """The steps that an image goes through in tiles."""
+        return vit_plan(self)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        sizes: Tensor | Sequence[Sequence[int]] | None = None,
+    ) -> Any:
+        """Images `(B, 3, H, W)` of any size -> logits `(B, classes)`.
+
+        `sizes` `(B, 2)` is the height and width of each image in pixels, where a batch is padded at the bottom and
+        right. Padding, whatever is in it, has no effect.
+        """
+        if sizes is None:
+            return super().forward(x, attn_mask, is_causal)
+        _refuse_masks(attn_mask, is_causal)
+        x, layout = embed_padded(self, x, sizes)
+        return classify(self, self._normed(x, layout), layout)
+
+    def forward_packed(self, images: Sequence[Tensor], *, pre_logits: bool = False) -> Any:
+        """Images `(3, H_i, W_i)`, each of a size of its own -> logits `(images, classes)`, without any padding."""
+        x, layout = self.forward_features_packed(images)
+        return classify(self, x, layout, pre_logits)
+
+    def forward_features_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Layout]:
+        """The same -> normed tokens `(1, sum of N_i, C)` and how they lie; `linsight.ops.unpack` takes them apart."""
+        x, layout = embed_packed(self, images)
+        return self._normed(x, layout), layout
+
+    def forward_features(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        sizes: Tensor | Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """Images `(B, 3, H, W)` of any size -> normed tokens `(B, P + h*w, C)`; `sizes` as of `forward`."""
+        if sizes is None:
+            return self._normed(*self._embed(x, attn_mask, is_causal))
+        _refuse_masks(attn_mask, is_causal)
+        return self._normed(*embed_padded(self, x, sizes))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's: the tokens after the blocks `indices`, as maps or sequences, and the final ones."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise LinsightError(f"output_fmt='{output_fmt}' is not one of NCHW, NLC")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        x, grid = self._embed(x, attn_mask, is_causal)
+        x, taken = self._through(self.blocks[: last + 1] if stop_early else self.blocks, x, grid, take)
+        prefixes, maps = [], []
+        for tokens in map(self.norm, taken) if norm else taken:
+            prefix, spatial = tokens[:, : grid.prefix], tokens[:, grid.prefix :]
+            if output_fmt == "NCHW":
+                spatial = spatial.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2).contiguous()
+            prefixes.append(prefix)
+            maps.append(spatial)
+        with_prefix = return_prefix_tokens and grid.prefix > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefixes
+            if not intermediates_only:
+                result["image_features"] = self.norm(x)
+            return result
+        found: list[Any] = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
+        return found if intermediates_only else (self.norm(x), found)
+
+    def _embed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Grid]:
+        _refuse_masks(attn_mask, is_causal)
+        x = self.patch_embed(x)  # (B, h, w, C)
+        grid = Grid(x.shape[1], x.shape[2], self.num_prefix_tokens)
+        return self.norm_pre(self._pos_embed(x)), grid
+
+    def _normed(self, x: Tensor, layout: LayoutLike) -> Tensor:
+        return self.norm(self._through(self.blocks, x, layout)[0])
+
+    def _through(
+        self, blocks: nn.Sequential, x: Tensor, layout: LayoutLike, take: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The residual stream `(B, P + H*W, C)` behind `blocks`, and behind each of those to `take`."""
+        first = opened(x, self.widths)
+        stream, taken = first if self.norm_pair is None else Pair.of(first), []
+        for i, block in enumerate(blocks):
+            stream = self._widened(stream, x, self.widths[i])
+            stream = checkpoint(block, stream, layout) if self.grad_checkpointing else block(stream, layout)
+            if i in take:
+                taken.append(self._whole(stream, x))
+        return self._whole(stream, x), taken
+
+    def _widened(self, stream: Tensor | Pair, x: Tensor, width: int) -> Tensor | Pair:
+        if isinstance(stream, Pair):
+            return Pair(widened(stream.x, x, width), widened(stream.y, x, width))
+        return widened(stream, x, width)
+
+    def _whole(self, stream: Tensor | Pair, x: Tensor) -> Tensor:
+        """The tensor that a stream stands for: all channels, those of later steps too; of two streams, merged."""
+        stream = self._widened(stream, x, self.embed_dim)
+        if isinstance(stream, Tensor):
+            return stream
+        assert self.norm_pair is not None
+        return self.norm_pair(stream)
+
+
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise CapabilityError("this host takes no attn_mask or is_causal: its layers take keep= and score_bias=")
+
+
+class Distilled(VisionTransformer, timm_deit.VisionTransformerDistilled):
+    """The same with DeiT's distillation token and its head, for the models of timm that have them."""

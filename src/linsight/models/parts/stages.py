@@ -1,0 +1,130 @@
+"""What stages of hierarchical hosts are made of: their sizes, a pre-norm block, blocks behind a downsampling."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models._manipulate import checkpoint
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
+from torch import Tensor, nn
+
+from linsight.ops import Grid, Tile, unrecorded, watched
+
+from ..seams import set_grid
+from .convs import ConvMlp
+
+
+class StageSize(NamedTuple):
+    """A stage of a host: its width, blocks and heads, and where the host has them, how much wider the hidden layer
+    of an MLP is, and by what keys are reduced (or how wide stripes are).
+    """
+
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    reduction: int = 1
+
+
+def init_linear(module: nn.Module) -> None:
+    """The published initial weights of a linear layer; nothing to any other module."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class TokenMlp(Mlp):
+    """timm's. Where nothing is recorded, GELU is written over its input, the widest tensor of a block."""
+
+    @classmethod
+    def of(cls, mlp: nn.Module) -> nn.Module:
+        """One that timm made, or whatever else is there instead."""
+        if type(mlp) is Mlp:
+            mlp.__class__ = cls
+        return mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, C)`; the shape is kept."""
+        plain = type(self.fc1) is nn.Linear and type(self.act) is nn.GELU
+        if not (plain and unrecorded()) or watched(self.fc1, self.act):
+            return super().forward(x)
+        hidden = torch.ops.aten.gelu_(self.fc1(x), approximate=self.act.approximate)
+        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
+
+
+class PreNorm(nn.Module):
+    """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
+
+    gives_residual = False  # hands the layer x before the norm
+
+    def __init__(
+        self, dim: int, attn: nn.Module, mlp: nn.Module, *, drop_path: float = 0.0, eps: float = 1e-5, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **factory)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **factory)
+        self.mlp = mlp
+        self.mlp_on_grid = isinstance(mlp, MlpWithDepthwiseConv | ConvMlp)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """`(B, P + H*W, C)`; the shape is kept."""
+        return self.add_mlp(self.add_attention(x, grid), grid)
+
+    def add_attention(self, x: Tensor, grid: Grid) -> Tensor:
+        """The first half."""
+        return self.add(x, self.attn(self.norm1(x), grid, residual=x if self.gives_residual else None))
+
+    def add_mlp(self, x: Tensor, grid: Grid) -> Tensor:
+        """The second half."""
+        inner = self.norm2(x)
+        return self.add(x, self.mlp(inner, grid) if self.mlp_on_grid else self.mlp(inner))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The sum, in training without the branches of some images."""
+        return x + self.drop_path(branch)
+
+
+class Stage(nn.Module):
+    """Blocks on the tokens that `downsample` makes of a map. Hosts add what comes between."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Move what lies on the grid of this stage to another one."""
+        set_grid(self.blocks, grid)
+
+    def place(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tokens `(B, n, C)` that `downsample` makes, of a tile of their grid, with a position table."""
+        return x
+
+    def prefix_tokens(self) -> Tensor | None:
+        """`(1, P, C)`, tokens in front of those of the map."""
+        return None
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """A map to tokens `(B, P + H*W, C)` after all blocks, and their grid."""
+        return self.run(*self.downsample(x))
+
+    def run(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """The blocks alone."""
+        for block in self.blocks:
+            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        return x, grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps in and out, `(B, C, H, W)`."""
+        x, grid = self.tokens(x)
+        return as_map(x, grid)
+
+
+def as_map(x: Tensor, grid: Grid) -> Tensor:
+    """Tokens `(B, P + H*W, C)` -> `(B, C, H, W)`, without the prefix."""
+    return x[:, grid.prefix :].transpose(1, 2).unflatten(2, (grid.height, grid.width))

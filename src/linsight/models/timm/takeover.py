@@ -1,0 +1,97 @@
+"""timm's own models with a mechanism put in: what the adopters of the hosts share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+from timm.layers import to_2tuple
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from linsight.errors import LinsightError
+
+from ..hosts.pvt_v2 import PyramidVisionTransformerV2
+from ..hosts.swin import SwinTransformer
+from ..hosts.vit import VisionTransformer
+from ..hosts.vit.blocks import host_arguments
+from ..parts.stepsnet import block_widths
+from ..plan import plan
+from ..registry import TIMM_HOSTS
+
+# Makes a model of timm one of ours: the model, a choice for each block, the size of images, arguments of the host.
+Adopt = Callable[..., None]
+
+
+def add_timm_host(
+    module: str,
+    adopt: Adopt,
+    depths: Callable[[Any], Sequence[int]],
+    *,
+    sized: bool = True,
+    extra: Sequence[str] = (),
+    **always: Any,
+) -> None:
+    """Let `create_model` take the models that the timm module `module` defines.
+
+    depths: the blocks of each stage of such a model.  sized: whether timm's class takes `img_size`.
+    extra: names of arguments of the host that timm's class lacks.  always: arguments that the host needs.
+    """
+
+    def create(
+        name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
+    ) -> nn.Module:
+        features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+        size = kwargs.get("img_size") if sized else kwargs.pop("img_size", None)
+        given = {key: kwargs.pop(key) for key in extra if key in kwargs}
+        model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
+        blocks, size = depths(model), size or model.pretrained_cfg["input_size"][-2:]
+        adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
+        if not features:
+            return model
+        wrapped = FeatureGetterNet(model, indices or tuple(range(len(blocks))))
+        wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
+        return wrapped
+
+    TIMM_HOSTS[module] = create
+
+
+add_timm_host(
+    "timm.models.swin_transformer",
+    SwinTransformer.adopt,
+    depths=lambda model: [len(stage.blocks) for stage in model.layers],
+    extra=("attention_window",),
+    strict_img_size=False,
+)
+add_timm_host(
+    "timm.models.pvt_v2",
+    PyramidVisionTransformerV2.adopt,
+    depths=lambda model: [len(stage.blocks) for stage in model.stages],
+    sized=False,
+)
+
+
+def _timm_vit(
+    name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
+) -> nn.Module:
+    """timm's own ViT `name`, its weights too where asked, on our host."""
+    extra = {key: kwargs.pop(key) for key in ("cpe", "norm", "steps") if key in kwargs}
+    if pretrained and extra:
+        raise LinsightError(f"the weights of '{name}' are those of timm's blocks: pass pretrained=False")
+    if extra.get("steps") is not None:
+        kwargs["depth"] = len(block_widths(extra["steps"]))
+    shape = {key: value for key, value in kwargs.items() if key in ("img_size", "patch_size", "depth")}
+    plain = timm.create_model(name, device="meta", **shape)
+    (choices,) = plan(attention, [len(plain.blocks)], options)
+    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
+    ours = host_arguments(choices, plain.patch_embed.grid_size, **extra)
+    extra.pop("cpe", None)
+    model = VisionTransformer.adopt(timm.create_model(name, pretrained=pretrained, **{**kwargs, **ours}), **extra)
+    if not features:
+        return model
+    wrapped = FeatureGetterNet(model, indices)
+    wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
+    return wrapped
+
+
+TIMM_HOSTS["timm.models.vision_transformer"] = _timm_vit
+TIMM_HOSTS["timm.models.deit"] = _timm_vit
