@@ -7,7 +7,7 @@ import timm
 import torch
 
 import linsight
-from linsight.describe import count_macs, count_parameters
+from linsight.bench.counting import count_macs, count_parameters
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import HOSTS, VARIANTS, Variant, add_variants, default_attention
 

@@ -9,9 +9,9 @@ from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 from linsight.models._registry import DEFAULT_CFG
 from linsight.train import RECIPES, Recipe, resolve, suggest
-from linsight.train._learner import ema_decay
-from linsight.train._model import build
 from linsight.train._recipe import FIELDS, parse
+from linsight.train.learner import ema_decay
+from linsight.train.model import build
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -4,15 +4,17 @@
 >>> summary = train(resolve("digits", {"epochs": 2}), out="runs/quick")
 """
 
+from linsight.runtime.signals import Interrupted
+
 from ._data import Data, open_data
-from ._exits import evaluate_exits
-from ._loop import resume, train
-from ._model import Trained, load_trained
-from ._predict import Prediction, evaluate, predict
-from ._predict_stream import Tiling, predict_stream, save_stream
+from ._predict import Prediction, predict
 from ._recipe import Recipe, resolve, suggest
-from ._signals import Interrupted
+from .evaluation import evaluate
+from .exits import evaluate_exits
+from .loop import resume, train
+from .model import Trained, load_trained
 from .recipes import RECIPES
+from .tiling import Tiling, predict_stream, save_stream
 
 __all__ = [
     "RECIPES",

@@ -6,9 +6,9 @@ import pathlib
 from linsight.errors import LinsightError, UnknownNameError
 
 from . import _sources as sources
-from ._random import hold_out
 from ._recipe import Recipe
 from ._sources import Part, Source
+from .random import hold_out
 
 _EVALUATION = ("validation", "val", "valid", "test", "eval")
 _ITERABLE = ("hfids", "tfds", "wds")

@@ -9,9 +9,9 @@ import torch
 from linsight.errors import LinsightError
 
 from ._data import Data
-from ._images import Batch, Samples, cached, eval_transform, loader, train_transform
-from ._random import Batches
 from ._recipe import Recipe
+from .images import Batch, Samples, cached, eval_transform, loader, train_transform
+from .random import Batches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linsight.errors import ImageError, LinsightError
 
-from ._files import first_line
+from .files import first_line
 
 
 class Source:

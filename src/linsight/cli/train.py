@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from linsight._cli_info import _console, _table
 from linsight.errors import UnknownNameError
 from linsight.train._recipe import FIELDS, HINTS, Recipe
 from linsight.train.recipes import RECIPES
+
+from .show import make_table, terminal
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
 _OWN = [name for name, shipped in RECIPES.items() if not shipped.published]
@@ -43,7 +44,7 @@ def register(app: typer.Typer) -> None:
 
 def _train(**options: Any) -> None:
     from linsight.train import Interrupted, resolve, resume, suggest, train
-    from linsight.train._progress import reporter
+    from linsight.train.progress import reporter
 
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
     overrides = {key: value for key, value in options.items() if value is not None}
@@ -200,7 +201,7 @@ def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, i
         ]
         for row in shown
     ]
-    _console().print(_table("", columns, rows))
+    terminal().print(make_table("", columns, rows))
     counts = result["images"]
     _print_facts(
         [
@@ -269,7 +270,7 @@ def _predict_stream(
     as_json: bool,
 ) -> None:
     from linsight.train import Interrupted, Tiling, predict_stream, save_stream
-    from linsight.train._progress import tile_reporter
+    from linsight.train.progress import tile_reporter
 
     output = output or "classes"
     if output not in _OUTPUTS:
@@ -304,19 +305,19 @@ def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
         for entry in done
         for rank, (label, value) in enumerate(zip(entry.classes, entry.probabilities, strict=True))
     ]
-    _console().print(_table("", ["file", "class", "probability"], rows))
+    terminal().print(make_table("", ["file", "class", "probability"], rows))
     _tell_bad(bad)
 
 
 def _trained(source: str, checkpoint: str | None) -> Any:
     from linsight.train import load_trained
-    from linsight.train._model import load_named
+    from linsight.train.model import load_named
 
     return load_trained(source) if checkpoint is None else load_named(source, checkpoint)
 
 
 def _print_facts(rows: list[list[str]]) -> None:
-    _console().print(_table("", ["", ""], rows, header=False))
+    terminal().print(make_table("", ["", ""], rows, header=False))
 
 
 def _tell_bad(bad: list[str]) -> None:

@@ -1,7 +1,10 @@
-"""Stopping a run between two steps."""
+"""Signals: a run that is asked to stop ends between two steps, and leaves whole files."""
 
+import contextlib
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -40,3 +43,17 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM unwinds as SIGINT does, so that the process that measures ends, too."""
+    before: Callable[..., Any] | int | None = None
+    main = threading.current_thread() is threading.main_thread()
+    if main:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)

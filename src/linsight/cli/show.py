@@ -26,21 +26,21 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List the attention mechanisms, with what each can do, and the models."""
-    from linsight import describe
+    from linsight import catalogue
 
     both = mechanisms == models
     found: dict[str, Any] = {}
     if mechanisms or both:
-        found["mechanisms"] = describe.list_mechanisms()
+        found["mechanisms"] = catalogue.list_mechanisms()
     if models or both:
-        found["models"] = describe.list_models()
+        found["models"] = catalogue.list_models()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     tables = []
     if "mechanisms" in found:
         rows = [[row["name"], row["complexity"], _able(row)] for row in found["mechanisms"]]
-        tables.append(_table("mechanisms", ["name", "complexity", "can do"], rows))
+        tables.append(make_table("mechanisms", ["name", "complexity", "can do"], rows))
     if "models" in found:
         columns = ["name", "attention", "image", "published top-1 %"]
         for kind, title in (
@@ -49,8 +49,8 @@ def list_(
             ("architecture", "models that take none"),
         ):
             rows = [_model_row(row) for row in found["models"] if row["kind"] == kind]
-            tables.append(_table(title, columns, rows))
-    _console().print(*tables, sep="\n")
+            tables.append(make_table(title, columns, rows))
+    terminal().print(*tables, sep="\n")
 
 
 def info(
@@ -59,15 +59,15 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show all about one mechanism or model: formula, paper, options, parameters, operations."""
-    from linsight import describe
+    from linsight import catalogue
 
-    found = describe.info(name, attention)
+    found = catalogue.info(name, attention)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     lines, tables = _mechanism(found) if "formula" in found else _model(found)
-    console = _console()
-    console.print(_table("", ["", ""], [[key, value] for key, value in lines if value], header=False))
+    console = terminal()
+    console.print(make_table("", ["", ""], [[key, value] for key, value in lines if value], header=False))
     for table in tables:
         console.print(table)
 
@@ -78,7 +78,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = diagnose()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     cpu, triton, compiler = found["cpu"], found["triton"], found["compiler"]
     lines = [
@@ -91,10 +91,10 @@ def doctor(as_json: Json = False) -> None:
     ]
     packages = [[row["name"], row["version"] or row["get"], row["extra"]] for row in found["packages"]]
     rows = [[row["operator"], row["form"], row["reason"]] for row in found["forms"]]
-    console = _console()
-    console.print(_table("", ["", ""], [list(line) for line in lines], header=False))
-    console.print(_table("packages", ["name", "version", "extra"], packages))
-    console.print(_table(f"operators on {found['devices'][0]['type']}", ["operator", "form", "why"], rows))
+    console = terminal()
+    console.print(make_table("", ["", ""], [list(line) for line in lines], header=False))
+    console.print(make_table("packages", ["name", "version", "extra"], packages))
+    console.print(make_table(f"operators on {found['devices'][0]['type']}", ["operator", "form", "why"], rows))
 
 
 def _mechanism(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]:
@@ -115,8 +115,8 @@ def _mechanism(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Tabl
         for row in found["cost"]
     ]
     tables = [
-        _table("options", ["name", "default", "choices", "meaning"], options),
-        _table("one layer", ["grid", "channels", "heads", "parameters", "million multiply-adds"], costs),
+        make_table("options", ["name", "default", "choices", "meaning"], options),
+        make_table("one layer", ["grid", "channels", "heads", "parameters", "million multiply-adds"], costs),
     ]
     return lines, [table for table in tables if table.row_count]
 
@@ -169,7 +169,8 @@ def _able(row: dict[str, Any], asked: bool = True) -> str:
     return ", ".join(name for name, can in row["capabilities"].items() if can == asked)
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]], *, header: bool = True) -> "Table":
+def make_table(title: str, columns: list[str], rows: list[list[str]], *, header: bool = True) -> "Table":
+    """A table in which names stay whole."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -182,12 +183,13 @@ def _table(title: str, columns: list[str], rows: list[list[str]], *, header: boo
     return table
 
 
-def _console() -> "Console":
+def terminal() -> "Console":
     """A terminal gets its own width; a pipe gets one line a row, for grep."""
     from rich.console import Console
 
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, no_color=True, width=240)
 
 
-def _print_json(found: Any) -> None:
+def print_json(found: Any) -> None:
+    """Print `found` as indented JSON."""
     print(json.dumps(found, indent=2))

@@ -7,26 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from linsight.errors import MissingExtraError
-from linsight.train._files import replacing
+from linsight.runtime.figures import new_figure, save_figure
 
 from ._curves import at, crossings
-from ._rows import Row
-from ._steps import STEPS
-
-
-def require_matplotlib(purpose: str) -> None:
-    """Raise, before anything is measured, if nothing could be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("matplotlib", "train", purpose) from None
+from .rows import Row
+from .steps import STEPS
 
 
 def write_plot(path: Path, rows: Sequence[Row], title: str = "") -> None:
     """A picture of the kind that the suffix of `path` says."""
-    with replacing(path) as temporary:
-        draw(rows, title).savefig(temporary, dpi=120)
+    save_figure(draw(rows, title), path)
 
 
 def svg(rows: Sequence[Row], title: str = "") -> str:
@@ -43,12 +33,8 @@ def svg(rows: Sequence[Row], title: str = "") -> str:
 
 def draw(rows: Sequence[Row], title: str = "") -> Any:
     """A figure with a picture for each step that was measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     steps = [step for step in STEPS if any(row.get(f"{step}_step_time") for row in rows)]
-    figure = Figure(figsize=(6.4 * max(len(steps), 1), 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4 * max(len(steps), 1), 5)
     for axes, step in zip(figure.subplots(1, len(steps), squeeze=False)[0] if steps else (), steps, strict=True):
         _draw_step(axes, [row for row in rows if row.get(f"{step}_step_time")], step)
     if title:

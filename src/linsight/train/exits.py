@@ -11,16 +11,16 @@ import torch
 
 from linsight.errors import LinsightError
 from linsight.models.dyn_perceiver import DynamicPerceiver
+from linsight.runtime.device import autocast
+from linsight.runtime.figures import require_matplotlib
+from linsight.runtime.files import write_json, write_text
 
-from ._budget import Scored, Setting, choose, curve
-from ._device import autocast
 from ._feeds import refuse
 from ._figures import exits as draw
-from ._figures import require_matplotlib
-from ._files import write_json, write_text
-from ._model import Trained, image_size
-from ._predict import Evaluation, prepare
-from ._random import hold_out
+from .budget import Scored, Setting, choose, curve
+from .evaluation import Evaluation, prepare
+from .model import Trained, image_size
+from .random import hold_out
 
 _JSON, _CSV, _PNG = "exits.json", "exits.csv", "exits.png"
 
@@ -72,9 +72,9 @@ def evaluate_exits(
         "img_size": list(size),
         "images": {"calibration": len(first), "report": len(second), "skipped": len(bad)},
         "budget": budget,
-        "chosen": None if chosen is None else _row(chosen),
-        "exits": [_row(setting) for setting in alone],
-        "settings": [_row(setting) for setting in settings],
+        "chosen": None if chosen is None else shown(chosen),
+        "exits": [shown(setting) for setting in alone],
+        "settings": [shown(setting) for setting in settings],
         "device": str(given.normalise.device),
         "precision": given.precision,
         "bad": bad,
@@ -108,7 +108,7 @@ def collect(given: Evaluation) -> tuple[Scored, list[int], list[str]]:
     return Scored(torch.cat(confidences), torch.cat(correct)), targets, bad
 
 
-def _row(setting: Setting) -> dict[str, Any]:
+def shown(setting: Setting) -> dict[str, Any]:
     """JSON has no infinity: an exit that is passed by has no threshold."""
     return {
         "setting": setting.name,

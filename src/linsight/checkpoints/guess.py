@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, Architecture, Host, create_model
 
 from ._fit import Fitted, fit, in_classifier
-from ._keys import key_map, to_ours
-from ._report import Mismatch
+from .keys import key_map, to_ours
+from .report import Mismatch
 
 # How tensors are filled, by nn.init and timm.
 FILLING = ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
@@ -86,7 +86,7 @@ def _candidates(tensors: Mapping[str, Tensor]) -> list[_Registered]:
     numbers = sum(tensor.numel() for tensor in tensors.values())
     fitting = []
     for row in _registered():
-        width, depth = _size(row.args)
+        width, depth = size_of(row.args)
         if width in (None, *vectors) and (not blocks or depth in (None, blocks)):
             fitting.append(row)
     return sorted(fitting, key=lambda row: abs(math.log(numbers / row.params)) if row.params else 0.5)
@@ -106,7 +106,7 @@ def _registered() -> Iterator[_Registered]:
         yield _Registered(name, entry.model_cls, entry.args, entry.published.get("params", 0))
 
 
-def _size(args: Mapping[str, Any]) -> tuple[int | None, int | None]:
+def size_of(args: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The width of the first stage and the number of blocks, by the arguments of a model; None if they are silent."""
     stages = args.get("stages", ())
     if stages and not isinstance(stages[0], tuple):  # the steps of a ResNet, whose blocks are no transformer's

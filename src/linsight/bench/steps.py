@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from linsight.describe import count_macs, count_parameters
-from linsight.train._device import autocast, pick_dtype
+from linsight.runtime.device import autocast, pick_dtype
 
-from ._cost import Traffic, measure_peaks
-from ._operators import operator_step
-from ._rounds import Send, Step, alternate, peak_of
 from ._subjects import Subject, build
+from .counting import count_macs, count_parameters
+from .operators import operator_step
+from .roofline import Traffic, measure_peaks
+from .rounds import Send, Step, alternate, peak_of
 
 STEPS = {"infer": "forward", "train": "training"}
 CLASSES = 1000

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from linsight import __version__, _cli_bench, _cli_info, _cli_train
+from linsight import __version__
 from linsight.errors import LinsightError
 
+from . import bench, show, train
+
 app = typer.Typer(name="linsight", add_completion=False, pretty_exceptions_enable=False)
-_cli_train.register(app)
-_cli_bench.register(app)
-_cli_info.register(app)
+for module in (train, bench, show):
+    module.register(app)
 
 # typer's own copy of click has no public name for it
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -48,7 +49,3 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"linsight: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

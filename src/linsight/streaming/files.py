@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from linsight.errors import ImageError, LinsightError, MissingExtraError
-
-from ._memory import free_memory, in_words
+from linsight.runtime.memory import free_memory, in_words
 
 _GREY = np.array([19595, 38470, 7471]) / 2**16  # of red, green and blue: ITU-R BT.601, as rounded in Pillow's mode L
 _ARRAY_MODES = {"L", "LA", "RGB", "RGBA", "F", "I;16", "I;16L", "I;16B", "I;16N"}
@@ -181,7 +180,7 @@ class _Slide:
 
 
 def _tiff(path: pathlib.Path) -> Any:
-    from ._tiff import Tiff
+    from .tiff import Tiff
 
     return Tiff(path)
 

@@ -25,7 +25,7 @@ def in_words(count: float) -> str:
 
 def free_memory(root: pathlib.Path = _ROOT) -> Free:
     """The least of all that bounds this process. `root` is where /proc and /sys are."""
-    found = [Free(max(0, left), name) for name, source in _SOURCES.items() for left in source(root)]
+    found = [Free(max(0, left), name) for name, source in SOURCES.items() for left in source(root)]
     return min(found, default=Free(math.inf, ""))
 
 
@@ -93,7 +93,7 @@ def _own_limit(name: str, row: str) -> Callable[[pathlib.Path], Iterator[int]]:
     return left
 
 
-_SOURCES: dict[str, Callable[[pathlib.Path], Iterator[int]]] = {
+SOURCES: dict[str, Callable[[pathlib.Path], Iterator[int]]] = {
     "": _system,
     "the limit of a control group": _control_groups,
     "RLIMIT_AS": _own_limit("RLIMIT_AS", "VmSize:"),

@@ -10,16 +10,15 @@ import timm
 import torch
 
 import linsight
-from linsight.doctor import diagnose
 from linsight.errors import LinsightError
-from linsight.train._device import pick_device, pick_dtype
+from linsight.runtime.device import list_devices, pick_device, pick_dtype
 
-from ._cost import PEAKS
-from ._rounds import Side
-from ._rows import Row, new_row, results_folder, step_columns
-from ._steps import STEPS, Cell, Setting, measure
 from ._subjects import Group, Subject
 from ._worker import Worker
+from .roofline import PEAKS
+from .rounds import Side
+from .rows import Row, new_row, results_folder, step_columns
+from .steps import STEPS, Cell, Setting, measure
 
 Size = tuple[int, int, int]  # height, width, batch
 
@@ -70,7 +69,7 @@ def check_plan(plan: Plan) -> Plan:
 def run_facts(setting: Setting) -> dict[str, Any]:
     """What holds for every row of a run: the machine, the precision, versions."""
     device = torch.device(setting.device)
-    name = next(row["name"] for row in diagnose()["devices"] if row["type"] == device.type)
+    name = next(row["name"] for row in list_devices() if row["type"] == device.type)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -15,9 +15,9 @@ from torchvision import transforms
 
 from linsight.errors import LinsightError
 
-from ._random import Batches, seed_sample
 from ._recipe import Recipe
 from ._sources import Arrays, Source
+from .random import Batches, seed_sample
 
 _MODES = {1: "L", 3: "RGB"}
 # What Pillow raises for files that are damaged, no images, or bombs.
@@ -170,5 +170,6 @@ class Normalise:
         self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
+        """uint8 `(B, C, H, W)` -> float32, normalised, on the device."""
         images = images.to(self.device, non_blocking=True).float().sub_(self.mean).mul_(self.scale)
         return images.contiguous(memory_format=self.format)

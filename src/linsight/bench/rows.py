@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from linsight.errors import LinsightError
-from linsight.train._files import replacing
+from linsight.runtime.files import replacing
 
-from ._cost import PEAKS, roofline
-from ._rounds import Side
-from ._steps import STEPS, Cell
 from ._subjects import Subject
+from .roofline import PEAKS, roofline
+from .rounds import Side
+from .steps import STEPS, Cell
 
 Row = dict[str, Any]
 # Columns: of what is measured, of each of its steps, and what holds for a whole run.

@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
+from linsight.runtime.device import pick_device, pick_dtype
+from linsight.runtime.figures import require_matplotlib
+from linsight.runtime.signals import Interrupted, Stop
 
-from . import _figures, _model
+from . import _figures
 from ._data import Data, open_data
-from ._device import pick_device, pick_dtype
-from ._evaluate import probabilities, score
 from ._feeds import open_feeds, refuse
-from ._images import Batch
-from ._learner import Learner
-from ._progress import Silent
-from ._random import seed_step
 from ._recipe import Recipe
-from ._run import Run
-from ._signals import Interrupted, Stop
+from .evaluation import probabilities, score
+from .images import Batch
+from .learner import Learner
+from .model import WEIGHTS, build, count_of, image_size, left_new, load_trained, save, start_from
+from .progress import Silent
+from .random import seed_step
+from .run import Run
 
 
 def train(
@@ -53,7 +55,7 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
         report.note(f"the run in '{run.path}' is finished")
         return run.summary()
     if run.recipe.figures:
-        _figures.require_matplotlib()
+        require_matplotlib("drawing curves.png and predictions.png (--no-figures goes without)")
     if run.threads:
         torch.set_num_threads(run.threads)
     data = open_data(run.recipe)
@@ -78,15 +80,15 @@ class Trainer:
         device = pick_device(recipe.device)
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
-        model = _model.build(recipe, len(data.classes))
+        model = build(recipe, len(data.classes))
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
-            filled = _model.start_from(model, recipe.init, partial=recipe.init_partial)
+            filled = start_from(model, recipe.init, partial=recipe.init_partial)
             report.note(str(filled))
-            new = _model.left_new(model, filled)
+            new = left_new(model, filled)
             if new:
-                report.note(f"new: {_model.count_of(model, new)}")
-        size = _model.image_size(recipe, model)
+                report.note(f"new: {count_of(model, new)}")
+        size = image_size(recipe, model)
         self.feeds = open_feeds(recipe, data, size, device, report.note)
         self.steps = len(self.feeds.order)
         self.learner = Learner(
@@ -201,8 +203,8 @@ class Trainer:
         }
         if scores.top1 > self.best[0]:
             self.best = (scores.top1, self.epoch + 1)
-            _model.save(
-                self.run.path / _model.WEIGHTS,
+            save(
+                self.run.path / WEIGHTS,
                 learner.evaluated.state_dict(),
                 self.recipe,
                 self.data.classes,
@@ -234,7 +236,7 @@ class Trainer:
         rows, best = self.run.rows, self.run.rows[self.best[1] - 1]
         if self.recipe.figures:
             _figures.curves(self.run.path / "curves.png", rows)
-            self._draw(_model.load_trained(self.run.path).model.to(self.learner.device))
+            self._draw(load_trained(self.run.path).model.to(self.learner.device))
         summary = {
             "name": self.run.name,
             "model": self.recipe.model,

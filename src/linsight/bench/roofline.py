@@ -10,18 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from ._rounds import timed
+from .rounds import timed
 
 PEAKS = ("peak_tflops", "peak_gb_per_sec")
-
-
-def count_flops(step: Callable[[], Any]) -> int:
-    """Operations of a step's matrix products and convolutions; a multiply-add is two."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return int(counter.get_total_flops())
 
 
 class Traffic(TorchDispatchMode):
@@ -74,7 +66,7 @@ def measure_peaks(device: torch.device, dtype: torch.dtype | None) -> dict[str, 
     source = torch.zeros(room // 4, device=device)
     target = torch.empty_like(source)
     with torch.inference_mode():
-        copied = _best(lambda: target.copy_(source), device)
+        copied = best_of(lambda: target.copy_(source), device)
         product = min(_product(side, each, device) for each in {dtype or torch.float32, torch.float32})
     return dict(zip(PEAKS, (2 * side**3 / product / 1e12, 2 * room / copied / 1e9), strict=True))
 
@@ -82,10 +74,11 @@ def measure_peaks(device: torch.device, dtype: torch.dtype | None) -> dict[str, 
 def _product(side: int, dtype: torch.dtype, device: torch.device) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return _best(lambda: torch.mm(a, b, out=out), device)
+    return best_of(lambda: torch.mm(a, b, out=out), device)
 
 
-def _best(act: Callable[[], Any], device: torch.device, seconds: float = 0.5) -> float:
+def best_of(act: Callable[[], Any], device: torch.device, seconds: float = 0.5) -> float:
+    """The shortest time of `act` in seconds, of those that fit in so many."""
     timed(act, 1, device)
     end, found = time.perf_counter() + seconds, math.inf
     for _ in range(100):

@@ -5,17 +5,17 @@ import dataclasses
 import json
 import re
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linsight._cli_info import Json, _console, _print_json, _table
 from linsight.errors import LinsightError, UnknownNameError
+from linsight.runtime.signals import terminable
+
+from .show import Json, make_table, print_json, terminal
 
 if TYPE_CHECKING:
     from linsight.bench import Choice, Done
@@ -107,7 +107,7 @@ def bench(
     plan = room.check_plan(plan)
     files = _Files.open(out, csv, html, plot)
     code, done = 0, None
-    with _stoppable():
+    with terminable():
         try:
             for done in room.bench(plan):
                 _tell(done)
@@ -134,7 +134,7 @@ class _Files:
     def open(cls, out: Path | None, csv: Path | None, html: Path | None, plot: Path | None) -> "_Files":
         """Refuse, before anything is measured, what cannot be written."""
         from linsight.bench import results_folder, write_rows
-        from linsight.bench._plot import require_matplotlib
+        from linsight.runtime.figures import require_matplotlib
 
         files = cls([csv] if csv else [], html, plot)
         with _refusing():
@@ -157,7 +157,7 @@ class _Files:
     def keep(self, done: "Done") -> None:
         """Write all rows so far."""
         from linsight.bench import write_rows
-        from linsight.bench._run import results_file
+        from linsight.bench.run import results_file
 
         self.kept = self.kept or results_file(done.facts)
         for path in (*self.csvs, self.kept):
@@ -181,8 +181,8 @@ def _finish(done: "Done", files: _Files, as_json: bool) -> None:
         print(json.dumps([{**row, **done.facts} for row in done.rows], indent=2))
         return
     head, body = table(done.rows)
-    console = _console()
-    console.print(_table("", head, body))
+    console = terminal()
+    console.print(make_table("", head, body))
     facts = {key: value for key, value in done.facts.items() if value not in (None, False)}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True)
     for path in filter(None, (*files.csvs, files.html, files.plot, files.kept)):
@@ -191,7 +191,7 @@ def _finish(done: "Done", files: _Files, as_json: bool) -> None:
 
 def _tell(done: "Done") -> None:
     """A line on standard error for each side of a cell, at once: a run takes long."""
-    from linsight.bench._rows import show_size, spread
+    from linsight.bench.rows import show_size, spread
 
     cell = done.cell
     for subject, side in done.sides.items():
@@ -232,16 +232,16 @@ def advise(
     question = Question(height, width, patch, _device(device), precisions[amp], train, dim, heads, model or "")
     found = answer(known_results(source or ()), question)
     if as_json:
-        _print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found))
         return
     for line in found.words:
         typer.echo(line)
     head = ["", "ms an image", "time ratio", "faster from tokens", "measured, tokens", ""]
-    _console().print(_table("", head, [_choice(choice) for choice in found.choices]))
+    terminal().print(make_table("", head, [_choice(choice) for choice in found.choices]))
 
 
 def _choice(choice: "Choice") -> list[str]:
-    from linsight.bench._rows import digits
+    from linsight.bench.rows import digits
 
     paying = "-" if choice.from_tokens is None else f"{choice.from_tokens:,.0f}" if choice.from_tokens else "any"
     notes = [f"{choice.beyond:.2g} times beyond what was measured"] if choice.beyond > 1 else []
@@ -258,7 +258,7 @@ def _choice(choice: "Choice") -> list[str]:
 def _device(name: str) -> str:
     import torch
 
-    from linsight.train._device import pick_device
+    from linsight.runtime.device import pick_device
 
     if name == "auto":
         return pick_device(name).type
@@ -291,17 +291,3 @@ def _refusing() -> Iterator[None]:
         yield
     except OSError as error:
         raise LinsightError(f"'{error.filename}' cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Inside, SIGTERM unwinds as SIGINT does, so that the process that measures ends, too."""
-    before: Callable[..., Any] | int | None = None
-    main = threading.current_thread() is threading.main_thread()
-    if main:
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from linsight.attention import Mechanism, create_attention, create_block, list_attentions, mechanism
+from linsight.bench.counting import count_macs, count_parameters
 from linsight.errors import UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention
 from linsight.models.dyn_perceiver import DynamicPerceiver
@@ -73,23 +72,6 @@ def model_info(name: str, attention: str | None = None) -> dict[str, Any]:
     if isinstance(model, DynamicPerceiver):
         row["exit_gmacs"] = [cost / 1e9 for cost in model.exit_costs()]
     return row
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Numbers that training changes."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def count_macs(module: nn.Module, *inputs: Any) -> int:
-    """Multiply-adds of one forward's matrix products and convolutions; on the meta device nothing is computed.
-
-    Of a second forward: what layers keep from image to image, as biases of a grid, is made in the first one.
-    """
-    with torch.no_grad():
-        module(*inputs)
-        with FlopCounterMode(display=False) as counter:
-            module(*inputs)
-    return int(counter.get_total_flops()) // 2
 
 
 def _cost(entry: Mechanism, grid: Grid) -> dict[str, Any]:

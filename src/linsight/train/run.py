@@ -15,8 +15,8 @@ import torchvision
 
 import linsight
 from linsight.errors import CheckpointError, LinsightError
+from linsight.runtime.files import replacing, write_json, write_text
 
-from ._files import replacing, write_json, write_text
 from ._recipe import RESUMABLE, Recipe, check, parse
 
 CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from linsight.errors import ImageError, MissingExtraError
-
-from ._memory import free_memory, in_words
+from linsight.runtime.memory import free_memory, in_words
 
 KEPT = 2**28  # bytes of decoded segments: strips are as wide as the image, and all tiles of a row need them again
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from linsight.errors import ImageError, LinsightError, UnknownNameError
+from linsight.runtime.device import autocast, pick_device, pick_dtype
+from linsight.runtime.files import replacing
+from linsight.runtime.signals import Interrupted, Stop
 from linsight.streaming import stream
 
-from ._device import autocast, pick_device, pick_dtype
-from ._files import replacing
-from ._images import statistics
-from ._model import Trained
 from ._predict import Prediction, likeliest
-from ._progress import Tiles
-from ._signals import Interrupted, Stop
+from .images import statistics
+from .model import Trained
+from .progress import Tiles
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from linsight.checkpoints import LoadReport, load_published
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_model
+from linsight.runtime.files import replacing
 
-from ._files import replacing
 from ._recipe import FIELDS, Recipe, check, parse
 
 WEIGHTS = "best.safetensors"

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import CheckpointError, LinsightError
+from linsight.runtime.device import autocast
 
-from . import _model
-from ._device import autocast
-from ._images import Batch, Normalise
 from ._recipe import Recipe
+from .images import Batch, Normalise
+from .model import load_state
 
 
 def ema_decay(recipe: Recipe) -> float:
@@ -196,10 +196,10 @@ class Learner:
 
     def load(self, state: dict[str, Any], source: str) -> None:
         """Take up the state of a learner of the same recipe; a CheckpointError if it is of another."""
-        _model.load_state(self.model, state["model"], source)
+        load_state(self.model, state["model"], source)
         try:
             if self.ema is not None:
-                _model.load_state(self.ema.module, state["ema"], source)
+                load_state(self.ema.module, state["ema"], source)
             self.optimiser.load_state_dict(state["optimiser"])
             self.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError, RuntimeError, AttributeError) as error:

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 from linsight.ops import Tile
-
-from ._memory import free_memory, in_words
+from linsight.runtime.files import write_text
+from linsight.runtime.memory import free_memory, in_words
 
 STATE = "stream.json"
 MAP = "map.npy"
@@ -149,7 +148,7 @@ class Scratch:
         """A map for what `step` writes, with its place on the disk taken: a full disk is found here, not later."""
         path = self._file(step)
         try:
-            _allocate(path, _bytes(shape, self.dtype))
+            allocate(path, _bytes(shape, self.dtype))
         except OSError as error:
             path.unlink(missing_ok=True)
             raise LinsightError(
@@ -166,13 +165,10 @@ class Scratch:
             "prefix": None if prefix is None else prefix[0].float().tolist(),
             "work": work,
         }
-        temporary = self.folder / f".{STATE}-{uuid.uuid4().hex[:8]}"
         try:
             _sync(path)  # what is written before the state is on the disk before it
-            temporary.write_text(json.dumps(state), encoding="utf-8")
-            os.replace(temporary, self.folder / STATE)
+            write_text(self.folder / STATE, json.dumps(state))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise LinsightError(f"the state cannot be written to '{self.folder}': {error.strerror}") from error
         self._last = path
         self._clear(path)
@@ -188,7 +184,7 @@ class Scratch:
         """For the final map, float32, in a NumPy file that has its name once it is whole."""
         path = self.folder / f".{MAP}"
         try:
-            _allocate(path, 128 + _bytes(shape, torch.float32))
+            allocate(path, 128 + _bytes(shape, torch.float32))
             return Canvas(torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.float32, shape)))
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -250,8 +246,8 @@ def _locked(folder: pathlib.Path) -> Callable[[], None]:
     return release
 
 
-def _allocate(path: pathlib.Path, size: int) -> None:
-    """A file of `size` bytes that exist on the disk; a sparse one would end the process when the disk is full."""
+def allocate(path: pathlib.Path, size: int) -> None:
+    """Make a file of `size` bytes that exist on the disk; a sparse one would end the process when the disk is full."""
     path.unlink(missing_ok=True)  # not the same file, which may still be mapped somewhere
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from linsight.attention import Tokens, create_core
 from linsight.errors import LinsightError
 from linsight.ops import Grid, Layout
-from linsight.train._device import autocast
+from linsight.runtime.device import autocast
 
-from ._cost import Traffic, count_flops, least_bytes
-from ._rounds import Step
+from .counting import count_flops
+from .roofline import Traffic, least_bytes
+from .rounds import Step
 
 SOFTMAX = "softmax"
 
