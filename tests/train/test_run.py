@@ -155,14 +155,14 @@ def test_a_stop_in_the_midst_of_an_evaluation_keeps_the_epoch(tmp_path, uninterr
     from linsight.train import loop
 
     folder = tmp_path / "run"
-    before = loop.Trainer._after_val_batch
+    before = loop.Trainer.after_val_batch
 
     def stopped(trainer, batch):
         interrupt()
         before(trainer, batch)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"after {STEPS} of {STEPS} steps"):
-        patch.setattr(loop.Trainer, "_after_val_batch", stopped)
+        patch.setattr(loop.Trainer, "after_val_batch", stopped)
         train(resolve("digits", RANDOM), out=folder)
     resume(folder)
     same(outcome(folder), uninterrupted)

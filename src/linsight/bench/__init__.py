@@ -1,4 +1,4 @@
-"""Floor 5: what mechanisms and models cost in time and memory, beside what a user would pick instead; and what to pick.
+"""The cost of mechanisms and models in time and memory, beside what a user would pick instead; and what to pick.
 
 >>> from linsight.bench import Plan, Setting, bench, plan_groups
 >>> plan = Plan(plan_groups(["inline", "agent"]), ((14, 14, 1), (56, 56, 1)), Setting(dim=192, heads=6))

@@ -1,4 +1,4 @@
-"""Floor 4: published checkpoints in and out, read without ever running what is in them."""
+"""Published checkpoints in and out, read without ever running what is in them."""
 
 from ._load import export_published, load_published
 from .report import LoadReport, Mismatch

@@ -1,4 +1,4 @@
-"""Floor 4: images of any size through a model, tile by tile and layer by layer, exact to rounding."""
+"""Images of any size through a model, tile by tile and layer by layer, exact to rounding."""
 
 from ._run import plan_of, stream
 from .tiled import check_streams, reach

@@ -1,4 +1,4 @@
-"""Floor 5, the main job: train a model by a recipe, evaluate it, predict with it.
+"""Train a model by a recipe, evaluate it, predict with it.
 
 >>> from linsight.train import resolve, train
 >>> summary = train(resolve("digits", {"epochs": 2}), out="runs/quick")

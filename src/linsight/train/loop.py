@@ -185,7 +185,7 @@ class Trainer:
         if not self.images:
             raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
         learner = self.learner
-        scores = score(learner.scored, self.feeds.val, learner.normalise, self.dtype, self._after_val_batch)
+        scores = score(learner.scored, self.feeds.val, learner.normalise, self.dtype, self.after_val_batch)
         self._require_finite(scores.loss)
         self.epoch_seconds += time.perf_counter() - clock
         self.seconds += self.epoch_seconds
@@ -219,7 +219,8 @@ class Trainer:
         self._reset_sums()
         self._save()
 
-    def _after_val_batch(self, batch: Batch) -> None:
+    def after_val_batch(self, batch: Batch) -> None:
+        """Refuse a bad image where those are refused; stop, with the state saved, if that was asked."""
         refuse(self.recipe, batch.bad)
         if self.stop.code:
             self._save()
