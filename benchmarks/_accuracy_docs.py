@@ -1,6 +1,5 @@
 """What `accuracy.py` found, as a table, as a picture, and as a page of the documentation."""
 
-import os
 import re
 import shlex
 import statistics
@@ -8,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from linsight.errors import LinsightError, MissingExtraError
+from linsight.errors import LinsightError
+from linsight.runtime.figures import new_figure, require_matplotlib, save_figure
+from linsight.runtime.files import write_text
 
 HEADER = ("mechanism", "top-1 %", "by seed", "beside softmax", "k params", "M multiply-adds", "images/s, forward")
 HEADER += ("images/s, training",)
@@ -73,12 +74,9 @@ def _speed(row: dict[str, Any], step: str) -> str:
 
 def picture(path: Path, rows: Sequence[dict[str, Any]], budget: str) -> None:
     """Accuracy by mechanism, each run a dot; and the mean against the speed of training."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "train", "drawing accuracy.png") from None
+    require_matplotlib("drawing accuracy.png")
     found = {name: values for name, values in scores(rows).items() if values}
-    figure = Figure(figsize=(10, 1.5 + 0.26 * len(found)), layout="constrained")
+    figure = new_figure(10, 1.5 + 0.26 * len(found))
     left, right = figure.subplots(1, 2)
     for place, (name, values) in enumerate(found.items()):
         mean = statistics.fmean(values)
@@ -96,9 +94,7 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], budget: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.suptitle(f"CIFAR-10, {budget}", fontsize=10)
-    temporary = path.with_name(f"{path.stem}.part.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def write(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, Any], arguments: Sequence[str]) -> None:
@@ -111,6 +107,4 @@ def write(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, Any], a
     told = ", ".join(f"{key} {value}" for key, value in facts.items())
     part = f"```bash\n{command}\n```\n\n{told}\n\n{table(rows)}\n\n![accuracy](accuracy.png)\n"
     text = MARKS.sub(lambda found: found[1] + part, path.read_text(encoding="utf-8"))
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)

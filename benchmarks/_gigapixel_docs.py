@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from linsight.bench._plot import require_matplotlib
 from linsight.errors import LinsightError
-from linsight.train._files import replacing, write_text
+from linsight.runtime.figures import new_figure, require_matplotlib, save_figure
+from linsight.runtime.files import write_text
 
 Row = dict[str, Any]
 BLOCK = re.compile(r"(<!-- generated: gigapixel -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -118,11 +118,10 @@ def duration(seconds: float) -> str:
 def picture(path: Path, rows: Sequence[Row]) -> None:
     """Time of what is streamed on linear axes; all times, and memory, by the side of the image."""
     require_matplotlib(f"drawing {path.name}")
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     lines = {key: ended(line) for key, line in lines_of(rows).items() if ended(line)}
-    figure = Figure(figsize=(15, 5.2), layout="constrained")
+    figure = new_figure(15, 5.2)
     growth, times, memory = figure.subplots(1, 3)
     colours = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(model for model, _ in lines))}
     marks = dict(zip(dict.fromkeys(way for _, way in lines), "osxv", strict=False))
@@ -151,8 +150,7 @@ def picture(path: Path, rows: Sequence[Row]) -> None:
     for axes in (growth, times, memory):
         axes.grid(alpha=0.3)
     figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def page_of(folder: Path) -> Path:

@@ -17,7 +17,6 @@ import csv
 import dataclasses
 import fnmatch
 import functools
-import os
 import queue
 import signal
 import sys
@@ -34,13 +33,13 @@ from torch import nn
 
 import linsight
 from linsight.attention import list_attentions
-from linsight.bench import Send, Worker, alternate, step_of
-from linsight.describe import count_macs, count_parameters
+from linsight.bench import Send, Worker, alternate, step_of, write_rows
+from linsight.bench.counting import count_macs, count_parameters
 from linsight.doctor import diagnose
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import create_model
+from linsight.runtime.device import pick_device, pick_dtype
 from linsight.train import Interrupted, Recipe, resolve, train
-from linsight.train._device import pick_device, pick_dtype
 
 SIDE, CLASSES, BATCH = 32, 10, 64
 HOST: dict[str, Any] = {"stem": ((24, 1), (48, 2)), "stages": ((64, 4, 2),)}  # of stages: width, depth, heads
@@ -150,12 +149,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """The CSV file, whole at any moment."""
     columns = list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))
-    temporary = path.with_name(f"{path.name}.part")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    write_rows(path, rows, {}, columns)
 
 
 def train_all(workers: list[Worker], setting: Setting, runs: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:

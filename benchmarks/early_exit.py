@@ -26,12 +26,12 @@ from rich.console import Console
 
 import linsight
 from linsight.errors import LinsightError
+from linsight.runtime.device import autocast
 from linsight.train import Trained, evaluate_exits, load_trained, resolve, resume, train
-from linsight.train._device import autocast
-from linsight.train._model import WEIGHTS
-from linsight.train._predict import prepare
-from linsight.train._progress import reporter
-from linsight.train._run import CONFIG
+from linsight.train.evaluation import prepare
+from linsight.train.model import WEIGHTS
+from linsight.train.progress import reporter
+from linsight.train.run import CONFIG
 
 MODEL = "dynp_resnet18_025_t32_cifar"
 TRAINING = {"model": MODEL, "val_split": "train[45000:]", "workers": 0}

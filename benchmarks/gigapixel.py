@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 import linsight
 from linsight.bench import Setting, Side, Worker, run_facts, write_rows
-from linsight.bench._plot import require_matplotlib
 from linsight.errors import LinsightError
+from linsight.runtime.figures import require_matplotlib
 
 PATCH = 512  # side of a crop in the picture
 FREE = 60e9  # bytes of scratch files, at most

@@ -10,9 +10,7 @@ compared with a large copy on the same GPU. The goals are for bf16 at B 2, H 16,
 """
 
 import argparse
-import csv
 import functools
-import os
 import re
 import shlex
 import sys
@@ -27,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import linsight
-from linsight.bench import Side, Step, alternate, captured, measure_peaks
+from linsight.bench import Side, Step, alternate, captured, measure_peaks, write_rows
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import (
     Features,
@@ -44,7 +42,7 @@ from linsight.ops import (
     linear_read,
     use_form,
 )
-from linsight.train._files import write_text
+from linsight.runtime.files import write_text
 
 HEADS, WIDTH = 16, 64
 FORWARD, BACKWARD = 4, 7  # tensors as large as q that each moves
@@ -279,12 +277,7 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 def write_csv(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """The CSV file, whole at any moment."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    temporary = path.with_name(f"{path.name}.part")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*columns, *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
-    os.replace(temporary, path)
+    write_rows(path, rows, facts, [*columns, *facts])
 
 
 def run(options: argparse.Namespace) -> None:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 import linsight.bench as room
 from linsight.attention import Attention, Capabilities, Core, Tokens, list_attentions
 from linsight.bench import STEPS, Done, Group, Plan, Setting, Subject
-from linsight.bench._rows import digits
+from linsight.bench.rows import digits
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import Layout
-from linsight.train._files import write_text
+from linsight.runtime.files import write_text
 
 FLOOR = Subject("model", "inline_deit_tiny", "floor")
 INLINE, SOFTMAX = Subject("model", "inline_deit_tiny"), Subject("model", "deit_tiny_patch16_224")

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from linsight import describe
+from linsight import catalogue
 from linsight.attention import Mechanism, mechanism
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 from linsight.models.registry import TIMM_HOSTS
@@ -59,8 +59,8 @@ Figures in the tables are published ones, none of our own training: parameters, 
 size given, are those of the published code; top-1 is what the authors report on ImageNet-1K, "about" where it is read
 off a plot, "EMA" where it is that of averaged weights, which `load_published` then prefers; "-" is not published. No
 weights come with linsight, and none were at hand: what reads them is tested with files made in each published format.
-`linsight info NAME` counts a model anew, with any mechanism (`--attention`), and tells where its authors put the weights,
-if that is known; `linsight train --recipe NAME` trains one.
+`linsight info NAME` counts a model anew, with any mechanism (`--attention`), and tells where its authors put the
+weights, if that is known; `linsight train --recipe NAME` trains one.
 """
 
 USAGE = """import timm
@@ -91,13 +91,13 @@ def readme(text: str) -> str:
 
 def names() -> str:
     """Every mechanism, with a link to its chapter."""
-    links = (f"[`{row['name']}`](docs/mechanisms.md#{row['name']})" for row in describe.list_mechanisms())
+    links = (f"[`{row['name']}`](docs/mechanisms.md#{row['name']})" for row in catalogue.list_mechanisms())
     return "\n".join(textwrap.wrap(", ".join(links) + ".", 118, break_long_words=False, break_on_hyphens=False))
 
 
 def summary() -> str:
     """One row for each mechanism, with a mark for each capability."""
-    rows = describe.list_mechanisms()
+    rows = catalogue.list_mechanisms()
     capabilities = list(rows[0]["capabilities"])
     body = [
         [f"`{row['name']}`", row["complexity"], _paper(row), *(_mark(row["capabilities"][c]) for c in capabilities)]
@@ -106,15 +106,15 @@ def summary() -> str:
     return _table(["name", "cost", "paper", *capabilities], body)
 
 
-def catalogue() -> str:
+def mechanisms() -> str:
     """All of docs/mechanisms.md."""
     return "\n".join(
-        [HEAD, summary(), CAPABILITIES, *(_chapter(mechanism(row["name"])) for row in describe.list_mechanisms())]
+        [HEAD, summary(), CAPABILITIES, *(_chapter(mechanism(row["name"])) for row in catalogue.list_mechanisms())]
     )
 
 
 def _chapter(entry: Mechanism) -> str:
-    row = describe.mechanism_info(entry.name)
+    row = catalogue.mechanism_info(entry.name)
     able = [name for name, can in row["capabilities"].items() if can]
     parts = [
         f"## {entry.name}",
@@ -138,7 +138,7 @@ def _doc(cls: type) -> str:
 
 def models() -> str:
     """All of docs/models.md: what is published, so that no model need be built."""
-    rows = {row["name"]: row for row in describe.list_models()}
+    rows = {row["name"]: row for row in catalogue.list_models()}
     families: dict[str, list[dict[str, Any]]] = {}
     for name in (*HOSTS, *VARIANTS):  # in the order of registration, so by size
         families.setdefault(_doc(HOSTS[rows[name]["host"]].model_cls), []).append(rows[name])
@@ -157,7 +157,7 @@ def _host_chapter(doc: str, rows: list[dict[str, Any]]) -> str:
     found = re.match(r"The (.+?) host\b", doc)
     assert found, f"a host's docstring begins 'The NAME host', not '{doc[:40]}'"
     parts = [f"## {found[1]}", doc]
-    papers = {row["name"]: _paper(row) for row in describe.list_mechanisms()} | {"softmax": "the host's"}
+    papers = {row["name"]: _paper(row) for row in catalogue.list_mechanisms()} | {"softmax": "the host's"}
     cited = dict.fromkeys(_first(row) for row in rows if row["published"])
     if cited:
         parts.append(f"Papers: {'; '.join(f'`{name}`, {papers[name]}' for name in cited)}.")
@@ -219,7 +219,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def outputs() -> dict[Path, str]:
     """Each generated file and what it should hold."""
-    return {README: readme(README.read_text(encoding="utf-8")), CATALOGUE: catalogue(), MODELS: models()}
+    return {README: readme(README.read_text(encoding="utf-8")), CATALOGUE: mechanisms(), MODELS: models()}
 
 
 def main() -> int:

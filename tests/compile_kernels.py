@@ -35,8 +35,8 @@ def compile_only(self, *args, grid, warmup, **options):
 
 driver.set_active(H100())
 JITFunction.run = compile_only
-sizes._INTERPRETED = 2048
-launch._INTERPRETED = launch._HALF[0][32]
+sizes.INTERPRETED = 2048
+launch.INTERPRETED = launch.HALF[0][32]
 
 x, v = (torch.randn(2, 256, 2, 32, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
 local = conv.dynamic_depthwise_conv(v.flatten(2), (16, 16), torch.randn(2, 64, 3, 3).requires_grad_())

@@ -12,8 +12,8 @@ import early_exit
 
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES
-from linsight.train._budget import Scored, curve
-from linsight.train._exits import _row
+from linsight.train.budget import Scored, curve
+from linsight.train.exits import shown
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -22,7 +22,7 @@ def found():
     confidences = torch.rand(400, 4)
     scored = Scored(confidences, torch.rand(400, 4) < torch.tensor([0.4, 0.6, 0.5, 0.8]) * (0.5 + confidences))
     settings, alone = curve(scored, scored, lambda exits: [(k + 4) * 10**6 for k in exits])
-    return {"exits": [_row(setting) for setting in alone], "settings": [_row(setting) for setting in settings]}
+    return {"exits": [shown(setting) for setting in alone], "settings": [shown(setting) for setting in settings]}
 
 
 def test_shown_are_each_exit_and_the_best_setting_of_each_budget():

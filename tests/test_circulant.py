@@ -8,7 +8,7 @@ import linsight
 from linsight import Grid
 from linsight.attention import Tokens, create_core
 from linsight.ops import Layout, circular_correlation
-from linsight.ops.circulant import _by_matrices, _operator
+from linsight.ops.circulant import by_matrices, operator
 from matrix.subject import cast
 
 SIZES = [(1, 1), (1, 6), (5, 1), (2, 2), (4, 6), (7, 13), (14, 11)]
@@ -82,18 +82,18 @@ def test_every_form_of_the_correlation(size):
     """By FFT, as a compiled graph calls it, and by the matrices that an exported graph holds."""
     a, b = torch.randn(2, 3, 2, *size, dtype=torch.float64)
     truth = correlation(a, b)
-    for form in (circular_correlation, lambda a, b: _operator(a, b, True), _by_matrices):
+    for form in (circular_correlation, lambda a, b: operator(a, b, True), by_matrices):
         torch.testing.assert_close(form(a, b), truth)
 
 
 @pytest.mark.parametrize("correlate", [True, False])
-def test_gradients_of_the_operator(correlate):
+def test_gradients_of_theoperator(correlate):
     """Of the correlation and of the convolution that its gradient is, twice."""
     leaves = torch.randn(2, 3, 5, 4, dtype=torch.float64).requires_grad_().unbind()
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda a, b: _operator(a, b, correlate), leaves, fast_mode=True)
+        assert check(lambda a, b: operator(a, b, correlate), leaves, fast_mode=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_operator, (*(leaf.mT for leaf in leaves), correlate), test_utils=tests)
+    torch.library.opcheck(operator, (*(leaf.mT for leaf in leaves), correlate), test_utils=tests)
 
 
 def test_no_complex_numbers_are_exported():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import linsight
-from linsight.describe import count_macs, count_parameters
+from linsight.bench.counting import count_macs, count_parameters
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import HOSTS, VARIANTS, Variant, add_variants, default_attention
 

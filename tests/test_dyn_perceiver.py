@@ -16,12 +16,12 @@ from torchvision.models import resnet18
 import linsight
 from golden import cases
 from golden.builders.dyn_perceiver import model as from_golden
-from linsight import describe
+from linsight import catalogue
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver, ExitLogits, Latents, Network
 from linsight.models.hosts.dyn_perceiver.cnn import cut
-from linsight.train._budget import leaving
+from linsight.train.budget import leaving
 
 CASES = [name for name in cases.names(models=True) if name.startswith("dyn_perceiver/")]
 MODELS = {name: entry for name, entry in ARCHITECTURES.items() if entry.model_cls is DynamicPerceiver}
@@ -325,5 +325,5 @@ def test_errors_offer_a_way_out(call, line):
 
 def test_models_are_known_to_timm_and_told_of():
     assert set(timm.list_models("dynp_*")) == set(MODELS)
-    row = json.loads(json.dumps(describe.info("dynp_resnet18_025_t32_cifar")))
+    row = json.loads(json.dumps(catalogue.info("dynp_resnet18_025_t32_cifar")))
     assert row["image_size"] == "32x32" and row["exit_gmacs"][-1] == pytest.approx(row["gmacs"], rel=0.02)

@@ -65,7 +65,7 @@ def convolution(shared, size):
     ids=str,
 )
 def test_outputs_and_gradients(shared, size, channels, side, prefix, monkeypatch):
-    monkeypatch.setattr(sizes, "_INTERPRETED", 128)  # several blocks and slices
+    monkeypatch.setattr(sizes, "INTERPRETED", 128)  # several blocks and slices
     x = values(2, size, channels, prefix)
     agree(convolution(shared, size), (x, *weights(2, channels, side, shared)), torch.randn_like(x))
 
@@ -95,7 +95,7 @@ def is_as_exact(function, inputs, grad):
 
 def test_sums_over_many_tokens(monkeypatch):
     """In slices, so that float32 keeps its digits: gradients by kernels of 8,100 tokens around 100."""
-    monkeypatch.setattr(sizes, "_INTERPRETED", 1 << 12)
+    monkeypatch.setattr(sizes, "INTERPRETED", 1 << 12)
     x = (randn(1, 8100, 2, dtype=torch.float32) + 100).detach().requires_grad_()
     inputs = (
         x,
@@ -180,7 +180,7 @@ def test_refuses_what_does_not_fit():
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 9, 1, 5)], ids=str)
 @pytest.mark.parametrize("power", [3, 2.5])
 def test_focus(shape, power, monkeypatch):
-    monkeypatch.setattr(sizes, "_INTERPRETED", 32)
+    monkeypatch.setattr(sizes, "INTERPRETED", 32)
     x = values(shape[0], (1, shape[1]), shape[2] * shape[3], 1).unflatten(2, shape[2:])
     column = (torch.rand(shape[2:], dtype=F64, device=DEVICE) + 0.5).requires_grad_()
     agree(lambda x, column: focus(x, column, power).mapped(), (x, column), torch.randn_like(x))
@@ -210,7 +210,7 @@ def test_focus_hides_no_nan():
 
 def test_no_number_is_left_unwritten(monkeypatch):
     """Fresh memory is full of NaN; blocks that reach beyond the ends."""
-    monkeypatch.setattr(sizes, "_INTERPRETED", 64)
+    monkeypatch.setattr(sizes, "INTERPRETED", 64)
     with poisoned():
         for shared in (True, False):
             x, w = values(2, (3, 5), 5), weights(2, 5, 3, shared)

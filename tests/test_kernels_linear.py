@@ -193,17 +193,17 @@ def test_what_does_not_fit_is_plain(what, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_shares_some_of_them_empty(kind, monkeypatch):
-    monkeypatch.setattr(launch, "_INTERPRETED", launch.Blocks(16, 1, 1))
-    monkeypatch.setattr(launch, "_shares", lambda *_: (5, 16))  # of 48 tokens
+    monkeypatch.setattr(launch, "INTERPRETED", launch.Blocks(16, 1, 1))
+    monkeypatch.setattr(launch, "shares", lambda *_: (5, 16))  # of 48 tokens
     compare(*case("elu+1", kind, "qkv", (8, 8), True, True, batch=1))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 49, 256, 4096, 1_000_003])
 @pytest.mark.parametrize("programs", [1, 6, 100_000])
 def test_shares_of_a_gpu_cover_all_tokens(tokens, programs, monkeypatch):
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     for blocks in (launch.Blocks(16, 4, 1), launch.Blocks(128, 4, 3)):
-        splits, share = launch._shares(tokens, programs, blocks, torch.device("cuda"))
+        splits, share = launch.shares(tokens, programs, blocks, torch.device("cuda"))
         assert 1 <= splits <= 64
         assert share % blocks.tokens == 0
         assert (splits - 1) * share < max(1, tokens) <= splits * share
@@ -215,7 +215,7 @@ def test_shares_of_a_gpu_cover_all_tokens(tokens, programs, monkeypatch):
 )
 def test_heads_as_wide_as_shared_memory_allows(kilobytes, dtype, width, monkeypatch):
     properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024)
-    monkeypatch.setattr(launch, "_properties", lambda device: properties)
+    monkeypatch.setattr(launch, "properties_of", lambda device: properties)
     assert launch.widest(SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == width
 
 
@@ -233,7 +233,7 @@ def test_addresses_are_of_64_bits(monkeypatch):
 
 
 def test_central_moments_of_many_tokens_around_100(monkeypatch):
-    monkeypatch.setattr(launch, "_INTERPRETED", launch.Blocks(256, 1, 1))
+    monkeypatch.setattr(launch, "INTERPRETED", launch.Blocks(256, 1, 1))
     k, v = (randn(1, 2**17, 1, 4).float() + 100 for _ in range(2))
     truth = central_absorb(k.double(), v.double()).covariance()
     with use_form("triton"):
@@ -274,14 +274,14 @@ def test_opcheck():
     add = randn(1, 37, 2, 6).requires_grad_()
     empty = v.new_empty(0)
     for operator, *arguments in (
-        (linear._absorb, *full, v, keep, False),
-        (linear._absorb, *plain, v, None, True),
-        (linear._read, *full, matrix, total, add, 0.1, True, F64),
-        (linear._read, *plain, matrix, shift, None, 0.0, False, F64),
-        (linear._absorb_backward, *full, v, keep, False, total, empty, matrix, total, empty),
-        (linear._read_backward, *full, matrix, total, 0.1, True, v),
+        (linear.absorb_tokens, *full, v, keep, False),
+        (linear.absorb_tokens, *plain, v, None, True),
+        (linear.read_tokens, *full, matrix, total, add, 0.1, True, F64),
+        (linear.read_tokens, *plain, matrix, shift, None, 0.0, False, F64),
+        (linear.absorb_backward, *full, v, keep, False, total, empty, matrix, total, empty),
+        (linear.read_backward, *full, matrix, total, 0.1, True, v),
     ):
-        if operator in (linear._absorb_backward, linear._read_backward):
+        if operator in (linear.absorb_backward, linear.read_backward):
             arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
         torch.library.opcheck(operator, tuple(arguments))
 

@@ -4,6 +4,7 @@
 """
 
 import ast
+import graphlib
 import importlib
 import re
 import tomllib
@@ -15,25 +16,25 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "linsight"
 MODULES = sorted(SOURCE.rglob("*.py"))
+OUTSIDE = sorted(path for folder in ("tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py"))
+OUTSIDE.remove(Path(__file__))  # it lists private names
 NAMES = Path(__file__).with_name("public_names.txt")
-# A room imports from rooms of a lower floor, or from itself.
-FLOORS = {
-    "errors": 0,
-    "recipe": 1,
-    "ops": 1,
-    "attention": 2,
-    "models": 3,
-    "adapters": 3,
-    "checkpoints": 4,
-    "streaming": 4,
-    "": 5,  # linsight/__init__.py
-    "parallel": 5,
-    "train": 6,
-    "describe": 6,
-    "doctor": 6,
-    "bench": 7,
-    "cli": 8,
-}
+# The floors of the house, from the ground: a room imports only from those below its own.
+FLOORS = (
+    ("errors",),
+    ("recipe", "runtime"),
+    ("ops",),
+    ("attention",),
+    ("models",),
+    ("checkpoints", "streaming"),
+    ("parallel", ""),  # "" is linsight/__init__.py
+    ("train",),
+    ("convert",),
+    ("adapters", "bench"),
+    ("catalogue", "doctor"),
+    ("cli",),
+)
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FORBIDDEN = {
     "the address of a package registry": r"index-ur[l]|\bpypi\.|/simpl[e]/|file:/{3}",
     "a path of one machine": r"(?<![\w.~}*])/(?:work|root|home|tmp|opt)/\w",
@@ -46,10 +47,8 @@ def relative(path):
 
 
 def room(module):
-    """The room of `linsight.a.b`: a; the command line's modules are one room."""
-    parts = module.split(".")
-    name = parts[1] if len(parts) > 1 else ""
-    return "cli" if name.startswith("_cli") else name
+    """The room of `linsight.a.b`: a."""
+    return module.partition(".")[2].partition(".")[0]
 
 
 def module_name(path):
@@ -57,36 +56,81 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+NAMED = {module_name(path): path for path in MODULES}
+
+
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path):
-    """The modules of linsight that a file imports, and whether it says so relatively."""
-    package = module_name(path).split(".")
+    """What of linsight a file imports, inside functions too: module, name in it or "", level of a relative import."""
+    package = module_name(path).split(".") if path.is_relative_to(SOURCE) else []
     if path.name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, False) for alias in node.names if alias.name.partition(".")[0] == "linsight")
+            yield from ((alias.name, "", 0) for alias in node.names if alias.name.partition(".")[0] == "linsight")
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             target = ".".join([*base, *filter(None, [node.module])])
-            if target.partition(".")[0] != "linsight":
-                continue
-            for alias in node.names:
-                inner = f"{target}.{alias.name}"
-                is_room = target == "linsight" and room(inner) in FLOORS
-                yield (inner if is_room else target), bool(node.level)
+            if target.partition(".")[0] == "linsight":
+                for alias in node.names:
+                    inner = f"{target}.{alias.name}"
+                    yield (inner, "", node.level) if inner in NAMED else (target, alias.name, node.level)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_imports_only_go_down(path):
     own = room(module_name(path))
-    assert own in FLOORS, f"room '{own}' has no floor: add it to FLOORS"
-    for target, is_relative in imports(path):
+    assert own in FLOOR, f"room '{own}' has no floor: add it to FLOORS"
+    for target, name, level in imports(path):
         other = room(target)
         if other == own:
-            assert is_relative or own == "cli", f"{target} is in the same package: import it relatively"
-        else:
-            assert FLOORS[other] < FLOORS[own], f"'{own}' (floor {FLOORS[own]}) imports {target}"
-            assert not is_relative or own == "", f"{target} is another room: import it absolutely"
+            assert level, f"{target} is in the same package: import it relatively"
+            continue
+        assert FLOOR[other] < FLOOR[own], f"'{own}' imports {target}, which is not below it"
+        assert not level or own == "", f"{target} is another room: import it absolutely"
+        private = privates(f"{target}.{name}")
+        assert not private, f"{private} is of the room '{other}' alone"
+
+
+def test_files_do_not_import_in_circles():
+    graph = {name: {target for target, _, _ in imports(path)} for name, path in NAMED.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def privates(name):
+    """The part of a dotted name up to what is private in it, if something is."""
+    found = re.match(r"(\w+\.)*?_(?!_)\w+", name)
+    return found.group() if found else ""
+
+
+def reached(path):
+    """All dotted names of linsight in a file: imported, read off a module, or in a text, as for a monkeypatch."""
+    modules = {"linsight": "linsight"}
+    tree = parsed(path)
+    for target, name, _ in imports(path):
+        yield f"{target}.{name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            modules |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"\blinsight(?:\.\w+)+", node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            head, _, rest = ast.unparse(node).partition(".")
+            if modules.get(head, "") in NAMED:
+                yield f"{modules[head]}.{rest}"
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=relative)
+def test_only_public_names_are_used_from_outside(path):
+    found = {private for name in reached(path) if (private := privates(name))}
+    assert not found, f"{sorted(found)}: use what is public, or make it public by its name"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
@@ -96,7 +140,7 @@ def test_files_are_short(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_constructors_are_small(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             own = [*node.args.posonlyargs, *node.args.args[1:], *node.args.kwonlyargs]
             assert len(own) <= 12, f"line {node.lineno}: {len(own)} arguments"
@@ -125,7 +169,7 @@ def public_names():
     lines = []
     for name in ["linsight", *sorted(f"linsight.{p.parent.name}" for p in SOURCE.glob("*/__init__.py"))]:
         module = importlib.import_module(name)
-        for public in module.__all__:
+        for public in getattr(module, "__all__", ()):
             assert hasattr(module, public), f"{name}.__all__ names '{public}', which it lacks"
             lines.append(f"{name}.{public}")
     return "\n".join(sorted(lines)) + "\n"

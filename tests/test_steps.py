@@ -9,7 +9,7 @@ from torch import nn
 
 import linsight
 from linsight.attention import list_attentions
-from linsight.describe import count_macs, count_parameters
+from linsight.bench.counting import count_macs, count_parameters
 from linsight.errors import LinsightError
 from linsight.models.hosts.steps_resnet import StepsResNet
 

@@ -12,11 +12,12 @@ import torch
 
 from linsight import __version__
 from linsight.ops import TRITON, forms
+from linsight.runtime.device import cpu_bf16, list_devices
 
 
 def diagnose() -> dict[str, Any]:
     """Everything `linsight doctor` shows."""
-    devices = _devices()
+    devices = list_devices()
     return {
         "linsight": __version__,
         "python": platform.python_version(),
@@ -38,7 +39,7 @@ def _packages() -> list[dict[str, str]]:
         extra = _match(r"(?<=extra == ['\"])\w+", line)
         if name in ("linsight", *rows):
             continue
-        version = _version(name)
+        version = version_of(name)
         get = "" if version else f"pip install '{f'linsight[{extra}]' if extra else name}'"
         rows[name] = {"name": name, "extra": extra, "version": version, "get": get}
     return list(rows.values())
@@ -56,23 +57,12 @@ def _match(pattern: str, text: str) -> str:
     return found.group() if found else ""
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, "" where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _devices() -> list[dict[str, Any]]:
-    """The device that commands choose comes first, the CPU last."""
-    rows: list[dict[str, Any]] = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        rows.append({"type": "cuda", "name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)})
-    if torch.backends.mps.is_available():
-        rows.append({"type": "mps", "name": platform.processor() or "Apple GPU", "memory_gib": None})
-    rows.append({"type": "cpu", "name": _cpu_flags().get("cpu_name") or platform.machine(), "memory_gib": None})
-    return rows
 
 
 def _cpu() -> dict[str, Any]:
@@ -81,14 +71,8 @@ def _cpu() -> dict[str, Any]:
         "vector": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bf16": ", ".join(name for name, present in _cpu_flags().items() if "bf16" in name and present is True),
+        "bf16": cpu_bf16(),
     }
-
-
-def _cpu_flags() -> dict[str, Any]:
-    if hasattr(torch.cpu, "get_capabilities"):
-        return dict(torch.cpu.get_capabilities())
-    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
 
 
 def _triton(device: str) -> dict[str, Any]:
@@ -97,7 +81,7 @@ def _triton(device: str) -> dict[str, Any]:
         return {"version": "", "used": False, "why": "not installed: no operator needs it"}
     used = [form.operator for form in forms(device) if form.form == TRITON]
     why = f"{len(used)} operators take it on {device}" if used else f"not made for {device}: no operator takes it"
-    return {"version": _version("triton"), "used": bool(used), "why": why}
+    return {"version": version_of("triton"), "used": bool(used), "why": why}
 
 
 def _compiler() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from linsight.bench import Side, _rounds, _run, _steps
+from linsight.bench import Side, rounds, run, steps
 
 PEAKS = {"peak_tflops": 2.0, "peak_gb_per_sec": 50.0}
 
@@ -37,8 +37,8 @@ class Here:
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """Runs measure here, each step once a round; results are kept in `tmp_path / "cache"`."""
-    monkeypatch.setattr(_run, "Worker", Here)
-    monkeypatch.setattr(_rounds, "SAMPLE", 0)
-    monkeypatch.setattr(_steps, "measure_peaks", lambda device, dtype: PEAKS)
+    monkeypatch.setattr(run, "Worker", Here)
+    monkeypatch.setattr(rounds, "SAMPLE", 0)
+    monkeypatch.setattr(steps, "measure_peaks", lambda device, dtype: PEAKS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path

@@ -6,13 +6,13 @@ import pytest
 import strange_sides
 import torch
 
-from linsight.bench import Worker, _rounds
+from linsight.bench import Worker, rounds
 
 CPU = torch.device("cpu")
 
 
 def test_rounds_alternate_and_a_side_that_fails_leaves_the_other(monkeypatch):
-    monkeypatch.setattr(_rounds, "SAMPLE", 0)
+    monkeypatch.setattr(rounds, "SAMPLE", 0)
     order = []
 
     def step(name):
@@ -27,7 +27,7 @@ def test_rounds_alternate_and_a_side_that_fails_leaves_the_other(monkeypatch):
 
     sent = []
     names = {0: "good", 1: "late", 2: "never"}
-    _rounds.alternate(names, make, lambda *message: sent.append(message), CPU, 0)
+    rounds.alternate(names, make, lambda *message: sent.append(message), CPU, 0)
     assert order == ["good", "late", "good", "late", "late", "good", "good", "late"]
     errors = {side: value for side, kind, value in sent if kind == "error"}
     assert errors == {1: "out of memory", 2: "cannot be built"}
@@ -36,17 +36,17 @@ def test_rounds_alternate_and_a_side_that_fails_leaves_the_other(monkeypatch):
 
 
 def test_a_side_that_knows_its_memory_is_not_asked_again(monkeypatch):
-    monkeypatch.setattr(_rounds, "SAMPLE", 0)
-    monkeypatch.setattr(_rounds, "peak_of", lambda act, device: pytest.fail("measured"))
+    monkeypatch.setattr(rounds, "SAMPLE", 0)
+    monkeypatch.setattr(rounds, "peak_of", lambda act, device: pytest.fail("measured"))
     sent = []
-    _rounds.alternate({0: ""}, lambda _: ({"peak_mb": 5.0}, int), lambda *message: sent.append(message), CPU, 0)
-    assert [kind for _, kind, _ in sent].count("time") == _rounds.ROUNDS
+    rounds.alternate({0: ""}, lambda _: ({"peak_mb": 5.0}, int), lambda *message: sent.append(message), CPU, 0)
+    assert [kind for _, kind, _ in sent].count("time") == rounds.ROUNDS
 
 
 def test_memory_is_that_of_the_step():
-    if not _rounds.reset_peak():
+    if not rounds.reset_peak():
         pytest.skip("only Linux counts the peak of a process")
-    assert 60 < _rounds.peak_of(lambda: torch.ones(2**24).sum(), CPU) < 90  # 64 MiB of float32
+    assert 60 < rounds.peak_of(lambda: torch.ones(2**24).sum(), CPU) < 90  # 64 MiB of float32
 
 
 @pytest.mark.timeout(180)  # it starts three processes
@@ -55,4 +55,4 @@ def test_what_takes_too_long_or_kills_the_process_is_said_and_the_rest_measured(
         spun, worked, died = worker.run(None, ("spins", "works", "dies"))
     assert spun.error == "took more than 3 s" and not spun.times
     assert died.error.startswith("killed") and not died.times
-    assert len(worked.times) == _rounds.ROUNDS and not worked.error
+    assert len(worked.times) == rounds.ROUNDS and not worked.error

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from linsight import bench, cli
-from linsight.bench import _cost, _operators, _run, _steps
-from linsight.bench._rows import step_columns
+from linsight.bench import operators, roofline, run, steps
+from linsight.bench.rows import step_columns
 from linsight.errors import LinsightError
 from linsight.models import VARIANTS
 
@@ -65,7 +65,7 @@ def test_operators_are_those_with_a_core():
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", ["softmax", "inline", "mlla"])
 def test_an_operator_costs_what_its_formula_says(name, train):
-    facts, step = _operators.operator_step(name, (3, 4), 2, CPU, None, dim=16, heads=2, train=train, compiled=False)
+    facts, step = operators.operator_step(name, (3, 4), 2, CPU, None, dim=16, heads=2, train=train, compiled=False)
     step()
     tokens = 2 * 12 * 16 * 4  # bytes of one of q, k, v and the output
     if name == "softmax":
@@ -79,7 +79,7 @@ def test_an_operator_costs_what_its_formula_says(name, train):
 
 def test_traffic_is_what_operators_read_and_write():
     x = torch.ones(10, 10)
-    with _cost.Traffic() as traffic:
+    with roofline.Traffic() as traffic:
         y = x.view(100).expand(3, 100) + 1  # the view costs nothing, the expanded input 400 bytes
         y.add_(y)
     assert traffic.bytes == (400 + 1200) + (1200 + 1200)
@@ -87,9 +87,9 @@ def test_traffic_is_what_operators_read_and_write():
 
 def test_the_roofline_is_the_longer_of_two_times():
     peaks = {"peak_tflops": 2.0, "peak_gb_per_sec": 50.0}
-    assert _cost.roofline({"flops": 1e12, "bytes": 10e9}, peaks, 1.0) == (50, "operations")
-    assert _cost.roofline({"flops": 1e12, "bytes": 40e9}, peaks, 2.0) == (40, "bytes")
-    assert _cost.roofline({"flops": 1e12, "bytes": 40e9}, {}, 2.0) is None
+    assert roofline.roofline({"flops": 1e12, "bytes": 10e9}, peaks, 1.0) == (50, "operations")
+    assert roofline.roofline({"flops": 1e12, "bytes": 40e9}, peaks, 2.0) == (40, "bytes")
+    assert roofline.roofline({"flops": 1e12, "bytes": 40e9}, {}, 2.0) is None
 
 
 def test_ratios_are_those_of_rounds():
@@ -161,14 +161,14 @@ def test_models_are_measured_on_images(here):
 
 
 def test_stopping_leaves_whole_files(here, command, monkeypatch):
-    measure = _steps.measure
+    measure = steps.measure
 
     def stops(cell, sides, send):
         if cell.height == 4:
             raise KeyboardInterrupt
         measure(cell, sides, send)
 
-    monkeypatch.setattr(_run.bench, "__defaults__", (stops,))
+    monkeypatch.setattr(run.bench, "__defaults__", (stops,))
     options = ["--sizes", "2,4", "--seconds", "0", "--dim", "16", "--heads", "2", "--steps", "infer"]
     code, _, err = command("bench", "linear", *options, "--out", str(here / "out"))
     assert code == 130 and "stopped" in err
@@ -221,6 +221,6 @@ def test_other_files_are_refused():
 
 
 def test_peaks_are_rates_of_this_machine(monkeypatch):
-    monkeypatch.setattr(_cost, "_best", lambda act, device: 0.5)
-    found = _cost.measure_peaks(CPU, torch.bfloat16)
+    monkeypatch.setattr(roofline, "best_of", lambda act, device: 0.5)
+    found = roofline.measure_peaks(CPU, torch.bfloat16)
     assert found == {"peak_tflops": 2 * 1536**3 / 0.5 / 1e12, "peak_gb_per_sec": 2 * 2**28 / 0.5 / 1e9}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import linsight
-from linsight.checkpoints._read import STAND_INS, read
+from linsight.checkpoints.read import STAND_INS, read
 from linsight.errors import CheckpointError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2, dtype=torch.bfloat16)}

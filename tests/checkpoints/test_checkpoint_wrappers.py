@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import linsight
-from linsight.checkpoints._unwrap import EMA, PLAIN, PREFIXES, unwrap
+from linsight.checkpoints.unwrap import EMA, PLAIN, PREFIXES, unwrap
 from linsight.errors import CheckpointError
 
 TRAINED, AVERAGED = {"a.weight": torch.zeros(2)}, {"a.weight": torch.ones(2)}

@@ -12,8 +12,8 @@ from torch import nn
 
 import linsight
 from linsight import export_published, load_published
-from linsight.checkpoints._guess import _size
-from linsight.checkpoints._report import ROWS
+from linsight.checkpoints.guess import size_of
+from linsight.checkpoints.report import ROWS
 from linsight.errors import CheckpointError
 from linsight.models import HOSTS, VARIANTS
 from test_hosts import SMALL, build
@@ -317,9 +317,9 @@ def test_every_registered_model_tells_its_size():
     arguments = [host.args for host in HOSTS.values()] + [
         {**HOSTS[variant.host].args, **variant.args} for variant in VARIANTS.values()
     ]
-    assert all(None not in _size(args) for args in arguments)
+    assert all(None not in size_of(args) for args in arguments)
     swin, steps = HOSTS["swin_tiny"].args, VARIANTS["steps_swin_tiny"].args
-    assert _size({**swin, **steps}) == (96, 26) and _size({**swin, "steps": [[(96, 3)], [(192, 2)]]}) == (96, 5)
+    assert size_of({**swin, **steps}) == (96, 26) and size_of({**swin, "steps": [[(96, 3)], [(192, 2)]]}) == (96, 5)
 
 
 def test_other_blocks_of_the_same_host():

@@ -11,7 +11,7 @@ from golden import cases
 from golden.spec import tensor
 from linsight import export_published, load_published
 from linsight.attention import Rename, mechanism
-from linsight.checkpoints._keys import CONSTANTS, Rules, to_ours, to_published
+from linsight.checkpoints.keys import CONSTANTS, Rules, to_ours, to_published
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models.hosts.cswin import CSwinTransformer
 

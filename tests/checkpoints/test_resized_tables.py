@@ -10,7 +10,7 @@ from test_load_published import refused
 from torch.nn import functional as F
 
 from linsight import export_published, load_published
-from linsight.checkpoints._report import ROWS
+from linsight.checkpoints.report import ROWS
 from linsight.errors import CheckpointError
 from test_hosts import build
 

@@ -8,6 +8,7 @@ import rich.console
 
 import linsight
 from linsight import cli, ops
+from linsight.cli import show
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_list_has_each_model_on_one_line(run):
 def test_list_fits_a_terminal_of_80_columns(run, monkeypatch):
     """Names are not broken, and plans of attention only between stages."""
     narrow = rich.console.Console(width=80, no_color=True)
-    monkeypatch.setattr(linsight._cli_info, "_console", lambda: narrow)
+    monkeypatch.setattr(show, "terminal", lambda: narrow)
     words = {word.strip(",") for word in run("list")[1].split()}
     assert {*linsight.models.VARIANTS, *linsight.models.HOSTS} <= words
     assert {"inline:2/softmax", "focused", "O(N^2"} <= words
@@ -101,7 +102,7 @@ def test_models_cost_what_their_paper_says(run, name):
     ],
 )
 def test_info_shows_what_is_published(run, monkeypatch, name, published):
-    monkeypatch.setattr("linsight.describe.count_macs", lambda *_: 0)  # which takes seconds
+    monkeypatch.setattr("linsight.catalogue.count_macs", lambda *_: 0)  # which takes seconds
     lines = [line.strip() for line in run("info", name)[1].splitlines()]
     shown = [line.partition(" ")[2].strip() for line in lines if line.startswith("published ")]
     assert shown == ([published] if published else [])
@@ -147,8 +148,8 @@ def test_doctor(run, monkeypatch):
 
 
 def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch):
-    real = linsight.doctor._version
-    monkeypatch.setattr(linsight.doctor, "_version", lambda name: "" if name == "matplotlib" else real(name))
+    real = linsight.doctor.version_of
+    monkeypatch.setattr(linsight.doctor, "version_of", lambda name: "" if name == "matplotlib" else real(name))
     _, out, _ = run("doctor")
     assert "pip install 'linsight[train]'" in out
 

@@ -22,7 +22,7 @@ from golden.builders import builder
 from golden.fill import fill, unit_noise
 from golden.spec import Run
 from linsight.attention import Rename
-from linsight.checkpoints._keys import key_map, to_published
+from linsight.checkpoints.keys import key_map, to_published
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-4  # of the largest value of the published output

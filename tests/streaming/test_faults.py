@@ -11,7 +11,7 @@ import torch
 
 import linsight
 from linsight.errors import CapabilityError, LinsightError
-from linsight.streaming import _store, _tiled
+from linsight.streaming import store, tiled
 
 from .hosts import PLAIN, close, image, small, whole
 
@@ -105,7 +105,7 @@ def test_scratch_files_are_memory(model, dtype, tmp_path):
 
 def test_a_stopped_run_goes_on_from_its_last_step(model, tmp_path, monkeypatch):
     expected = linsight.stream(model, PICTURE, **ARGUMENTS)
-    calls, run = [], _tiled.TiledBlock.run
+    calls, run = [], tiled.TiledBlock.run
 
     def interrupted(self, x, tile):
         calls.append(tile)
@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_from_its_last_step(model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return run(self, x, tile)
 
-    monkeypatch.setattr(_tiled.TiledBlock, "run", interrupted)
+    monkeypatch.setattr(tiled.TiledBlock, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         linsight.stream(model, PICTURE, scratch=tmp_path, **ARGUMENTS)
     assert json.loads((tmp_path / "stream.json").read_text())["step"] == 1
@@ -140,7 +140,7 @@ def test_a_scratch_folder_is_of_one_run_and_keeps_what_is_not_ours(model, tmp_pa
     linsight.stream(model, PICTURE, scratch=tmp_path, report=report, **ARGUMENTS)
     linsight.stream(model, PICTURE, scratch=tmp_path, **ARGUMENTS)
     assert inside and os.listdir(tmp_path) == ["step-5.bin"]
-    (tmp_path / _store.LOCK).mkdir()
+    (tmp_path / store.LOCK).mkdir()
     one_line(LinsightError, "nothing can be written to", model=model, scratch=tmp_path)
 
 
@@ -196,7 +196,7 @@ def test_a_disk_that_fills(model, tmp_path):
 
 def test_files_have_their_place_before_they_are_written(tmp_path):
     """A mapped file with holes ends the process when the disk is full."""
-    _store._allocate(tmp_path / "map", 2**20)
+    store.allocate(tmp_path / "map", 2**20)
     blocks = getattr(os.stat(tmp_path / "map"), "st_blocks", None)
     if blocks is None:
         pytest.skip("this system does not tell what a file takes")
@@ -243,7 +243,7 @@ def test_a_tile_that_does_not_fit(error, model, monkeypatch):
     def run(self, x, tile):
         raise error
 
-    monkeypatch.setattr(_tiled.TiledBlock, "run", run)
+    monkeypatch.setattr(tiled.TiledBlock, "run", run)
     one_line(LinsightError, "no memory for a tile of 16 pixels", "--tile", model=model)
 
 

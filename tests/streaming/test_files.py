@@ -10,7 +10,8 @@ from PIL import Image
 
 import linsight
 from linsight.errors import LinsightError
-from linsight.streaming._files import opened
+from linsight.streaming.files import opened
+from linsight.streaming.source import Source
 
 from .hosts import PLAIN, close, small, whole
 
@@ -38,7 +39,7 @@ def same(path, expected, channels=3):
 
 def one_line(path, *words, channels=3):
     with pytest.raises(LinsightError) as caught, opened(path, channels) as (picture, name):
-        linsight.streaming._run.Source(picture, (0.0,) * channels, (1.0,) * channels, name).read((0, 45), (0, 70))
+        Source(picture, (0.0,) * channels, (1.0,) * channels, name).read((0, 45), (0, 70))
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in (*words, str(path))), message
 
@@ -102,13 +103,13 @@ def test_only_the_segments_that_are_asked_for_are_read(tmp_path, monkeypatch):
 
 def test_segments_are_kept_while_there_is_place(tmp_path, monkeypatch):
     path = tmp_path / "a.tif"
-    monkeypatch.setattr("linsight.streaming._tiff.KEPT", 2 * 16 * 16 * 3 + 1)
+    monkeypatch.setattr("linsight.streaming.tiff.KEPT", 2 * 16 * 16 * 3 + 1)
     tifffile.imwrite(path, photo(), photometric="rgb", tile=(16, 16), compression="zlib")
     with opened(path, 3) as (picture, _):
         picture[0:45, 0:70]
         assert list(picture.reader.kept) == [13, 14]
     assert not picture.reader.kept
-    monkeypatch.setattr("linsight.streaming._memory._SOURCES", {"RLIMIT_AS": lambda root: [16 * 16 * 3 - 1]})
+    monkeypatch.setattr("linsight.runtime.memory.SOURCES", {"RLIMIT_AS": lambda root: [16 * 16 * 3 - 1]})
     one_line(path, "RLIMIT_AS", "save it in tiles")
 
 
@@ -184,9 +185,9 @@ def test_pictures_that_are_not_read(tmp_path, monkeypatch):
     one_line(tmp_path, "folder")
     one_line(tmp_path / "b.png", "no such image")
     Image.fromarray(photo()).save(path)
-    monkeypatch.setattr("linsight.streaming._memory._SOURCES", {"RLIMIT_AS": lambda root: [12_599]})
+    monkeypatch.setattr("linsight.runtime.memory.SOURCES", {"RLIMIT_AS": lambda root: [12_599]})
     one_line(path, "needs 0.0 MB", "RLIMIT_AS", "tiled TIFF")
-    monkeypatch.setattr("linsight.streaming._memory._SOURCES", {"RLIMIT_AS": lambda root: [12_600]})
+    monkeypatch.setattr("linsight.runtime.memory.SOURCES", {"RLIMIT_AS": lambda root: [12_600]})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1200)
     same(path, photo())
 

@@ -14,7 +14,7 @@ from small import colours
 from linsight import create_model
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
-from linsight.train._budget import (
+from linsight.train.budget import (
     FACTORS,
     POWERS,
     Outcome,
@@ -29,7 +29,7 @@ from linsight.train._budget import (
     quotas,
     static,
 )
-from linsight.train._model import save
+from linsight.train.model import save
 
 COSTS = (1e9, 2e9, 3.5e9, 4e9)
 powers, seeds = st.floats(0.05, 8), st.integers(0, 10_000)

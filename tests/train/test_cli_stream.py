@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from linsight.streaming import _tiled
-from linsight.train import Recipe, _predict_stream, load_trained
-from linsight.train._model import build, save
-from linsight.train._progress import TileBar, TileLines
+from linsight.streaming import tiled
+from linsight.train import Recipe, load_trained, tiling
+from linsight.train.model import build, save
+from linsight.train.progress import TileBar, TileLines
 
 SIDES = (30, 26)
 PIXELS = np.random.default_rng(0).integers(0, 256, (*SIDES, 3), dtype=np.uint8)
@@ -91,7 +91,7 @@ def test_mixed_precision(weights, photo, linsight):
 
 def stop_at(monkeypatch, count, number):
     """A signal in the tile `count` of all blocks."""
-    calls, run = [], _tiled.TiledBlock.run
+    calls, run = [], tiled.TiledBlock.run
 
     def stopping(self, x, tile):
         calls.append(tile)
@@ -99,7 +99,7 @@ def stop_at(monkeypatch, count, number):
             os.kill(os.getpid(), number)
         return run(self, x, tile)
 
-    monkeypatch.setattr(_tiled.TiledBlock, "run", stopping)
+    monkeypatch.setattr(tiled.TiledBlock, "run", stopping)
     return calls
 
 
@@ -171,7 +171,7 @@ def test_a_map_that_cannot_be_moved_is_kept(weights, photo, linsight, tmp_path, 
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_predict_stream.shutil, "move", full)
+    monkeypatch.setattr(tiling.shutil, "move", full)
     scratch, file = tmp_path / "scratch", tmp_path / "a.npy"
     command = ("predict", weights, photo, "--stream", "--output", "map", "--out", file, "--scratch", scratch, *PLAIN)
     code, _, err = linsight(*command)
@@ -182,7 +182,7 @@ def test_a_map_that_cannot_be_moved_is_kept(weights, photo, linsight, tmp_path, 
 
 def test_progress_tells_the_share_and_the_time_left(monkeypatch):
     clock = iter(range(0, 1000, 40))
-    monkeypatch.setattr("linsight.train._progress.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("linsight.train.progress.time.perf_counter", lambda: float(next(clock)))
     lines = TileLines(Console(file=io.StringIO(), width=20))
     with lines.of("a[b].tif"):
         for done in range(3, 9):  # of a resumed run, 40 seconds each

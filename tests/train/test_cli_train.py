@@ -154,7 +154,7 @@ def test_an_existing_run_folder_is_refused_with_a_way_out(run, linsight):
 def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(linsight, tmp_path, tiny_options, monkeypatch):
     import signal
 
-    from linsight.train._progress import Lines
+    from linsight.train.progress import Lines
 
     monkeypatch.setattr(Lines, "step", lambda *done: signal.raise_signal(signal.SIGINT))
     code, _, err = linsight("train", *tiny_options, "--out", tmp_path / "run")

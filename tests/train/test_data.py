@@ -11,9 +11,9 @@ from small import TINY, colours, truncate
 
 from linsight.errors import LinsightError
 from linsight.train import open_data, resolve
-from linsight.train._data import open_evaluation
-from linsight.train._images import Samples, cached, collate, decode, eval_transform, train_transform
-from linsight.train._random import key
+from linsight.train.datasets import open_evaluation
+from linsight.train.images import Samples, cached, collate, decode, eval_transform, train_transform
+from linsight.train.random import key
 
 
 def recipe(data, **overrides):

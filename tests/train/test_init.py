@@ -9,11 +9,11 @@ from small import TINY, colours, truncate
 
 import linsight
 from linsight.errors import CheckpointError, LinsightError
+from linsight.runtime.signals import Interrupted
 from linsight.train import load_trained, resolve, resume, train
-from linsight.train._loop import Trainer
-from linsight.train._progress import Silent
-from linsight.train._run import Run
-from linsight.train._signals import Interrupted
+from linsight.train.loop import Trainer
+from linsight.train.progress import Silent
+from linsight.train.run import Run
 
 MODEL = "patch_size=2,embed_dim=16,depth=2,num_heads=2,global_pool=avg,class_token=False"
 START = {**TINY, "model": "inline_deit_tiny", "attention": None, "model_args": MODEL, "batch_size": 512}

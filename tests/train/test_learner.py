@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.train import _model as models
-from linsight.train import load_trained, open_data, resolve, train
-from linsight.train._images import Batch, Samples, train_transform
-from linsight.train._learner import Learner, ema_decay
-from linsight.train._model import build
+from linsight.train import load_trained, loop, open_data, resolve, train
+from linsight.train import model as models
+from linsight.train.images import Batch, Samples, train_transform
+from linsight.train.learner import Learner, ema_decay
+from linsight.train.model import build
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,8 @@ def test_a_model_may_have_a_loss_of_its_own():
 
 
 def test_such_a_model_goes_through_a_whole_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "build", lambda recipe, classes: Exits())
+    for module in (loop, models):
+        monkeypatch.setattr(module, "build", lambda recipe, classes: Exits())
     options = {"batch_size": 32, "lr": "1e-2", "epochs": 2, "mixup": 0.2, "ema": 0.5}
     recipe = resolve("digits", {**TINY, **options})
     summary = train(recipe, out=tmp_path / "run")

@@ -8,8 +8,8 @@ from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import ARCHITECTURES, VARIANTS
 from linsight.recipe import FIELDS, parse
 from linsight.train import RECIPES, Recipe, resolve, suggest
-from linsight.train._learner import ema_decay
-from linsight.train._model import build
+from linsight.train.learner import ema_decay
+from linsight.train.model import build
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from small import TINY, colours, truncate
 
 from linsight.errors import CheckpointError, LinsightError
+from linsight.runtime.signals import Interrupted
 from linsight.train import load_trained, resolve, resume, train
-from linsight.train._progress import Silent, reporter
-from linsight.train._signals import Interrupted
+from linsight.train.progress import Silent, reporter
 
 # Every source of randomness and of state is on: dropped paths, erasing, mixing, copies, averaging and what is learnt
 # from it in the last two epochs, a schedule.
@@ -125,7 +125,7 @@ def test_a_run_that_got_sigkill_itself_resumes(tmp_path, uninterrupted):
     program = f"""
 import os, signal
 from linsight.train import resolve, train
-from linsight.train._progress import Silent
+from linsight.train.progress import Silent
 class Kill(Silent):
     def step(self, epoch, step, images, loss):
         if (epoch, step) == (1, 3):
@@ -152,17 +152,17 @@ def test_a_resumed_run_has_the_threads_it_started_with(tmp_path):
 
 
 def test_a_stop_in_the_midst_of_an_evaluation_keeps_the_epoch(tmp_path, uninterrupted, monkeypatch):
-    from linsight.train import _loop
+    from linsight.train import loop
 
     folder = tmp_path / "run"
-    before = _loop.Trainer._after_val_batch
+    before = loop.Trainer.after_val_batch
 
     def stopped(trainer, batch):
         interrupt()
         before(trainer, batch)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"after {STEPS} of {STEPS} steps"):
-        patch.setattr(_loop.Trainer, "_after_val_batch", stopped)
+        patch.setattr(loop.Trainer, "after_val_batch", stopped)
         train(resolve("digits", RANDOM), out=folder)
     resume(folder)
     same(outcome(folder), uninterrupted)

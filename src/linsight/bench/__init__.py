@@ -1,4 +1,4 @@
-"""Floor 5: what mechanisms and models cost in time and memory, beside what a user would pick instead; and what to pick.
+"""The cost of mechanisms and models in time and memory, beside what a user would pick instead; and what to pick.
 
 >>> from linsight.bench import Plan, Setting, bench, plan_groups
 >>> plan = Plan(plan_groups(["inline", "agent"]), ((14, 14, 1), (56, 56, 1)), Setting(dim=192, heads=6))
@@ -7,16 +7,16 @@
 """
 
 from ._advise import Advice, Choice, Question, advise, known_results
-from ._cost import measure_peaks
 from ._curves import Estimate, at, crossings, pays_from
 from ._page import page, write_page
-from ._plot import draw, write_plot
-from ._rounds import Send, Side, Step, alternate
-from ._rows import COLUMNS, ratios, read_rows, results_folder, spread, table, write_rows
-from ._run import Done, Plan, Size, bench, check_plan, run_facts
-from ._steps import STEPS, Cell, Setting, captured, cost, measure, step_of
 from ._subjects import TIMM, Group, Subject, build, plan_groups, softmax_beside
 from ._worker import Worker
+from .plot import draw, write_plot
+from .roofline import measure_peaks
+from .rounds import Send, Side, Step, alternate
+from .rows import COLUMNS, ratios, read_rows, results_folder, spread, table, write_rows
+from .run import Done, Plan, Size, bench, check_plan, run_facts
+from .steps import STEPS, Cell, Setting, captured, cost, measure, step_of
 
 __all__ = [
     "COLUMNS",

@@ -9,8 +9,8 @@ from typing import Any
 from linsight.errors import LinsightError
 
 from ._curves import at, pays_from
-from ._operators import SOFTMAX
-from ._rows import Row, digits, read_rows, results_folder
+from .operators import SOFTMAX
+from .rows import Row, digits, read_rows, results_folder
 
 FAR = 2.0  # times beyond the measured sizes from which it is said in words
 EVEN = 0.05  # of a ratio: less is no difference

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linsight.train._files import write_text
+from linsight.runtime.files import write_text
 
-from ._plot import svg
-from ._rows import Row, table
+from .plot import svg
+from .rows import Row, table
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }

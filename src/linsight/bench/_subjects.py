@@ -13,7 +13,7 @@ from linsight.attention import list_attentions
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model
 
-from ._operators import SOFTMAX
+from .operators import SOFTMAX
 
 # Our hosts that timm has, by its names. The others stand for themselves, with softmax in them.
 TIMM = {

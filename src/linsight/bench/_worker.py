@@ -7,7 +7,7 @@ from typing import Any
 
 from linsight.errors import LinsightError
 
-from ._rounds import Side
+from .rounds import Side
 
 
 class Worker:

@@ -1,6 +1,6 @@
-"""Floor 4: published checkpoints in and out, read without ever running what is in them."""
+"""Published checkpoints in and out, read without ever running what is in them."""
 
 from ._load import export_published, load_published
-from ._report import LoadReport, Mismatch
+from .report import LoadReport, Mismatch
 
 __all__ = ["LoadReport", "Mismatch", "export_published", "load_published"]

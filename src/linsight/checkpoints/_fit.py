@@ -14,9 +14,9 @@ from linsight.attention import Attention
 from linsight.models import fit_bias_table
 from linsight.ops import FittedTable
 
-from ._keys import is_constant, key_map, to_ours
 from ._projections import Entry, regroup
-from ._report import Mismatch, shape_text
+from .keys import is_constant, key_map, to_ours
+from .report import Mismatch, shape_text
 
 
 @dataclasses.dataclass

@@ -11,12 +11,12 @@ from linsight.errors import CheckpointError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 
 from ._fit import Fitted, fit
-from ._guess import describe
-from ._keys import key_map, to_published
 from ._projections import Entry, published_layout, regroup
-from ._read import read
-from ._report import LoadReport, table
-from ._unwrap import shared_prefix, unwrap
+from .guess import describe
+from .keys import key_map, to_published
+from .read import read
+from .report import LoadReport, table
+from .unwrap import shared_prefix, unwrap
 
 
 def load_published(

@@ -25,9 +25,9 @@ def circular_correlation(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.to(dtype), b.to(dtype)
     if torch.compiler.is_exporting():
         with full_precision(a):
-            return _by_matrices(a, b)
+            return by_matrices(a, b)
     if torch.compiler.is_compiling():
-        return _operator(a, b, True)
+        return operator(a, b, True)
     return _by_fft(a, b, correlate=True)
 
 
@@ -40,11 +40,12 @@ def _by_fft(a: Tensor, b: Tensor, correlate: bool) -> Tensor:
 
 
 @torch.library.custom_op("linsight::circular_product", mutates_args=())
-def _operator(a: Tensor, b: Tensor, correlate: bool) -> Tensor:
+def operator(a: Tensor, b: Tensor, correlate: bool) -> Tensor:
+    """`_by_fft` behind an operator of torch, for compiled graphs."""
     return _by_fft(a, b, correlate).contiguous()
 
 
-@_operator.register_fake
+@operator.register_fake
 def _(a: Tensor, b: Tensor, correlate: bool) -> Tensor:
     return a.new_empty(a.shape)
 
@@ -57,14 +58,15 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     a, b = ctx.saved_tensors
     if ctx.correlate:
-        return _operator(grad, b, True), _operator(a, grad, False), None
-    return _operator(b, grad, True), _operator(a, grad, True), None
+        return operator(grad, b, True), operator(a, grad, False), None
+    return operator(b, grad, True), operator(a, grad, True), None
 
 
-_operator.register_autograd(_backward, setup_context=_save)
+operator.register_autograd(_backward, setup_context=_save)
 
 
-def _by_matrices(a: Tensor, b: Tensor) -> Tensor:
+def by_matrices(a: Tensor, b: Tensor) -> Tensor:
+    """The correlation by products with matrices of cosines and sines, for exported graphs."""
     height, width = a.shape[-2:]
     half = width // 2 + 1  # the rest of the spectrum of a real map mirrors it
     factory: dict[str, Any] = {"device": a.device, "dtype": a.dtype}

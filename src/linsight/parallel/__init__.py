@@ -1,4 +1,4 @@
-"""Floor 5: one image over many devices, each of which holds a band of its rows."""
+"""One image over many devices, each of which holds a band of its rows."""
 
 from ._split import gather, shard_image, split
 

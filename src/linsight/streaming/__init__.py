@@ -1,6 +1,6 @@
-"""Floor 4: images of any size through a model, tile by tile and layer by layer, exact to rounding."""
+"""Images of any size through a model, tile by tile and layer by layer, exact to rounding."""
 
 from ._run import plan_of, stream
-from ._tiled import check_streams, reach
+from .tiled import check_streams, reach
 
 __all__ = ["check_streams", "plan_of", "reach", "stream"]

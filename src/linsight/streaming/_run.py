@@ -13,10 +13,10 @@ from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 from linsight.models import HOSTS, Sample, StreamPlan, Streams
 from linsight.ops import Grid, Tile, accumulator, tiles
 
-from ._files import opened
-from ._source import Source
-from ._store import Canvas, Memory, Scratch, fingerprint
-from ._tiled import TiledBlock
+from .files import opened
+from .source import Source
+from .store import Canvas, Memory, Scratch, fingerprint
+from .tiled import TiledBlock
 
 OUTPUTS = ("logits", "features", "map")
 # Called after each tile with how many of all tiles of all passes are done.

@@ -1,18 +1,21 @@
-"""Floor 5, the main job: train a model by a recipe, evaluate it, predict with it.
+"""Train a model by a recipe, evaluate it, predict with it.
 
 >>> from linsight.train import resolve, train
 >>> summary = train(resolve("digits", {"epochs": 2}), out="runs/quick")
 """
 
-from ._data import Data, open_data
-from ._exits import evaluate_exits
-from ._loop import resume, train
-from ._model import Trained, load_trained
-from ._predict import Prediction, evaluate, predict
-from ._predict_stream import Tiling, predict_stream, save_stream
-from ._recipe import Recipe, resolve, suggest
-from ._signals import Interrupted
+from linsight.recipe import Recipe
+from linsight.runtime.signals import Interrupted
+
+from ._predict import Prediction, predict
+from .chosen import resolve, suggest
+from .datasets import Data, open_data
+from .evaluation import evaluate
+from .exits import evaluate_exits
+from .loop import resume, train
+from .model import Trained, load_trained
 from .recipes import RECIPES
+from .tiling import Tiling, predict_stream, save_stream
 
 __all__ = [
     "RECIPES",

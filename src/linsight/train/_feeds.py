@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 
 from linsight.errors import LinsightError
+from linsight.recipe import Recipe
 
-from ._data import Data
-from ._images import Batch, Samples, cached, eval_transform, loader, train_transform
-from ._random import Batches
-from ._recipe import Recipe
+from .datasets import Data
+from .images import Batch, Samples, cached, eval_transform, loader, train_transform
+from .random import Batches
 
 
 @dataclasses.dataclass(frozen=True)

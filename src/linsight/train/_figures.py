@@ -6,24 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from linsight.errors import MissingExtraError
-
-from ._files import replacing
-
-
-def require_matplotlib(
-    purpose: str = "drawing curves.png and predictions.png (--no-figures goes without)",
-) -> None:
-    """Raise, before anything is computed, if the figures could not be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("matplotlib", "train", purpose) from None
+from linsight.runtime.figures import new_figure, save_figure
 
 
 def curves(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     """Loss and accuracy by epoch."""
-    figure = _figure(8, 3.2)
+    figure = new_figure(8, 3.2)
     epochs = [row["epoch"] for row in rows]
     left, right = figure.subplots(1, 2)
     for key, label in (("train_loss", "training"), ("val_loss", "evaluation")):
@@ -36,14 +24,14 @@ def curves(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def predictions(path: pathlib.Path, images: Any, guesses: Sequence[str], truths: Sequence[str]) -> None:
     """A grid of uint8 images `(B, C, H, W)` with the predicted class, and the true one where that is wrong."""
     columns = 8
     rows = -(-len(images) // columns)
-    figure = _figure(1.4 * columns, 1.75 * rows)
+    figure = new_figure(1.4 * columns, 1.75 * rows)
     grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     for axes in grid:
         axes.axis("off")
@@ -54,12 +42,12 @@ def predictions(path: pathlib.Path, images: Any, guesses: Sequence[str], truths:
             f"{guess}\nnot {truth}" if wrong else guess, fontsize=9, color="tab:red" if wrong else "black", wrap=True
         )
     figure.suptitle("what the model says of images it was not trained on (red: wrong)", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def exits(path: pathlib.Path, found: dict[str, Any]) -> None:
     """Accuracy against mean multiply-adds, as `evaluate_exits` found them: of all settings, and of each exit alone."""
-    figure = _figure(6, 4)
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     unit, scale = ("M", 1e3) if found["exits"][-1]["gmacs"] < 0.1 else ("G", 1.0)
 
@@ -78,18 +66,4 @@ def exits(path: pathlib.Path, found: dict[str, Any]) -> None:
     axes.set(xlabel=f"mean multiply-adds of an image, {unit}", ylabel="top-1, %", title=found["model"])
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)

@@ -1,113 +1,21 @@
-"""Using a trained model: scores on a data set, classes of single images."""
+"""The classes that a trained model sees in image files."""
 
 import dataclasses
-import json
 import pathlib
-import time
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from linsight.errors import LinsightError
+from linsight.runtime.device import pick_device, pick_dtype
 
-from ._data import open_data, open_evaluation
-from ._device import pick_device, pick_dtype
-from ._evaluate import probabilities, score
-from ._feeds import default_workers, refuse
-from ._images import Batch, Normalise, Samples, eval_transform, loader
-from ._model import Trained, image_size
-from ._random import Batches
-from ._recipe import Recipe, parse
-from ._run import CONFIG
+from ._feeds import refuse
 from ._sources import images_under
-
-_DATA = ("data", "data_dir", "train_split", "val_split", "val_fraction", "image_key", "label_key")
-
-
-def evaluate(
-    trained: Trained,
-    *,
-    data: str | None = None,
-    split: str | None = None,
-    batch_size: int = 128,
-    device: str = "auto",
-    amp: str = "auto",
-    workers: int | None = None,
-    on_bad_image: str = "skip",
-    data_dir: str | None = None,
-) -> dict[str, Any]:
-    """Top-1 and top-5 in percent, loss and speed on `data`, by default on what the run was evaluated on.
-
-    Raises:
-        LinsightError: no such data, classes that the model does not know, or a bad image where those are refused.
-    """
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir)
-    recipe = given.recipe
-    started = time.perf_counter()
-    scores = score(given.model, given.feed, given.normalise, given.dtype, lambda batch: refuse(recipe, batch.bad))
-    seconds = time.perf_counter() - started
-    return {
-        "data": recipe.data,
-        "images": scores.images,
-        "top1": scores.top1,
-        "top5": scores.top5,
-        "loss": scores.loss,
-        "skipped": len(scores.bad),
-        "bad": scores.bad,
-        "images_per_second": round(scores.images / seconds, 1),
-        "device": str(given.normalise.device),
-        "precision": given.precision,
-    }
-
-
-class Evaluation(NamedTuple):
-    """A model on its device, and the images to evaluate it on."""
-
-    recipe: Recipe
-    model: nn.Module
-    feed: Iterable[Batch]
-    normalise: Normalise
-    dtype: torch.dtype | None
-    precision: str
-
-
-def prepare(
-    trained: Trained,
-    data: str | None,
-    split: str | None,
-    batch_size: int,
-    device: str,
-    amp: str,
-    workers: int | None,
-    on_bad_image: str,
-    data_dir: str | None,
-) -> Evaluation:
-    """Get ready to evaluate on `data`, by default on what the run was evaluated on."""
-    recipe = trained.recipe
-    config = trained.path.parent / CONFIG
-    if data is not None:
-        recipe = dataclasses.replace(recipe, data=data, data_dir=data_dir)
-    elif trained.run and config.exists():
-        kept = json.loads(config.read_text(encoding="utf-8"))["recipe"]
-        recipe = dataclasses.replace(recipe, **{name: parse(name, kept[name]) for name in _DATA})
-    else:
-        raise LinsightError(f"'{trained.path}' is not in a run folder: say what to evaluate on with --data")
-    if data is None and split is None:  # the very images, held out or not, that the run was evaluated on
-        source = open_data(recipe).val
-    else:
-        source = open_evaluation(recipe, split, trained.classes, in_order=not trained.run)
-    recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
-    where = pick_device(device)
-    dtype, precision = pick_dtype(amp, where)
-    model = trained.model.to(where)
-    samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
-    batches = Batches(len(source), batch_size, shuffle=False)
-    count = min(default_workers() if workers is None else workers, len(batches))
-    feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
-    return Evaluation(recipe, model, feed, Normalise(recipe, where), dtype, precision)
+from .evaluation import probabilities
+from .images import Normalise, Samples, eval_transform, loader
+from .model import Trained, image_size
+from .random import Batches
 
 
 @dataclasses.dataclass(frozen=True)

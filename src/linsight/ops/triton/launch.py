@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
 
 # By the widest block of channels, forward and backward. Chosen by what the compiler says of sm_80 and sm_90: a state is
 # width^2 float32 registers, so wide heads take more warps, and backwards, which hold two more tiles, fewer tokens.
-_HALF = (
+HALF = (
     {16: Blocks(128, 4, 3), 32: Blocks(64, 4, 3), 64: Blocks(64, 4, 3), 128: Blocks(64, 8, 2)},
     {16: Blocks(64, 4, 3), 32: Blocks(64, 4, 3), 64: Blocks(32, 4, 3), 128: Blocks(32, 8, 2)},
 )
@@ -34,7 +34,7 @@ _FULL = (
     {16: Blocks(64, 4, 1), 32: Blocks(32, 4, 1), 64: Blocks(16, 4, 1), 128: Blocks(16, 8, 1)},
     {16: Blocks(32, 4, 1), 32: Blocks(32, 4, 1), 64: Blocks(16, 4, 1), 128: Blocks(16, 8, 1)},
 )
-_INTERPRETED = Blocks(32, 1, 1)
+INTERPRETED = Blocks(32, 1, 1)
 
 _WIDEST = 128  # channels of a head
 _ROOM = 1280  # bytes of shared memory for each of them, as compiled for sm_80: states lie there as operands
@@ -100,7 +100,7 @@ class Inputs(NamedTuple):
         }
         if backward:
             constants["SLOPE"] = MAPS[self.map].slope
-        splits, share = _shares(n, images * heads, chosen, x.device)
+        splits, share = shares(n, images * heads, chosen, x.device)
         return Plan(self, factors, turn, splits, share, constants)
 
 
@@ -146,16 +146,16 @@ def _split(dtype: torch.dtype) -> bool:
 
 def _blocks(x: Tensor, width: int, split: bool, backward: bool) -> Blocks:
     if x.device.type == "cpu":
-        return _INTERPRETED
-    return (_HALF if split else _FULL)[backward][block(max(width, x.shape[-1]))]
+        return INTERPRETED
+    return (HALF if split else _FULL)[backward][block(max(width, x.shape[-1]))]
 
 
-def _shares(tokens: int, programs: int, chosen: Blocks, device: torch.device) -> tuple[int, int]:
+def shares(tokens: int, programs: int, chosen: Blocks, device: torch.device) -> tuple[int, int]:
     """How many shares the tokens are cut into for each of `programs` images and heads, and the length of one."""
     if device.type == "cpu":
         wanted, least = 2, 1
     else:
-        wanted, least = -(-_PROGRAMS * _multiprocessors(device) // max(programs, 1)), _LEAST
+        wanted, least = -(-_PROGRAMS * multiprocessors(device) // max(programs, 1)), _LEAST
     many = max(1, min(wanted, -(-tokens // least), _MOST))
     length = max(1, -(-tokens // (many * chosen.tokens))) * chosen.tokens
     return max(1, -(-tokens // length)), length
@@ -171,15 +171,17 @@ def widest(x: Tensor) -> int:
 @torch.compiler.assume_constant_result  # compilers cannot trace what asks a device
 def _widest(device: torch.device, words: int) -> int:
     # An H100 has 227 KB of shared memory a program, an A100 163 KB, most others 99 KB or 64 KB.
-    room = getattr(_properties(device), "shared_memory_per_block_optin", 0) or 2**16
+    room = getattr(properties_of(device), "shared_memory_per_block_optin", 0) or 2**16
     return min(_WIDEST, 1 << (room // (_ROOM * words)).bit_length() - 1)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    properties = _properties(device)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side."""
+    properties = properties_of(device)
     return getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_eu_count", 64) // 8
 
 
 @cache
-def _properties(device: torch.device) -> Any:
+def properties_of(device: torch.device) -> Any:
+    """What torch knows of the device."""
     return torch.get_device_module(device).get_device_properties(device)

@@ -25,7 +25,7 @@ def absorb(k: Features, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]
     """`linear_absorb`."""
     if not _fits(k, v):
         return plain_absorb(k, v, keep)
-    matrix, left, _ = _absorb(*Inputs.of(k), v, keep, False)
+    matrix, left, _ = absorb_tokens(*Inputs.of(k), v, keep, False)
     return matrix, left
 
 
@@ -35,7 +35,7 @@ def central(k: Features, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor
     if not _fits(k, v):
         moments = plain_central(k, v, keep)
         return moments.count, moments.k, moments.v, moments.cross
-    cross, mean_k, mean_v = _absorb(*Inputs.of(k), v, keep, True)
+    cross, mean_k, mean_v = absorb_tokens(*Inputs.of(k), v, keep, True)
     return count_tokens(v, keep), mean_k, mean_v, cross
 
 
@@ -43,14 +43,14 @@ def read(q: Features, state: LinearState, eps: float, add: Convolved | Tensor | 
     """`linear_read`."""
     if not _fits(q, state.kv):
         return plain_read(q, state, eps, add, dtype)
-    return _read(*Inputs.of(q), state.kv, state.k, made(add), eps, True, dtype)
+    return read_tokens(*Inputs.of(q), state.kv, state.k, made(add), eps, True, dtype)
 
 
 def affine(q: Features, matrix: Tensor, shift: Tensor, add: Convolved | Tensor | None, dtype: torch.dtype) -> Tensor:
     """`affine_read`."""
     if not _fits(q, matrix):
         return plain_affine(q, matrix, shift, add, dtype)
-    return _read(*Inputs.of(q), matrix, shift, made(add), 0.0, False, dtype)
+    return read_tokens(*Inputs.of(q), matrix, shift, made(add), 0.0, False, dtype)
 
 
 def _fits(features: Features, values: Tensor) -> bool:
@@ -122,7 +122,7 @@ def _fake_factors(inputs: Inputs) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema=f"({SCHEMA}, Tensor v, Tensor? keep, bool central) -> (Tensor, Tensor, Tensor)",
 )
-def _absorb(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def absorb_tokens(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(matrix `(B, H, D, E)`, left `(B, H, D)`, right `(B, H, E)`), the last empty unless `central`."""
     inputs, (v, keep, central) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     (images, _, heads, d), e, dtype = inputs.x.shape, v.shape[-1], accumulator(v.dtype)
@@ -138,7 +138,7 @@ def _absorb(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return matrix, left, matrix.new_empty(0) if right is None else right
 
 
-@_absorb.register_fake
+@absorb_tokens.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, (v, _, central) = arguments[0], arguments[_WIDTH:]
     (images, _, heads, d), e, dtype = x.shape, v.shape[-1], accumulator(v.dtype)
@@ -152,7 +152,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     schema=f"({SCHEMA}, Tensor v, Tensor? keep, bool central, Tensor left, Tensor right, Tensor dmatrix, Tensor dleft, "
     "Tensor dright) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _absorb_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def absorb_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dv, dcolumn, dafter), the last two empty where there is none. `left`, `right` are those that absorb gave."""
     inputs, (v, keep, central, left, right, *gradients) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     dtype = accumulator(v.dtype)
@@ -168,7 +168,7 @@ def _absorb_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return dx, dv, *_summed(inputs, *dfactors)
 
 
-@_absorb_backward.register_fake
+@absorb_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, v = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH]
     return inputs.x.new_empty(inputs.x.shape), v.new_empty(v.shape), *_fake_factors(inputs)
@@ -180,7 +180,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     schema=f"({SCHEMA}, Tensor matrix, Tensor vector, Tensor? add, float eps, bool normalised, ScalarType dtype) -> "
     "Tensor",
 )
-def _read(*arguments: Any) -> Tensor:
+def read_tokens(*arguments: Any) -> Tensor:
     """`(B, N, H, E)`; `vector` is `(B, H, D)` where `normalised`, else `(B, H, E)`."""
     inputs, (matrix, vector, add, eps, normalised, dtype) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     plan = inputs.plan(matrix.shape[-1], matrix.dtype, dtype, False, NORMALISED=normalised)
@@ -198,7 +198,7 @@ def _read(*arguments: Any) -> Tensor:
     return out
 
 
-@_read.register_fake
+@read_tokens.register_fake
 def _(*arguments: Any) -> Tensor:
     x, matrix, dtype = arguments[0], arguments[_WIDTH], arguments[-1]
     return x.new_empty(*x.shape[:3], matrix.shape[-1], dtype=dtype)
@@ -210,7 +210,7 @@ def _(*arguments: Any) -> Tensor:
     schema=f"({SCHEMA}, Tensor matrix, Tensor vector, float eps, bool normalised, Tensor dout) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _read_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def read_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dmatrix, dvector, dcolumn, dafter), the last two empty where there is none."""
     inputs, (matrix, vector, eps, normalised, dout) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     plan = inputs.plan(matrix.shape[-1], matrix.dtype, dout.dtype, True, NORMALISED=normalised)
@@ -225,7 +225,7 @@ def _read_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     return dx, dmatrix, left if normalised else right, *_summed(inputs, *dfactors)
 
 
-@_read_backward.register_fake
+@read_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, (matrix, vector, *_) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     dx = inputs.x.new_empty(inputs.x.shape)
@@ -246,7 +246,7 @@ def _save_absorb(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _absorb_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, v, keep, left, right = ctx.saved_tensors
-    dx, dv, *dfactors = _absorb_backward(*tensors, *ctx.choices, v, keep, ctx.central, left, right, *gradients)
+    dx, dv, *dfactors = absorb_backward(*tensors, *ctx.choices, v, keep, ctx.central, left, right, *gradients)
     return *_gradients(tensors, dx, *dfactors), dv, None, None
 
 
@@ -259,7 +259,7 @@ def _save_read(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _read_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, matrix, vector = ctx.saved_tensors
-    dx, dmatrix, dvector, *dfactors = _read_backward(*tensors, *ctx.choices, matrix, vector, *ctx.flags, dout)
+    dx, dmatrix, dvector, *dfactors = read_backward(*tensors, *ctx.choices, matrix, vector, *ctx.flags, dout)
     dadd = None if ctx.add is None else dout[:, ctx.add[0] :].to(ctx.add[1])
     return *_gradients(tensors, dx, *dfactors), dmatrix, dvector, dadd, None, None, None
 
@@ -268,7 +268,7 @@ def _no_second(ctx: Any, *gradients: Any) -> None:
     raise LinsightError("the fused form of linear attention has no second derivatives: run it under use_form('plain')")
 
 
-_absorb.register_autograd(_absorb_gradients, setup_context=_save_absorb)
-_read.register_autograd(_read_gradients, setup_context=_save_read)
-_absorb_backward.register_autograd(_no_second)
-_read_backward.register_autograd(_no_second)
+absorb_tokens.register_autograd(_absorb_gradients, setup_context=_save_absorb)
+read_tokens.register_autograd(_read_gradients, setup_context=_save_read)
+absorb_backward.register_autograd(_no_second)
+read_backward.register_autograd(_no_second)

@@ -1,0 +1,120 @@
+"""What there is, as plain data: mechanisms, models, and what they cost. The CLI and the documentation show it."""
+
+import inspect
+from typing import Any
+
+import torch
+
+from linsight.attention import FLAGS, Mechanism, create_attention, create_block, list_attentions, mechanism
+from linsight.bench.counting import count_macs, count_parameters
+from linsight.errors import UnknownNameError
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention, default_config
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
+from linsight.ops import Grid
+
+# What `mechanism_info` measures a layer at: tokens of a 224 and of a 1024 image in patches of 16.
+DIM, HEADS, GRIDS = 192, 6, (Grid(14, 14), Grid(64, 64))
+
+
+def list_mechanisms() -> list[dict[str, Any]]:
+    """One row for each mechanism: name, kind, complexity, paper, capabilities."""
+    return [_mechanism_row(entry) for entry in list_attentions()]
+
+
+def list_models() -> list[dict[str, Any]]:
+    """One row for each variant, then for each host that takes any mechanism, then for each model that takes none."""
+    return [_model_row(name) for names in (VARIANTS, HOSTS, ARCHITECTURES) for name in sorted(names)]
+
+
+def info(name: str, attention: str | None = None) -> dict[str, Any]:
+    """All about a mechanism or a model; `attention` puts another mechanism into the model.
+
+    Raises:
+        UnknownNameError: neither a mechanism nor a model; the nearest is offered.
+    """
+    mechanisms = {entry.name for entry in list_attentions()}
+    if name in mechanisms:
+        return mechanism_info(name)
+    models = {*VARIANTS, *HOSTS, *ARCHITECTURES}
+    if name in models:
+        return model_info(name, attention)
+    raise UnknownNameError("mechanism or model", name, mechanisms | models, "'linsight list' shows all")
+
+
+def mechanism_info(name: str) -> dict[str, Any]:
+    """A mechanism's row, its options, and the cost of one layer of it (of one block, where it is one).
+
+    Raises:
+        UnknownNameError: not a mechanism; the nearest is offered.
+    """
+    entry = mechanism(name)
+    row = _mechanism_row(entry)
+    row["options"] = [option.__dict__ for option in entry.options]
+    row["cost"] = [_cost(entry, grid) for grid in GRIDS]
+    return row
+
+
+def model_info(name: str, attention: str | None = None) -> dict[str, Any]:
+    """A model's row, its parameters and its multiply-adds for one image of its size.
+
+    Raises:
+        UnknownNameError: no such model or mechanism; the nearest is offered.
+    """
+    with torch.device("meta"):
+        model = create_model(name, attention=attention).eval()
+    size = model.pretrained_cfg["input_size"]  # type: ignore[index]
+    row = _model_row(name)
+    if attention not in (None, row["attention"]):  # another model than the published one
+        row |= {"attention": attention, "published": {}, "weights": "", "code": ""}
+    row["params"] = count_parameters(model)
+    row["gmacs"] = count_macs(model, torch.empty(1, *size, device="meta")) / 1e9
+    if isinstance(model, DynamicPerceiver):
+        row["exit_gmacs"] = [cost / 1e9 for cost in model.exit_costs()]
+    return row
+
+
+def _cost(entry: Mechanism, grid: Grid) -> dict[str, Any]:
+    create = create_block if entry.kind == "block" else create_attention
+    layer = create(entry.name, DIM, HEADS, device="meta")
+    macs = count_macs(layer, torch.empty(1, grid.tokens, DIM, device="meta"), grid)
+    return {
+        "dim": DIM,
+        "heads": HEADS,
+        "grid": f"{grid.height}x{grid.width}",
+        "params": count_parameters(layer),
+        "macs": macs,
+    }
+
+
+def _mechanism_row(entry: Mechanism) -> dict[str, Any]:
+    paper = entry.paper
+    return {
+        "name": entry.name,
+        "kind": entry.kind,
+        "summary": (inspect.getdoc(entry.factory) or "").partition("\n")[0],
+        "formula": entry.formula,
+        "complexity": entry.complexity,
+        "paper": {
+            "title": paper.title,
+            "venue": paper.venue,
+            "url": f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else "",
+        },
+        "capabilities": {flag: entry.can(flag) for flag in FLAGS},
+        "cost": entry.structure.cost.value,
+    }
+
+
+def _model_row(name: str) -> dict[str, Any]:
+    variant, alone = VARIANTS.get(name), ARCHITECTURES.get(name)
+    host = None if alone else HOSTS[variant.host if variant else name]
+    entry: Any = alone or variant or host
+    return {
+        "name": name,
+        "kind": "architecture" if alone else "variant" if variant else "host",
+        "host": host.name if host else "",
+        "attention": default_attention(name) if host else "",
+        "image_size": "x".join(map(str, default_config(name)["input_size"][-2:])),
+        "published": dict(entry.published),
+        "weights": getattr(entry, "weights", ""),
+        "code": getattr(entry, "code", ""),
+    }

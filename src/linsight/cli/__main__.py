@@ -1,0 +1,5 @@
+"""`python -m linsight.cli`."""
+
+from . import main
+
+main()

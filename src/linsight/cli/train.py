@@ -1,0 +1,327 @@
+"""The commands train, eval and predict."""
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from linsight.errors import UnknownNameError
+from linsight.recipe import FIELDS, HINTS, Recipe
+from linsight.train.recipes import RECIPES
+
+from .show import make_table, terminal
+
+_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
+_OWN = [name for name, shipped in RECIPES.items() if not shipped.published]
+_ABOUT = "\n\n".join(
+    [
+        *(f"{name}: {RECIPES[name].about}" for name in _OWN),
+        "Every published model of 'linsight list' has the recipe of its paper, for ImageNet-1K, by its own name; "
+        "'linsight info MODEL' says what to expect.",
+    ]
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command(
+        "train",
+        help=(
+            "Train a model by a recipe; without arguments, a small one on handwritten digits.\n\n"
+            "Each field of the recipe can be set. Ctrl-C saves the state; --resume FOLDER goes on.\n\n"
+            f"Recipes:\n\n{_ABOUT}"
+        ),
+    )(_train)
+    app.command("eval")(evaluate)
+    app.command("predict")(predict)
+
+
+def _train(**options: Any) -> None:
+    from linsight.train import Interrupted, resolve, resume, suggest, train
+    from linsight.train.progress import reporter
+
+    name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
+    overrides = {key: value for key, value in options.items() if value is not None}
+    console = Console()
+    try:
+        if folder is not None:
+            for option, value in (("--recipe", name), ("--out", out)):
+                if value is not None:
+                    raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
+            summary = resume(folder, overrides=overrides, report=reporter(console))
+        else:
+            report = reporter(console)
+            if name is None:
+                name = suggest(overrides)
+                report.note(f"recipe {name}: {RECIPES[name].about.partition('. ')[0]}")
+            summary = train(resolve(name, overrides), out=out, name=name, report=report)
+    except Interrupted as stopped:
+        typer.echo(f"linsight: {stopped}", err=True)
+        raise typer.Exit(stopped.code) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {summary['last_top1']:.2f} %"
+    _print_facts(
+        [
+            ["top-1", f"{summary['top1']:.2f} % ({when})"],
+            ["top-5", f"{summary['top5']:.2f} %"],
+            ["time", f"{summary['seconds']:.1f} s"],
+            ["folder", summary["folder"]],
+        ]
+    )
+
+
+def _signature() -> inspect.Signature:
+    """One option for each field of `Recipe`, beside those of the run itself."""
+    own: list[tuple[str, Any, Any]] = [
+        ("recipe", str | None, typer.Option(help=f"{', '.join(_OWN)}, or a published model", rich_help_panel="Run")),
+        (
+            "out",
+            str | None,
+            typer.Option(help="the run folder, new or empty; none: runs/RECIPE-DATE-TIME", rich_help_panel="Run"),
+        ),
+        (
+            "resume",
+            str | None,
+            typer.Option(metavar="FOLDER", help="go on with the stopped run in a folder", rich_help_panel="Run"),
+        ),
+    ]
+    for name, field in FIELDS.items():
+        own.append((name, *_option(name, field.metadata)))
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option])
+            for name, hint, option in own
+        ]
+    )
+
+
+def _option(name: str, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
+    hint = HINTS[name]
+    if hint is bool:
+        return bool | None, typer.Option(help=metadata["help"], rich_help_panel=metadata["group"])
+    if isinstance(hint, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    metavar = "|".join(metadata["choices"]) or _METAVARS[typing.get_origin(hint) or hint]
+    return str | None, typer.Option(metavar=metavar, help=metadata["help"], rich_help_panel=metadata["group"])
+
+
+_train.__signature__ = _signature()  # type: ignore[attr-defined]
+_train.__annotations__ = {name: p.annotation for name, p in _train.__signature__.parameters.items()}  # type: ignore[attr-defined]
+
+_OUTPUTS = ("classes", "features", "map")
+_STREAM: dict[str, Any] = {"rich_help_panel": "Streaming"}
+_Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+_Device = Annotated[str, typer.Option(help=FIELDS["device"].metadata["help"])]
+_Amp = Annotated[str, typer.Option(help=FIELDS["amp"].metadata["help"])]
+_Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=FIELDS["on_bad_image"].metadata["help"])]
+
+
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
+    checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
+    data: Annotated[str | None, typer.Option(help="what to evaluate on; none: the run's own data")] = None,
+    data_dir: Annotated[str | None, typer.Option(help=FIELDS["data_dir"].metadata["help"])] = None,
+    split: Annotated[str | None, typer.Option(help="the split; none: validation, else test, else all")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
+    workers: Annotated[int | None, typer.Option(min=0, help=FIELDS["workers"].metadata["help"])] = None,
+    device: _Device = "auto",
+    amp: _Amp = "auto",
+    on_bad_image: _Bad = "skip",
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="GMACS|all", help="of a model with exits: mean operations of an image; all: the curve"),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="where --budget writes exits.*; none: the run folder")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second. Or, with --budget, its exits."""
+    from linsight.recipe import check
+    from linsight.train import evaluate as run
+
+    check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
+    images: dict[str, Any] = {
+        "data": data,
+        "data_dir": data_dir,
+        "split": split,
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+        "amp": amp,
+        "on_bad_image": on_bad_image,
+    }
+    if budget is not None:
+        _evaluate_exits(_trained(source, checkpoint), budget, out, as_json, images)
+        return
+    if out is not None:
+        raise typer.BadParameter("--out goes with --budget")
+    result = run(_trained(source, checkpoint), **images)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
+    _print_facts(
+        [
+            ["top-1", f"{result['top1']:.2f} %"],
+            ["top-5", f"{result['top5']:.2f} %"],
+            ["loss", f"{result['loss']:.4f}"],
+            ["images", f"{result['images']} of {result['data']}{skipped}"],
+            ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
+        ]
+    )
+    _tell_bad(result["bad"])
+
+
+def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, images: dict[str, Any]) -> None:
+    from linsight.train import evaluate_exits
+
+    try:
+        limit = None if budget == "all" else float(budget)
+    except ValueError:
+        raise typer.BadParameter(f"--budget {budget} is no number of G multiply-adds, and not 'all'") from None
+    result = evaluate_exits(trained, limit, out=out, **images)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    shown = [*result["exits"], *(result["settings"] if limit is None else [result["chosen"]])]
+    columns = ["setting", *(f"T{k}" for k in (1, 2, 3)), *(f"% at exit {k}" for k in (1, 2, 3, 4)), "GMACs", "top-1 %"]
+    rows = [
+        [
+            row["setting"],
+            *("-" if least is None else f"{least:.3f}" for least in row["thresholds"]),
+            *(f"{100 * share:.1f}" for share in row["shares"]),
+            f"{row['gmacs']:.4g}",
+            f"{row['top1']:.2f}",
+        ]
+        for row in shown
+    ]
+    terminal().print(make_table("", columns, rows))
+    counts = result["images"]
+    _print_facts(
+        [
+            ["images", f"{counts['report']} reported on; {counts['calibration']} others set the thresholds"],
+            ["files", ", ".join(result["files"])],
+        ]
+    )
+    _tell_bad(result["bad"])
+
+
+def predict(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
+    images: Annotated[list[str], typer.Argument(help="image files, and folders of them")],
+    checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
+    top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
+    device: _Device = "auto",
+    amp: _Amp = "auto",
+    on_bad_image: _Bad = "skip",
+    as_json: _Json = False,
+    streamed: Annotated[
+        bool, typer.Option("--stream", help="at full resolution, tile by tile: files of any size", **_STREAM)
+    ] = False,
+    tile: Annotated[int | None, typer.Option(min=1, help="side of a tile in pixels; none: 1024", **_STREAM)] = None,
+    scratch: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="where maps lie; none: in memory", **_STREAM)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="float32|bfloat16", help="of the maps; none: float32", **_STREAM)
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="classes|features|map", help="what to give; none: classes", **_STREAM),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE.npy", help="where features or the map are written", **_STREAM)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the stopped run in --scratch", **_STREAM)
+    ] = False,
+) -> None:
+    """Say what a trained model sees in images."""
+    from linsight.recipe import check
+    from linsight.train import predict as run
+
+    check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
+    given = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if streamed:
+        given |= {"device": device, "amp": amp}
+        _predict_stream(_trained(source, checkpoint), images, given, output, out, top, on_bad_image, as_json)
+        return
+    for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
+        raise typer.BadParameter(f"--{name} goes with --stream")
+    done, bad = run(_trained(source, checkpoint), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image)
+    _tell_classes(done, bad, as_json)
+
+
+def _predict_stream(
+    trained: Any,
+    images: list[str],
+    given: dict[str, Any],
+    output: str | None,
+    out: str | None,
+    top: int,
+    on_bad_image: str,
+    as_json: bool,
+) -> None:
+    from linsight.train import Interrupted, Tiling, predict_stream, save_stream
+    from linsight.train.progress import tile_reporter
+
+    output = output or "classes"
+    if output not in _OUTPUTS:
+        raise UnknownNameError("output", output, _OUTPUTS)
+    if (output == "classes") != (out is None):
+        raise typer.BadParameter("--out FILE.npy goes with --output features and --output map, and they with it")
+    if given.get("resume") and "scratch" not in given:
+        raise typer.BadParameter("--resume needs --scratch, the folder of the stopped run")
+    if out is not None and len(images) > 1:
+        raise typer.BadParameter(f"--out is for one image, and {len(images)} are given: give one at a time")
+    tiling = Tiling(**given, progress=tile_reporter(Console(stderr=True)))
+    try:
+        if out is None:
+            _tell_classes(*predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image), as_json)
+            return
+        shape = save_stream(trained, images[0], out, tiling, output=output)  # type: ignore[arg-type]
+    except Interrupted as stopped:
+        typer.echo(f"linsight: {stopped}", err=True)
+        raise typer.Exit(stopped.code) from None
+    if as_json:
+        typer.echo(json.dumps({"file": images[0], "output": output, "out": out, "shape": shape}))
+    else:
+        _print_facts([[output, f"{' x '.join(map(str, shape))}, float32"], ["file", out]])
+
+
+def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
+        return
+    rows = [
+        ["" if rank else entry.file, label, f"{100 * value:.1f} %"]
+        for entry in done
+        for rank, (label, value) in enumerate(zip(entry.classes, entry.probabilities, strict=True))
+    ]
+    terminal().print(make_table("", ["file", "class", "probability"], rows))
+    _tell_bad(bad)
+
+
+def _trained(source: str, checkpoint: str | None) -> Any:
+    from linsight.train import load_trained
+    from linsight.train.model import load_named
+
+    return load_trained(source) if checkpoint is None else load_named(source, checkpoint)
+
+
+def _print_facts(rows: list[list[str]]) -> None:
+    terminal().print(make_table("", ["", ""], rows, header=False))
+
+
+def _tell_bad(bad: list[str]) -> None:
+    for line in bad[:10]:
+        typer.echo(f"linsight: skipped {line}", err=True)
+    if len(bad) > 10:
+        typer.echo(f"linsight: skipped {len(bad) - 10} more", err=True)

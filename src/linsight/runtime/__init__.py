@@ -1,0 +1,1 @@
+"""What every room asks of the machine: devices, memory, signals, and files that are never half written."""

@@ -1,0 +1,155 @@
+"""Scores of a trained model on a data set, and of any model on batches of images."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linsight.errors import LinsightError
+from linsight.recipe import Recipe, parse
+from linsight.runtime.device import autocast, pick_device, pick_dtype
+
+from ._feeds import default_workers, refuse
+from .datasets import open_data, open_evaluation
+from .images import Batch, Normalise, Samples, eval_transform, loader
+from .model import Trained, image_size
+from .random import Batches
+from .run import CONFIG
+
+_DATA = ("data", "data_dir", "train_split", "val_split", "val_fraction", "image_key", "label_key")
+
+
+def evaluate(
+    trained: Trained,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    batch_size: int = 128,
+    device: str = "auto",
+    amp: str = "auto",
+    workers: int | None = None,
+    on_bad_image: str = "skip",
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Top-1 and top-5 in percent, loss and speed on `data`, by default on what the run was evaluated on.
+
+    Raises:
+        LinsightError: no such data, classes that the model does not know, or a bad image where those are refused.
+    """
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir)
+    recipe = given.recipe
+    started = time.perf_counter()
+    scores = score(given.model, given.feed, given.normalise, given.dtype, lambda batch: refuse(recipe, batch.bad))
+    seconds = time.perf_counter() - started
+    return {
+        "data": recipe.data,
+        "images": scores.images,
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "loss": scores.loss,
+        "skipped": len(scores.bad),
+        "bad": scores.bad,
+        "images_per_second": round(scores.images / seconds, 1),
+        "device": str(given.normalise.device),
+        "precision": given.precision,
+    }
+
+
+class Evaluation(NamedTuple):
+    """A model on its device, and the images to evaluate it on."""
+
+    recipe: Recipe
+    model: nn.Module
+    feed: Iterable[Batch]
+    normalise: Normalise
+    dtype: torch.dtype | None
+    precision: str
+
+
+def prepare(
+    trained: Trained,
+    data: str | None,
+    split: str | None,
+    batch_size: int,
+    device: str,
+    amp: str,
+    workers: int | None,
+    on_bad_image: str,
+    data_dir: str | None,
+) -> Evaluation:
+    """Get ready to evaluate on `data`, by default on what the run was evaluated on."""
+    recipe = trained.recipe
+    config = trained.path.parent / CONFIG
+    if data is not None:
+        recipe = dataclasses.replace(recipe, data=data, data_dir=data_dir)
+    elif trained.run and config.exists():
+        kept = json.loads(config.read_text(encoding="utf-8"))["recipe"]
+        recipe = dataclasses.replace(recipe, **{name: parse(name, kept[name]) for name in _DATA})
+    else:
+        raise LinsightError(f"'{trained.path}' is not in a run folder: say what to evaluate on with --data")
+    if data is None and split is None:  # the very images, held out or not, that the run was evaluated on
+        source = open_data(recipe).val
+    else:
+        source = open_evaluation(recipe, split, trained.classes, in_order=not trained.run)
+    recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
+    where = pick_device(device)
+    dtype, precision = pick_dtype(amp, where)
+    model = trained.model.to(where)
+    samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
+    batches = Batches(len(source), batch_size, shuffle=False)
+    count = min(default_workers() if workers is None else workers, len(batches))
+    feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
+    return Evaluation(recipe, model, feed, Normalise(recipe, where), dtype, precision)
+
+
+class Scores(NamedTuple):
+    """Percent of images whose class is the first, or among the first five; mean loss; what was counted."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    bad: list[str]
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    normalise: Normalise,
+    dtype: torch.dtype | None,
+    after_batch: Callable[[Batch], None] = lambda batch: None,
+) -> Scores:
+    """Evaluate `model`, which is left in evaluation mode."""
+    model.eval()
+    first = fifth = images = 0
+    loss = 0.0
+    bad: list[str] = []
+    for batch in batches:
+        bad += batch.bad
+        if len(batch.targets):
+            with autocast(normalise.device, dtype):
+                logits = model(normalise(batch.images))
+            targets = batch.targets.to(normalise.device)
+            hits = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
+            first += int(hits[:, 0].sum())
+            fifth += int(hits.sum())
+            loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
+            images += len(targets)
+        after_batch(batch)
+    if not images:
+        raise LinsightError(f"no image could be read: {bad[0] if bad else 'there is none'}")
+    return Scores(100 * first / images, 100 * fifth / images, loss / images, images, bad)
+
+
+@torch.inference_mode()
+def probabilities(model: nn.Module, images: Tensor, normalise: Normalise, dtype: torch.dtype | None) -> Tensor:
+    """uint8 `(B, C, H, W)` -> class probabilities `(B, classes)`, on the CPU."""
+    model.eval()
+    with autocast(normalise.device, dtype):
+        return model(normalise(images)).float().softmax(-1).cpu()

@@ -1,0 +1,132 @@
+"""Evaluating a model with exits for a budget: a table, exits.json, exits.csv and exits.png."""
+
+import csv
+import io
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from linsight.errors import LinsightError
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
+from linsight.runtime.device import autocast
+from linsight.runtime.figures import require_matplotlib
+from linsight.runtime.files import write_json, write_text
+
+from ._feeds import refuse
+from ._figures import exits as draw
+from .budget import Scored, Setting, choose, curve
+from .evaluation import Evaluation, prepare
+from .model import Trained, image_size
+from .random import hold_out
+
+_JSON, _CSV, _PNG = "exits.json", "exits.csv", "exits.png"
+
+
+def evaluate_exits(
+    trained: Trained,
+    budget: float | None = None,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    batch_size: int = 128,
+    device: str = "auto",
+    amp: str = "auto",
+    workers: int | None = None,
+    on_bad_image: str = "skip",
+    data_dir: str | None = None,
+    out: str | pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """Accuracy against mean operations, of all settings and of the best one for `budget` G multiply-adds an image.
+
+    Half of the images of each class set the thresholds and choose; the other half is reported on. Writes exits.json,
+    exits.csv and exits.png into `out`, by default the folder of the run.
+
+    Raises:
+        LinsightError: a model without exits, a budget that no exit meets, or what `evaluate` raises.
+    """
+    model = trained.model
+    if not isinstance(model, DynamicPerceiver):
+        raise LinsightError(
+            f"'{trained.recipe.model}' has no exits to stop at: a budget is for models that have, as dynp_*"
+        )
+    folder = pathlib.Path(out) if out is not None else trained.path.parent if trained.run else pathlib.Path()
+    require_matplotlib(f"drawing {_PNG}")
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir)
+    scored, targets, bad = collect(given)
+    first, second = (torch.tensor(part, dtype=torch.long) for part in hold_out(targets, 0.5))
+    if not (len(first) and len(second)):
+        raise LinsightError(f"'{given.recipe.data}' has too few images to calibrate on some and report on others")
+    size = image_size(given.recipe, model)
+    settings, alone = curve(
+        Scored(*(part[first] for part in scored)),
+        Scored(*(part[second] for part in scored)),
+        lambda numbers: model.exit_costs(size, numbers),
+    )
+    chosen = None if budget is None else choose([*settings, *alone], budget)
+    result = {
+        "model": given.recipe.model,
+        "data": given.recipe.data,
+        "img_size": list(size),
+        "images": {"calibration": len(first), "report": len(second), "skipped": len(bad)},
+        "budget": budget,
+        "chosen": None if chosen is None else shown(chosen),
+        "exits": [shown(setting) for setting in alone],
+        "settings": [shown(setting) for setting in settings],
+        "device": str(given.normalise.device),
+        "precision": given.precision,
+        "bad": bad,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    result["files"] = [str(folder / name) for name in (_JSON, _CSV, _PNG)]
+    write_text(folder / _CSV, _csv([*alone, *settings]))
+    draw(folder / _PNG, result)
+    write_json(folder / _JSON, result)
+    return result
+
+
+@torch.inference_mode()
+def collect(given: Evaluation) -> tuple[Scored, list[int], list[str]]:
+    """What each exit says of each image, the classes of those, and a line for each that could not be read."""
+    model: Any = given.model.eval()
+    confidences, correct, targets, bad = [], [], [], []
+    for batch in given.feed:
+        bad += batch.bad
+        refuse(given.recipe, batch.bad)
+        if not len(batch.targets):
+            continue
+        with autocast(given.normalise.device, given.dtype):
+            logits = [found.logits.float().cpu() for found in model.exits(given.normalise(batch.images))]
+        best = [exit.softmax(1).max(1) for exit in logits]
+        confidences.append(torch.stack([values for values, _ in best], 1))
+        correct.append(torch.stack([indices == batch.targets for _, indices in best], 1))
+        targets += batch.targets.tolist()
+    if not targets:
+        raise LinsightError(f"no image could be read: {bad[0] if bad else 'there is none'}")
+    return Scored(torch.cat(confidences), torch.cat(correct)), targets, bad
+
+
+def shown(setting: Setting) -> dict[str, Any]:
+    """JSON has no infinity: an exit that is passed by has no threshold."""
+    return {
+        "setting": setting.name,
+        "thresholds": [None if math.isinf(least) else least for least in setting.thresholds],
+        "shares": list(setting.report.shares),
+        "gmacs": setting.report.gmacs,
+        "top1": setting.report.top1,
+        "calibration": {"gmacs": setting.calibration.gmacs, "top1": setting.calibration.top1},
+    }
+
+
+def _csv(settings: Sequence[Setting]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    exits = range(1, len(settings[0].report.shares) + 1)
+    thresholds, shares = ([f"{what}{k}" for k in exits] for what in ("threshold", "share"))
+    writer.writerow(["setting", *thresholds[:-1], *shares, "gmacs", "top1", "calibration_gmacs", "calibration_top1"])
+    for name, levels, calibration, report in settings:
+        least = ["" if math.isinf(level) else level for level in levels]
+        writer.writerow([name, *least, *report.shares, report.gmacs, report.top1, calibration.gmacs, calibration.top1])
+    return text.getvalue()

@@ -1,0 +1,206 @@
+"""One update of the weights, around timm's optimisers, schedules, mixing and averaging."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linsight.errors import CheckpointError, LinsightError
+from linsight.recipe import Recipe
+from linsight.runtime.device import autocast
+
+from .images import Batch, Normalise
+from .model import load_state
+
+
+def ema_decay(recipe: Recipe) -> float:
+    """The decay of the averaged weights at the recipe's batch."""
+    return recipe.ema ** (recipe.batch_size / recipe.ema_base_batch if recipe.ema_base_batch else 1)
+
+
+class Learner:
+    """A model in training. All of its state but the number of updates done is in `state`.
+
+    A model whose loss is not that of one set of logits has `training_loss(outputs, targets, criterion) -> Tensor`, with
+    what its forward gives in training mode, in the dtype of mixed precision, and `criterion(logits, targets)`, the
+    recipe's loss. In evaluation mode it gives logits like any other.
+
+    new: names of the parameters that `init` did not fill, None where there is no `init`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        classes: int,
+        updates: int,
+        new: Collection[str] | None = None,
+    ) -> None:
+        self.recipe, self.device, self.dtype = recipe, device, dtype
+        if new is None and (recipe.freeze or recipe.new_lr_scale != 1):
+            raise LinsightError("freeze and new_lr_scale part what init fills from what is new: give it weights, init=")
+        if recipe.mesa and hasattr(model, "training_loss"):
+            raise LinsightError(f"mesa needs a model with one set of logits: '{recipe.model}' has a loss of its own")
+        self.new = sorted(new or ())
+        if recipe.freeze:
+            if not self.new:
+                raise LinsightError("init fills every parameter: freeze leaves none to train")
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in self.new)
+        if recipe.grad_checkpointing:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.model = model.to(device)
+        self.params = sum(parameter.numel() for parameter in model.parameters())
+        self.normalise = Normalise(recipe, device)
+        self.erase = RandomErasing(recipe.re_prob, mode=recipe.re_mode, device=str(device))
+        self.mix = None
+        if recipe.mixup or recipe.cutmix:
+            self.mix = Mixup(
+                recipe.mixup,
+                recipe.cutmix,
+                prob=recipe.mixup_prob,
+                switch_prob=recipe.mixup_switch_prob,
+                label_smoothing=recipe.smoothing,
+                num_classes=recipe.num_classes or classes,
+            )
+        self._optimise(updates)
+        self.ema = ModelEmaV3(self.model, ema_decay(recipe), use_warmup=recipe.ema_warmup) if recipe.ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self._run: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
+
+    def _optimise(self, updates: int) -> None:
+        recipe = self.recipe
+        scale = recipe.batch_size / recipe.lr_base_batch if recipe.lr_base_batch else 1.0
+        try:
+            self.optimiser = create_optimizer_v2(
+                self.model, recipe.opt, lr=recipe.lr * scale, weight_decay=recipe.weight_decay, **recipe.opt_args
+            )
+            self._scale_new()
+            self.schedule, self.epochs = create_scheduler_v2(
+                self.optimiser,
+                recipe.sched,
+                num_epochs=recipe.epochs,
+                warmup_epochs=recipe.warmup_epochs,
+                warmup_lr=recipe.warmup_lr * scale,
+                min_lr=recipe.min_lr * scale,
+                cooldown_epochs=recipe.cooldown_epochs,
+                step_on_epochs=False,
+                updates_per_epoch=updates,
+                **recipe.sched_args,
+            )
+        except (TypeError, ValueError) as error:
+            raise LinsightError(f"opt_args or sched_args cannot be used: {error}") from error
+
+    def _scale_new(self) -> None:
+        """Part the groups of the optimiser by whether `init` filled them; timm's schedules know `lr_scale`."""
+        recipe, named = self.recipe, dict(self.model.named_parameters())
+        if recipe.new_lr_scale == 1:
+            return
+        change = {"lr_scale": recipe.new_lr_scale}
+        if recipe.sched == "none":
+            change = {"lr": self.lr * recipe.new_lr_scale}
+        new = {id(named[name]) for name in self.new}
+        for group in list(self.optimiser.param_groups):
+            parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for parameter in group["params"]:
+                parts[id(parameter) in new].append(parameter)
+            group["params"] = parts[0]
+            if parts[1]:
+                self.optimiser.add_param_group({**group, "params": parts[1], **change})
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and kept: the averaged ones, where there are."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def scored(self) -> nn.Module:
+        """`evaluated`, compiled where it is."""
+        return self._run if self.ema is None else self.ema.module
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last update."""
+        return self.optimiser.param_groups[0]["lr"]
+
+    def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
+        """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
+        if not len(batch.targets):
+            return None
+        images, targets = self.normalise(batch.images), batch.targets.to(self.device, non_blocking=True)
+        if self.mix and len(images) % 2:  # pairs only: skipped images may leave an odd number
+            images, targets = images[:-1], targets[:-1]
+        if not len(images):
+            return None
+        if self.recipe.re_prob:
+            images = self.erase(images)
+        smoothing = self.recipe.smoothing
+        if self.mix:
+            images, targets = self.mix(images, targets)
+            smoothing = 0.0  # mixed targets have it in them
+
+        def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+        self._run.train()
+        with autocast(self.device, self.dtype):
+            outputs = self._run(images)
+        own = getattr(self.model, "training_loss", None)
+        loss = criterion(outputs, targets) if own is None else own(outputs, targets, criterion)
+        if self.recipe.mesa and epoch >= int(self.recipe.mesa_start * self.recipe.epochs):
+            loss = loss + self.recipe.mesa * F.cross_entropy(outputs.float(), self._taught(images))
+        return loss, len(images)
+
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> Tensor:
+        """Class probabilities by the averaged weights (MESA, Du et al., NeurIPS 2022)."""
+        assert self.ema is not None, "the recipe was checked"
+        with autocast(self.device, self.dtype):
+            return self.ema.module.eval()(images).float().softmax(-1)
+
+    def step(self, loss: Tensor, done: int) -> None:
+        """Update the weights, after `done` updates before."""
+        if self.schedule is not None:
+            self.schedule.step_update(done)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.recipe.clip_grad:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model, step=done + 1)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and numbers, for `load`."""
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "new": self.new,
+        }
+
+    def load(self, state: dict[str, Any], source: str) -> None:
+        """Take up the state of a learner of the same recipe; a CheckpointError if it is of another."""
+        load_state(self.model, state["model"], source)
+        try:
+            if self.ema is not None:
+                load_state(self.ema.module, state["ema"], source)
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"the state in '{source}' is of another optimiser: {error}") from error

@@ -1,0 +1,298 @@
+"""The course of a run: epochs, evaluation, what is written when, and how it stops and goes on."""
+
+import math
+import pathlib
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linsight.errors import LinsightError
+from linsight.models import ARCHITECTURES, default_attention
+from linsight.recipe import Recipe
+from linsight.runtime.device import pick_device, pick_dtype
+from linsight.runtime.figures import require_matplotlib
+from linsight.runtime.signals import Interrupted, Stop
+
+from . import _figures
+from ._feeds import open_feeds, refuse
+from .datasets import Data, open_data
+from .evaluation import probabilities, score
+from .images import Batch
+from .learner import Learner
+from .model import WEIGHTS, build, count_of, image_size, left_new, load_trained, save, start_from
+from .progress import Silent
+from .random import seed_step
+from .run import Run
+
+
+def train(
+    recipe: Recipe, *, out: str | pathlib.Path | None = None, name: str = "run", report: Silent | None = None
+) -> dict[str, Any]:
+    """Train by a recipe into a new run folder, `runs/<name>-<time>` unless told; the run's summary.
+
+    Raises:
+        LinsightError: the data, the model or the folder cannot be used, or the loss is no longer a number.
+        Interrupted: SIGINT or SIGTERM; the state is saved.
+    """
+    return _go(Run.start(recipe, out, name), report or Silent())
+
+
+def resume(
+    path: str | pathlib.Path, *, overrides: dict[str, Any] | None = None, report: Silent | None = None
+) -> dict[str, Any]:
+    """Take a stopped run to its end: on the CPU bit for bit the one that it would have been.
+
+    It goes on with as many threads as it started with, since sums over others round differently.
+    Only fields that the result does not depend on may be overridden (device, workers, save_every ...).
+    """
+    return _go(Run.resume(path, overrides or {}), report or Silent())
+
+
+def _go(run: Run, report: Silent) -> dict[str, Any]:
+    if run.finished:
+        report.note(f"the run in '{run.path}' is finished")
+        return run.summary()
+    if run.recipe.figures:
+        require_matplotlib("drawing curves.png and predictions.png (--no-figures goes without)")
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    data = open_data(run.recipe)
+    for note in data.notes:
+        report.note(note)
+    state = run.load_state()
+    trainer = Trainer(run, data, report, state)
+    try:
+        with Stop() as stop:
+            return trainer.run_epochs(stop)
+    finally:
+        report.end()
+
+
+class Trainer:
+    """One run in progress, from a saved state, or else from the weights of its recipe."""
+
+    def __init__(self, run: Run, data: Data, report: Silent, state: dict[str, Any] | None = None) -> None:
+        recipe = self.recipe = run.recipe
+        self.run, self.data, self.report = run, data, report
+        self.stop = Stop()
+        device = pick_device(recipe.device)
+        self.dtype, precision = pick_dtype(recipe.amp, device)
+        seed_step(recipe.seed)
+        model = build(recipe, len(data.classes))
+        new = state.get("new") if state and recipe.init else None
+        if recipe.init and state is None:
+            filled = start_from(model, recipe.init, partial=recipe.init_partial)
+            report.note(str(filled))
+            new = left_new(model, filled)
+            if new:
+                report.note(f"new: {count_of(model, new)}")
+        size = image_size(recipe, model)
+        self.feeds = open_feeds(recipe, data, size, device, report.note)
+        self.steps = len(self.feeds.order)
+        self.learner = Learner(
+            recipe, model, device, self.dtype, classes=len(data.classes), updates=self.steps, new=new
+        )
+        self.epoch = self.step = 0
+        self.best: tuple[float, int] = (-1.0, 0)
+        self.seconds = 0.0
+        self._reset_sums()
+        # the folder appears once everything is known to be good
+        run.describe({"train": len(data.train), "val": len(data.val), "classes": list(data.classes)})
+        self.attention = "" if recipe.model in ARCHITECTURES else recipe.attention or default_attention(recipe.model)
+        report.note(
+            f"{recipe.model}{self.attention and f' ({self.attention})'}, {self.learner.params / 1e6:.2f} M parameters, "
+            f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate, "
+            f"{len(data.classes)} classes; {device}, {precision}; folder {run.path}"
+        )
+        if state is not None:
+            self._load(state)
+
+    def _reset_sums(self) -> None:
+        self.loss_sum = 0.0
+        self.images = 0
+        self.train_seconds = self.epoch_seconds = 0.0
+        self.bad: list[str] = list(self.feeds.lost)
+        self.pending: list[tuple[Tensor, int]] = []
+
+    def run_epochs(self, stop: Stop) -> dict[str, Any]:
+        """From where we are to the summary, or to where `stop` says so."""
+        self.stop = stop
+        epochs = self.learner.epochs
+        self.report.begin(epochs, self.steps, self.epoch, self.step)
+        while self.epoch < epochs:
+            self._train_epoch()
+            self._end_epoch()
+            if self.stop.code and self.epoch < epochs:
+                self._interrupt()
+        return self._finish()
+
+    def _train_epoch(self) -> None:
+        self.feeds.order.epoch, self.feeds.order.start = self.epoch, self.step
+        if self.step == self.steps:
+            return
+        clock = time.perf_counter()
+        for batch in self.feeds.train:
+            refuse(self.recipe, batch.bad)
+            self.bad += batch.bad
+            # after the batch: without worker processes, it was drawn from the generators of this one
+            seed_step(self.recipe.seed, self.epoch, self.step)
+            self._update(batch)
+            self.step += 1
+            mean = self.loss_sum / self.images if self.images else math.nan
+            self.report.step(self.epoch, self.step, len(batch.targets), mean)
+            now = time.perf_counter()
+            self.train_seconds += now - clock
+            self.epoch_seconds += now - clock
+            clock = now
+            if self.stop.code:
+                self._save()
+                self._interrupt()
+            if self.recipe.save_every and self.step % self.recipe.save_every == 0:
+                self._save()
+
+    def _update(self, batch: Batch) -> None:
+        found = self.learner.loss(batch, self.epoch)
+        if found is None:
+            return
+        loss, count = found
+        self.pending.append((loss.detach(), count))
+        # a GPU would wait for each reading of a loss; on the CPU, none that is no number reaches the weights
+        if loss.device.type == "cpu" or len(self.pending) == 20:
+            self._flush()
+        self.learner.step(loss, self.epoch * self.steps + self.step)
+
+    def _flush(self) -> None:
+        """Bring losses over from the device."""
+        losses = torch.stack([loss for loss, _ in self.pending]).tolist() if self.pending else []
+        for (_, count), loss in zip(self.pending, losses, strict=True):
+            self._require_finite(loss)
+            self.loss_sum += loss * count
+            self.images += count
+        self.pending = []
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise LinsightError(
+                f"the loss became {loss} in epoch {self.epoch + 1}, near step {self.step + 1}: lower lr, or set "
+                f"clip_grad or amp=off; the last good state is in '{self.run.path}'"
+            )
+
+    def _end_epoch(self) -> None:
+        clock = time.perf_counter()
+        self._flush()
+        if not self.images:
+            raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
+        learner = self.learner
+        scores = score(learner.scored, self.feeds.val, learner.normalise, self.dtype, self.after_val_batch)
+        self._require_finite(scores.loss)
+        self.epoch_seconds += time.perf_counter() - clock
+        self.seconds += self.epoch_seconds
+        bad = self.bad + scores.bad
+        row = {
+            "epoch": self.epoch + 1,
+            "lr": learner.lr,
+            "train_loss": self.loss_sum / self.images,
+            "val_loss": scores.loss,
+            "top1": scores.top1,
+            "top5": scores.top5,
+            "images_per_second": round(self.images / max(self.train_seconds, 1e-9), 1),
+            "seconds": round(self.epoch_seconds, 3),
+            "skipped": len(bad),
+        }
+        if scores.top1 > self.best[0]:
+            self.best = (scores.top1, self.epoch + 1)
+            save(
+                self.run.path / WEIGHTS,
+                learner.evaluated.state_dict(),
+                self.recipe,
+                self.data.classes,
+                top1=scores.top1,
+                epoch=self.epoch + 1,
+            )
+        self.run.record(row)
+        self.report.epoch(row, learner.epochs)
+        if bad:
+            self.report.note(f"skipped {len(bad)} unreadable images: {'; '.join(bad[:3])}{' ...' if bad[3:] else ''}")
+        self.epoch, self.step = self.epoch + 1, 0
+        self._reset_sums()
+        self._save()
+
+    def after_val_batch(self, batch: Batch) -> None:
+        """Refuse a bad image where those are refused; stop, with the state saved, if that was asked."""
+        refuse(self.recipe, batch.bad)
+        if self.stop.code:
+            self._save()
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        raise Interrupted(
+            f"stopped in epoch {self.epoch + 1}, after {self.step} of {self.steps} steps; "
+            f"go on with: linsight train --resume {self.run.path}",
+            self.stop.code,
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        rows, best = self.run.rows, self.run.rows[self.best[1] - 1]
+        if self.recipe.figures:
+            _figures.curves(self.run.path / "curves.png", rows)
+            self._draw(load_trained(self.run.path).model.to(self.learner.device))
+        summary = {
+            "name": self.run.name,
+            "model": self.recipe.model,
+            "attention": self.attention,
+            "params": self.learner.params,
+            "top1": best["top1"],
+            "top5": best["top5"],
+            "val_loss": best["val_loss"],
+            "best_epoch": self.best[1],
+            "last_top1": rows[-1]["top1"],
+            "epochs": self.learner.epochs,
+            "seconds": round(self.seconds, 2),
+            "train_images": len(self.data.train),
+            "val_images": len(self.data.val),
+            "classes": len(self.data.classes),
+            "folder": str(self.run.path),
+        }
+        self.run.summarise(summary)
+        return summary
+
+    def _draw(self, model: nn.Module) -> None:
+        """predictions.png: images spread over the evaluation source."""
+        samples = self.feeds.val_samples
+        count = min(24, len(samples))
+        items = [samples[0, index * len(samples) // count] for index in range(count)]
+        good = [item for item in items if not isinstance(item, str)]
+        if not good:
+            return
+        images = torch.stack([image for image, _ in good])
+        guesses = probabilities(model, images, self.learner.normalise, self.dtype).argmax(-1).tolist()
+        names = dict(enumerate(self.data.classes))
+        _figures.predictions(
+            self.run.path / "predictions.png",
+            images,
+            [names.get(guess, str(guess)) for guess in guesses],
+            [names[target] for _, target in good],
+        )
+
+    def _save(self) -> None:
+        self._flush()
+        self.run.save_state(
+            {
+                "epoch": self.epoch,
+                "step": self.step,
+                "best": list(self.best),
+                "sums": [self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds],
+                "bad": self.bad,
+                **self.learner.state(),
+            }
+        )
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.learner.load(state, str(self.run.path))
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best = (state["best"][0], state["best"][1])
+        self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds = state["sums"]
+        self.bad = state["bad"]
+        self.report.note(f"going on at epoch {self.epoch + 1}, step {self.step + 1}")

@@ -1,0 +1,184 @@
+"""Building the model of a recipe; saving it with all that is needed to use it, and loading it again."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+
+from linsight.checkpoints import LoadReport, load_published
+from linsight.errors import CheckpointError, LinsightError
+from linsight.models import create_model
+from linsight.recipe import FIELDS, Recipe, check, parse
+from linsight.runtime.files import replacing
+
+WEIGHTS = "best.safetensors"
+# What `eval` and `predict` must know of the recipe: the model, and how images are prepared for it.
+_KEPT = [
+    name
+    for name, field in FIELDS.items()
+    if (field.metadata["group"] == "Model" and not name.startswith("init"))
+    or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model with what it takes to use it: the recipe it was made by, and the names of its classes.
+
+    path: the file of its weights.
+    run: whether a run of ours wrote that file; published weights do not name their classes.
+    titles: what to call the classes in a prediction, where that is not their name.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    classes: tuple[str, ...]
+    path: pathlib.Path
+    run: bool = True
+    titles: tuple[str, ...] = ()
+
+
+def build(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The model of a recipe, with fresh weights."""
+    arguments: dict[str, Any] = {
+        "num_classes": recipe.num_classes or num_classes,
+        "in_chans": recipe.in_chans,
+        "img_size": (recipe.img_size * 2)[:2] or None,
+        "drop_path_rate": recipe.drop_path,
+    }
+    for name in recipe.model_args:
+        if name in arguments:
+            raise LinsightError(f"model_args has '{name}', which is a field of its own")
+    try:
+        return create_model(
+            recipe.model,
+            attention=recipe.attention,
+            attention_options=recipe.attention_options or None,
+            **arguments,
+            **recipe.model_args,
+        )
+    except TypeError as error:
+        raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
+
+
+def start_from(model: nn.Module, source: str, *, partial: bool = False) -> LoadReport:
+    """Fill a model from other weights; a classifier of another number of classes stays as it is.
+
+    partial: so does all else that the weights lack, or have in another shape.
+
+    Raises:
+        CheckpointError: they cannot be read safely, or are of another model.
+    """
+    path = pathlib.Path(source)
+    source = str(path / WEIGHTS) if path.is_dir() else source
+    report = load_published(model, source, strict=False)
+    return load_published(model, source, head=False) if report.mismatched and not partial else report
+
+
+def left_new(model: nn.Module, report: LoadReport) -> list[str]:
+    """The parameters that a load did not fill."""
+    return sorted({name for name, _ in model.named_parameters()} - set(report.loaded))
+
+
+def count_of(model: nn.Module, names: list[str]) -> str:
+    """How many parameters these are, and the first few of them."""
+    count = sum(model.get_parameter(name).numel() for name in names)
+    more = ", ..." if names[4:] else ""
+    return f"{count} parameters in {len(names)} tensors stay as initialised: {', '.join(names[:4])}{more}"
+
+
+def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that the model is given."""
+    size = recipe.img_size or tuple(model.pretrained_cfg["input_size"][-2:])  # type: ignore[index]
+    return int(size[0]), int(size[-1])
+
+
+def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> None:
+    """Write weights as safetensors, with the recipe's part that rebuilds the model in the metadata."""
+    about = {"recipe": {name: getattr(recipe, name) for name in _KEPT}, "classes": classes, **facts}
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
+    with replacing(path) as temporary:
+        temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": json.dumps(about)}))
+
+
+def load_trained(source: str | pathlib.Path) -> Trained:
+    """The model of a run folder or of its best.safetensors, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: nothing there, not such a file, damaged, or not of this model.
+    """
+    path = pathlib.Path(source)
+    if path.is_dir():
+        if not (path / WEIGHTS).exists():
+            raise CheckpointError(f"'{path}' is no finished run: it has no {WEIGHTS}")
+        path = path / WEIGHTS
+    if not path.exists():
+        raise CheckpointError(f"no such run folder or weights: '{path}'")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' is no safetensors file, or is damaged: {error}") from error
+    if "linsight" not in metadata:
+        raise CheckpointError(f"'{path}' does not say which model it is of: give the model and --checkpoint {path}")
+    try:
+        about = json.loads(metadata["linsight"])
+        given, classes = about["recipe"].items(), tuple(about["classes"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"'{path}' says what model it is of in a way that cannot be read: {error}") from error
+    recipe = check(Recipe(**{name: parse(name, value) for name, value in given}))
+    model = build(recipe, len(classes))
+    load_state(model, state, str(path))
+    return Trained(model.eval(), recipe, classes, path)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load weights strictly; a mismatch is one line."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    if missing or extra or shapes:
+        odd = (missing + extra + shapes)[0]
+        raise CheckpointError(
+            f"'{source}' belongs to another model: {len(missing)} tensors missing, {len(extra)} unknown, "
+            f"{len(shapes)} of another shape, as '{odd}'"
+        )
+    model.load_state_dict(state)
+
+
+def load_named(name: str, checkpoint: str) -> Trained:
+    """The model called `name` with published weights, prepared for as its pretrained_cfg says.
+
+    A thousand classes are taken for those of ImageNet-1K, by their WordNet ids; others are called by
+    their index.
+    """
+    model = create_model(name)
+    load_published(model, checkpoint)
+    cfg: Any = model.pretrained_cfg
+    recipe = Recipe(
+        model=name,
+        in_chans=int(cfg["input_size"][0]),
+        img_size=tuple(cfg["input_size"][-2:]),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation=cfg["interpolation"],
+        crop_pct=cfg["crop_pct"],
+        eval_crop=cfg["crop_mode"],
+    )
+    count = int(cfg["num_classes"])
+    classes: tuple[str, ...] = tuple(map(str, range(count)))
+    titles: tuple[str, ...] = ()
+    if count == 1000:
+        info = ImageNetInfo("imagenet-1k")
+        classes = tuple(info.label_names())
+        titles = tuple(f"{name} {info.label_name_to_description(name)}" for name in classes)
+    return Trained(model.eval(), recipe, classes, pathlib.Path(checkpoint), run=False, titles=titles)

@@ -1,0 +1,129 @@
+"""The run folder: configuration, metrics, state, best weights. Each file is whole at any moment."""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import pickle
+import platform
+import sys
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+import linsight
+from linsight.errors import CheckpointError, LinsightError
+from linsight.recipe import RESUMABLE, Recipe, check, parse
+from linsight.runtime.files import replacing, write_json, write_text
+
+CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"
+
+
+class Run:
+    """A folder that a run lives in. Make one with `start` or `resume`."""
+
+    def __init__(self, path: pathlib.Path, name: str, recipe: Recipe, data: dict[str, Any] | None) -> None:
+        self.path, self.name, self.recipe, self.data = path, name, recipe, data
+        self.rows: list[dict[str, Any]] = []
+        self.threads = recipe.threads
+
+    @classmethod
+    def start(cls, recipe: Recipe, out: str | pathlib.Path | None, name: str) -> "Run":
+        """A new run; its folder is made when there is something to write. Refuses a folder with content."""
+        if out is None:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            tries = (pathlib.Path("runs", f"{name}-{stamp}{f'-{n}' if n else ''}") for n in range(1000))
+            path = next(path for path in tries if not path.exists())
+        else:
+            path = pathlib.Path(out)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise LinsightError(f"'{path}' exists and is not empty: go on with --resume {path}, or give another --out")
+        return cls(path, name, recipe, None)
+
+    @classmethod
+    def resume(cls, path: str | pathlib.Path, overrides: dict[str, Any]) -> "Run":
+        """The run in a folder, with its own recipe; only what its result does not depend on may change."""
+        path = pathlib.Path(path)
+        if not (path / CONFIG).exists():
+            raise LinsightError(f"'{path}' is no run folder: it has no {CONFIG}")
+        given = {name: parse(name, value) for name, value in overrides.items()}
+        for name in given:
+            if name not in RESUMABLE:
+                raise LinsightError(f"a resumed run keeps its {name}; what may change: {', '.join(sorted(RESUMABLE))}")
+        try:
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+            recipe = Recipe(**{name: parse(name, value) for name, value in config["recipe"].items()})
+            name, data, threads = config["name"], config["data"], config["threads"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise LinsightError(f"'{path / CONFIG}' is damaged: {error}") from error
+        run = cls(path, name, check(dataclasses.replace(recipe, **given)), data)
+        if "threads" not in given:  # sums over another number of threads round differently
+            run.threads = int(threads)
+        return run
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return (self.path / SUMMARY).exists()
+
+    def describe(self, data: dict[str, Any]) -> None:
+        """Write the configuration of a new run; check that a resumed one still has the same data."""
+        if self.data is not None:
+            for key, value in json.loads(json.dumps(data)).items():
+                if self.data.get(key) != value:
+                    raise LinsightError(f"the data of '{self.path}' has changed ({key}): it cannot be resumed")
+            return
+        self.data = data
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(
+            self.path / CONFIG,
+            {
+                "name": self.name,
+                "recipe": dataclasses.asdict(self.recipe),
+                "data": data,
+                "threads": torch.get_num_threads(),
+                "versions": {
+                    "linsight": linsight.__version__,
+                    "torch": torch.__version__,
+                    "torchvision": torchvision.__version__,
+                    "timm": timm.__version__,
+                    "python": platform.python_version(),
+                },
+                "command": sys.argv,
+            },
+        )
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Add the metrics of an epoch."""
+        self.rows.append(row)
+        write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in self.rows))
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """Write the summary: the run is finished."""
+        write_json(self.path / SUMMARY, summary)
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of a finished run."""
+        return json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write all that it takes to go on."""
+        with replacing(self.path / STATE) as temporary:
+            torch.save(state, temporary)
+
+    def load_state(self) -> dict[str, Any] | None:
+        """What `save_state` wrote last, None if nothing yet. Metrics that it does not cover are forgotten."""
+        path = self.path / STATE
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            epoch = int(state["epoch"])
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
+            raise CheckpointError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from error
+        if (self.path / METRICS).exists():
+            lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+            self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= epoch]
+        return state
