@@ -59,7 +59,7 @@ def incapable_says_who_can(subject: Subject) -> None:
         "layer": {"stream", "reduced"},
         "block": {"stream", "reduced", "cross", "score_bias"},
     }[subject.entry.kind]
-    for capability in sorted({*FLAGS} - {"bidirectional"} - unasked):
+    for capability in sorted({*FLAGS} - unasked):
         if subject.entry.can(capability):
             call(capability)
             continue

@@ -43,4 +43,5 @@ class Structure(NamedTuple):
     cost: Cost = Cost.LINEAR
 
 
-FLAGS = (*Capabilities._fields, *(name for name in Structure._fields if name != "cost"))
+# What is listed of a mechanism, and named in errors.
+FLAGS = ("keep", "sizes", "packed", "cross", "reduced", "score_bias", "stream", "prefix", "causal")
