@@ -59,8 +59,8 @@ Figures in the tables are published ones, none of our own training: parameters, 
 size given, are those of the published code; top-1 is what the authors report on ImageNet-1K, "about" where it is read
 off a plot, "EMA" where it is that of averaged weights, which `load_published` then prefers; "-" is not published. No
 weights come with linsight, and none were at hand: what reads them is tested with files made in each published format.
-`linsight info NAME` counts a model anew, with any mechanism (`--attention`), and tells where its authors put the weights,
-if that is known; `linsight train --recipe NAME` trains one.
+`linsight info NAME` counts a model anew, with any mechanism (`--attention`), and tells where its authors put the
+weights, if that is known; `linsight train --recipe NAME` trains one.
 """
 
 USAGE = """import timm
