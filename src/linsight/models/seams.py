@@ -1,4 +1,4 @@
-"""What mechanisms and hosts may ask of each other, without knowing names."""
+"""Questions that mechanisms and hosts may ask of each other, without knowing names."""
 
 import re
 from collections.abc import Callable, Iterable

@@ -167,7 +167,7 @@ class CSwinTransformer(PlainPyramid):
 
 
 def stages(width: int, depths: tuple[int, ...], widest: int = 7) -> tuple[StageSize, ...]:
-    """Those of a network whose first stage has `width` channels, and whose last two have stripes of width `widest`."""
+    """The stages of a network whose first has `width` channels, and whose last two have stripes of width `widest`."""
     first, split = {64: 2, 96: 4}[width], (1, 2, widest, widest)
     return tuple(StageSize(width * 2**i, depths[i], first * 2**i, 4.0, split[i]) for i in range(4))
 

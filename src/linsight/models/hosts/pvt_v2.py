@@ -100,7 +100,7 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """What the mechanisms ask for."""
+        """Names of the parameters that the mechanisms want kept from weight decay."""
         return asked_no_weight_decay(self)
 
     @torch.jit.ignore

@@ -118,7 +118,7 @@ class Writer(CrossLayer):
 
 
 class Exchange(nn.Module):
-    """What the branches do before a stage of the network, whose maps are `dim` wide.
+    """The exchange of both branches before a stage of the network, whose maps are `dim` wide.
 
     z is fitted to the stage (fewer tokens, mixed; more channels); x reads z; z reads x, pooled to
     `pool` x `pool` cells, after a depthwise 7x7 convolution; self-attention on z.
