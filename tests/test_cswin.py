@@ -9,6 +9,7 @@ from linsight.attention import Capabilities, Tokens, split_heads
 from linsight.errors import CapabilityError, LinsightError
 from linsight.models import Choice
 from linsight.models.hosts.cswin import CrossShapedAttention
+from linsight.models.parts.partition import Partition
 from linsight.ops import Grid, Layout, depthwise_conv
 
 STAGES = [(8, 1, 2, 2.0, 1), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 7), (16, 1, 2, 2.0, 7)]
@@ -27,7 +28,7 @@ def stripe_by_stripe(layer, x, grid, cond):
     for i, branch in enumerate(layer.branches):
         source = torch.cat([qkv[..., i, :], conds[:, :, i : i + 1]], dim=2).unflatten(1, grid)  # (B, H, W, 4, C)
         along, outs = 2 - i, []
-        for stripe in source.split(branch.stripes.width, dim=along):
+        for stripe in source.split(branch.sizes[1 - i], dim=along):
             size = stripe.shape[1:3]
             q, k, v, c = stripe.flatten(1, 2).unbind(2)
             tokens = Tokens(*(split_heads(t, branch.core.num_heads) for t in (q, k, v)), c)
@@ -45,6 +46,17 @@ def test_padded_stripes_are_exact(name, split, grid):
     layer = attention(name, split).double()
     x, cond = torch.randn(2, 2, grid[0] * grid[1], 16, dtype=torch.float64)
     torch.testing.assert_close(layer(x, Grid(*grid), cond), stripe_by_stripe(layer, x, grid, cond))
+
+
+@pytest.mark.parametrize(("sizes", "kept"), [((None, 3), [15, 10]), ((2, None), [10, 10, 5])])
+def test_stripes_come_back(sizes, kept):
+    """Of 5 rows and 5 columns; the last stripe is padded, and says so."""
+    stripes, x = Partition(Grid(5, 5), sizes), torch.randn(2, 25, 3)
+    cut = stripes.cut(x)
+    assert cut.shape[:2] == (2 * len(kept), stripes.inner.tokens)
+    assert torch.equal(stripes.join(cut), x)
+    assert stripes.keep(x).sum(1).tolist() == 2 * kept
+    assert Partition(Grid(6, 6), sizes).keep(x) is None
 
 
 def test_only_who_asks_for_it_sees_the_stream_before_the_norm():

@@ -7,7 +7,7 @@ import torch
 import linsight
 from linsight.attention import list_attentions
 from linsight.models.hosts.swin import SwinTransformer
-from linsight.models.parts.windows import Windows
+from linsight.models.parts.partition import Partition
 from linsight.ops import Grid
 
 SMALL = {"embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "num_classes": 5, "img_size": 64}
@@ -24,12 +24,12 @@ def small(attention="softmax", **arguments):
 @pytest.mark.parametrize("grid", [Grid(8, 12), Grid(6, 7), Grid(3, 5), Grid(4, 9), Grid(1, 13)])
 @pytest.mark.parametrize("shift", [(0, 0), (2, 2), (1, 2)])
 def test_windows_come_back(grid, shift):
-    windows, x = Windows(grid, (4, 4), shift), torch.randn(2, grid.tokens, 3)
+    windows, x = Partition(grid, (4, 4), shift), torch.randn(2, grid.tokens, 3)
     cut = windows.cut(x)
     assert cut.shape[1:] == (16, 3)
     assert torch.equal(windows.join(cut), x)
     keep = windows.keep(x)
-    assert keep is None if not (grid.height % 4 or grid.width % 4) else keep.sum() == grid.tokens
+    assert keep is None if not (grid.height % 4 or grid.width % 4) else keep.sum() == 2 * grid.tokens
 
 
 def places(side, window, shift):

@@ -1,9 +1,10 @@
-"""What mechanisms and hosts may ask of each other, without knowing names."""
+"""Questions that mechanisms and hosts may ask of each other, without knowing names."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from linsight.attention import Block, Core, Layer, create_attention, create_block, is_block, mechanism
 from linsight.errors import CapabilityError, LinsightError
@@ -50,16 +51,30 @@ def refuse_prefix(choices: Iterable[Choice], way: str) -> None:
             raise CapabilityError(f"'{name}' works on a grid, which a class token has no place on (prefix): {way}")
 
 
-def refuse_dropped_scores(attention: Any) -> None:
-    """Raise where an attention of timm drops scores, which no layer of ours does."""
-    if attention.attn_drop.p:
+def in_place_of(
+    theirs: Any, choice: Choice, grid: tuple[int, int], make: Callable[..., Layer], init: Callable[[nn.Module], None]
+) -> Block | Layer:
+    """For the attention of a block of timm: our layer, which goes on with its weights where they fit, or a whole block.
+
+    make: of the choice, dim, heads, and the arguments that timm's attention tells: `make_layer`.
+    init: gives a module its initial weights.
+    """
+    old = theirs.attn
+    if old.attn_drop.p:
         raise LinsightError("linear attention has no score matrix to drop from: pass attn_drop_rate=0")
-
-
-def inherit(new: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights whose name and shape `new` has."""
+    factory = {"device": old.proj.weight.device, "dtype": old.proj.weight.dtype}
+    rate, ratio = getattr(theirs.drop_path1, "drop_prob", 0.0), theirs.mlp.fc1.out_features / old.dim
+    whole = make_block(choice, old.dim, old.num_heads, mlp_ratio=ratio, drop_path=rate, grid=grid, **factory)
+    if whole is not None:
+        return whole.apply(init)
+    projection = old.qkv if hasattr(old, "qkv") else old.q
+    shared = {"qkv_bias": projection.bias is not None, "proj_drop": old.proj_drop.p, **factory}
+    new = make(choice, old.dim, old.num_heads, **shared).apply(init)
     own = new.state_dict()
-    new.load_state_dict({k: t for k, t in weights.items() if k in own and own[k].shape == t.shape}, strict=False)
+    weights = {re.sub(r"^(sr|norm)\.", r"reduction.\1.", key): tensor for key, tensor in old.state_dict().items()}
+    fitting = {key: t for key, t in weights.items() if key in own and own[key].shape == t.shape}
+    new.load_state_dict(fitting, strict=False)
+    return new
 
 
 def set_grid(module: nn.Module, grid: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""What a host tells of itself, so that an image of any size can go through it in tiles, step by step.
+"""The steps that a host tells of itself, by which an image of any size can go through it in tiles.
 
 A host that defines `stream_plan(self) -> StreamPlan` streams. Everything here is of one image, B = 1.
 """

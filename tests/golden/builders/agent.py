@@ -6,7 +6,7 @@ import linsight
 from golden.spec import REDUCTION, Run, heads, tensor
 from linsight import Grid
 from linsight.attention import create_core
-from linsight.models.hosts.cswin import Branch, Stripes
+from linsight.models.hosts.cswin import Branch, inner
 
 
 def agent_op(spec: dict[str, Any]) -> Run:
@@ -31,10 +31,11 @@ def agent_branch(spec: dict[str, Any]) -> Run:
     """CSwin's attention, which has no projections and its own convolution, on the whole grid or on stripes."""
     config, qkv = spec["config"], tensor(spec["input_shape"])
     grid, index = Grid(*config["grid"]), config["idx"]
-    stripes = None if index < 0 else Stripes(config["split_size"], vertical=index == 0)
-    place = stripes.inner(grid) if stripes else grid[:2]
+    split = config["split_size"]
+    sizes = None if index < 0 else [(None, split), (split, None)][index]
+    place = inner(sizes, grid[:2])
     core = create_core("agent", config["dim"], heads(spec), agents=config["agent_num"], local=False, grid=place)
-    branch = Branch(core, config["dim"], stripes=stripes)
+    branch = Branch(core, config["dim"], sizes=sizes)
     return Run(branch, lambda: branch(qkv.movedim(0, 2), grid, qkv[0]))
 
 

@@ -115,7 +115,7 @@ class Compact(Pyramid):
         return size
 
     def grids(self, size: tuple[int, int]) -> Iterator[tuple[nn.Module, tuple[int, int]]]:
-        """Those of the stages, after the stem."""
+        """Each stage and the height and width of its tokens, for images of `size`, which the stem reduces first."""
         return super().grids(self._after_stem(size))
 
 

@@ -12,11 +12,10 @@ is padded, and the padding is never absorbed. The stripes are those that the mod
 at another size their width and number of heads stay.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from linsight.attention import (
     Core,
@@ -33,6 +32,7 @@ from linsight.errors import LinsightError
 from linsight.ops import Grid, Layout
 
 from ..parts.convs import ConvEmbed
+from ..parts.partition import Partition
 from ..parts.pyramid import PlainPyramid
 from ..parts.stages import PreNorm, StageSize, TokenMlp
 from ..plan import Choice
@@ -40,92 +40,41 @@ from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
 from ..seams import make_layer
 
+Sizes = tuple[int | None, int | None]
 
-class Stripes(NamedTuple):
-    """How a grid is cut into stripes of `width` columns, or rows. The last one is padded with zeros."""
 
-    width: int
-    vertical: bool
-
-    def inner(self, grid: tuple[int, ...]) -> tuple[int, int]:
-        """Height and width of one stripe."""
-        return (grid[0], self.width) if self.vertical else (self.width, grid[1])
-
-    def count(self, grid: Grid) -> int:
-        """Stripes of a grid."""
-        return (self._side(grid) + self.width - 1) // self.width
-
-    def cut(self, x: Tensor, grid: Grid) -> Tensor:
-        """`(B, H*W, ...)` -> `(B * stripes, h*w, ...)`, those of an image together."""
-        x, count = x.unflatten(1, (grid.height, grid.width)), self.count(grid)
-        if self._padded(grid):
-            rest = x.ndim - 2 - self.vertical
-            x = F.pad(x, (*[0, 0] * rest, 0, count * self.width - self._side(grid)))
-        x = x.unflatten(1 + self.vertical, (count, self.width))
-        return (x.transpose(1, 2) if self.vertical else x).flatten(0, 1).flatten(1, 2)
-
-    def join(self, x: Tensor, grid: Grid) -> Tensor:
-        """The other way, without the padding."""
-        x = x.unflatten(0, (-1, self.count(grid)))  # (B, stripes, h*w, C)
-        if self._padded(grid):  # not by a slice: a graph would ask whether it is all there is
-            return x.flatten(1, 2).index_select(1, self._places(grid, x.device))
-        if not self.vertical:
-            return x.flatten(1, 2)
-        return x.unflatten(2, self.inner(grid)).transpose(1, 2).flatten(1, 3)
-
-    def keep(self, x: Tensor, grid: Grid) -> Tensor | None:
-        """`(B * stripes, h*w)` bool, False for padding, of the batch of `x`; None where there is none."""
-        if not self._padded(grid):
-            return None
-        count = self.count(grid)
-        inside = torch.arange(count * self.width, device=x.device) < self._side(grid)
-        inside = inside.unflatten(0, (count, self.width)).unsqueeze(1 if self.vertical else 2)
-        inside = inside.expand(count, *self.inner(grid)).flatten(1)
-        return inside.expand(x.shape[0], -1, -1).flatten(0, 1)
-
-    def _places(self, grid: Grid, device: torch.device) -> Tensor:
-        """Where each token of the grid lies among those of all stripes: `(H*W,)`."""
-        if not self.vertical:
-            return torch.arange(grid.height * grid.width, device=device)
-        rows, columns = torch.arange(grid.height, device=device), torch.arange(grid.width, device=device)
-        stripe, column = columns // self.width, columns % self.width
-        return ((stripe * grid.height + rows[:, None]) * self.width + column).flatten()
-
-    def _side(self, grid: Grid) -> int:
-        return grid.width if self.vertical else grid.height
-
-    def _padded(self, grid: Grid) -> bool:
-        # In a graph, whether there is padding must not be asked: each answer would be a graph of its own.
-        return self.width > 1 and (torch.compiler.is_compiling() or self._side(grid) % self.width != 0)
+def inner(sizes: Sizes | None, grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a stripe of a grid, or of the grid where there is none."""
+    return grid if sizes is None else Partition(Grid(*grid), sizes).inner[:2]
 
 
 class Branch(nn.Module):
-    """A mechanism, on stripes of the grid or on all of it, and LePE."""
+    """A mechanism, on all of the grid or on stripes of it, whose `sizes` are those of a `Partition`, and LePE."""
 
     published = (Rename("get_v.", "lepe."),)
 
     def __init__(
-        self, core: Core, dim: int, *, stripes: Stripes | None = None, device: Any = None, dtype: Any = None
+        self, core: Core, dim: int, *, sizes: Sizes | None = None, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
-        self.stripes = stripes
+        self.sizes = sizes
         self.core = core
         self.lepe = TokenConv(dim, device=device, dtype=dtype)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Move the mechanism's tables to those of another grid."""
-        self.core.set_grid(self.stripes.inner(grid) if self.stripes else grid)
+        self.core.set_grid(inner(self.sizes, grid))
 
     def forward(self, qkv: Tensor, grid: Grid, x: Tensor) -> Tensor:
         """`qkv` `(B, H*W, 3, C)` and `x` `(B, H*W, C)`, the residual stream or what was projected -> `(B, H*W, C)`."""
-        if self.stripes is None:
+        if self.sizes is None:
             return self._mix(qkv, grid, x, None)
-        keep = self.stripes.keep(qkv, grid)
+        stripes = Partition(grid, self.sizes)
+        keep = stripes.keep(qkv)
         if keep is not None:
-            require(self.core, "keep", f"a grid that stripes of {self.stripes.width} do not divide")
-        inner = Grid(*self.stripes.inner(grid))
-        out = self._mix(self.stripes.cut(qkv, grid), inner, self.stripes.cut(x, grid), keep)
-        return self.stripes.join(out, grid)
+            width = max(size for size in self.sizes if size)
+            require(self.core, "keep", f"a grid that stripes of {width} do not divide")
+        return stripes.join(self._mix(stripes.cut(qkv), stripes.inner, stripes.cut(x), keep))
 
     def _mix(self, qkv: Tensor, grid: Grid, x: Tensor, keep: Tensor | None) -> Tensor:
         q, k, v = qkv.unbind(2)
@@ -154,17 +103,17 @@ class CrossShapedAttention(nn.Module):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        cuts = [None] if split is None else [Stripes(split, vertical=True), Stripes(split, vertical=False)]
+        cuts: list[Sizes | None] = [None] if split is None else [(None, split), (split, None)]
         if num_heads < 1 or dim % num_heads or num_heads % len(cuts):
             halves = f", and be even where two kinds of stripes (of {split}) share the heads" if split else ""
             raise LinsightError(f"num_heads={num_heads} must divide dim={dim}{halves}")
         dims, heads = dim // len(cuts), num_heads // len(cuts)
         self.qkv = nn.Linear(dim, 3 * dim, **factory)
         self.branches = nn.ModuleList()
-        for stripes in cuts:
-            place = stripes.inner(grid) if stripes else grid
+        for sizes in cuts:
+            place = inner(sizes, grid)
             core = create_core(choice.name, dims, heads, grid=place, index=choice.index, **factory, **choice.options)
-            self.branches.append(Branch(core, dims, stripes=stripes, **factory))
+            self.branches.append(Branch(core, dims, sizes=sizes, **factory))
         self.proj = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor, grid: Grid, residual: Tensor | None = None) -> Tensor:
@@ -220,7 +169,7 @@ class CSwinTransformer(PlainPyramid):
 
 
 def stages(width: int, depths: tuple[int, ...], widest: int = 7) -> tuple[StageSize, ...]:
-    """Those of a network whose first stage has `width` channels, and whose last two have stripes of width `widest`."""
+    """The stages of a network whose first has `width` channels, and whose last two have stripes of width `widest`."""
     first, split = {64: 2, 96: 4}[width], (1, 2, widest, widest)
     return tuple(StageSize(width * 2**i, depths[i], first * 2**i, 4.0, split[i]) for i in range(4))
 

@@ -235,7 +235,7 @@ class PyramidVisionTransformer(Pyramid):
         return super().head_of_mean(prefix, mean, pre_logits)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What `forward_features` gives, to logits."""
+        """Logits, of the output of `forward_features`."""
         if self.class_token:
             x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(dim=1)
             x = x[..., None, None]  # as a map of one place

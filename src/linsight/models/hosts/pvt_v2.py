@@ -8,8 +8,8 @@ of a mechanism of quadratic cost are reduced by a strided convolution (8, 4, 2, 
 Any image size: strides round upwards, and nothing is padded to a multiple.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from timm.layers import to_2tuple
 from timm.models import pvt_v2 as timm_pvt
 from timm.models._input import update_model_input_size
 
+from linsight.attention import Block
+
 from ..plan import Choice, plan
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
-from ..seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores, set_grid
+from ..seams import asked_no_weight_decay, in_place_of, make_layer, set_grid
 from ..steps import StreamPlan
 from ..timm.steps import pvt_v2_plan
 
@@ -61,28 +63,19 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
                 self._put(stage.blocks, i, choice, grid)
 
     def _put(self, blocks: Any, i: int, choice: Choice, grid: tuple[int, int]) -> None:
-        block, old = blocks[i], blocks[i].attn
-        refuse_dropped_scores(old)
-        shared = {"grid": grid, "device": old.q.weight.device, "dtype": old.q.weight.dtype}
-        ratio, rate = block.mlp.fc1.out_features / old.dim, getattr(block.drop_path1, "drop_prob", 0.0)
-        whole = make_block(choice, old.dim, old.num_heads, mlp_ratio=ratio, drop_path=rate, **shared)
-        if whole is not None:
-            blocks[i] = whole.apply(self._init_weights)
-            return
-        block.attn = make_layer(
-            choice,
-            old.dim,
-            old.num_heads,
+        old = blocks[i].attn
+        make = partial(
+            make_layer,
             projections="q_kv",
             reduction=old.sr.stride[0] if old.sr is not None else 1,
             pool=7 if old.pool is not None else 0,
-            qkv_bias=old.q.bias is not None,
-            proj_drop=old.proj_drop.p,
-            **shared,
+            grid=grid,
         )
-        block.attn.apply(self._init_weights)
-        keys = {key: re.sub(r"^(sr|norm)\.", r"reduction.\1.", key) for key in old.state_dict()}
-        inherit(block.attn, {keys[key]: tensor for key, tensor in old.state_dict().items()})
+        new = in_place_of(blocks[i], choice, grid, make, self._init_weights)
+        if isinstance(new, Block):
+            blocks[i] = new
+        else:
+            blocks[i].attn = new
 
     def grids(self, size: tuple[int, int]) -> Iterator[tuple[Any, tuple[int, int]]]:
         """Each stage and the height and width of its tokens, for images of `size`."""
@@ -107,7 +100,7 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """What the mechanisms ask for."""
+        """Names of the parameters that the mechanisms want kept from weight decay."""
         return asked_no_weight_decay(self)
 
     @torch.jit.ignore

@@ -20,6 +20,7 @@ one or more is what torch asks of a batch of them, so a stage of a single window
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,17 +30,18 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Layer, create_core, mechanism
+from linsight.attention import Block, Layer, create_core, mechanism
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
+from ..parts.partition import Partition, half_shift, to_multiple, within
 from ..parts.stages import TokenMlp, init_linear
 from ..parts.stepsnet import Steps, block_widths, narrow, opened, widened
-from ..parts.windows import WindowAttention, Windows, half_shift, to_multiple, within
+from ..parts.windows import WindowAttention
 from ..plan import Choice, plan
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
-from ..seams import asked_no_weight_decay, inherit, make_block, make_layer, refuse_dropped_scores
+from ..seams import asked_no_weight_decay, in_place_of, make_layer
 from ..steps import StreamPlan
 from ..timm.steps import swin_plan
 
@@ -82,16 +84,11 @@ class SwinBlock(nn.Module):
         if self.window is None:
             return self.attn(x, grid)
         window = self.window if isinstance(self.attn, WindowAttention) else within(self.window, grid[:2])
-        windows = Windows(grid, window, self.shift, always=self.dense)
-        inside = windows.cut(x)
+        windows = Partition(grid, window, self.shift, always=self.dense)
         arguments = {"keep": None if self.dense else windows.keep(x)}
         if isinstance(self.attn, WindowAttention):  # a mechanism without scores has no use for what is added to them
             arguments["score_bias"] = windows.apart(x)
-        batch = x.shape[0]
-        for name, value in arguments.items():
-            if value is not None:
-                arguments[name] = value.expand(batch, *value.shape).flatten(0, 1)
-        return windows.join(self.attn(inside, windows.inner, **arguments))
+        return windows.join(self.attn(windows.cut(x), windows.inner, **arguments))
 
 
 class WholePatches(PatchEmbed):
@@ -225,42 +222,29 @@ def _replacement(
     shifted: bool,
     dense: bool,
 ) -> nn.Module:
-    old, grid = theirs.attn, theirs.input_resolution
-    refuse_dropped_scores(old)
     if theirs.always_partition and not dense:
         raise LinsightError(
             "a grid of one window is not shifted here: pass always_partition=False, or dense_windows=True"
         )
-    factory = {"device": old.proj.weight.device, "dtype": old.proj.weight.dtype}
-    block = make_block(
-        choice,
-        theirs.dim,
-        old.num_heads,
-        mlp_ratio=theirs.mlp_ratio,
-        drop_path=getattr(theirs.drop_path1, "drop_prob", 0.0),
-        grid=grid,
-        **factory,
-    )
-    if block is not None:
-        return block.apply(init_linear)
-    shared = {"qkv_bias": old.qkv.bias is not None, "proj_drop": old.proj_drop.p, **factory}
-    entry = mechanism(choice.name)
-    if entry.kind == "core" and entry.quadratic and entry.capabilities.score_bias:
-        core = create_core(choice.name, theirs.dim, old.num_heads, index=choice.index, **factory, **choice.options)
-        attn: Layer = WindowAttention(core, theirs.dim, window=theirs.window_size, **shared)
-        inherit(attn, old.state_dict())
-        return SwinBlock(theirs, attn, theirs.window_size, theirs.shift_size, dense=dense)
-    window = None if attention_window is None else to_2tuple(attention_window)
-    if window is not None and min(window) < 1:
+    if attention_window is not None and min(to_2tuple(attention_window)) < 1:
         raise LinsightError(
             f"attention_window={attention_window}: give its side, 1 or more, or None for the whole grid"
         )
-    if entry.quadratic:
-        window = theirs.window_size
-    place = grid if window is None else within(window, grid)
-    attn = make_layer(choice, theirs.dim, old.num_heads, grid=place, **shared).apply(init_linear)
-    shift = (window[0] // 2, window[1] // 2) if window is not None and shifted else (0, 0)
-    return SwinBlock(theirs, attn, window, shift)
+    entry, grid = mechanism(choice.name), theirs.input_resolution
+    window: Any = theirs.window_size if entry.quadratic else attention_window and to_2tuple(attention_window)
+    biased = entry.kind == "core" and entry.quadratic and entry.capabilities.score_bias
+    make = partial(make_layer, grid=within(window, grid) if window else grid)
+    new = in_place_of(theirs, choice, grid, partial(_in_window, window=window) if biased else make, init_linear)
+    if isinstance(new, Block):
+        return new
+    shift = (window[0] // 2, window[1] // 2) if window and shifted else (0, 0)
+    return SwinBlock(theirs, new, window, theirs.shift_size if biased else shift, dense=dense)
+
+
+def _in_window(choice: Choice, dim: int, num_heads: int, *, window: tuple[int, int], **shared: Any) -> WindowAttention:
+    factory = {key: shared[key] for key in ("device", "dtype")}
+    core = create_core(choice.name, dim, num_heads, index=choice.index, **factory, **choice.options)
+    return WindowAttention(core, dim, window=window, **shared)
 
 
 _CFG = {"first_conv": "patch_embed.proj", "classifier": "head.fc"}

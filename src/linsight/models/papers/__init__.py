@@ -1,4 +1,4 @@
-"""What papers published, a file each: their models in all hosts. Every module here registers itself."""
+"""Papers, a file each: what they published of their models, in all hosts. Every module here registers itself."""
 
 import importlib
 import pkgutil

@@ -45,7 +45,7 @@ class DenseFeatures(FeatureGetterNet):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """What the model asks for."""
+        """Names of the parameters that the model wants kept from weight decay."""
         return {f"model.{name}" for name in self.model.no_weight_decay()}
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the hierarchical hosts share: stages that take and give maps, and timm's interface around them."""
+"""The base of the hierarchical hosts: stages that take and give maps, and timm's interface around them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -69,7 +69,7 @@ class Pyramid(nn.Module):
         self.num_features = self.head_hidden_size = width
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> Any:
-        """What makes the tokens of stage `i`, and tells their `grid` and its `stride`."""
+        """The module that makes the tokens of stage `i`, and tells their `grid` and its `stride`."""
         raise NotImplementedError
 
     def make_block(
@@ -86,7 +86,7 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """What the mechanisms ask for."""
+        """Names of the parameters that the mechanisms want kept from weight decay."""
         return asked_no_weight_decay(self)
 
     @torch.jit.ignore
@@ -160,7 +160,7 @@ class Pyramid(nn.Module):
         return self.forward_head(mean.transpose(1, 2)[..., None], pre_logits)
 
     def pools_mean(self) -> bool:
-        """Whether all that the head reads of the last map is its mean."""
+        """True where all that the head reads of the last map is its mean."""
         return self.head.global_pool.pool_type == "avg"  # type: ignore[union-attr]
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class Pyramid(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What `forward_features` gives, to logits."""
+        """Logits, of the output of `forward_features`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class Pyramid(nn.Module):
 
 
 def _run_in_turn(parts: Sequence[Any], x: Tensor) -> Tensor:
-    """What stands before a stage, the last of which makes tokens: `(B, C, H, W)` -> `(B, h, w, C')`."""
+    """Run the modules in front of a stage, the last of which makes tokens: `(B, C, H, W)` -> `(B, h, w, C')`."""
     for part in parts[:-1]:
         x = part(x)
     tokens, grid = parts[-1](x)

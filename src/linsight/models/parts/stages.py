@@ -1,4 +1,4 @@
-"""What stages of hierarchical hosts are made of: their sizes, a pre-norm block, blocks behind a downsampling."""
+"""Stages of hierarchical hosts: their sizes, a pre-norm block, blocks behind a downsampling."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -56,7 +56,7 @@ def heads_of(width: int, dim: int, num_heads: int) -> int:
 
 
 def opened(whole: Tensor, widths: Sequence[int]) -> Tensor:
-    """What the first of blocks of these `widths` is given of `whole`; channels last."""
+    """The channels of `whole` that the first of blocks of these `widths` takes; channels last."""
     width = widths[0] if widths else whole.shape[-1]
     return whole if width == whole.shape[-1] else whole[..., :width]
 

@@ -1,1 +1,1 @@
-"""What we know of the models of timm: their published keys, their steps, and how to put a mechanism in."""
+"""Models of timm: their published keys, their steps, and how a mechanism is put in."""

@@ -49,7 +49,7 @@ def _merging(merging: nn.Module) -> Sample:
 
 
 def pvt_v2_plan(model: Any) -> StreamPlan:
-    """Of each stage the overlapping patches and the blocks; the norm of a stage is what the next one begins with."""
+    """Overlapping patches and blocks, stage by stage; the norm of a stage is what the next one begins with."""
     steps: list[Sample | Mix] = []
     norm: Any = None
     for i, stage in enumerate(model.stages):

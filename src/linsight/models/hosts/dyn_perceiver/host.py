@@ -203,7 +203,7 @@ class DynamicPerceiver(nn.Module):
         return logits, State(number, x, z, logits if feeds else fed)
 
     def _advance(self, x: Tensor, z: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """What lies between an exit and the one before."""
+        """Map and latents at the exit `number`, of those at the exit before."""
         if number == 1:
             x = self.stem(x)
             for exchange, stage in zip(self.exchanges[:2], self.stages[:2], strict=True):

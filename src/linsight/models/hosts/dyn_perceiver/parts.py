@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Rename
+from linsight.attention import Rename, Tokens, create_core, merge_heads, split_heads
+from linsight.ops import Grid, Layout
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention of `dim` tokens over `kv_dim` tokens, `inner` wide.
+    """Our softmax between projections of `dim` tokens and of `kv_dim` tokens, `inner` wide.
 
     O = softmax(Q (K + R)^T / sqrt(d)) V, R one learned embedding for each of `keys` keys (0: none).
     """
@@ -20,6 +21,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, kv_dim: int, inner: int, num_heads: int = 1, keys: int = 0, **factory: Any) -> None:
         super().__init__()
+        self.core = create_core("softmax", inner, num_heads, **factory)
         self.num_heads = num_heads
         self.q = nn.Linear(dim, inner, bias=False, **factory)
         self.k = nn.Linear(kv_dim, inner, bias=False, **factory)
@@ -32,9 +34,9 @@ class CrossAttention(nn.Module):
         q, k, v = self.q(x), self.k(context), self.v(context)
         if self.key_embed is not None:
             k = k + self.key_embed
-        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        q = q.expand(k.shape[0], -1, -1, -1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q = q.expand(k.shape[0], -1, -1)
+        tokens = Tokens(*(split_heads(t, self.num_heads) for t in (q, k, v)))
+        return self.proj(merge_heads(self.core(tokens, Layout(Grid(1, q.shape[1])))))
 
 
 class Mlp(nn.Module):
@@ -116,7 +118,7 @@ class Writer(CrossLayer):
 
 
 class Exchange(nn.Module):
-    """What the branches do before a stage of the network, whose maps are `dim` wide.
+    """The exchange of both branches before a stage of the network, whose maps are `dim` wide.
 
     z is fitted to the stage (fewer tokens, mixed; more channels); x reads z; z reads x, pooled to
     `pool` x `pool` cells, after a depthwise 7x7 convolution; self-attention on z.

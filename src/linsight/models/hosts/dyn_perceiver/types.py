@@ -1,4 +1,4 @@
-"""What Dynamic Perceiver is made from, and what it gives."""
+"""The records that Dynamic Perceiver is made from, and those that it gives."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ class Latents(NamedTuple):
 
 
 class ExitLogits(NamedTuple):
-    """What the model gives in training: logits `(B, classes)` of each exit."""
+    """The output in training: logits `(B, classes)` of each exit."""
 
     early: Tensor
     att: Tensor
@@ -51,7 +51,7 @@ class ExitLogits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What it takes to go on after an exit, for a batch of images.
+    """All that is needed to go on after an exit, for a batch of images.
 
     state[which]: that of some of them; a mask, indices or a slice.
     passed: the exit.  x: the map.  z: the latents.  logits: of the latents' last exit, if they feed the next.

@@ -61,7 +61,7 @@ def dropped(drop_path: nn.Module, x: Tensor, layout: Layout) -> Tensor:
 
 
 class SiameseBlock(Block):
-    """The same between two streams, whose position encoding is one and the same; `depth` is its place in the model."""
+    """A block between two streams, which share one position encoding; `depth` is its place in the model."""
 
     # Published names say before or after the add; ours, which stream they norm.
     published = tuple(
@@ -126,7 +126,7 @@ def host_arguments(
     norm: str = "pre",
     steps: Steps | None = None,
 ) -> dict[str, Any]:
-    """What timm's VisionTransformer is built with to become the host; `grid` is that of its image size."""
+    """Arguments that make timm's VisionTransformer the host; `grid` is that of its image size."""
     widths = None if steps is None else block_widths(steps)
     return {
         "block_fn": functools.partial(make_block, choices=choices, grid=grid, cpe=cpe, norm=norm, widths=widths),

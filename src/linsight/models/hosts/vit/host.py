@@ -104,7 +104,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return model
 
     def _set_streams(self, norm: str, steps: Steps | None) -> None:
-        """What is between and behind the blocks: the width that each takes, and how two streams are merged."""
+        """Set the width that each block takes, and how two streams are merged behind them."""
         if steps is not None:
             check_last(steps, self.embed_dim)
         self.widths = [self.embed_dim] * len(self.blocks) if steps is None else block_widths(steps)
@@ -165,7 +165,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return classify(self, x, layout, pre_logits)
 
     def forward_features_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Layout]:
-        """The same -> normed tokens `(1, sum of N_i, C)` and how they lie; `linsight.ops.unpack` takes them apart."""
+        """Images `(3, H_i, W_i)` -> normed tokens `(1, sum of N_i, C)` and how they lie, for `linsight.ops.unpack`."""
         x, layout = embed_packed(self, images)
         return self._normed(x, layout), layout
 
@@ -262,4 +262,4 @@ def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
 
 
 class Distilled(VisionTransformer, timm_deit.VisionTransformerDistilled):
-    """The same with DeiT's distillation token and its head, for the models of timm that have them."""
+    """The host with DeiT's distillation token and its head, for the models of timm that have them."""

@@ -1,0 +1,107 @@
+"""How a grid is cut into rectangles: Swin's windows, shifted or not, and CSwin's stripes."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from linsight.ops import Grid
+
+
+def to_multiple(side: int, size: int) -> int:
+    """The least multiple of `size` that is not below `side`; in a form that stays short in a graph."""
+    return (side + size - 1) // size * size
+
+
+class Partition:
+    """The tokens of a grid in rectangles of `sizes`, height and width; None: the whole side, as of a stripe.
+
+    The grid is padded at the bottom and right to whole rectangles, then rolled by `shift`, so the last ones hold
+    tokens from opposite rims: up to three regions a side, which do not see each other.
+
+    always: shift a side of one rectangle, too.
+    """
+
+    def __init__(
+        self, grid: Grid, sizes: tuple[int | None, int | None], shift: tuple[int, int] = (0, 0), *, always: bool = False
+    ) -> None:
+        self.grid = grid
+        height, width = (side if size is None else size for side, size in zip(grid[:2], sizes, strict=True))
+        self.inner = Grid(height, width)
+        # In a graph, whether there is padding must not be asked: each answer would be a graph of its own.
+        graph = torch.compiler.is_compiling()
+        self.padding = tuple(
+            size not in (None, 1) and (graph or side % size != 0) for side, size in zip(grid[:2], sizes, strict=True)
+        )
+        self.padded = tuple(
+            to_multiple(side, size) if padding else side
+            for side, size, padding in zip(grid[:2], self.inner[:2], self.padding, strict=True)
+        )
+        self.counts = tuple(1 if size is None else side // size for side, size in zip(self.padded, sizes, strict=True))
+        # A side of one rectangle is not shifted.
+        self.shift = tuple(
+            step if step and (always or side > size) else 0
+            for step, side, size in zip(shift, self.padded, self.inner[:2], strict=True)
+        )
+
+    def cut(self, x: Tensor) -> Tensor:
+        """`(B, H*W, ...)` -> `(B * rectangles, h*w, ...)`, those of an image together."""
+        x = x.unflatten(1, self.grid[:2])
+        if any(self.padding):
+            low, right = (padded - side for padded, side in zip(self.padded, self.grid[:2], strict=True))
+            x = F.pad(x, (*[0, 0] * (x.ndim - 3), 0, right, 0, low))
+        return self._cut(self._roll(x, -1))
+
+    def join(self, x: Tensor) -> Tensor:
+        """`(B * rectangles, h*w, C)` -> `(B, H*W, C)`, without the padding."""
+        x = x.unflatten(0, (-1, *self.counts)).unflatten(3, self.inner[:2])
+        x = self._roll(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), 1)
+        for axis, side, padding in zip((1, 2), self.grid[:2], self.padding, strict=True):
+            if (
+                padding and torch.compiler.is_compiling()
+            ):  # not by a slice: a graph would ask whether it is all there is
+                x = x.index_select(axis, torch.arange(side, device=x.device))
+            elif padding:
+                x = x.narrow(axis, 0, side)
+        return x.flatten(1, 2)
+
+    def keep(self, x: Tensor) -> Tensor | None:
+        """`(B * rectangles, h*w)` bool, False for padding, of the batch of `x`; None where there is none."""
+        if not any(self.padding):
+            return None
+        rows, columns = (
+            torch.arange(padded, device=x.device) < side
+            for padded, side in zip(self.padded, self.grid[:2], strict=True)
+        )
+        inside = self._cut(self._roll((rows[:, None] & columns)[None], -1))
+        return inside.expand(x.shape[0], *inside.shape).flatten(0, 1)
+
+    def apart(self, x: Tensor) -> Tensor | None:
+        """`(B * rectangles, 1, h*w, h*w)`, -100 between tokens of different regions; None without a shift."""
+        if not any(self.shift):
+            return None
+        regions = []
+        for padded, size, shift in zip(self.padded, self.inner[:2], self.shift, strict=True):
+            place = torch.arange(padded, device=x.device)
+            regions.append((place >= padded - size).long() + (place >= padded - shift))
+        region = self._cut((3 * regions[0][:, None] + regions[1])[None])
+        apart = -100.0 * (region[:, None, :, None] != region[:, None, None, :]).to(x.dtype)
+        return apart.expand(x.shape[0], *apart.shape).flatten(0, 1)
+
+    def _roll(self, x: Tensor, sign: int) -> Tensor:
+        return x.roll([sign * step for step in self.shift], (1, 2)) if any(self.shift) else x
+
+    def _cut(self, x: Tensor) -> Tensor:
+        (rows, columns), (h, w) = self.counts, self.inner[:2]
+        x = x.unflatten(2, (columns, w)).unflatten(1, (rows, h))  # (B, rows, h, columns, w, ...)
+        return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def within(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """A window that is not larger than the grid."""
+    return min(window[0], grid[0]), min(window[1], grid[1])
+
+
+def half_shift(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Half a window, along a side that has more than one."""
+    rows, columns = (size // 2 if side > size else 0 for size, side in zip(window, grid, strict=True))
+    return rows, columns
