@@ -42,6 +42,10 @@ FORBIDDEN = {
 }
 
 
+# Former names of rooms, which warn.
+ALIASES = {"linsight.adapters": "linsight.convert"}
+
+
 def relative(path):
     return str(path.relative_to(ROOT))
 
@@ -166,7 +170,7 @@ def test_the_project_stands_alone(what):
 
 
 def public_names():
-    lines = []
+    lines = [f"{old}.{name}" for old in ALIASES for name in importlib.import_module(old).__all__]
     for name in ["linsight", *sorted(f"linsight.{p.parent.name}" for p in SOURCE.glob("*/__init__.py"))]:
         module = importlib.import_module(name)
         for public in getattr(module, "__all__", ()):
@@ -180,6 +184,16 @@ def test_public_names_change_on_purpose():
     assert now == before, (
         f"gone: {sorted(before - now)}; new: {sorted(now - before)}. On purpose? Run python tests/test_project.py"
     )
+
+
+@pytest.mark.parametrize("old, new", ALIASES.items())
+def test_former_names_warn_and_are_the_new_ones(old, new):
+    former, module = importlib.import_module(old), importlib.import_module(new)
+    for name in former.__all__:
+        with pytest.warns(DeprecationWarning, match=rf"{new}\.{name}$"):
+            assert getattr(former, name) is getattr(module, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        former.nothing  # noqa: B018
 
 
 def test_constraints_pin_every_dependency_within_its_bounds():

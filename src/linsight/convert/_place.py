@@ -1,4 +1,4 @@
-"""What adapters share: where tokens lie that come without a grid, and arguments that ask for too much."""
+"""The places of tokens that come without a grid, and a refusal of arguments that ask for too much."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias

@@ -209,3 +209,22 @@ class MultiheadAttention(nn.Module):
             weights, biases = weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)
             q, k, v = map(F.linear, (query, key, value), weights, biases)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
+
+def successor(old: nn.MultiheadAttention, attention: str, **ours: Any) -> MultiheadAttention:
+    """A module of ours for one of torch's; weights are not copied. Its dropout is left out."""
+    weight = old.out_proj.weight
+    return MultiheadAttention(
+        old.embed_dim,
+        old.num_heads,
+        bias=old.out_proj.bias is not None,
+        batch_first=old.batch_first,
+        attention=attention,
+        device=weight.device,
+        dtype=weight.dtype,
+        kdim=old.kdim,
+        vdim=old.vdim,
+        add_bias_kv=old.bias_k is not None,
+        add_zero_attn=old.add_zero_attn,
+        **ours,
+    )

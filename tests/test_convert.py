@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 
 from linsight import Grid, create_attention, list_attentions
-from linsight.adapters import Attention2d, MultiheadAttention, attention_class, replace_attention
 from linsight.attention import create_core
+from linsight.convert import Attention2d, MultiheadAttention, attention_class, replace_attention, surgery
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 
 DIM, HEADS = 16, 4
@@ -264,6 +264,51 @@ def test_surgery_is_all_or_nothing():
         replace_attention(nn.TransformerEncoderLayer(DIM, HEADS, 32), "linear")
 
 
+# ---- surgery
+
+
+class Twice(nn.Module):
+    """One attention under two names, with another inside; and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = self.again = nn.MultiheadAttention(DIM, HEADS)
+        self.one.inner = nn.MultiheadAttention(DIM, HEADS)
+        self.norm = nn.LayerNorm(DIM)
+
+
+def test_modules_inside_a_selected_one_go_with_it():
+    model = Twice()
+    assert surgery.select(model, nn.MultiheadAttention) == {"one": model.one, "again": model.one}
+    inner = surgery.select(model, nn.MultiheadAttention, lambda name: name.endswith("inner"))
+    assert inner == {"one.inner": model.one.inner, "again.inner": model.one.inner}
+    assert surgery.select(model.norm, nn.LayerNorm) == {}  # a model cannot be replaced in itself
+
+
+def test_a_report_tells_what_was_replaced_inherited_and_left_new():
+    model, seen = Twice().eval(), []
+    with torch.no_grad():
+        model.norm.weight.fill_(2.0)
+    model.norm.weight.requires_grad_(False)
+
+    def build(old, index):
+        seen.append((old, index))
+        new = nn.LayerNorm(DIM)
+        new.bias, new.extra = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))  # a bias of another shape
+        return new
+
+    found = surgery.select(model, nn.LayerNorm)
+    report = surgery.replace(model, found, build)
+    assert seen == [(found["norm"], 0)]
+    assert report == surgery.Report(("norm",), ("norm.weight",), ("norm.bias", "norm.extra"))
+    assert str(report) == "replaced: 1 (norm)\ninherited: 1 (norm.weight)\nnew: 2 (norm.bias, norm.extra)"
+    assert (model.norm.weight == 2).all() and not model.norm.weight.requires_grad and not model.norm.training
+    assert model.norm.bias.requires_grad
+    fresh = surgery.replace(model, surgery.select(model, nn.LayerNorm), build, keep_weights=False)
+    assert fresh.inherited == () and len(fresh.new) == 3 and (model.norm.weight == 1).all()
+    assert str(surgery.Report(tuple("abcdef"), (), ())) == "replaced: 6 (a, b, c, d, ...)\ninherited: 0\nnew: 0"
+
+
 # ---- attention_class
 
 
@@ -322,6 +367,25 @@ def test_timm_asks_for_what_cannot_be_done():
         model(x, is_causal=True)
     with pytest.raises(CapabilityError, match=r"attn_mask.*these do: .*softmax"):
         model(x, attn_mask=torch.ones(7, 7).bool())
+
+
+def test_a_model_of_timm_keeps_its_weights_and_its_checkpoints():
+    theirs, x = tiny(qkv_bias=False, attn_drop_rate=0.1, proj_drop_rate=0.2), torch.randn(2, 3, 32, 48)
+    softmax, ours = copy.deepcopy(theirs), copy.deepcopy(theirs)
+    with pytest.warns(UserWarning, match=r"dropout \(0.1\) is gone"):
+        assert replace_attention(softmax, "softmax", grid=(2, 3), prefix=1) == ["blocks.0.attn", "blocks.1.attn"]
+    torch.testing.assert_close(softmax(x), theirs(x))
+    assert softmax.blocks[0].attn.proj_drop.p == 0.2 and not softmax.blocks[0].attn.training
+    theirs.load_state_dict(softmax.state_dict())
+    with pytest.warns(UserWarning, match="is gone"):
+        replace_attention(ours, "inline", grid=(2, 3), prefix=1, where=lambda name: name == "blocks.1.attn")
+    assert type(ours.blocks[0].attn) is timm.layers.Attention
+    assert torch.equal(ours.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
+    assert ours(x).isfinite().all()
+    with pytest.raises(LinsightError, match=r"blocks\.0\.attn: .*pass grid="):
+        replace_attention(theirs, "linear")
+    with pytest.raises(LinsightError, match=r"blocks\.0\.attn: .*pass qk_norm=False"):
+        replace_attention(tiny(qk_norm=True), "linear", grid="1d")
 
 
 # ---- Attention2d

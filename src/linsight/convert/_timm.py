@@ -1,9 +1,10 @@
-"""Mechanisms for `attn_layer=` of timm's vision transformers."""
+"""Mechanisms in the place of the attention of timm's vision transformers."""
 
 import copyreg
 import functools
 from typing import Any
 
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from linsight.attention import create_attention, mechanism, require
@@ -77,6 +78,27 @@ def attention_class(name: str, *, grid: GridLike, prefix: int = 0, **options: An
             return layer
 
     return LinsightAttention
+
+
+def successor(old: Attention, attention: str, *, grid: GridLike | None, **ours: Any) -> nn.Module:
+    """A layer of ours for an attention of timm's; weights are not copied. Its dropout of scores is left out."""
+    if grid is None:
+        raise LinsightError("timm's blocks do not say where tokens lie: pass grid=(height, width), or '1d'")
+    weight, dim = old.qkv.weight, old.qkv.in_features
+    return attention_class(attention, grid=grid, **ours)(
+        dim,
+        old.num_heads,
+        qkv_bias=old.qkv.bias is not None,
+        proj_bias=old.proj.bias is not None,
+        proj_drop=old.proj_drop.p,
+        device=weight.device,
+        dtype=weight.dtype,
+        qk_norm=not isinstance(old.q_norm, nn.Identity),
+        scale_norm=not isinstance(old.norm, nn.Identity),
+        gated=old.gate is not None,
+        attn_head_dim=old.head_dim if old.attn_dim != dim else None,
+        dim_out=old.proj.out_features if old.proj.out_features != dim else None,
+    )
 
 
 def _place_tokens(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
