@@ -27,6 +27,7 @@ FLOORS = (
     ("attention",),
     ("models",),
     ("checkpoints", "streaming"),
+    ("fuse",),
     ("parallel", ""),  # "" is linsight/__init__.py
     ("train",),
     ("convert",),

@@ -7,6 +7,7 @@
 
 from .attention import create_attention, list_attentions
 from .checkpoints import export_published, load_published
+from .fuse import fuse
 from .models import create_model, load_pretrained_with
 from .ops import Grid, Layout
 from .streaming import stream
@@ -22,6 +23,7 @@ __all__ = [
     "create_attention",
     "create_model",
     "export_published",
+    "fuse",
     "list_attentions",
     "load_published",
     "stream",

@@ -9,7 +9,7 @@ from .capabilities import FLAGS, Capabilities, Cost, Structure
 from .checks import check_asked, check_beside, entered
 from .core import Core, Rename
 from .create import create_attention, create_block, create_core, is_block
-from .fusing import INFERENCE_FORMS, Fusable
+from .fusing import INFERENCE_FORMS, Fusable, recast
 from .layer import Attention, Layer
 from .packed import each_image
 from .parts.token_conv import TokenConv
@@ -55,6 +55,7 @@ __all__ = [
     "list_attentions",
     "mechanism",
     "merge_heads",
+    "recast",
     "register",
     "require",
     "run_rounds",

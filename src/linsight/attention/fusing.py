@@ -1,13 +1,27 @@
-"""The seam between modules and their inference forms, which are told of in `linsight.fuse`."""
+"""The seam between modules and their inference forms, which `linsight.fuse` has; and how a module becomes another."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 # Class -> what makes the inference form of an instance; filled by `linsight.fuse`. For the class itself, no subclass:
 # a derived one may compute something else.
 INFERENCE_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def recast(module: nn.Module, cls: type[N]) -> N:
+    """A `cls` with all that `module` holds, whose class it derives from: other methods, the same parts and parameters.
+
+    `module` itself stays what it is.
+    """
+    twin = cls.__new__(cls)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_modules"] = dict(module._modules)
+    return twin
 
 
 class Fusable(nn.Module):

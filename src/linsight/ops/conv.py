@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from .dispatch import fused_form, unrecorded
-from .states import accumulator, autocasts, full_precision
+from .dispatch import fused_form
+from .states import autocasts, full_precision
 
-SMALL = 2**17  # numbers: of more, one convolution is quicker than nine products, compiled or added in place
+_FEW = 2**17  # numbers: of more, one compiled convolution is quicker than nine products
 
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,7 +43,9 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
         return fused(x, size, kernels)
     x = x.to(kernels.dtype)
     batch, _, channels = x.shape
-    if torch.compiler.is_compiling() and (batch != 1 or statically_known_true(size[0] * size[1] * channels <= SMALL)):
+    if batch == 0:  # no group count of 0
+        return x
+    if torch.compiler.is_compiling() and (batch != 1 or statically_known_true(size[0] * size[1] * channels <= _FEW)):
         return shifted_products(x, size, kernels)
     if batch == 1:  # compiled, too: graphs of one image are graphs of their own
         with full_precision(x):
@@ -94,15 +96,6 @@ def made(add: Convolved | Tensor | None) -> Tensor | None:
     return add.whole() if isinstance(add, Convolved) else add
 
 
-def foldable(x: Tensor, weight: Tensor, compiled: bool = False) -> bool:
-    """Whether a linear step before or after a convolution of `x`, or another map, may be folded into its `weight`.
-
-    When nothing is recorded, and not in half precision, in which the weight would be rounded once more. `compiled`:
-    also where the steps are compiled.
-    """
-    return unrecorded(compiled) and x.dtype == weight.dtype == accumulator(x.dtype) and not autocasts(x)
-
-
 def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Dense, because convolutions bring any other view to (B, C, H, W) order in memory."""
     batch, _, channels = x.shape
@@ -124,22 +117,3 @@ def shifted_products(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tenso
         dy, dx = divmod(t, k)
         out = out + canvas[:, dy : dy + height, dx : dx + width] * taps[t]
     return out.flatten(1, 2)
-
-
-def add_products(out: Tensor, x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
-    """`out` `(B, H*W, C)` with the `shifted_products` of `x` added to it in place, one after the other.
-
-    For few numbers, of which a convolution takes as long to begin, and in full precision: each sum is rounded.
-    """
-    batch, _, channels = x.shape
-    (height, width), k = size, kernels.shape[-1]
-    pad = k // 2
-    canvas = x.new_zeros(batch, height + 2 * pad, width + 2 * pad, channels)
-    canvas[:, pad : pad + height, pad : pad + width] = x.unflatten(1, size)
-    taps = kernels.flatten(2).permute(2, 0, 1).contiguous()[:, :, None, None]  # (k*k, B, 1, 1, C)
-    grid = out.unflatten(1, size)
-    _, row, token, _ = canvas.stride()
-    for t in range(k * k):
-        dy, dx = divmod(t, k)
-        grid.addcmul_(canvas.as_strided(grid.shape, canvas.stride(), dy * row + dx * token), taps[t])
-    return out

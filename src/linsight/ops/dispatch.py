@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module
+from torch import Tensor
 
 from linsight.errors import LinsightError, UnknownNameError
 
@@ -106,7 +105,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
     "gather_pooled": (Form("scaled dot-product attention", "one call over all keys", _everywhere),),
     "read_pooled": (Form("scaled dot-product attention", "one call over all pooled tokens", _everywhere),),
-    "rotate": (Form("one complex product", "run eagerly without gradients; else real products", _everywhere),),
+    "rotate": (),
     "inner_gradient": (),
     "inner_forward": (),
     "neighbourhood_attention": (),
@@ -175,32 +174,6 @@ def _choose_fused(operator: str, x: Tensor) -> Callable[..., Any] | None:
             continue
         return _entries[_imported(form.entry, form.name)]
     return None
-
-
-def unrecorded(compiled: bool = False) -> bool:
-    """Whether steps are only run, eagerly and without gradients: then they may write in place and fold weights.
-
-    `compiled`: or in a graph that is compiled to be run so. One that is exported keeps the plain form.
-    """
-    if torch.is_grad_enabled() or _forced:
-        return False
-    if torch.compiler.is_compiling():
-        return compiled and not torch.compiler.is_exporting()
-    return not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
-def watched(*modules: nn.Module) -> bool:
-    """Whether others see what goes in or comes out: then it may be neither written over nor left out.
-
-    Hooks do, those of all modules too, and a `forward` that was put in the place of the class's.
-    """
-    if module._global_forward_hooks or module._global_forward_pre_hooks:
-        return True
-    for m in modules:  # in few steps: layers ask at each call
-        own = m.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            return True
-    return False
 
 
 @torch.compiler.assume_constant_result  # a compiler cannot trace an import

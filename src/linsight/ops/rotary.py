@@ -13,7 +13,6 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 
-from .dispatch import unrecorded
 from .layout import Tile
 from .states import accumulator
 
@@ -55,30 +54,20 @@ class Turn(NamedTuple):
         prefix = self.prefix if tokens.start == 0 else 0
         top, bottom = ((place - self.prefix) // width for place in (tokens.start + prefix, tokens.stop))
         cos, sin = (torch.cat([table[top:bottom], table[height:]]) for table in (self.cos, self.sin))
-        return Turn(cos, sin, (bottom - top, width), prefix)
+        return type(self)(cos, sin, (bottom - top, width), prefix)
 
     def rotate(self, x: Tensor) -> Tensor:
         """`x` `(B, prefix + h*w, C)` -> the same shape, in the accumulator's dtype."""
         x = x.to(self.cos.dtype)
         prefix, spatial = x[:, : self.prefix], x[:, self.prefix :]
-        free = unrecorded() and not x.is_meta
-        turned = self._in_one_pass(spatial) if free else self._turned(spatial)
+        turned = self.turned(spatial)
         return torch.cat([prefix, turned], dim=1) if self.prefix else turned
 
-    def _turned(self, x: Tensor) -> Tensor:
-        """By its definition."""
+    def turned(self, x: Tensor) -> Tensor:
+        """Grid tokens `(B, h*w, C)`, turned."""
         cos, sin = self._places(self.cos), self._places(self.sin)
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-
-    def _in_one_pass(self, x: Tensor) -> Tensor:
-        """The same eagerly and without gradients, where complex numbers do no harm."""
-        height, _ = self.size
-        pairs = torch.view_as_complex(x.contiguous().unflatten(1, self.size).unflatten(-1, (2, -1, 2)))
-        turns, out = torch.complex(self.cos, self.sin), torch.empty_like(pairs)  # (B, h, w, 2, C / 4)
-        torch.mul(pairs[..., 0, :], turns[:height, None], out=out[..., 0, :])
-        torch.mul(pairs[..., 1, :], turns[height:], out=out[..., 1, :])
-        return torch.view_as_real(out).flatten(1, 2).flatten(2)
 
     def _places(self, table: Tensor) -> Tensor:
         """`(h + w, C / 4)` -> `(h * w, C / 2)`: the first half of the pairs turns with the row."""

@@ -79,6 +79,7 @@ class MLLA(KernelCore):
     structure = Structure(stream=True)
     rounds = (KernelMeans(),)
     halo = 1
+    turn = Turn
     projections = "qk"
     layer = GatedAttention
     published = (Rename("lepe.", "core.lepe."), Rename("out_proj.", "proj."))
@@ -99,7 +100,7 @@ class MLLA(KernelCore):
     def features(self, name: str, x: Tensor, tile: Tile, done: Done) -> Features:
         """f, and the rotation that only products with values see."""
         channels = x.shape[-2] * x.shape[-1]
-        turn = Turn.of(tile, channels, device=x.device, dtype=accumulator(x.dtype))
+        turn = self.turn.of(tile, channels, device=x.device, dtype=accumulator(x.dtype))
         return Features(x, "elu+1", turn=turn)
 
     def local(self, tokens: Tokens, tile: Tile) -> Tensor:

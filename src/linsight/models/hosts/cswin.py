@@ -15,6 +15,7 @@ at another size their width and number of heads stay.
 from typing import Any
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from linsight.attention import (
@@ -34,7 +35,7 @@ from linsight.ops import Grid, Layout
 from ..parts.convs import ConvEmbed
 from ..parts.partition import Partition
 from ..parts.pyramid import PlainPyramid
-from ..parts.stages import PreNorm, StageSize, TokenMlp
+from ..parts.stages import PreNorm, StageSize
 from ..plan import Choice
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
@@ -164,7 +165,7 @@ class CSwinTransformer(PlainPyramid):
             attn = CrossShapedAttention(choice, size.dim, size.num_heads, split=split, **shared)
         else:  # with projections of its own, and so without LePE
             attn = make_layer(choice, size.dim, size.num_heads, **shared)
-        mlp = TokenMlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
         return CSwinBlock(size.dim, attn, mlp, drop_path=drop_path, **factory)
 
 

@@ -10,14 +10,15 @@ as in the published dense backbones. Padding is part of the grid.
 
 from typing import Any
 
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from linsight.attention import Rename
-from linsight.ops import Grid, unrecorded, watched
+from linsight.ops import Grid
 
 from ..parts.conv_pyramid import ConvPyramid, stem_names
 from ..parts.convs import CPE
-from ..parts.stages import PreNorm, StageSize, TokenMlp
+from ..parts.stages import PreNorm, StageSize
 from ..plan import Choice
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host
@@ -39,13 +40,6 @@ class MLLABlock(PreNorm):
         x = self.add_attention(self.cpe1(x, grid), grid)
         return self.add_mlp(self.cpe2(x, grid), grid)
 
-    def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The sum; where nothing is recorded, written over x, which a position encoding made."""
-        made = type(self.cpe1) is CPE is type(self.cpe2) and not watched(self.cpe1, self.norm1, self.cpe2, self.norm2)
-        if made and unrecorded() and x.dtype == branch.dtype:
-            return x.add_(self.drop_path(branch))
-        return super().add(x, branch)
-
 
 class MLLATransformer(ConvPyramid):
     """The host."""
@@ -58,7 +52,7 @@ class MLLATransformer(ConvPyramid):
     ) -> nn.Module:
         """Pre-norm attention and MLP, each behind a position encoding."""
         layer = make_layer(choice, size.dim, size.num_heads, grid=grid, **factory)
-        mlp = TokenMlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
         return MLLABlock(size.dim, layer, mlp, drop_path=drop_path, **factory)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import ClassifierHead, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from linsight.attention import Rename
@@ -23,7 +23,7 @@ from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
 
 from ..parts.convs import ConvEmbed
 from ..parts.pyramid import Pyramid
-from ..parts.stages import PreNorm, Stage, StageSize, TokenMlp, as_map, init_linear
+from ..parts.stages import PreNorm, Stage, StageSize, as_map, init_linear
 from ..plan import Choice, plan
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
@@ -178,7 +178,7 @@ class PyramidVisionTransformer(Pyramid):
         """Pre-norm attention, with the reduction of the stage, and MLP."""
         shared = {"projections": "q_kv", "reduction": size.reduction, "grid": grid, **factory}
         layer = make_layer(choice, size.dim, size.num_heads, **shared)
-        mlp = TokenMlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio), **factory)
         return PreNorm(size.dim, layer, mlp, drop_path=drop_path, eps=1e-6, **factory)
 
     def make_stage(

@@ -17,7 +17,7 @@ from timm.layers import to_2tuple
 from timm.models import pvt_v2 as timm_pvt
 from timm.models._input import update_model_input_size
 
-from linsight.attention import Block
+from linsight.attention import Block, recast
 
 from ..plan import Choice, plan
 from ..registry import add_hosts
@@ -51,10 +51,11 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
     @classmethod
     def adopt(
         cls, model: timm_pvt.PyramidVisionTransformerV2, choices: Sequence[Sequence[Choice]], img_size: tuple[int, int]
-    ) -> None:
-        """Make a model of timm, its weights too, one of ours: this class adds methods and no state."""
-        model.__class__ = cls
-        model.put(choices, img_size)
+    ) -> "PyramidVisionTransformerV2":
+        """A model of timm, with its weights, as one of ours: this class adds methods and no state."""
+        ours = recast(model, cls)
+        ours.put(choices, img_size)
+        return ours
 
     def put(self, choices: Sequence[Sequence[Choice]], img_size: tuple[int, int]) -> None:
         """The chosen mechanisms in the place of timm's attention, whose weights go on where they fit."""

@@ -30,12 +30,12 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Block, Layer, create_core, mechanism
+from linsight.attention import Block, Fusable, Layer, create_core, mechanism, recast
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
 from ..parts.partition import Partition, half_shift, to_multiple, within
-from ..parts.stages import TokenMlp, init_linear
+from ..parts.stages import init_linear
 from ..parts.stepsnet import Steps, block_widths, narrow, opened, widened
 from ..parts.windows import WindowAttention
 from ..plan import Choice, plan
@@ -48,7 +48,7 @@ from ..timm.steps import swin_plan
 Window = int | tuple[int, int] | None
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Fusable):
     """Pre-norm attention, on the whole grid or in windows, and MLP. Made of a block of timm, whose parts go on."""
 
     def __init__(
@@ -62,7 +62,7 @@ class SwinBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1, self.attn, self.drop_path1 = theirs.norm1, attn, theirs.drop_path1
-        self.norm2, self.mlp, self.drop_path2 = theirs.norm2, TokenMlp.of(theirs.mlp), theirs.drop_path2
+        self.norm2, self.mlp, self.drop_path2 = theirs.norm2, theirs.mlp, theirs.drop_path2
         self.window, self.shift, self.dense = window, shift, dense
 
     def set_size(self, grid: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:
@@ -77,8 +77,12 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """`(B, H*W, C)`; the shape is kept."""
-        x = x + self.drop_path1(self._mix(self.norm1(x), grid))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = self.add(x, self.drop_path1(self._mix(self.norm1(x), grid)))
+        return self.add(x, self.drop_path2(self.mlp(self.norm2(x))))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The sum of the residual stream and a branch."""
+        return x + branch
 
     def _mix(self, x: Tensor, grid: Grid) -> Tensor:
         if self.window is None:
@@ -185,20 +189,21 @@ class SwinTransformer(timm_swin.SwinTransformer):
         choices: Sequence[Sequence[Choice]],
         img_size: tuple[int, int],
         attention_window: Window = None,
-    ) -> None:
-        """Make a model of timm, its weights too, one of ours: this class adds methods and no state."""
-        model.__class__ = cls
-        model.put(choices, attention_window)
+    ) -> "SwinTransformer":
+        """A model of timm, with its weights, as one of ours: this class adds methods and no state."""
+        ours = recast(model, cls)
+        ours.put(choices, attention_window)
+        return ours
 
     def put(self, choices: Sequence[Sequence[Choice]], attention_window: Window, dense_windows: bool = False) -> None:
         """The chosen mechanisms in the place of timm's attention, whose weights go on where they fit."""
-        self.patch_embed.__class__ = WholePatches
+        self.patch_embed = recast(self.patch_embed, WholePatches)
         self.patch_embed.strict_img_size, self.dynamic_img_size = False, True
-        for stage, row in zip(self.layers, choices, strict=True):
-            stage.__class__ = SwinStage
+        for n, (theirs, row) in enumerate(zip(self.layers, choices, strict=True)):
+            self.layers[n] = stage = recast(theirs, SwinStage)
             stage.widths = [block.dim for block in stage.blocks]
             if isinstance(stage.downsample, timm_swin.PatchMerging):
-                stage.downsample.__class__ = Merging
+                stage.downsample = recast(stage.downsample, Merging)
             for i, choice in enumerate(row):
                 stage.blocks[i] = _replacement(
                     stage.blocks[i], choice, attention_window, shifted=i % 2 == 1, dense=dense_windows

@@ -12,8 +12,8 @@ from timm.layers.conv_bn_act import ConvNormAct
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Rename
-from linsight.ops import Grid, foldable, unrecorded, watched
+from linsight.attention import Fusable, Rename, recast
+from linsight.ops import Grid
 
 from .pyramid import PlainPyramid
 
@@ -26,7 +26,7 @@ class Pointwise(nn.Conv2d):
         return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
-class ConvNorm(ConvNormAct):
+class ConvNorm(ConvNormAct, Fusable):
     """timm's convolution, batch norm and ReLU, by its published names."""
 
     published = (Rename("norm.", "bn."),)
@@ -34,26 +34,7 @@ class ConvNorm(ConvNormAct):
     def __init__(self, *timm_args: Any, **timm_kwargs: Any) -> None:
         super().__init__(*timm_args, **timm_kwargs)
         if self.conv.kernel_size == (1, 1):
-            self.conv.__class__ = Pointwise
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W)` to the same of other channels. In inference the norm is a part of the convolution."""
-        conv, norm = self.conv, self.bn
-        if not (_folds(conv, norm) and foldable(x, conv.weight)):
-            return super().forward(x)
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
-        if conv.bias is not None:
-            shift = shift + conv.bias * scale
-        weight = conv.weight * scale[:, None, None, None]
-        return norm.act(conv._conv_forward(x, weight, shift))
-
-
-def _folds(conv: Any, norm: Any) -> bool:
-    """Whether these two are what was built here, and nobody looks at what is between them."""
-    if type(conv) not in (nn.Conv2d, Pointwise) or not isinstance(norm, nn.BatchNorm2d):
-        return False
-    return not norm.training and norm.running_var is not None and norm.affine and not watched(conv, norm)
+            self.conv = recast(self.conv, Pointwise)
 
 
 class ConvStem(nn.Module):
@@ -92,7 +73,7 @@ class ConvStem(nn.Module):
         return as_tokens(self.last(x + branch if self.residual else branch))
 
 
-class ConvMerge(nn.Module):
+class ConvMerge(Fusable):
     """A map to tokens of half its sides and C channels: 1x1 to 4C, 3x3 depthwise of stride 2, 1x1.
 
     ReLU after the first two; batch norm after the last.
@@ -105,6 +86,7 @@ class ConvMerge(nn.Module):
         super().__init__()
         wide = 4 * dim
         self.widen = Pointwise(in_dim, wide, 1, **factory)
+        self.act = nn.ReLU()
         self.stride2 = nn.Conv2d(wide, wide, 3, stride=2, padding=1, groups=wide, **factory)
         self.narrow = ConvNorm(wide, dim, 1, bias=True, apply_act=False, **factory)
 
@@ -114,9 +96,8 @@ class ConvMerge(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, in_dim, H, W)` to tokens `(B, h*w, C)` and their grid."""
-        free = unrecorded() and not watched(self.widen, self.stride2)
-        x = F.relu(self.widen(pad_to_multiple(x, 2)), inplace=free)
-        return as_tokens(self.narrow(F.relu(self.stride2(x), inplace=free)))
+        x = self.act(self.widen(pad_to_multiple(x, 2)))
+        return as_tokens(self.narrow(self.act(self.stride2(x))))
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -6,42 +6,32 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linsight.attention import Fusable, TokenConv
 from linsight.ops import (
     Grid,
     Layout,
     LayoutLike,
     as_layout,
-    depthwise_conv,
     each_grid,
-    foldable,
     mask_tokens,
     pad_prefix,
 )
 
 
-class CPE(nn.Conv2d):
+class CPE(TokenConv, Fusable):
     """Conditional position encoding, x + conv3x3(x), depthwise, on tokens; prefix tokens pass by.
 
     Chu et al., "Conditional Positional Encodings for Vision Transformers", ICLR 2023 (arXiv 2102.10882).
     """
 
-    def __init__(self, dim: int, **factory: Any) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim, **factory)
-
     def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:  # type: ignore[override]
         """`(B, P + H*W, C)`; the shape is kept. Padding is as what is outside of the grid."""
         layout = as_layout(layout)
-        plain = layout.sizes is None and not layout.is_packed and not layout.prefix
-        if plain and foldable(x, self.weight):
-            weight = self.weight.clone()
-            weight[:, 0, 1, 1] += 1  # the sum with x as a part of the convolution: a pass less over x
-            return depthwise_conv(x, layout.grid[:2], weight, self.bias)
         return x + each_grid(self._local, mask_tokens(x, layout.keep(x.device)), layout)
 
     def _local(self, x: Tensor, layout: Layout) -> Tensor:
         grid = layout.grid
-        local = depthwise_conv(x[:, grid.prefix :], (grid.height, grid.width), self.weight, self.bias)
-        return pad_prefix(local, grid.prefix)
+        return pad_prefix(super().forward(x[:, grid.prefix :], (grid.height, grid.width)), grid.prefix)
 
 
 class ConvEmbed(nn.Module):

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models._manipulate import checkpoint
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
-from linsight.ops import Grid, Tile, unrecorded, watched
+from linsight.attention import Fusable
+from linsight.ops import Grid, Tile
 
 from ..seams import set_grid
 from .convs import ConvMlp
@@ -35,26 +35,7 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class TokenMlp(Mlp):
-    """timm's. Where nothing is recorded, GELU is written over its input, the widest tensor of a block."""
-
-    @classmethod
-    def of(cls, mlp: nn.Module) -> nn.Module:
-        """One that timm made, or whatever else is there instead."""
-        if type(mlp) is Mlp:
-            mlp.__class__ = cls
-        return mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, N, C)`; the shape is kept."""
-        plain = type(self.fc1) is nn.Linear and type(self.act) is nn.GELU
-        if not (plain and unrecorded()) or watched(self.fc1, self.act):
-            return super().forward(x)
-        hidden = torch.ops.aten.gelu_(self.fc1(x), approximate=self.act.approximate)
-        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
-
-
-class PreNorm(nn.Module):
+class PreNorm(Fusable):
     """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
 
     gives_residual = False  # hands the layer x before the norm

@@ -19,7 +19,7 @@ from ..plan import plan
 from ..registry import TIMM_HOSTS
 
 # Makes a model of timm one of ours: the model, a choice for each block, the size of images, arguments of the host.
-Adopt = Callable[..., None]
+Adopt = Callable[..., nn.Module]
 
 
 def add_timm_host(
@@ -45,7 +45,7 @@ def add_timm_host(
         given = {key: kwargs.pop(key) for key in extra if key in kwargs}
         model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
         blocks, size = depths(model), size or model.pretrained_cfg["input_size"][-2:]
-        adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
+        model = adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
         if not features:
             return model
         wrapped = FeatureGetterNet(model, indices or tuple(range(len(blocks))))

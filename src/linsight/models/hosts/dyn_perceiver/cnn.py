@@ -1,7 +1,7 @@
 """The convolutional branches of Dynamic Perceiver: torchvision's networks, cut into a stem and four stages."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from timm.layers import calculate_drop_path_rates, drop_path
@@ -12,7 +12,7 @@ from torchvision.models.regnet import BlockParams, RegNet, ResBottleneckBlock, S
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
-from linsight.attention import Rename
+from linsight.attention import Rename, recast
 from linsight.errors import LinsightError, UnknownNameError
 
 
@@ -168,12 +168,16 @@ class _DroppedNorm(nn.BatchNorm2d):
         return drop_path(super().forward(x), self.rate, self.training)
 
 
-def _drop_branches(stages: Iterable[nn.Module], rate: float) -> None:
+def _drop_branches(stages: Sequence[nn.Module], rate: float) -> None:
     """Give the residual branches of `stages` stochastic depth. Their parameters stay what they are."""
-    norms = [norm for stage in stages for module in stage.modules() if (norm := _branch_norm(module)) is not None]
-    for norm, p in zip(norms, calculate_drop_path_rates(rate, len(norms)), strict=True):
-        norm.__class__ = _DroppedNorm
-        norm.rate = p
+    names = [{module: name for name, module in stage.named_modules()} for stage in stages]
+    norms = [
+        (i, norm) for i, modules in enumerate(names) for part in modules if (norm := _branch_norm(part)) is not None
+    ]
+    for (i, norm), p in zip(norms, calculate_drop_path_rates(rate, len(norms)), strict=True):
+        dropped = recast(norm, _DroppedNorm)
+        dropped.rate = p
+        stages[i].set_submodule(names[i][norm], dropped)
 
 
 def _branch_norm(block: nn.Module) -> Any:

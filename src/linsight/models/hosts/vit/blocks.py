@@ -8,13 +8,12 @@ import torch
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from linsight.attention import Rename, is_block
+from linsight.attention import Fusable, Rename, is_block
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import Layout, LayoutLike, as_layout
 
 from ...parts.convs import CPE
 from ...parts.siamese import Junction, Pair
-from ...parts.stages import TokenMlp
 from ...parts.stepsnet import Steps, block_widths, heads_of
 from ...plan import Choice
 from ...seams import make_block as whole_block
@@ -38,7 +37,7 @@ def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
     return Layer
 
 
-class Block(timm_vit.Block):
+class Block(timm_vit.Block, Fusable):
     """timm's pre-norm block around a linsight layer, behind a position encoding `cpe` where the host has one."""
 
     cpe: CPE | None
@@ -48,8 +47,12 @@ class Block(timm_vit.Block):
         layout = as_layout(layout)
         if self.cpe is not None:
             x = self.cpe(x, layout)
-        x = x + dropped(self.drop_path1, self.ls1(self.attn(self.norm1(x), layout, keep=keep)), layout)
-        return x + dropped(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), layout)
+        x = self.add(x, dropped(self.drop_path1, self.ls1(self.attn(self.norm1(x), layout, keep=keep)), layout))
+        return self.add(x, dropped(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), layout))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The sum of the residual stream and a branch."""
+        return x + branch
 
 
 def dropped(drop_path: nn.Module, x: Tensor, layout: Layout) -> Tensor:
@@ -113,7 +116,6 @@ def make_block(
         return whole
     kind = SiameseBlock if norm == "siamese" else Block
     block = kind(dim, num_heads, depth=depth, **{**timm_args, "attn_layer": attention_layer(choice, grid)})
-    block.mlp = TokenMlp.of(block.mlp)
     block.cpe = CPE(dim, device=timm_args["device"], dtype=timm_args["dtype"]) if cpe else None
     return block
 

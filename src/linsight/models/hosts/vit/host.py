@@ -28,7 +28,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from linsight.attention import Rename
+from linsight.attention import Rename, recast
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, LayoutLike
 
@@ -93,15 +93,14 @@ class VisionTransformer(timm_vit.VisionTransformer):
     ) -> "VisionTransformer":
         """A VisionTransformer, distilled or not, that timm built with `host_arguments`, as one of ours.
 
-        `norm` and `steps` are those that it was built with. The object itself changes class.
+        `norm` and `steps` are those that it was built with.
         """
         kinds = {timm_vit.VisionTransformer: VisionTransformer, timm_deit.VisionTransformerDistilled: Distilled}
         if type(model) not in kinds:
             raise LinsightError(f"the ViT host cannot take over a {type(model).__name__}")
-        model.__class__ = kinds[type(model)]
-        assert isinstance(model, VisionTransformer)
-        model._set_streams(norm, steps)
-        return model
+        ours = recast(model, kinds[type(model)])
+        ours._set_streams(norm, steps)
+        return ours
 
     def _set_streams(self, norm: str, steps: Steps | None) -> None:
         """Set the width that each block takes, and how two streams are merged behind them."""

@@ -1,0 +1,67 @@
+"""Convolutions that take in what stands beside them: batch norm, or the sum with their input."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from linsight.models.parts.conv_pyramid import ConvMerge, ConvNorm
+from linsight.models.parts.convs import CPE
+from linsight.ops import LayoutLike, accumulator, as_layout, autocasts, depthwise_conv
+
+from .form import form_of
+
+
+def conv_norm_form(module: ConvNorm) -> nn.Module:
+    """One convolution and the activation; in half precision, where its weights would be rounded again, both."""
+    conv, norm = module.conv, module.bn
+    if conv.weight.dtype != accumulator(conv.weight.dtype) or norm.running_var is None or not norm.affine:
+        return form_of(module, type(module))
+    act = norm.act
+    if type(act) is nn.ReLU:
+        act = nn.ReLU(inplace=True)
+    joined = nn.Sequential(fuse_conv_bn_eval(conv.eval(), norm.eval()), act)
+    return form_of(joined.requires_grad_(False), nn.Sequential)
+
+
+def conv_merge_form(module: ConvMerge) -> nn.Module:
+    """The same, its activations in place."""
+    twin = form_of(module, ConvMerge)
+    twin.act = nn.ReLU(inplace=True)
+    return twin
+
+
+class SummedCPE(CPE):
+    """A position encoding whose sum with its input is a part of the convolution: a pass less over it."""
+
+    summed: Tensor
+
+    def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:
+        """`(B, P + H*W, C)`; the shape is kept."""
+        layout = as_layout(layout)
+        whole = layout.sizes is None and not layout.is_packed and not layout.prefix
+        if not whole or self.summed.dtype != x.dtype or autocasts(x):
+            return super().forward(x, layout)
+        return depthwise_conv(x, (layout.grid.height, layout.grid.width), self.summed, self.bias)
+
+
+def cpe_form(module: CPE) -> nn.Module:
+    """With the sum, where its weights are not rounded to half precision."""
+    if module.weight.dtype != accumulator(module.weight.dtype):
+        return form_of(module, type(module))
+    twin = form_of(module, SummedCPE)
+    with torch.no_grad():
+        summed = module.weight.clone()
+        summed[:, 0, 1, 1] += 1
+    twin._buffers = dict(module._buffers)
+    twin.register_buffer("summed", summed, persistent=False)
+    return twin
+
+
+CONV_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    ConvNorm: conv_norm_form,
+    ConvMerge: conv_merge_form,
+    CPE: cpe_form,
+}

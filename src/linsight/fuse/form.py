@@ -1,0 +1,54 @@
+"""What inference forms have in common: they refuse to train, and what is inside them is fused, too."""
+
+import functools
+from typing import Any, TypeVar
+
+from torch import nn
+
+from linsight.attention import INFERENCE_FORMS, recast
+from linsight.errors import LinsightError
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def inner_fused(module: nn.Module) -> nn.Module:
+    """The form of `module`, or a copy of it around the forms of its parts; itself where there are none."""
+    form = INFERENCE_FORMS.get(type(module))
+    if form is not None:
+        return form(module)
+    parts = {name: part and inner_fused(part) for name, part in module._modules.items()}
+    if all(part is module._modules[name] for name, part in parts.items()):
+        return module
+    twin = recast(module, type(module))
+    twin._modules.update(parts)
+    return twin
+
+
+def form_of(module: nn.Module, cls: type[N], **changes: Any) -> N:
+    """A `cls` with the parameters of `module` and the forms of its parts, in evaluation mode.
+
+    changes: attributes, methods too, that only this one has.
+    """
+    twin = recast(module, cls)
+    twin._modules.update({name: part and inner_fused(part) for name, part in module._modules.items()})
+    twin.training = False
+    for name, value in changes.items():
+        object.__setattr__(twin, name, value)
+    mark(twin)
+    return twin
+
+
+def mark(module: nn.Module) -> None:
+    """Let `module` refuse to train."""
+    object.__setattr__(module, "train", functools.partial(stay, type(module).__name__))
+    object.__setattr__(module, "is_fused", True)
+
+
+def stay(name: str, mode: bool = True) -> None:
+    """In the place of `train` of a form.
+
+    Raises:
+        LinsightError: it is asked to train.
+    """
+    if mode:
+        raise LinsightError(f"this {name} is fused, a form for inference: train the model that it was made of")

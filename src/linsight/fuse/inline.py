@@ -1,0 +1,168 @@
+"""InLine's layer, its projections folded into the covariance.
+
+The formula of `linsight.attention.mechanisms.inline` in two other orders, for a CPU: of many tokens, without queries
+and keys; of one small image, in the fewest calls.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
+
+from linsight.attention import PROJECTIONS, Attention, check_beside, entered
+from linsight.attention.mechanisms.inline import InLine
+from linsight.ops import Layout, LayoutLike, accumulator, as_layout, autocasts, dynamic_depthwise_conv
+
+from .form import form_of
+
+_FEW = 2**17  # numbers, of which nine products added in place are quicker than one convolution
+
+
+class Linear(NamedTuple):
+    """weight: `(out, in)`.  bias: `(out,)`, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def split(self, width: int) -> "list[Linear]":
+        """Those that yield `width` channels each, in order."""
+        weights = self.weight.split(width)
+        biases = [None] * len(weights) if self.bias is None else self.bias.split(width)
+        return list(map(Linear, weights, biases))
+
+
+class FoldedInLine(Attention):
+    """InLine's layer without queries and keys; where that does not pay, as on a GPU or of masked tokens, the plain one."""
+
+    def forward(self, x: Tensor, layout: LayoutLike | None = None, **beside: Any) -> Tensor:
+        """As of `Attention`."""
+        residual = beside.pop("residual", None)
+        if layout is None or any(value is not None for value in beside.values()) or not self._pays(x, residual):
+            return super().forward(x, layout, residual=residual, **beside)
+        lies = as_layout(layout)
+        if lies.sizes is not None or lies.is_packed:
+            return super().forward(x, lies, residual=residual)
+        entered(x, lies, dim=self.dim)
+        check_beside(x, lies, residual=residual)
+        maps = (getattr(self, projection.name) for projection in PROJECTIONS[self.layout_name])
+        linears = [Linear(linear.weight, linear.bias) for linear in maps]
+        form = of_few if is_few(x) else of_many
+        return form(self.core, x, linears, Linear(self.proj.weight, self.proj.bias), lies, residual)  # type: ignore[arg-type]
+
+    def _pays(self, x: Tensor, residual: Tensor | None) -> bool:
+        """On a CPU in full precision, of as many tokens as channels, or of one small image.
+
+        In a compiled graph, of four times as many, if that is known; not in an exported one.
+        """
+        if not x.is_cpu or x.requires_grad or x.dtype != self.proj.weight.dtype or x.dtype != accumulator(x.dtype):
+            return False
+        if x.ndim != 3 or autocasts(x) or (residual is not None and residual.requires_grad):
+            return False
+        _, n, width = x.shape
+        if torch.compiler.is_compiling():
+            return not torch.compiler.is_exporting() and statically_known_true(n >= 4 * width)
+        return n >= width or is_few(x)
+
+
+def is_few(x: Tensor) -> bool:
+    """One image `(1, N, C)` of so few tokens that products of C x C matrices cost what folding saves."""
+    batch, n, width = x.shape
+    return batch == 1 and n < 3 * width and n * width <= _FEW
+
+
+def of_many(
+    core: InLine, x: Tensor, linears: list[Linear], proj: Linear, layout: Layout, residual: Tensor | None
+) -> Tensor:
+    """The layer without queries and keys, which only enter products.
+
+    Of one head, with W_q, W_k, W_v, W_p its rows, or columns, of the layer's maps:
+
+        proj(o) = (x - mean(x)) W_q^T M + mean(q) M + mean(v) W_p^T + b_p + conv(v) W_p^T,
+        M = s W_k Cov(x, v) W_p^T
+
+    so a layer costs four products of its tokens with C x C matrices, as its linear maps alone do.
+    """
+    batch, n, width = x.shape
+    heads, prefix = core.num_heads, layout.prefix
+    to_q, to_k, to_v = (linear for several in linears for linear in several.split(width))
+    mean = x.mean(dim=1, keepdim=True)
+    centred, mean_v = x - mean, F.linear(mean, *to_v)
+    v = F.linear(centred, to_v.weight)
+    cross = (v.transpose(1, 2) @ centred).view(batch, heads, -1, width)  # (B, H, E, C)
+    k = to_k.weight.view(heads, -1, width)
+    cov = k @ cross.mT  # (B, H, D, E), times n; scaled where it enters a sum
+    scale = k.shape[1] ** -0.5 / n
+    matrix = (cov @ proj.weight.view(-1, heads, cov.shape[-1]).permute(1, 2, 0)).flatten(1, 2)  # (B, H * D, C)
+    shift = F.linear(mean_v, *proj).baddbmm_(F.linear(mean, *to_q), matrix, alpha=scale)
+    out = torch.baddbmm(shift, centred, to_q.weight.mT @ matrix, alpha=scale)
+    if core.generator is not None:
+        local = dynamic_depthwise_conv(v.add_(mean_v)[:, prefix:], layout.grid[:2], _kernels(core, mean, residual))
+        out[:, prefix:].baddbmm_(local, proj.weight.mT.expand(batch, -1, -1))
+    return out
+
+
+def of_few(
+    core: InLine, x: Tensor, linears: list[Linear], proj: Linear, layout: Layout, residual: Tensor | None
+) -> Tensor:
+    """The formula, of one image, in the fewest calls, each of which takes longer than what it computes."""
+    _, n, width = x.shape
+    heads, prefix = core.num_heads, layout.prefix
+    q, k, v = (part for linear in linears for part in F.linear(x, *linear).split(width, dim=-1))
+    share = x.new_full((1, 1, n), 1 / n)  # a product with it is a mean
+    mean_v = torch.bmm(share, v)
+    parts = (q, k - torch.bmm(share, k), v - mean_v)
+    q, k, centred = (part.view(n, heads, -1).transpose(0, 1) for part in parts)  # (H, N, D)
+    out = torch.baddbmm(mean_v.view(heads, 1, -1), q, torch.bmm(k.mT, centred), alpha=k.shape[-1] ** -0.5 / n)
+    out = out.transpose(0, 1).reshape(1, n, width)
+    if core.generator is not None:
+        kernels = _kernels(core, torch.bmm(share, x) if residual is None else x, residual)
+        add_products(out[:, prefix:], v[:, prefix:], layout.grid[:2], kernels)
+    return F.linear(out, *proj)
+
+
+def _kernels(core: InLine, mean: Tensor, residual: Tensor | None) -> Tensor:
+    """What the mean token generates: `(B, C, 3, 3)`."""
+    assert core.generator is not None
+    if residual is not None:
+        mean = residual.mean(dim=1, keepdim=True, dtype=mean.dtype)
+    return core.generator(mean[:, 0]).view(mean.shape[0], mean.shape[2], 3, 3)
+
+
+def add_products(out: Tensor, x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
+    """`out` `(B, H*W, C)` with the `linsight.ops.shifted_products` of `x` added to it in place, one after the other.
+
+    For few numbers, of which a convolution takes as long to begin, and in full precision: each sum is rounded.
+    """
+    batch, _, channels = x.shape
+    (height, width), k = size, kernels.shape[-1]
+    pad = k // 2
+    canvas = x.new_zeros(batch, height + 2 * pad, width + 2 * pad, channels)
+    canvas[:, pad : pad + height, pad : pad + width] = x.unflatten(1, size)
+    taps = kernels.flatten(2).permute(2, 0, 1).contiguous()[:, :, None, None]  # (k*k, B, 1, 1, C)
+    grid = out.unflatten(1, size)
+    _, row, token, _ = canvas.stride()
+    for t in range(k * k):
+        dy, dx = divmod(t, k)
+        grid.addcmul_(canvas.as_strided(grid.shape, canvas.stride(), dy * row + dx * token), taps[t])
+    return out
+
+
+def layer_form(layer: Attention) -> nn.Module:
+    """The layer around a core: InLine's, folded, where its linear maps are torch's own."""
+    projections = PROJECTIONS[layer.layout_name]
+    linears = [getattr(layer, projection.name) for projection in projections]
+    weights = [getattr(linear, "weight", None) for linear in (*linears, layer.proj)]
+    plain = all(type(linear) is nn.Linear for linear in (*linears, layer.proj)) and all(
+        type(weight) is nn.Parameter for weight in weights
+    )
+    whole = [part for projection in projections for part in projection.parts] == ["q", "k", "v"]
+    core: Any = layer.core
+    if not (plain and whole and type(core) is InLine and core.feature_map == "identity" and layer.reduction is None):
+        return form_of(layer, type(layer))
+    return form_of(layer, FoldedInLine)
+
+
+LAYER_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {Attention: layer_form}

@@ -1,0 +1,54 @@
+"""`fuse`: a model for inference."""
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+
+from linsight.attention import INFERENCE_FORMS
+
+from .blocks import BLOCK_FORMS
+from .convs import CONV_FORMS
+from .form import inner_fused, mark
+from .inline import LAYER_FORMS
+from .tables import TABLE_FORMS
+
+M = TypeVar("M", bound=nn.Module)
+
+INFERENCE_FORMS.update({**BLOCK_FORMS, **CONV_FORMS, **LAYER_FORMS, **TABLE_FORMS})
+
+
+def fuse(model: M, inplace: bool = False) -> M:
+    """A model for inference, in which layers were replaced by quicker forms: equal to `model`, to rounding.
+
+    Convolution and batch norm become one; MLPs and residual sums write in place; InLine's projections are folded into
+    its covariance; biases of agent attention are kept. timm's `reparameterize_model` reaches the same forms. Published
+    weights are loaded before fusing, and exported before it; to train a fused model is refused.
+
+    Args:
+        model: a model or a layer, whose weights are final.
+        inplace: change `model` itself, instead of a copy.
+    """
+    return fused(model if inplace else copy.deepcopy(model))
+
+
+def fused(model: M, *, rounds: bool = False) -> M:
+    """`fuse` of a model itself, in place. With `rounds`, its mechanisms keep their rounds, as tiles need them."""
+    forms = dict(INFERENCE_FORMS)
+    if rounds:
+        for kind in LAYER_FORMS:
+            INFERENCE_FORMS.pop(kind)
+    try:
+        found = inner_fused(model.eval().requires_grad_(False))
+    finally:
+        INFERENCE_FORMS.update(forms)
+    if hasattr(found, "is_fused"):
+        return found  # type: ignore[return-value]
+    model.__dict__["_modules"] = found._modules
+    mark(model)
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    """True where a part of `model` is a form for inference."""
+    return any(hasattr(module, "is_fused") for module in model.modules())
