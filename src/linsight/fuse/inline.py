@@ -35,7 +35,7 @@ class Linear(NamedTuple):
 
 
 class FoldedInLine(Attention):
-    """InLine's layer without queries and keys; where that does not pay, as on a GPU or of masked tokens, the plain one."""
+    """InLine's layer without queries and keys; where that does not pay, as of masked tokens, the plain one."""
 
     def forward(self, x: Tensor, layout: LayoutLike | None = None, **beside: Any) -> Tensor:
         """As of `Attention`."""
