@@ -56,12 +56,10 @@ class Partition:
         x = x.unflatten(0, (-1, *self.counts)).unflatten(3, self.inner[:2])
         x = self._roll(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), 1)
         for axis, side, padding in zip((1, 2), self.grid[:2], self.padding, strict=True):
-            if (
-                padding and torch.compiler.is_compiling()
-            ):  # not by a slice: a graph would ask whether it is all there is
-                x = x.index_select(axis, torch.arange(side, device=x.device))
-            elif padding:
+            if padding and not torch.compiler.is_compiling():
                 x = x.narrow(axis, 0, side)
+            elif padding:  # not by a slice: a graph would ask whether it is all there is
+                x = x.index_select(axis, torch.arange(side, device=x.device))
         return x.flatten(1, 2)
 
     def keep(self, x: Tensor) -> Tensor | None:
