@@ -1,4 +1,4 @@
-"""Write docs/mechanisms.md, docs/models.md and the names in README.md from the registries: `python docs/generate.py`.
+"""Write docs/mechanisms.md, docs/models.md and the table in README.md from the registries: `python docs/generate.py`.
 
 With `--check`, write nothing and exit with 1 where a file is not current.
 """
@@ -6,7 +6,7 @@ With `--check`, write nothing and exit with 1 where a file is not current.
 import inspect
 import re
 import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,32 +84,37 @@ print(load_published(large, published, head=False))  # what was loaded; tables w
 
 
 def readme(text: str) -> str:
-    """The README `text` with the current names of mechanisms."""
+    """The README `text` with the current table of mechanisms."""
     block = re.compile(r"(<!-- generated: mechanisms -->\n).*?(?=<!-- end -->)", re.DOTALL)
-    return block.sub(lambda found: f"{found[1]}{names()}\n", text)
+    table = summary("[`{0}`](docs/mechanisms.md#{0})", lambda row: _link(row["paper"]["venue"] or "arXiv", row))
+    return block.sub(lambda found: f"{found[1]}{table}\n", text)
 
 
-def names() -> str:
-    """Every mechanism, with a link to its chapter."""
-    links = (f"[`{row['name']}`](docs/mechanisms.md#{row['name']})" for row in catalogue.list_mechanisms())
-    return "\n".join(textwrap.wrap(", ".join(links) + ".", 118, break_long_words=False, break_on_hyphens=False))
-
-
-def summary() -> str:
-    """One row for each mechanism, with a mark for each capability."""
+def summary(name: str, paper: Callable[[dict[str, Any]], str]) -> str:
+    """One row for each mechanism: `name`, a format, its cost, `paper` of its row, a mark for each capability."""
     rows = catalogue.list_mechanisms()
     capabilities = list(rows[0]["capabilities"])
     body = [
-        [f"`{row['name']}`", row["complexity"], _paper(row), *(_mark(row["capabilities"][c]) for c in capabilities)]
+        [
+            name.format(row["name"]),
+            row["complexity"],
+            paper(row),
+            *(_mark(row["capabilities"][c]) for c in capabilities),
+        ]
         for row in rows
     ]
-    return _table(["name", "cost", "paper", *capabilities], body)
+    return _table(["mechanism", "cost", "paper", *capabilities], body)
 
 
 def mechanisms() -> str:
     """All of docs/mechanisms.md."""
     return "\n".join(
-        [HEAD, summary(), CAPABILITIES, *(_chapter(mechanism(row["name"])) for row in catalogue.list_mechanisms())]
+        [
+            HEAD,
+            summary("`{}`", _paper),
+            CAPABILITIES,
+            *(_chapter(mechanism(row["name"])) for row in catalogue.list_mechanisms()),
+        ]
     )
 
 
@@ -203,9 +208,12 @@ def _cost(cost: dict[str, Any]) -> list[str]:
 
 
 def _paper(row: dict[str, Any]) -> str:
-    paper = row["paper"]
-    title = f"[{paper['title']}]({paper['url']})" if paper["url"] else paper["title"]
-    return ", ".join(filter(None, [title, paper["venue"]]))
+    return ", ".join(filter(None, [_link(row["paper"]["title"], row), row["paper"]["venue"]]))
+
+
+def _link(text: str, row: dict[str, Any]) -> str:
+    """`text`, which leads to the paper of a mechanism's row."""
+    return f"[{text}]({row['paper']['url']})" if row["paper"]["url"] else text
 
 
 def _mark(value: bool) -> str:
