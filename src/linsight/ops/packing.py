@@ -2,8 +2,8 @@
 
     pack      images (N_0, C), (N_1, C) ...  ->  x (1, N_0 + N_1 + ..., C) and its layout
 
-What mixes tokens runs on the images of equal grids as one batch, one call for each distinct grid: so every image gets
-what it gets alone, whatever is computed. Grids are Python numbers, so no step waits for a device.
+Layers that mix tokens run on the images of equal grids as one batch, one call for each distinct grid: so every image
+gets what it gets alone, whatever is computed. Grids are Python numbers, so no step waits for a device.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ class Groups:
         found: dict[tuple[Grid, ...], list[int]] = {}
         for i, grids in enumerate(zip(*(layout.grids for layout in layouts), strict=True)):
             found.setdefault(grids, []).append(i)
-        self.grids = list(found)  # of each group, one for each layout
+        self.grids = list(found)  # one of each layout, for each group
         self._members = list(found.values())
         self._lengths = [[grid.tokens for grid in layout.grids] for layout in layouts]
 

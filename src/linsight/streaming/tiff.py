@@ -65,7 +65,7 @@ class Tiff:
             )
         self.most = max(1, KEPT // need)
         try:
-            self._decoded(0)  # what cannot be decoded at all is known before any work
+            self._decoded(0)  # a file that cannot be decoded at all is refused before any work
         except ValueError as error:
             if "imagecodecs" in str(error):
                 name = getattr(page.compression, "name", str(page.compression))

@@ -54,7 +54,7 @@ def affine(q: Features, matrix: Tensor, shift: Tensor, add: Convolved | Tensor |
 
 
 def _fits(features: Features, values: Tensor) -> bool:
-    """Whether one program can hold a head: not too wide, and no rotation of a channel of one with one of the next."""
+    """True where a program can hold a head: not too wide, and no rotation of a channel of one with one of the next."""
     width = features.x.shape[-1]
     return max(width, values.shape[-1]) <= widest(values) and (features.turn is None or width % 2 == 0)
 
@@ -92,7 +92,7 @@ def _fold(
 
 
 def _factor_gradients(plan: Plan, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """What kernels write of the gradients of column and after: for each share, and for each head."""
+    """Empty tensors for the gradients of column and after, which kernels write for each share, or each head."""
     x, column, after = plan.inputs.x, plan.inputs.column, plan.inputs.after
     images, tokens, heads, d = x.shape
     return (
@@ -102,7 +102,7 @@ def _factor_gradients(plan: Plan, dtype: torch.dtype) -> tuple[Tensor | None, Te
 
 
 def _summed(inputs: Inputs, dcolumn: Tensor | None, dafter: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Those gradients, each empty where there is none."""
+    """The gradients of column and after, summed; empty where there is none."""
     column, after = inputs.column, inputs.after
     return (
         inputs.x.new_empty(0) if column is None or dcolumn is None else dcolumn.sum(dim=(0, 1)).to(column.dtype),
@@ -233,7 +233,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _gradients(tensors: Any, dx: Tensor, dcolumn: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
-    """Of the arguments that `Inputs` are."""
+    """The gradients of all fields of `Inputs`, in their order; None for those that have none."""
     column, after = (None if t is None else d for t, d in ((tensors[1], dcolumn), (tensors[3], dafter)))
     return dx, column, None, after, *[None] * (_WIDTH - 4)
 
