@@ -50,7 +50,7 @@ class LoadReport:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """`(192, 3, 16, 16)` -> "192x3x16x16"; a scalar is "1"."""
+    """A shape in words: `(192, 3, 16, 16)` is "192x3x16x16", a scalar "1"."""
     return "x".join(map(str, shape)) or "1"
 
 

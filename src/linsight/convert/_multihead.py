@@ -109,10 +109,10 @@ class MultiheadAttention(nn.Module):
 
         Args:
             query, key, value: `(N, B, C)`, `(B, N, C)` with batch_first, or `(N, C)`.
-            key_padding_mask: `(B, N)`, True for keys to ignore. Of one in floats, 0 keeps and less drops, where
-                the mechanism has no scores that it could be added to.
-            attn_mask: `(M, N)` or `(B * heads, M, N)`, True for pairs to ignore or added to the scores; of
-                mechanisms that have scores.
+            key_padding_mask: `(B, N)`, True for keys to ignore. In floats, 0 keeps and less drops, where the
+                mechanism has no scores that they could be added to.
+            attn_mask: `(M, N)` or `(B * heads, M, N)`, True for pairs to ignore, or numbers to add to the
+                scores; for mechanisms that have scores.
             is_causal: says that attn_mask is the causal one; mechanisms built with `causal=True` need no mask for it.
             grid, key_grid: where these tokens lie, if not as the module says.
 

@@ -69,7 +69,7 @@ class Layout:
         return max(grid.prefix for grid in (self.grids or (self.grid,)))
 
     def keep(self, device: torch.device) -> Tensor | None:
-        """`(B, N)` bool, False where a token is padding; None when there is none."""
+        """A mask `(B, N)`, False where a token is padding; None when there is none."""
         if self.sizes is None:
             return None
         sizes = self.sizes.to(device)

@@ -148,5 +148,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rows: _Side, columns: _Side, width:
 
 
 def _gather(x: Tensor, places: Tensor) -> Tensor:
-    """`(*places, D)` of `x` `(tokens, D)`."""
+    """The rows `(*places, D)` of `x` `(tokens, D)`."""
     return x.index_select(0, places.flatten()).view(*places.shape, x.shape[-1])

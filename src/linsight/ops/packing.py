@@ -32,7 +32,7 @@ def pack(images: Sequence[Tensor], grids: Sequence[Grid | tuple[int, int]]) -> t
 
 
 def unpack(x: Tensor, layout: Layout) -> list[Tensor]:
-    """`(1, sum of N_i, ...)` -> the `(N_i, ...)` of each image, in order."""
+    """Cut `(1, sum of N_i, ...)` into the `(N_i, ...)` of each image, in order."""
     return list(x.squeeze(0).split([grid.tokens for grid in layout.grids]))
 
 
@@ -58,7 +58,7 @@ class Groups:
         self._lengths = [[grid.tokens for grid in layout.grids] for layout in layouts]
 
     def split(self, x: Tensor, side: int = 0) -> list[Tensor]:
-        """`(1, sum of N_i, ...)`, which lies as layout `side` says -> `(images, N, ...)` of each group."""
+        """Cut `(1, sum of N_i, ...)`, which lies as layout `side` says, into `(images, N, ...)` of each group."""
         lengths = self._lengths[side]
         if len(self._members) == 1:
             return [x.unflatten(1, (len(lengths), lengths[0])).squeeze(0)]
@@ -66,7 +66,7 @@ class Groups:
         return [torch.cat([pieces[i] for i in group]) if group[1:] else pieces[group[0]] for group in self._members]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """`(images, n, ...)` of each group -> `(1, sum of n_i, ...)`, images in their order."""
+        """Join `(images, n, ...)` of each group to `(1, sum of n_i, ...)`, images in their order."""
         if len(parts) == 1:
             return parts[0].flatten(0, 1)[None]
         pieces: dict[int, Tensor] = {}

@@ -70,7 +70,7 @@ class Turn(NamedTuple):
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
     def _places(self, table: Tensor) -> Tensor:
-        """`(h + w, C / 4)` -> `(h * w, C / 2)`: the first half of the pairs turns with the row."""
+        """Spread `(h + w, C / 4)` to `(h * w, C / 2)`: the first half of the pairs turns with the row."""
         height, width = self.size
         rows = table[:height, None].expand(-1, width, -1)
         columns = table[height:].expand(height, -1, -1)

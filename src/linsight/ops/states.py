@@ -116,7 +116,7 @@ class LogSumExp(NamedTuple):
         )
 
     def mean(self) -> Tensor:
-        """`(B, H, D, E)`: the average of v under weights softmax(score); 0 where no token was absorbed."""
+        """The average of v under weights softmax(score), `(B, H, D, E)`; 0 where no token was absorbed."""
         return self.value / self.total.clamp(min=1)[..., None]  # the maximum itself counts 1
 
 
@@ -165,7 +165,7 @@ class Moments(NamedTuple):
         return Moments(count, self.k + k * share, self.v + v * share, cross)
 
     def covariance(self, scale: float = 1.0) -> Tensor:
-        """`(B, H, D, E)`: scale cross / count."""
+        """The covariance times `scale`: scale cross / count, `(B, H, D, E)`."""
         return self.cross * (scale / self.count.clamp_min(1))[:, None, None, None]
 
 

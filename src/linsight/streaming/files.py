@@ -26,7 +26,7 @@ class Reader(Protocol):
     shape: tuple[int, int, int]
 
     def read(self, rows: slice, columns: slice) -> Any:
-        """`(h, w)` or `(h, w, channels)`."""
+        """Pixels of a rectangle, `(h, w)` or `(h, w, channels)`."""
         ...
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ class Memory:
         """The run ends before its end."""
 
     def output(self, shape: tuple[int, int, int]) -> Canvas:
-        """For the final map, float32."""
+        """A place for the final map, float32."""
         return self._empty(shape, torch.float32)
 
     def end(self, output: Canvas | None) -> Tensor | None:
@@ -181,7 +181,7 @@ class Scratch:
         self._lock()
 
     def output(self, shape: tuple[int, int, int]) -> Canvas:
-        """For the final map, float32, in a NumPy file that has its name once it is whole."""
+        """A place for the final map, float32, in a NumPy file that has its name once it is whole."""
         path = self.folder / f".{MAP}"
         try:
             allocate(path, 128 + _bytes(shape, torch.float32))

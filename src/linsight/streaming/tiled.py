@@ -139,7 +139,7 @@ def check_streams(block: nn.Module) -> None:
 
 
 def reach(block: nn.Module) -> int:
-    """By how many tokens a token sees beyond its place, other than through states."""
+    """How many tokens a token sees beyond its place, other than through states."""
     if isinstance(block, Core):
         return max(block.halo, *(now.halo for now in block.rounds))
     if isinstance(block, nn.Conv2d):

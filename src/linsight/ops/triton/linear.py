@@ -123,7 +123,7 @@ def _fake_factors(inputs: Inputs) -> tuple[Tensor, Tensor]:
     schema=f"({SCHEMA}, Tensor v, Tensor? keep, bool central) -> (Tensor, Tensor, Tensor)",
 )
 def absorb_tokens(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(matrix `(B, H, D, E)`, left `(B, H, D)`, right `(B, H, E)`), the last empty unless `central`."""
+    """A state: (matrix `(B, H, D, E)`, left `(B, H, D)`, right `(B, H, E)`), the last empty unless `central`."""
     inputs, (v, keep, central) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     (images, _, heads, d), e, dtype = inputs.x.shape, v.shape[-1], accumulator(v.dtype)
     plan = inputs.plan(e, dtype, v.dtype, False, CENTRAL=central)
@@ -153,7 +153,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     "Tensor dright) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def absorb_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dv, dcolumn, dafter), the last two empty where there is none. `left`, `right` are those that absorb gave."""
+    """Gradients (dx, dv, dcolumn, dafter), the last two empty where there is none; `left`, `right` as absorb gave."""
     inputs, (v, keep, central, left, right, *gradients) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     dtype = accumulator(v.dtype)
     plan = inputs.plan(v.shape[-1], dtype, v.dtype, True, CENTRAL=central)
@@ -181,7 +181,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Tensor",
 )
 def read_tokens(*arguments: Any) -> Tensor:
-    """`(B, N, H, E)`; `vector` is `(B, H, D)` where `normalised`, else `(B, H, E)`."""
+    """The outputs `(B, N, H, E)`; `vector` is `(B, H, D)` where `normalised`, else `(B, H, E)`."""
     inputs, (matrix, vector, add, eps, normalised, dtype) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     plan = inputs.plan(matrix.shape[-1], matrix.dtype, dtype, False, NORMALISED=normalised)
     out = inputs.x.new_empty(*inputs.x.shape[:3], matrix.shape[-1], dtype=dtype)
@@ -211,7 +211,7 @@ def _(*arguments: Any) -> Tensor:
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def read_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dmatrix, dvector, dcolumn, dafter), the last two empty where there is none."""
+    """Gradients (dx, dmatrix, dvector, dcolumn, dafter), the last two empty where there is none."""
     inputs, (matrix, vector, eps, normalised, dout) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     plan = inputs.plan(matrix.shape[-1], matrix.dtype, dout.dtype, True, NORMALISED=normalised)
     dx = inputs.x.new_empty(inputs.x.shape)
