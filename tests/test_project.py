@@ -26,8 +26,8 @@ FLOORS = (
     ("ops",),
     ("attention",),
     ("models",),
-    ("checkpoints", "streaming"),
     ("fuse",),
+    ("checkpoints", "streaming"),
     ("parallel", ""),  # "" is linsight/__init__.py
     ("train",),
     ("convert",),

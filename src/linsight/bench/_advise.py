@@ -14,7 +14,7 @@ from .rows import Row, digits, read_rows, results_folder
 
 FAR = 2.0  # times beyond the measured sizes from which it is said in words
 EVEN = 0.05  # the least difference of ratios that counts
-_SAME = ("device", "precision", "threads", "compiled", "graphs")  # columns in which comparable results agree
+_SAME = ("device", "precision", "threads", "compiled", "graphs", "fused")  # columns in which comparable results agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,8 @@ def _words(question: Question, where: Row, choices: list[Choice], errors: Mappin
     if question.precision and not str(where["precision"]).startswith(question.precision):
         lines.append(f"No results in {question.precision}: these are in {where['precision']}.")
     how = ["training" if question.train else "forward", where["precision"]]
-    how += [words for key, words in (("compiled", "compiled"), ("graphs", "CUDA graphs")) if where[key]]
+    said = {"compiled": "compiled", "graphs": "CUDA graphs", "fused": "fused"}
+    how += [words for key, words in said.items() if where.get(key)]
     lead = f"At {size}, {', '.join(how)}, on {where['device']}: "
     best = others[0] if others else None
     if best is None:

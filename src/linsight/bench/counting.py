@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from linsight.fuse import fused
+
 
 def count_flops(step: Callable[[], Any]) -> int:
     """Count the operations of a step's matrix products and convolutions; a multiply-add is two."""
@@ -26,5 +28,6 @@ def count_macs(module: nn.Module, *inputs: Any) -> int:
     A second forward is counted: what layers keep from image to image, as biases of a grid, is made in the first one.
     """
     with torch.no_grad():
+        module = fused(module)
         module(*inputs)
         return count_flops(lambda: module(*inputs)) // 2

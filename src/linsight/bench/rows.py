@@ -22,7 +22,7 @@ STEP = (
     *("samples_per_sec", "step_time", "step_time_min", "step_time_max", "batch_size", "img_size", "gmacs"),
     *("peak_mb", "gbytes", "roofline", "bound", "form", "rounds", "ratio", "ratio_min", "ratio_max", "error"),
 )
-FACTS = ("device", "precision", "threads", "compiled", "graphs", "date", "torch", "timm", "linsight", *PEAKS)
+FACTS = ("device", "precision", "threads", "compiled", "graphs", "fused", "date", "torch", "timm", "linsight", *PEAKS)
 COLUMNS = (*WHAT, *(f"{step}_{key}" for step in STEPS for key in STEP), *FACTS)
 PATCH = 16  # pixels of a patch's side, to tell the tokens of an image
 

@@ -59,6 +59,8 @@ def check_plan(plan: Plan) -> Plan:
     operators = any(subject.kind == "operator" for group in plan.groups for subject in group.sides)
     if operators and (setting.heads < 1 or setting.dim < 1 or setting.dim % setting.heads):
         raise LinsightError(f"{setting.heads} heads do not divide a width of {setting.dim}: choose a divisor")
+    if setting.fused and (operators or plan.steps != ("infer",)):
+        raise LinsightError("fused are whole models, and for inference: name models, and --steps infer")
     if setting.graphs and device.type != "cuda":
         raise LinsightError(f"CUDA graphs need a CUDA device, not {device.type}: leave them out, or choose another")
     if setting.graphs and dtype is torch.float16 and "train" in plan.steps and not operators:
@@ -74,7 +76,8 @@ def run_facts(setting: Setting) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     facts: dict[str, Any] = {"device": f"{device.type}: {name}", "precision": pick_dtype(setting.amp, device)[1]}
-    facts |= {"threads": setting.threads, "compiled": setting.compiled, "graphs": setting.graphs, "date": date}
+    facts |= {"threads": setting.threads, "compiled": setting.compiled, "graphs": setting.graphs}
+    facts |= {"fused": setting.fused, "date": date}
     return facts | {"torch": torch.__version__, "timm": timm.__version__, "linsight": linsight.__version__}
 
 

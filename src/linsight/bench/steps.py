@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from linsight.fuse import fuse
 from linsight.runtime.device import autocast, pick_dtype
 
 from ._subjects import Subject, build
@@ -29,6 +30,7 @@ class Setting:
     device, amp: as `pick_device` and `pick_dtype` take them.  threads: of the CPU.
     seconds: to spend on the rounds of a cell; there are three at least.
     dim, heads: of operators.  compiled: by torch.compile.  graphs: replay CUDA graphs.
+    fused: models of ours as `linsight.fuse` makes them.
     """
 
     device: str = "cpu"
@@ -39,6 +41,7 @@ class Setting:
     heads: int = 6
     compiled: bool = False
     graphs: bool = False
+    fused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +152,8 @@ def _model_step(subject: Subject, cell: Cell, build: Build) -> tuple[dict[str, A
     facts: dict[str, Any] = dict(cost(subject, size, build))
     facts["flops"] *= cell.batch * (3 if train else 1)  # a backward is two forwards: torch's own count errs in groups
     model = build(subject, size, device)
+    if setting.fused:
+        model = fuse(model, inplace=True)
 
     def prepared(model: Any) -> Step:
         return step_of(model, size, cell.batch, CLASSES, device, dtype, train, graphs=setting.graphs)

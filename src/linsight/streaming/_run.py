@@ -10,6 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
+from linsight.fuse import fused
 from linsight.models import HOSTS, Sample, StreamPlan, Streams
 from linsight.ops import Grid, Tile, accumulator, tiles
 
@@ -86,6 +87,8 @@ def stream(
     plan = plan_of(model)
     if model.training:
         raise LinsightError("the model is in training mode, where layers are random: call model.eval()")
+    model = fused(model)
+    plan = plan_of(model)
     if plan.head is None and output != "map":
         raise CapabilityError("this model pools in a way that does not stream: take output='map', or global_pool='avg'")
     channels = next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))  # the stem's
