@@ -25,7 +25,7 @@ Size = tuple[int, int, int]  # height, width, batch
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run measures.
+    """The measurements of a run.
 
     steps: of `STEPS`.  limit: seconds that a side's first steps, or a later sample, may take; else it is given up.
     """
@@ -48,7 +48,7 @@ class Done(NamedTuple):
 
 
 def check_plan(plan: Plan) -> Plan:
-    """The same plan on a device that is there, by its full name.
+    """`plan` on a device that is there, by its full name.
 
     Raises:
         LinsightError: what is asked cannot be done; one line says why.
@@ -69,7 +69,7 @@ def check_plan(plan: Plan) -> Plan:
 
 
 def run_facts(setting: Setting) -> dict[str, Any]:
-    """What holds for every row of a run: the machine, the precision, versions."""
+    """Facts that hold for every row of a run: the machine, the precision, versions."""
     device = torch.device(setting.device)
     name = next(row["name"] for row in list_devices() if row["type"] == device.type)
     if device.type == "cuda":
@@ -82,7 +82,7 @@ def run_facts(setting: Setting) -> dict[str, Any]:
 
 
 def bench(plan: Plan, measure: Callable[..., None] = measure) -> Iterator[Done]:
-    """Measure, in a process of its own; tells of each cell when it is done.
+    """Measure a plan in a process of its own, and yield each cell when it is done.
 
     `measure` is what runs there, see `Worker`; a failure of whatever kind is a row like the others.
 

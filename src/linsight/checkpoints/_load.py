@@ -1,4 +1,4 @@
-"""`load_published` and `export_published`: a model or a layer, and the layout it was published in."""
+"""`load_published` and `export_published`: a model or a layer, and the keys and shapes that it was published in."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from linsight.fuse import is_fused
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 
 from ._fit import Fitted, fit
-from ._projections import Entry, published_layout, regroup
+from ._projections import Entry, published_projections, regroup
 from .guess import describe
 from .keys import key_map, to_published
 from .read import read
@@ -56,7 +56,7 @@ def load_published(
         summary = describe(inner, found.tensors, fitted)
         raise CheckpointError(f"{name} does not fit the model: {summary}\n{table(fitted.problems)}")
     inner.load_state_dict(fitted.ready, strict=False)
-    for module in inner.modules():  # what `to_empty` left without values, by timm's convention
+    for module in inner.modules():  # fill what `to_empty` left without values, by timm's convention
         rebuild = getattr(module, "init_non_persistent_buffers", None)
         if rebuild is not None:
             rebuild()
@@ -69,7 +69,7 @@ def export_published(model: nn.Module) -> dict[str, Tensor]:
     entries = {key: Entry(key, tensor) for key, tensor in inner.state_dict().items()}
     for path, layer in inner.named_modules():
         if isinstance(layer, Attention):
-            regroup(entries, f"{path}." if path else "", published_layout(layer))
+            regroup(entries, f"{path}." if path else "", published_projections(layer))
     rules = key_map(inner)
     renamed = (to_published(key, entry.tensor, rules) for key, entry in entries.items())
     return {key: tensor.detach().clone() for key, tensor in renamed}

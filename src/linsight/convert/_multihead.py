@@ -26,7 +26,7 @@ class MultiheadAttention(nn.Module):
     """A mechanism of ours in the place of a `torch.nn.MultiheadAttention`: same call, same parameters.
 
     The state dict has `in_proj_weight`, `in_proj_bias` and `out_proj` as torch's, and those of the mechanism under
-    `core`, if it has some. With `attention="softmax"` it computes the same as torch's.
+    `core`, if it has some. With `attention="softmax"` it computes what torch's does.
 
     Args:
         embed_dim, num_heads, dropout, bias, batch_first: as torch's; dropout must be 0.
@@ -109,11 +109,11 @@ class MultiheadAttention(nn.Module):
 
         Args:
             query, key, value: `(N, B, C)`, `(B, N, C)` with batch_first, or `(N, C)`.
-            key_padding_mask: `(B, N)`, True for keys to ignore. Of one in floats, 0 keeps and less drops, where
-                the mechanism has no scores that it could be added to.
-            attn_mask: `(M, N)` or `(B * heads, M, N)`, True for pairs to ignore or added to the scores; of
-                mechanisms that have scores.
-            is_causal: that attn_mask is the causal one; mechanisms built with `causal=True` need no mask for it.
+            key_padding_mask: `(B, N)`, True for keys to ignore. In floats, 0 keeps and less drops, where the
+                mechanism has no scores that they could be added to.
+            attn_mask: `(M, N)` or `(B * heads, M, N)`, True for pairs to ignore, or numbers to add to the
+                scores; for mechanisms that have scores.
+            is_causal: says that attn_mask is the causal one; mechanisms built with `causal=True` need no mask for it.
             grid, key_grid: where these tokens lie, if not as the module says.
 
         Raises:
@@ -138,7 +138,7 @@ class MultiheadAttention(nn.Module):
             self._require_cross()
             source = Layout(self._locate(k, key_grid, self.key_grid, 0))
         check_asked(type(self.core), layout, keep=keep, score_bias=bias)
-        if keep is not None:  # of keys and values alone, as torch has it: ignored tokens may still ask
+        if keep is not None:  # for keys and values alone, as torch has it: ignored tokens may still ask
             k, v = mask_tokens(k, keep), mask_tokens(v, keep)
         tokens = Tokens(*self._project(q, k, v), x=q, keep=keep)
         beside = {"context_layout": source, "score_bias": bias}
