@@ -48,7 +48,7 @@ class Contrast(Pool):
 class Difference(Gather):
     """What both signs gather, one subtracted from the other."""
 
-    def values(self, core: Any, mean: Tensor) -> Tensor:
+    def values(self, core: Any, mean: Tensor, done: Done) -> Tensor:
         """V^ `(B, H, n, E)`."""
         plus, minus = mean.chunk(2, dim=2)
         return core.normed(core.subln1, plus - core.weight(1, plus.dtype) * minus)
