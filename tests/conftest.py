@@ -5,13 +5,13 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, and those that tests start; before torch reads it
     os.environ["OMP_NUM_THREADS"] = "1"
 
+if not any(os.path.exists(f"/dev/{device}") for device in ("nvidiactl", "kfd", "dxg")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run without a GPU; before torch imports Triton
+
 import pytest
 import torch
 from hypothesis import settings
 from timm.layers import weight_init
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run without a GPU; before Triton is imported
 
 settings.register_profile("linsight", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.load_profile("linsight")

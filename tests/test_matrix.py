@@ -23,13 +23,37 @@ def test_options(subject, check):
     check(subject)
 
 
+def rest_is_full(subjects, checks):
+    """Pairs, of which those whose subject is not the first of its kind are for `pytest -m full`."""
+    kinds, pairs = set(), []
+    for subject in subjects:
+        marks = [pytest.mark.full] if subject.sort in kinds else []
+        kinds.add(subject.sort)
+        pairs += [pytest.param(subject, check, marks=marks) for check in checks]
+    return pairs
+
+
+def named(value):
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("subject", "check"), rest_is_full(matrix.subjects(), matrix.SLOW_CHECKS), ids=named)
+def test_slowly(subject, check):
+    check(subject)
+
+
 FUSED = [
-    *itertools.product(matrix.subjects(variants=True), fused.VARIANT_CHECKS),
-    *itertools.product(matrix.subjects(), fused.CHECKS),
+    *itertools.product(matrix.subjects(), fused.VARIANT_CHECKS),
+    *rest_is_full(matrix.subjects(), fused.CHECKS),
+    *(
+        pytest.param(subject, check, marks=pytest.mark.full)
+        for subject, check in itertools.product(matrix.subjects(variants=True), fused.VARIANT_CHECKS)
+        if subject.options
+    ),
 ]
 
 
-@pytest.mark.parametrize(("subject", "check"), FUSED, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(("subject", "check"), FUSED, ids=named)
 def test_fused(subject, check):
     pytest.importorskip("triton")
     check(subject)

@@ -197,6 +197,7 @@ def public_names():
     lines = [f"{old}.{name}" for old in ALIASES for name in importlib.import_module(old).__all__]
     for name in ["linsight", *sorted(f"linsight.{p.parent.name}" for p in SOURCE.glob("*/__init__.py"))]:
         module = importlib.import_module(name)
+        lines += [f"{name}.{former}" for former in getattr(module, "MOVED", ())]  # which warn
         for public in getattr(module, "__all__", ()):
             assert hasattr(module, public), f"{name}.__all__ names '{public}', which it lacks"
             lines.append(f"{name}.{public}")

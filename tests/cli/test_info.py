@@ -7,6 +7,7 @@ import pytest
 import rich.console
 
 import linsight
+import linsight.doctor
 from linsight import cli, ops
 from linsight.cli import show
 
@@ -117,7 +118,7 @@ def test_info_shows_what_is_published(run, monkeypatch, name, published):
     ],
 )
 def test_info_shows_where_weights_are(run, monkeypatch, name, place):
-    monkeypatch.setattr("linsight.describe.count_macs", lambda *_: 0)  # which takes seconds
+    monkeypatch.setattr("linsight.catalogue.count_macs", lambda *_: 0)  # which takes seconds
     shown = dict(line.strip().split(maxsplit=1) for line in run("info", name)[1].splitlines() if " " in line.strip())
     assert shown.get("weights", "") == place
     assert shown["code"].startswith("of its authors") and "LeapLabTHU/" in shown["code"]

@@ -31,13 +31,19 @@ CHECKS = (
     contract.incapable_says_who_can,
     contract.bad_arguments_are_one_line,
     contract.module_protocol,
+    contract.fused_is_plain,
     costs.linear_memory_and_work,
     precision.states_are_full_precision,
     precision.autocast_is_finite,
     precision.long_sequences,
     precision.no_number_is_left_unwritten,
+)
+
+# Once for the first mechanism of a kind; for all by `pytest -m full`.
+SLOW_CHECKS = (
+    precision.a_million_tokens,
     graphs.compiles_without_breaks,
     graphs.exports_with_dynamic_sizes,
 )
 
-__all__ = ["CHECKS", "VARIANT_CHECKS", "Subject", "subjects"]
+__all__ = ["CHECKS", "SLOW_CHECKS", "VARIANT_CHECKS", "Subject", "subjects"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from linsight import create_attention
+from linsight import create_attention, fuse
 from linsight.attention import FLAGS, list_attentions, run_rounds
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, tiles
@@ -92,6 +92,17 @@ def bad_arguments_are_one_line(subject: Subject) -> None:
         with pytest.raises(LinsightError) as caught:
             mistake()
         assert "\n" not in str(caught.value)
+
+
+def fused_is_plain(subject: Subject) -> None:
+    """The form for inference has the same numbers, and refuses to train."""
+    layer, prefix = subject.layer(), 1 if subject.can.prefix else 0
+    for grid in (Grid(3, 4, prefix), Grid(6, 5, prefix)):
+        x = torch.randn(2, grid.tokens, 16)
+        with torch.no_grad():
+            close(fuse(layer)(x, grid), layer(x, grid), 1e-5)
+    with pytest.raises(LinsightError, match="train the one that it was made of"):
+        fuse(layer).train()
 
 
 def module_protocol(subject: Subject) -> None:

@@ -106,15 +106,20 @@ def autocast_is_finite(subject: Subject) -> None:
 
 
 def long_sequences(subject: Subject) -> None:
-    """A million tokens around 100, of which a corner is read: float32 keeps five digits, float16 stays finite."""
+    """As many tokens as a photograph has patches, see `a_million_tokens`."""
+    a_million_tokens(subject, Grid(256, 256))
+
+
+def a_million_tokens(subject: Subject, grid: Grid = MILLION) -> None:
+    """Tokens around 100, of which a corner is read: float32 keeps five digits, float16 stays finite."""
     subject.need("stream")
     core = subject.core(4, 1)
-    tokens = random_tokens(core, 1, MILLION, 4)
+    tokens = random_tokens(core, 1, grid, 4)
     tokens = tokens._replace(k=tokens.k + 100, v=tokens.v + 100, x=tokens.x + 100)
     with torch.no_grad():
-        exact = _read_corner(copy.deepcopy(core).double(), tokens, MILLION)
-        ours = _read_corner(core, cast(tokens, torch.float32), MILLION)
-        half = _read_corner(copy.deepcopy(core).half(), cast(tokens, torch.float16), MILLION)
+        exact = _read_corner(copy.deepcopy(core).double(), tokens, grid)
+        ours = _read_corner(core, cast(tokens, torch.float32), grid)
+        half = _read_corner(copy.deepcopy(core).half(), cast(tokens, torch.float16), grid)
     assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
     assert half.isfinite().all()
 

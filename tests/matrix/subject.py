@@ -30,6 +30,11 @@ class Subject(NamedTuple):
         return self._owner().capabilities
 
     @property
+    def sort(self) -> tuple[Any, ...]:
+        """What mechanisms of one kind have in common."""
+        return self.entry.kind, self.entry.can("stream"), self.entry.structure.cost
+
+    @property
     def local(self) -> bool:
         """Whether a token's output depends on its neighbours on the grid."""
         return self.entry.kind != "core" or self.core().halo > 0

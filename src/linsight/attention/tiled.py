@@ -4,6 +4,7 @@ import dataclasses
 
 from torch import Tensor
 
+from linsight.errors import CapabilityError
 from linsight.ops import Tile
 
 from .core import Core
@@ -21,6 +22,8 @@ def run_rounds(core: Core, tokens: Tokens, cut: list[Tile]) -> Tensor:
         CapabilityError: the mechanism has no mergeable state.
     """
     require(core, "stream", "tiles")
+    if core.causal:
+        raise CapabilityError("the causal form depends on the order of tokens and has no tiles: pass causal=False")
     grid = cut[0].grid
 
     def seen(tile: Tile, halo: int) -> tuple[Tokens, Tile]:
