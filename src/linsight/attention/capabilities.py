@@ -1,4 +1,4 @@
-"""What a mechanism can do, as two records: what may be asked in a call, and how the mechanism is built."""
+"""Two records of what a mechanism can do: what may be asked in a call, and how the mechanism is built."""
 
 import enum
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Cost(enum.StrEnum):
 
 
 class Capabilities(NamedTuple):
-    """What may be asked in a call, as far as the formula defines it. What is False raises an error that names who can.
+    """The things that may be asked in a call, as the formula allows. A False one raises an error that names who can.
 
     keep: drop tokens.  sizes: padded batches.  packed: packed batches (declared by nobody: see `register`).
     cross: keys from another sequence.  score_bias: an additive bias on the scores.  prefix: class and register tokens.

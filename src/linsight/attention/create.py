@@ -96,7 +96,7 @@ def create_core(
 
 
 def is_block(name: str) -> bool:
-    """Whether the mechanism `name` replaces the block of its host."""
+    """True where the mechanism `name` replaces the block of its host."""
     return mechanism(name).kind == "block"
 
 

@@ -21,7 +21,7 @@ from .tokens import Tokens, merge_heads, split_heads
 
 
 class Layer(Fusable):
-    """What a host calls: tokens and their layout in, tokens out. `Attention` is the usual one.
+    """The module that a host calls: tokens and their layout in, tokens out. `Attention` is the usual one.
 
     A mechanism registered with `kind="layer"` derives from it, with a constructor that takes
     `(dim, num_heads, *, ..., device=None, dtype=None)` and its options.
@@ -152,7 +152,7 @@ class Attention(Layer):
         return self.conclude(merge_heads(core(tokens, layout, **beside)), x)
 
     def tokens(self, x: Tensor, source: Tensor, layout: Layout, keep: Tensor | None) -> Tokens:
-        """What the core sees: queries of `x`, keys and values of `source`, which lies as `layout` says."""
+        """The tokens for the core: queries of `x`, keys and values of `source`, which lies as `layout` says."""
         parts = self._project(x, source)
         q, k, v = (split_heads(parts[name], self.num_heads) for name in "qkv")
         return Tokens(q, k, v, x, keep, parts.get("extra"))

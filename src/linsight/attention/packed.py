@@ -74,5 +74,5 @@ def mark_packed(forward: Forward) -> Forward:
 
 
 def takes_packed(cls: type[nn.Module] | None) -> bool:
-    """Whether the `forward` of this class does."""
+    """True where the `forward` of this class takes packed batches."""
     return getattr(getattr(cls, "forward", None), "packs", False)

@@ -66,7 +66,7 @@ class Mechanism:
         return self.structure.cost is Cost.QUADRATIC
 
     def can(self, flag: str) -> bool:
-        """One of `FLAGS`, in whichever record it stands."""
+        """True where the mechanism has the `flag`, of `FLAGS`, in whichever record it stands."""
         return _flag(self.factory, flag)
 
     def placed(
@@ -117,8 +117,17 @@ def register(
         cls.capabilities = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)  # type: ignore[attr-defined]
         structure = getattr(cls, "structure", Structure())
         _REGISTRY[name] = Mechanism(
-            name, cls, kind, formula, complexity, paper, cls.capabilities, structure, _options(cls), latex
-        )  # type: ignore[attr-defined]
+            name,
+            cls,
+            kind,
+            formula,
+            complexity,
+            paper,
+            cls.capabilities,
+            structure,
+            _options(cls),
+            latex,  # type: ignore[attr-defined]
+        )
         return cls
 
     return add
@@ -180,7 +189,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: 
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether an option may have this value, as far as its type tells; a list is as good as a tuple."""
+    """True where an option may have this value, as far as its type tells; a list is as good as a tuple."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in parts)

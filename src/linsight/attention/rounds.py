@@ -41,7 +41,7 @@ class Round:
         raise NotImplementedError
 
     def finish(self, core: Any, state: Any, done: Done) -> Any:
-        """What readers need of the state of all tokens. Once an image."""
+        """The state of all tokens as readers need it: divided, clipped, activated. Once an image."""
         return state
 
     def at_once(self, core: Any, tokens: Tokens, tile: Tile, done: Done) -> Any:

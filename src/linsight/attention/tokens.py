@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """What a mechanism sees. q `(B, M, H, D)`; k `(B, N, H, D)`; v `(B, N, H, E)`, head-major channels.
+    """Tokens as a mechanism sees them. q `(B, M, H, D)`; k `(B, N, H, D)`; v `(B, N, H, E)`, head-major channels.
 
     x: `(B, M, C)` the layer's input, which queries were projected from.
     keep: `(B, N)` bool, False where a key is not to be seen; None when all are.

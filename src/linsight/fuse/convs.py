@@ -27,7 +27,7 @@ def conv_norm_form(module: ConvNorm) -> nn.Module:
 
 
 def conv_merge_form(module: ConvMerge) -> nn.Module:
-    """The same, its activations in place."""
+    """The convolutions between stages, their activations in place."""
     twin = form_of(module, ConvMerge)
     twin.act = nn.ReLU(inplace=True)
     return twin
@@ -38,7 +38,7 @@ class SummedCPE(CPE):
 
     summed: Tensor
 
-    def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:
+    def forward(self, x: Tensor, layout: LayoutLike) -> Tensor:  # type: ignore[override]
         """`(B, P + H*W, C)`; the shape is kept."""
         layout = as_layout(layout)
         whole = layout.sizes is None and not layout.is_packed and not layout.prefix

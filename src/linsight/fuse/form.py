@@ -1,4 +1,4 @@
-"""What inference forms have in common: they refuse to train, and what is inside them is fused, too."""
+"""Inference forms: they refuse to train, and what is inside them is fused, too."""
 
 from typing import Any, TypeVar
 

@@ -28,7 +28,7 @@ class Linear(NamedTuple):
     bias: Tensor | None
 
     def split(self, width: int) -> "list[Linear]":
-        """Those that yield `width` channels each, in order."""
+        """The maps that yield `width` channels each, in order."""
         weights = self.weight.split(width)
         biases = [None] * len(weights) if self.bias is None else self.bias.split(width)
         return list(map(Linear, weights, biases))
@@ -38,7 +38,7 @@ class FoldedInLine(Attention):
     """InLine's layer without queries and keys; where that does not pay, as of masked tokens, the plain one."""
 
     def forward(self, x: Tensor, layout: LayoutLike | None = None, **beside: Any) -> Tensor:
-        """As of `Attention`."""
+        """Mix the tokens `x` `(B, P + H*W, C)`; see `Attention.forward`."""
         residual = beside.pop("residual", None)
         if layout is None or any(value is not None for value in beside.values()) or not self._pays(x, residual):
             return super().forward(x, layout, residual=residual, **beside)
@@ -126,7 +126,7 @@ def of_few(
 
 
 def _kernels(core: InLine, mean: Tensor, residual: Tensor | None) -> Tensor:
-    """What the mean token generates: `(B, C, 3, 3)`."""
+    """The kernels that the mean token generates: `(B, C, 3, 3)`."""
     assert core.generator is not None
     if residual is not None:
         mean = residual.mean(dim=1, keepdim=True, dtype=mean.dtype)

@@ -1,4 +1,4 @@
-"""What depends on the grid and not on the image: biases that are kept, and rotations as complex products."""
+"""Biases that are kept for a grid, and rotations as complex products."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -22,7 +22,7 @@ class KeptTables(AgentTables):
     kept: dict[Any, Tensor]
 
     def forward(self, tile: Tile, side: Literal["keys", "queries"]) -> Tensor:
-        """As of `AgentTables`."""
+        """The bias of a tile; see `AgentTables.forward`."""
         if torch.compiler.is_compiling() or not tile.is_whole or tile.sizes is not None:
             return super().forward(tile, side)
         like = self.an_bias

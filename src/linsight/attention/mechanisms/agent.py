@@ -117,7 +117,7 @@ class Agent(Core):
         self.dwc = TokenConv(dim, **factory) if local else None
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
-        """What queries read from the agents, and the convolution of v."""
+        """The values that queries read from the agents, and the convolution of v."""
         agents, values = done
         out = read_pooled(tile.inner(tokens.q), agents, values, self.tables(tile, "queries"))
         if self.dwc is not None:

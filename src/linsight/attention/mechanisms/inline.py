@@ -57,7 +57,7 @@ class Covariance(Round):
     """Central moments of keys and values, and the mean token, which generates the kernels."""
 
     def absorb(self, core: "InLine", tokens: Tokens, tile: Tile, done: Done) -> InLineState:
-        """Those of the tile's tokens."""
+        """Moments and sum of the tile's tokens."""
         x = next(t for t in (tokens.residual, tokens.x, tokens.v.flatten(2)) if t is not None)
         total = mask_tokens(x, tokens.keep).sum(dim=1, dtype=accumulator(x.dtype))
         return InLineState(central_absorb(Features(tokens.k, core.feature_map), tokens.v, tokens.keep), total)
@@ -77,7 +77,7 @@ class HeadLinear(nn.Conv1d):
     def __init__(self, dim: int, out: int, num_heads: int, **factory: Any) -> None:
         super().__init__(dim, out, 1, groups=num_heads, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """`(B, C)` to `(B, out)`, in the dtype of x, whatever autocast says."""
         assert self.bias is not None
         weight = self.weight.to(x.dtype).view(self.groups, self.out_channels // self.groups, -1)

@@ -74,7 +74,7 @@ class Answers(NamedTuple):
 
 
 class GatherInverse(Gather):
-    """What the landmarks gather, also through the pseudo-inverse of their scores."""
+    """The values that the landmarks gather, also through the pseudo-inverse of their scores."""
 
     def values(self, core: Any, mean: Tensor, done: Done) -> Answers:
         """B v and Z B v."""
@@ -140,7 +140,7 @@ class Nystrom(Core):
             self.capabilities = self.capabilities._replace(sizes=False, packed=start == "exact")
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
-        """What queries read of the landmarks; with as many landmarks as tokens, what their own gathered."""
+        """Means that queries read of the landmarks; with as many landmarks as tokens, those that their own gathered."""
         k, _, answers = done
         out = read_pooled(tokens.q.to(k.dtype) * self.factor, k, answers.spread, None)
         place, total = places(tile, out.device)

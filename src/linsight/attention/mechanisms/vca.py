@@ -46,7 +46,7 @@ class Contrast(Pool):
 
 
 class Difference(Gather):
-    """What both signs gather, one subtracted from the other."""
+    """The values that both signs gather, one subtracted from the other."""
 
     def values(self, core: Any, mean: Tensor, done: Done) -> Tensor:
         """V^ `(B, H, n, E)`."""
@@ -133,7 +133,7 @@ class VisualContrast(Core):
         self.dwc = TokenConv(dim, **factory) if local else None
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
-        """What queries read from V^, normed, and the convolution of v."""
+        """The values that queries read from V^, normed, and the convolution of v."""
         contrast, values = done
         q = tile.inner(tokens.q)
         # The difference of the maps goes to the values, so the maps need not be held.

@@ -58,7 +58,7 @@ def _alone(x: Tensor) -> Tokens:
 
 
 def is_dynamic(index: int | None, every: int) -> bool:
-    """Whether the block `index` of a model is dynamic: the second of each `every`; a block alone is."""
+    """True where the block `index` of a model is dynamic: the second of each `every`; a block alone is."""
     if every < 1:
         raise LinsightError(f"every={every}: pass 1 for dynamic blocks only, or n for one in n")
     return index is None or index % every == 1 % every
@@ -213,7 +213,7 @@ def pool_pairs(x: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | i
 
 
 def _begin(start: int, count: int, size: int, cells: int) -> tuple[int, int]:
-    """Of `cells` cells of `size` tokens along a side: the first that begins in a span of tokens, and how many do."""
+    """The first of `cells` cells of `size` tokens along a side that begins in a span of tokens, and how many do."""
     first, end = -(-start // size), min(cells, -(-(start + count) // size))
     return first, max(0, end - first)
 

@@ -1,1 +1,1 @@
-"""What several mechanisms share."""
+"""Rounds and pieces that several mechanisms share."""

@@ -1,4 +1,4 @@
-"""What test-time-training mechanisms share: heads whose inner model takes one step on (k, v), then answers q.
+"""Test-time training: heads whose inner model takes one step on (k, v), then answers q.
 
     L = (s/N) sum_n loss(f_W(k_n), v_n),   W' = W - lr clip(dL/dW),   o_n = f_W'(q_n)
 
@@ -32,7 +32,7 @@ from ..tokens import Tokens, merge_heads, split_heads
 
 
 class KeyMoments(NamedTuple):
-    """Of each key channel. tokens: `(B, 1)`.  mean: `(B, C)`.  squares: `(B, C)`, of the distances to the mean.
+    """Moments of each key channel. tokens: `(B, 1)`.  mean: `(B, C)`.  squares: `(B, C)`, of the distances to the mean.
 
     `Moments` without the products of two channels, which would cost as much again as the inner step.
     """
@@ -69,7 +69,7 @@ class KeyMomentsRound(Round):
     """Moments of each key channel, for the norm that takes the mean away and divides by sqrt(variance + eps)."""
 
     def absorb(self, core: "InnerTraining", tokens: Tokens, tile: Tile, done: Done) -> KeyMoments:
-        """Those of the tile's keys."""
+        """Moments of the tile's keys."""
         k = mask_tokens(core.prepare("k", merge_heads(tokens.k), tile), tokens.keep)
         return KeyMoments.absorb(k, tokens.keep)
 
@@ -155,5 +155,5 @@ class InnerTraining(Core):
         return x.to(accumulator(x.dtype))
 
     def localise(self, name: str, x: Tensor, tile: Tile) -> Tensor:
-        """The same behind it."""
+        """Queries or keys behind the key norm, as the inner model sees them; the shape is kept."""
         return x

@@ -66,7 +66,7 @@ class KernelCore(Core):
         raise NotImplementedError
 
     def local(self, tokens: Tokens, tile: Tile) -> Tensor | None:
-        """What is added to the tile's own grid tokens: `(B, h*w, H, E)`, in the accumulator's dtype."""
+        """A local term for the tile's own grid tokens: `(B, h*w, H, E)`, in the accumulator's dtype."""
         return None
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:

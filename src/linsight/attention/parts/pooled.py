@@ -35,7 +35,7 @@ class Gather(Round):
         return None
 
     def values(self, core: Any, mean: Tensor, done: Done) -> Any:
-        """What is read, of the means `(B, H, n, E)` and the rounds before."""
+        """The values that are read, of the means `(B, H, n, E)` and the rounds before."""
         return mean
 
     def absorb(self, core: Any, tokens: Tokens, tile: Tile, done: Done) -> LogSumExp:

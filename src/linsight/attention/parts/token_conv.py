@@ -25,7 +25,7 @@ class TokenConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, device=device, dtype=dtype)
         self.repeats = repeats
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, size: tuple[int, int] | None = None, *, wide: bool = False, varies: bool = False
     ) -> Tensor:
         """`x` `(B, h*w, C)`, row by row; `size` (h, w). The shape is kept. Without a size, a map `(B, C, h, w)`.

@@ -161,6 +161,8 @@ class SwinTransformer(timm_swin.SwinTransformer):
         head is as wide in all of them. Shifts go on alternating from step to step.
     """
 
+    patch_embed: Any
+
     def __init__(
         self,
         *timm_args: Any,

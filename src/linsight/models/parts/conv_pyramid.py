@@ -30,6 +30,8 @@ class ConvNorm(ConvNormAct, Fusable):
     """timm's convolution, batch norm and ReLU, by its published names."""
 
     published = (Rename("norm.", "bn."),)
+    conv: nn.Conv2d
+    bn: Any  # timm's norm, with the activation behind it
 
     def __init__(self, *timm_args: Any, **timm_kwargs: Any) -> None:
         super().__init__(*timm_args, **timm_kwargs)

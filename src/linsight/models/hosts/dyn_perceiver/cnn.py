@@ -62,7 +62,7 @@ CNNS = (*_REGNETS, *_RESNETS, _MOBILENET)
 def cut(
     name: str, width: float = 1.0, stem_stride: int | None = None, *, in_chans: int = 3, drop_path_rate: float = 0.0
 ) -> Cut:
-    """One of `CNNS`, its channels times `width` (a RegNet's stay).
+    """A network of `CNNS` in parts, its channels times `width` (a RegNet's stay).
 
     stem_stride: how much smaller the map is that the stem gives, for small images; None: the network's own.
     drop_path_rate: of the last residual branch; that of the others grows linearly up to it.

@@ -41,6 +41,14 @@ class Block(timm_vit.Block, Fusable):
     """timm's pre-norm block around a linsight layer, behind a position encoding `cpe` where the host has one."""
 
     cpe: CPE | None
+    drop_path1: nn.Module
+    drop_path2: nn.Module
+    ls1: nn.Module
+    ls2: nn.Module
+    mlp: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+    attn: nn.Module
 
     def forward(self, x: Tensor, layout: LayoutLike, keep: Tensor | None = None) -> Tensor:
         """`x` `(B, P + H*W, C)`, which lies as `layout` says."""
