@@ -114,20 +114,10 @@ def register(
             raise LinsightError(f"mechanism '{name}' has kind 'core', but {cls.__name__} is not a Core")
         own_layer = getattr(cls, "layer", None)
         packed = own_layer is None or takes_packed(own_layer) if kind == "core" else takes_packed(cls)
-        cls.capabilities = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)  # type: ignore[attr-defined]
+        can = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)
+        cls.capabilities = can  # type: ignore[attr-defined]
         structure = getattr(cls, "structure", Structure())
-        _REGISTRY[name] = Mechanism(
-            name,
-            cls,
-            kind,
-            formula,
-            complexity,
-            paper,
-            cls.capabilities,
-            structure,
-            _options(cls),
-            latex,  # type: ignore[attr-defined]
-        )
+        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, can, structure, _options(cls), latex)
         return cls
 
     return add
