@@ -28,6 +28,7 @@ CHECKS = (
     geometry.packed_context_is_each_image_alone,
     geometry.keys_of_a_reduced_grid,
     geometry.causal_is_the_past_only,
+    geometry.causal_tiles_are_a_scan,
     contract.incapable_says_who_can,
     contract.bad_arguments_are_one_line,
     contract.module_protocol,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from linsight.attention import run_rounds
-from linsight.ops import Grid, Layout, Tile, merge, pack, unpack
+from linsight.attention import run_rounds, scan
+from linsight.ops import Grid, Layout, Tile, merge, pack, tiles, unpack
 
 from .subject import Subject, close, random_tokens
 
@@ -74,8 +74,8 @@ def merge_is_associative(subject: Subject) -> None:
         return [leaf for leaf in _pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
 
     for now in core.rounds:
-        tiles = [replace(band, halo=now.halo) for band in bands]
-        a, b, c = (now.absorb(core, tokens.each(tile.take), tile, done) for tile in tiles)
+        wide = [replace(band, halo=now.halo) for band in bands]
+        a, b, c = (now.absorb(core, tokens.each(tile.take), tile, done) for tile in wide)
         merged, *others = (
             now.finish(core, s, done) for s in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, merge(b, a)))
         )
@@ -254,6 +254,15 @@ def keys_of_a_reduced_grid(subject: Subject) -> None:
             whole = layer.reduction.ratio
             low, wide = (max(n // whole * whole, min(n, whole)) for n in (grid.height, grid.width))
             assert seen[:, :low, :wide].all()  # a stride floors: the rest of the grid is no key
+
+
+def causal_tiles_are_a_scan(subject: Subject) -> None:
+    """The causal form over tiles of rows, each reading the state of those before it, is the form over the whole."""
+    subject.need("causal", "stream")
+    core, grid = subject.core(causal=True).double(), Grid(7, 5)
+    tokens = random_tokens(core, 2, grid, keep=some_kept(subject, 2, grid))
+    for height in (1, 3, 7):
+        close(scan(core, tokens, tiles(grid, height, 5)), core(tokens, Layout(grid)))
 
 
 def causal_is_the_past_only(subject: Subject) -> None:
