@@ -22,7 +22,7 @@ class Block(Fusable):
     structure: Structure = Structure()
     published: ClassVar[tuple[Rename, ...]] = ()
 
-    def forward(self, x: Tensor, layout: LayoutLike, *, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
         """The residual stream `(B, P + H*W, C)` in and out; `keep` as in `Attention`.
 
         With `@each_image` it takes packed batches, too, and itself sees the images of one grid at a time.
