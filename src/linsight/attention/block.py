@@ -21,6 +21,7 @@ class Block(Fusable):
     capabilities: Capabilities = Capabilities()
     structure: Structure = Structure()
     published: ClassVar[tuple[Rename, ...]] = ()
+    takes: ClassVar[tuple[str, ...]] = ("mlp_ratio", "drop_path_rate")  # what of a host's blocks shapes it, too
 
     def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
         """The residual stream `(B, P + H*W, C)` in and out; `keep` as in `Attention`.

@@ -14,7 +14,7 @@ from ._place import GridLike, check_prefix, lies_on_grid, locate, refuse, score_
 
 # Arguments of torch's that linear attention has nothing to do with.
 _REFUSED = {
-    "dropout": "there is no score matrix to drop from, pass dropout=0",
+    "dropout": "no mechanism here drops scores, pass dropout=0",
     "add_bias_kv": "there are no keys that all images share, pass add_bias_kv=False",
     "add_zero_attn": "there is no softmax that could look away, pass add_zero_attn=False",
     "kdim": "keys are projected from as many channels as queries, pass kdim=None",

@@ -113,6 +113,7 @@ class PyramidVisionTransformer(Pyramid):
         final_norm: applied before the head; or absent; or "carried", in the state but not applied.
     """
 
+    reduces = True
     published = (
         *(Rename(f"patch_embed{i + 1}.", f"stages.{i}.downsample.") for i in range(4)),
         *(Rename(f"pos_embed{i + 1}", f"stages.{i}.pos_embed") for i in range(4)),

@@ -17,6 +17,7 @@ from ..hosts.vit.blocks import host_arguments
 from ..parts.stepsnet import block_widths
 from ..plan import plan
 from ..registry import TIMM_HOSTS
+from ..seams import refuse_idle
 
 # Makes a model of timm one of ours: the model, a choice for each block, the size of images, arguments of the host.
 Adopt = Callable[..., nn.Module]
@@ -40,7 +41,7 @@ def add_timm_host(
     def create(
         name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
     ) -> nn.Module:
-        features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+        features, indices = _features(kwargs)
         size = kwargs.get("img_size") if sized else kwargs.pop("img_size", None)
         given = {key: kwargs.pop(key) for key in extra if key in kwargs}
         model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
@@ -70,6 +71,14 @@ add_timm_host(
 )
 
 
+def _features(kwargs: dict[str, Any]) -> tuple[bool, Any]:
+    """Takes out of `kwargs` whether maps are asked for, and which."""
+    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+    if indices is not None and not features:
+        raise LinsightError(f"out_indices={indices} has no effect: pass features_only=True, too")
+    return features, indices
+
+
 def _timm_vit(
     name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
@@ -78,17 +87,18 @@ def _timm_vit(
     if pretrained and extra:
         raise LinsightError(f"the weights of '{name}' are those of timm's blocks: pass pretrained=False")
     if extra.get("steps") is not None:
+        refuse_idle(VisionTransformer.idle(attention, extra), kwargs)
         kwargs["depth"] = len(block_widths(extra["steps"]))
     shape = {key: value for key, value in kwargs.items() if key in ("img_size", "patch_size", "depth")}
     plain = timm.create_model(name, device="meta", **shape)
     (choices,) = plan(attention, [len(plain.blocks)], options)
-    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
-    ours = host_arguments(choices, plain.patch_embed.grid_size, **extra)
+    features, indices = _features(kwargs)
+    ours = host_arguments(choices, plain.patch_embed.grid_size, kwargs, **extra)
     extra.pop("cpe", None)
     model = VisionTransformer.adopt(timm.create_model(name, pretrained=pretrained, **{**kwargs, **ours}), **extra)
     if not features:
         return model
-    wrapped = FeatureGetterNet(model, indices)
+    wrapped = FeatureGetterNet(model, indices or 3)
     wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
     return wrapped
 
