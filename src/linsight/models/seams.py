@@ -96,8 +96,8 @@ def in_place_of(
     old = theirs.attn
     if old.attn_drop.p:
         raise LinsightError(f"attn_drop_rate={old.attn_drop.p}: {NO_DROPPED_SCORES}")
-    if old.head_dim * old.num_heads != old.dim:
-        raise LinsightError(f"head_dim={old.head_dim}: heads share the {old.dim} channels here, leave it out")
+    if old.proj.in_features != old.dim:
+        raise LinsightError(f"head_dim=: heads share the {old.dim} channels here, leave it out")
     projection = old.qkv if hasattr(old, "qkv") else old.q
     biased, norm = projection.bias is not None, theirs.norm1
     asked = {"qkv_bias": biased, "proj_drop_rate": old.proj_drop.p, "norm_layer": type(norm)}

@@ -170,16 +170,17 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
         attention_options: Mapping[str, Any] | None = None,
         attention_window: Window = None,
         dense_windows: bool = False,
-        depths: Sequence[int] | None = None,
+        depths: Sequence[int] = (2, 2, 6, 2),
         steps: Sequence[Steps] | None = None,
         **timm_kwargs: Any,
     ) -> None:
-        ours = {"attention_window": attention_window, "dense_windows": dense_windows or None, "depths": depths}
-        given = {**timm_kwargs, **{name: value for name, value in ours.items() if value is not None}}
-        refuse_idle(self.idle(attention, {**given, "steps": steps}), given)
+        given = {"attention_window": attention_window, "dense_windows": dense_windows or None}
+        given = {name: value for name, value in given.items() if value is not None}
+        refuse_idle(self.idle(attention, given), given)
         if timm_kwargs.get("strict_img_size") or timm_kwargs.get("dynamic_img_size") is False:
             raise LinsightError("this host takes images of any size: leave strict_img_size and dynamic_img_size out")
-        depths = (depths or (2, 2, 6, 2)) if steps is None else [len(block_widths(row)) for row in steps]
+        if steps is not None:
+            depths = [len(block_widths(row)) for row in steps]
         choices = plan(attention, depths, attention_options)
         refuse_unbiased(sum(choices, []), timm_kwargs.get("qkv_bias", True))
         if dense_windows:
@@ -192,8 +193,7 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
     @staticmethod
     def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
         """Arguments that have no effect beside others, and why."""
-        found = {} if arguments.get("steps") is None else {"depths": "steps= tells the number of blocks"}
-        kinds = named(attention)
+        found, kinds = {}, named(attention)
         if arguments.get("attention_window") is None and not any(kind.quadratic for kind in kinds):
             found["dense_windows"] = f"'{attention}' sees the whole grid"
         if all(kind.quadratic or kind.kind == "block" for kind in kinds):

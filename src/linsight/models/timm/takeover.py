@@ -17,7 +17,6 @@ from ..hosts.vit.blocks import host_arguments
 from ..parts.stepsnet import block_widths
 from ..plan import plan
 from ..registry import TIMM_HOSTS
-from ..seams import refuse_idle
 
 # Makes a model of timm one of ours: the model, a choice for each block, the size of images, arguments of the host.
 Adopt = Callable[..., nn.Module]
@@ -87,7 +86,6 @@ def _timm_vit(
     if pretrained and extra:
         raise LinsightError(f"the weights of '{name}' are those of timm's blocks: pass pretrained=False")
     if extra.get("steps") is not None:
-        refuse_idle(VisionTransformer.idle(attention, extra), kwargs)
         kwargs["depth"] = len(block_widths(extra["steps"]))
     shape = {key: value for key, value in kwargs.items() if key in ("img_size", "patch_size", "depth")}
     plain = timm.create_model(name, device="meta", **shape)

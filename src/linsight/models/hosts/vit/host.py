@@ -36,7 +36,7 @@ from ...parts.images import check_images
 from ...parts.siamese import Merge, Pair
 from ...parts.stepsnet import Steps, block_widths, check_last, opened, widened
 from ...plan import plan
-from ...seams import asked_no_weight_decay, refuse_idle, refuse_prefix, set_grid
+from ...seams import asked_no_weight_decay, refuse_prefix, set_grid
 from ...steps import StreamPlan
 from .batches import classify, embed_packed, embed_padded
 from .blocks import host_arguments
@@ -74,12 +74,10 @@ class VisionTransformer(timm_vit.VisionTransformer):
         cpe: bool = False,
         norm: str = "pre",
         steps: Steps | None = None,
-        depth: int | None = None,
+        depth: int = 12,
         **timm_kwargs: Any,
     ) -> None:
-        if depth is not None:
-            refuse_idle(self.idle(attention, {"steps": steps}), {"depth": depth})
-        depth = (depth or 12) if steps is None else len(block_widths(steps))
+        depth = depth if steps is None else len(block_widths(steps))
         (choices,) = plan(attention, [depth], attention_options)
         (height, width), (down, right) = to_2tuple(img_size), to_2tuple(patch_size)
         ours = host_arguments(choices, (height // down, width // right), timm_kwargs, cpe=cpe, norm=norm, steps=steps)
@@ -89,11 +87,6 @@ class VisionTransformer(timm_vit.VisionTransformer):
             refuse_prefix(choices, "pass class_token=False, global_pool='avg'")
         if not isinstance(self.patch_drop, nn.Identity):
             raise LinsightError("dropped patches leave no grid: pass patch_drop_rate=0")
-
-    @staticmethod
-    def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
-        """Arguments that have no effect beside others, and why."""
-        return {} if arguments.get("steps") is None else {"depth": "steps= tells the number of blocks"}
 
     @staticmethod
     def adopt(
