@@ -139,8 +139,8 @@ def check_beside(
 
 def _check_bias(bias: Tensor, dtype: torch.dtype, wanted: tuple[int, int | None, int, int]) -> None:
     batch, heads, queries, keys = wanted
-    fits = bias.ndim == 4 and bias.shape[2] in (1, queries) and bias.shape[3] in (1, keys) and bias.shape[0] in (1, batch)
-    if not fits or (heads is not None and bias.shape[1] not in (1, heads)):
+    sides = zip(reversed(bias.shape), reversed(wanted), strict=False)
+    if bias.ndim > 4 or any(own not in (1, side) for own, side in sides if side is not None):
         raise LinsightError(
             f"score_bias of shape {tuple(bias.shape)} is not ({batch} or 1, {heads or 'heads'} or 1, {queries}, {keys})"
         )
