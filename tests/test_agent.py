@@ -1,8 +1,5 @@
 """Agent attention: the published formula, tables on other grids, what is kept between calls, its variants."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +9,7 @@ import linsight
 from linsight import create_attention
 from linsight.attention import Tokens, create_core, merge_heads, split_heads
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout, Tile
+from linsight.ops import Grid, Layout
 
 F64 = torch.float64
 
@@ -151,143 +148,10 @@ def test_a_checkpoint_of_another_grid_is_stretched():
 GRID = Grid(5, 6, 1)
 
 
-def kept_core():
-    """A core that has kept its biases, and a call that compares it with one that never keeps any."""
-    core, tokens = make_core(agents=4, grid=(4, 4), prefix_bias=True), random_tokens(GRID)
-
-    def check(core=core, grid=GRID):
-        own = Tokens(*(t[:, : grid.tokens].to(core.tables.an_bias.dtype) for t in tokens[:3]))
-        with torch.enable_grad():
-            truth = copy.deepcopy(core)(own, Layout(grid)).detach()
-        with torch.no_grad():
-            out = core(own, Layout(grid))
-        torch.testing.assert_close(out, truth)
-
-    check()
-    assert core.tables._kept is not None
-    return core, check
-
-
-def test_biases_are_kept_without_gradients_only():
-    core, check = kept_core()
-    kept = core.tables._kept
-    check()
-    assert core.tables._kept is kept
-    check(grid=Grid(3, 7, 1))
-    assert core.tables._kept is not kept
-    with torch.inference_mode():
-        core(random_tokens(GRID), Layout(GRID))
-    check()
-    out = core(random_tokens(GRID), Layout(GRID))
-    assert core.tables._kept is None
-    out.sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in core.parameters())
-    with torch.no_grad():
-        core(random_tokens(GRID), Layout(GRID, torch.tensor([(3, 4), (5, 6)])))
-    assert core.tables._kept is None  # each image of a padded batch has its own
-
-
-def step(core):
-    core(random_tokens(GRID), Layout(GRID)).square().sum().backward()
-    torch.optim.SGD(core.parameters(), lr=0.5).step()
-
-
-def step_on_data(core):
-    core(random_tokens(GRID), Layout(GRID)).square().sum().backward()
-    for parameter in core.parameters():
-        parameter.data.sub_(parameter.grad)
-
-
-def flat_vectors(core):
-    """Twice: the second vector may lie where the first one did."""
-    for _ in range(2):
-        vector = torch.randn(sum(p.numel() for p in core.parameters()), dtype=F64)
-        nn.utils.vector_to_parameters(vector, core.parameters())
-        del vector
-        with torch.no_grad():
-            core(random_tokens(GRID), Layout(GRID))
-
-
-CHANGES = {
-    "step": step,
-    "step on data": step_on_data,
-    "in place": lambda core: nn.init.normal_(core.tables.na_bias),
-    "state": lambda core: core.load_state_dict(make_core(agents=4, grid=(4, 4), prefix_bias=True, seed=1).state_dict()),
-    "assigned state": lambda core: core.load_state_dict(
-        make_core(agents=4, grid=(4, 4), prefix_bias=True, seed=1).state_dict(), assign=True
-    ),
-    "vectors": flat_vectors,
-    "set_grid": lambda core: core.set_grid((2, 9)),
-    "float": lambda core: core.float(),
-    "there and back": lambda core: core.half().double(),
-    "average": lambda core: torch._foreach_lerp_(
-        [p.detach() for p in core.parameters()], [torch.ones_like(p) for p in core.parameters()], 0.5
-    ),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_kept_biases_are_never_stale(change):
-    core, check = kept_core()
-    CHANGES[change](core)
-    check()
-    check()
-
-
-def test_copies_keep_their_own():
-    core, check = kept_core()
-    for twin in (copy.deepcopy(core), pickle.loads(pickle.dumps(core))):
-        assert twin.tables._kept is None
-        check(twin)
-        with torch.no_grad():
-            twin.tables.ah_bias.add_(1 + torch.arange(4, dtype=F64)[:, None])
-        check(twin)
-    check()
-
-
-def test_each_thread_gets_the_biases_of_its_own_grid(monkeypatch):
-    """Threads that serve one model: another one calls, right when the biases of this one are put down."""
-    core, check = kept_core()
-    other, put = Grid(2, 9, 1), type(core.tables).__setattr__
-
-    def interrupted(tables, name, value):
-        put(tables, name, value)
-        if name == "_kept" and value is not None and value.place[0] != other:
-            check(grid=other)
-
-    monkeypatch.setattr(type(core.tables), "__setattr__", interrupted)
-    check(grid=Grid(3, 7, 1))
-    check(grid=Grid(3, 7, 1))
-
-
-def test_large_biases_are_not_kept():
-    """Those of a dense backbone on a large image would take many times the memory of its weights."""
-    core, check = kept_core()
-    large = Grid(256, 300)
-    with torch.no_grad():
-        core(random_tokens(large, batch=1), Layout(large))
-    assert core.tables._kept is None
-    check()
-    assert core.tables._kept is not None
-
-
-def test_replicas_of_data_parallel_keep_nothing():
-    """They are made of the model with what it keeps, but have their parameters as plain attributes."""
-    tables = kept_core()[0].tables
-    whole = Tile.whole(GRID)
-    replica = tables._replicate_for_data_parallel()
-    for name, parameter in tables.named_parameters():
-        setattr(replica, name, 2 * parameter.detach())
-    with torch.no_grad():
-        for twice, once in zip(replica(whole, whole), tables(whole, whole), strict=True):
-            torch.testing.assert_close(twice, 2 * once)
-    assert replica._kept is None
-
-
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # in torch, of mapped attention
 def test_parameters_given_with_the_call_are_used():
-    """An ensemble of two, mapped over; what is no plain parameter has neither an address nor a version to go by."""
-    core, _ = kept_core()
+    """An ensemble of two, mapped over."""
+    core = make_core(agents=4, grid=(4, 4), prefix_bias=True)
     tokens = random_tokens(GRID)
     states = {name: torch.randn(2, *p.shape, dtype=F64) for name, p in core.named_parameters()}
     with torch.no_grad():
@@ -295,15 +159,6 @@ def test_parameters_given_with_the_call_are_used():
     for i, out in enumerate(both):
         core.load_state_dict({name: state[i] for name, state in states.items()})
         torch.testing.assert_close(out, core(tokens, Layout(GRID)))
-
-
-def test_parameters_of_inference_mode_are_never_kept():
-    with torch.inference_mode():
-        core, tokens = make_core(agents=4), random_tokens(GRID)
-        first = core(tokens, Layout(GRID))
-        core.tables.an_bias.zero_()
-        core.tables.na_bias.zero_()
-        assert core.tables._kept is None and not torch.allclose(core(tokens, Layout(GRID)), first)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import linsight
-from linsight.attention import Capabilities, Tokens, split_heads
+from linsight.attention import Capabilities, Tokens, mechanism, split_heads
 from linsight.errors import CapabilityError, LinsightError
 from linsight.models import Choice
 from linsight.models.hosts.cswin import CrossShapedAttention
@@ -110,8 +110,8 @@ def test_a_mechanism_that_cannot_drop_tokens_has_no_padding(monkeypatch):
 
 def test_tables_move_to_the_grid_of_a_stage_or_of_a_stripe(monkeypatch):
     told = []
-    for core in ("softmax.Softmax", "inline.InLine"):
-        monkeypatch.setattr(f"linsight.attention.{core}.set_grid", lambda self, grid: told.append(grid))
+    for name in ("softmax", "inline"):
+        monkeypatch.setattr(mechanism(name).factory, "set_grid", lambda self, grid: told.append(grid))
     model = linsight.create_model("cswin_tiny", attention="inline,softmax,softmax,softmax", stages=STAGES)
     model.set_input_size((448, 224))
     assert told == [(112, 56), (56, 2), (2, 28), (28, 7), (7, 14), (14, 7)]

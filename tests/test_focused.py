@@ -56,7 +56,7 @@ def naive(core, tokens, grid, v=None):
 def test_map_is_the_naive_formula(power):
     core = make_core(power=power).double()
     x = torch.randn(2, 7, 16, dtype=F64)
-    mapped = core._features(split_heads(x, core.num_heads)).mapped().flatten(2)
+    mapped = core.features("q", split_heads(x, core.num_heads), None, ()).mapped().flatten(2)
     torch.testing.assert_close(mapped, naive_map(x, core.scale, power), rtol=1e-10, atol=1e-12)
     norm = ((F.relu(x) + EPS) / F.softplus(core.scale)).norm(dim=-1)
     torch.testing.assert_close(mapped.norm(dim=-1), norm)

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from linsight.fuse.inline import add_products
 from linsight.ops import (
     FEATURE_MAPS,
-    add_products,
     causal_linear_attention,
     depthwise_conv,
     dynamic_depthwise_conv,

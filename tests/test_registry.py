@@ -1,5 +1,6 @@
 """The registry: names, options, capabilities, papers, errors."""
 
+import re
 import sys
 
 import pytest
@@ -19,6 +20,16 @@ def test_entries_describe_themselves(entry):
     assert entry.factory.__doc__ and sys.modules[entry.factory.__module__].__doc__
     assert all(option.help for option in entry.options), "an option without a line in the docstring"
     assert entry.name == entry.factory.__module__.rpartition(".")[2], "one mechanism, one file of its name"
+
+
+@pytest.mark.parametrize("entry", list_attentions(), ids=lambda entry: entry.name)
+def test_formulas_are_written_for_github(entry):
+    """Markdown takes a backslash away before punctuation, and a formula ends at the first dollar or empty line."""
+    latex = entry.latex
+    assert latex, f"register(..., latex=) of '{entry.name}' is the formula of its docstring, for docs/mechanisms.md"
+    assert not re.search(r"\\[^a-zA-Z]|[$\n<*]", latex)
+    for begin, end in (("{", "}"), (r"\left(", r"\right)"), (r"\begin{aligned}", r"\end{aligned}")):
+        assert latex.count(begin) == latex.count(end)
 
 
 def test_listing_by_capability():

@@ -1,4 +1,4 @@
-"""What there is, as plain data: mechanisms, models, and what they cost. The CLI and the documentation show it."""
+"""The catalogue as plain data: mechanisms, models, and what they cost. The CLI and the documentation show it."""
 
 import inspect
 from typing import Any
@@ -12,7 +12,7 @@ from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, defaul
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.ops import Grid
 
-# What `mechanism_info` measures a layer at: tokens of a 224 and of a 1024 image in patches of 16.
+# The layer that `mechanism_info` measures: tokens of a 224 and of a 1024 image in patches of 16.
 DIM, HEADS, GRIDS = 192, 6, (Grid(14, 14), Grid(64, 64))
 
 

@@ -1,4 +1,4 @@
-"""What this machine has, as plain data: versions, devices, the compiler, and which form of each operator runs."""
+"""The machine as plain data: versions, devices, the compiler, and which form of each operator runs."""
 
 import importlib.util
 import os
@@ -66,7 +66,7 @@ def version_of(package: str) -> str:
 
 
 def _cpu() -> dict[str, Any]:
-    """bf16: the instructions that make bfloat16 quick; "" where it is emulated."""
+    """The CPU. bf16: the instructions that make bfloat16 quick; "" where it is emulated."""
     return {
         "vector": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -76,7 +76,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _triton(device: str) -> dict[str, Any]:
-    """used: whether any operator takes it on `device`."""
+    """The state of Triton. used: whether any operator takes it on `device`."""
     if importlib.util.find_spec("triton") is None:
         return {"version": "", "used": False, "why": "not installed: no operator needs it"}
     used = [form.operator for form in forms(device) if form.form == TRITON]

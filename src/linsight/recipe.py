@@ -126,9 +126,9 @@ class Recipe:
 
 HINTS: dict[str, Any] = typing.get_type_hints(Recipe)
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Recipe)}
-# What tells of the images; names of such fields.
+# Names of the fields that tell of the images.
 DATA_FIELDS = {name for name, field in FIELDS.items() if field.metadata["group"] == _DATA}
-# What may change when a run goes on: nothing that its result depends on.
+# Fields that may change when a run goes on: none that its result depends on.
 RESUMABLE = {"device", "workers", "cache", "threads", "save_every", "compile", "figures"}
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -18,9 +18,9 @@ from .subject import Subject, close, random_tokens
 def gradients_are_right(subject: Subject) -> None:
     """gradcheck in float64, of the input and of every parameter."""
     grid = Grid(2, 3, 1 if subject.can.prefix else 0)
-    layer = subject.layer(4, 2).double()
+    layer = subject.layer(8, 2).double()  # a rotation on the grid needs four channels a head
     names, values = zip(*layer.named_parameters(), strict=True)
-    x = torch.randn(1, grid.tokens, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, grid.tokens, 8, dtype=torch.float64, requires_grad=True)
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x, grid))

@@ -26,7 +26,8 @@ class Subject(NamedTuple):
 
     @property
     def can(self) -> Capabilities:
-        return self.entry.capabilities
+        """With these options: some take a capability away."""
+        return self._owner().capabilities
 
     @property
     def local(self) -> bool:
@@ -36,8 +37,13 @@ class Subject(NamedTuple):
     def need(self, *capabilities: str) -> None:
         """Skip unless the mechanism declares these."""
         for name in capabilities:
-            if not self.entry.can(name):
-                pytest.skip(f"{self.name} declares no '{name}'")
+            owner = self._owner()
+            if not getattr(owner.capabilities, name, False) and not getattr(owner.structure, name, False):
+                pytest.skip(f"{self} declares no '{name}'")
+
+    def _owner(self) -> nn.Module:
+        layer = self.layer(device="meta")
+        return layer.core if self.entry.kind == "core" else layer
 
     def layer(self, dim: int = 16, num_heads: int = 2, **options: Any) -> nn.Module:
         """The layer, or the block of a mechanism that is one. Tables are made for a grid of 4x6, and not zero."""

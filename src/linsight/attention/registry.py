@@ -58,6 +58,7 @@ class Mechanism:
     capabilities: Capabilities
     structure: Structure
     options: tuple[Option, ...]
+    latex: str = ""  # the formula again, for the documentation; backslashes only before letters
 
     @property
     def quadratic(self) -> bool:
@@ -97,7 +98,9 @@ _RESERVED = {"self", "dim", "num_heads", "grid", "query_grid", "index", "mlp_rat
 M = TypeVar("M", bound=type[nn.Module])
 
 
-def register(name: str, *, formula: str, complexity: str, paper: Paper, kind: Kind = "core") -> Callable[[M], M]:
+def register(
+    name: str, *, formula: str, complexity: str, paper: Paper, kind: Kind = "core", latex: str = ""
+) -> Callable[[M], M]:
     """Register a mechanism under `name`. For use on its class, in its own file.
 
     Nobody declares `packed`: the layer around a core takes packed batches, and so does any `forward` with
@@ -114,7 +117,7 @@ def register(name: str, *, formula: str, complexity: str, paper: Paper, kind: Ki
         cls.capabilities = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)  # type: ignore[attr-defined]
         structure = getattr(cls, "structure", Structure())
         _REGISTRY[name] = Mechanism(
-            name, cls, kind, formula, complexity, paper, cls.capabilities, structure, _options(cls)
+            name, cls, kind, formula, complexity, paper, cls.capabilities, structure, _options(cls), latex
         )  # type: ignore[attr-defined]
         return cls
 

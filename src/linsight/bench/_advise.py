@@ -13,13 +13,13 @@ from .operators import SOFTMAX
 from .rows import Row, digits, read_rows, results_folder
 
 FAR = 2.0  # times beyond the measured sizes from which it is said in words
-EVEN = 0.05  # of a ratio: less is no difference
-_SAME = ("device", "precision", "threads", "compiled", "graphs")  # what makes results comparable
+EVEN = 0.05  # the least difference of ratios that counts
+_SAME = ("device", "precision", "threads", "compiled", "graphs", "fused")  # columns in which comparable results agree
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is to be chosen: for images of `height` x `width` in patches of `patch`.
+    """A choice that is asked for: for images of `height` x `width` in patches of `patch`.
 
     device: a type, as "cpu".  precision: as "float32" or "bf16 mixed precision"; "" for any.
     model: what the models to choose among stand beside; "" for operators of `dim` and `heads`.
@@ -37,7 +37,7 @@ class Question:
 
     @property
     def tokens(self) -> int:
-        """Of an image; borders count as whole patches."""
+        """Tokens of an image; borders count as whole patches."""
         return -(-self.height // self.patch) * -(-self.width // self.patch)
 
     @property
@@ -157,7 +157,7 @@ def _best_matching(rows: list[Row], question: Question) -> tuple[Row, list[Row]]
 def _curves(
     rows: Iterable[Row], question: Question
 ) -> tuple[dict[str, dict[float, float]], dict[str, dict[float, float]], dict[str, str]]:
-    """By name: milliseconds of an image by tokens, the ratio to softmax likewise, and what failed."""
+    """Milliseconds of an image by tokens, the ratio to softmax likewise, and what failed: each by name."""
     times: dict[str, dict[float, float]] = {}
     ratios: dict[str, dict[float, float]] = {}
     errors: dict[str, str] = {}
@@ -188,7 +188,8 @@ def _words(question: Question, where: Row, choices: list[Choice], errors: Mappin
     if question.precision and not str(where["precision"]).startswith(question.precision):
         lines.append(f"No results in {question.precision}: these are in {where['precision']}.")
     how = ["training" if question.train else "forward", where["precision"]]
-    how += [words for key, words in (("compiled", "compiled"), ("graphs", "CUDA graphs")) if where[key]]
+    said = {"compiled": "compiled", "graphs": "CUDA graphs", "fused": "fused"}
+    how += [words for key, words in said.items() if where.get(key)]
     lead = f"At {size}, {', '.join(how)}, on {where['device']}: "
     best = others[0] if others else None
     if best is None:

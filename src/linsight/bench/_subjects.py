@@ -1,4 +1,4 @@
-"""What can be measured, what it is put beside, and how it is built."""
+"""Subjects: what can be measured, what it is put beside, and how it is built."""
 
 import fnmatch
 import functools
@@ -26,7 +26,7 @@ NONE = "none"
 
 
 class Subject(NamedTuple):
-    """What is measured: the operator of the mechanism `name`, or the model `name`, with `attention` in it if given."""
+    """A thing to measure: the operator of the mechanism `name`, or the model `name`, with `attention` if given."""
 
     kind: Literal["operator", "model"]
     name: str
@@ -39,7 +39,7 @@ class Subject(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What is measured in the same rounds: `subjects`, and what their times are divided by, if anything."""
+    """Subjects that are measured in the same rounds, and what their times are divided by, if anything."""
 
     subjects: tuple[Subject, ...]
     beside: Subject | None = None
@@ -92,7 +92,7 @@ def plan_groups(names: Sequence[str], attention: Sequence[str] = (), beside: str
 
 
 def softmax_beside(subject: Subject) -> Subject | None:
-    """The same with softmax: timm's model where timm has the host. None where there is no such thing."""
+    """The subject with softmax in it: timm's model where timm has the host. None where there is no such thing."""
     if subject.kind == "operator":
         return Subject("operator", SOFTMAX)
     name = subject.name

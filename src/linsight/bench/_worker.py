@@ -13,7 +13,7 @@ from .rounds import Side
 class Worker:
     """A process that measures cells, one after the other: `measure(cell, sides, send)` for `{index: what}` sides.
 
-    `measure`, cells and what stands for a side are pickled. Used as a context, it ends with it.
+    `measure`, cells and what stands for a side are pickled. As a context manager, it ends the process at the end.
 
     limit: seconds that building a side and its first step, or a later sample, may take.
     """

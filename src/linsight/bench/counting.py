@@ -7,24 +7,27 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from linsight.fuse import fused
+
 
 def count_flops(step: Callable[[], Any]) -> int:
-    """Operations of a step's matrix products and convolutions; a multiply-add is two."""
+    """Count the operations of a step's matrix products and convolutions; a multiply-add is two."""
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers that training changes."""
+    """How many numbers of `module` training changes."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def count_macs(module: nn.Module, *inputs: Any) -> int:
     """Multiply-adds of one forward's matrix products and convolutions; on the meta device nothing is computed.
 
-    Of a second forward: what layers keep from image to image, as biases of a grid, is made in the first one.
+    A second forward is counted: what layers keep from image to image, as biases of a grid, is made in the first one.
     """
     with torch.no_grad():
+        module = fused(module)
         module(*inputs)
         return count_flops(lambda: module(*inputs)) // 2

@@ -89,7 +89,7 @@ def operator_step(
     train: bool,
     compiled: bool,
 ) -> tuple[dict[str, Any], Step]:
-    """What a step of an operator costs, and the step.
+    """The cost of a step of an operator, and the step.
 
     Operations are those of the plain form, a training step's three times a forward's; bytes are the least that any
     form must move. Inputs that the mechanism does not use are not counted.

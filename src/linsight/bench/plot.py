@@ -84,7 +84,7 @@ def _draw_step(axes: Any, rows: Sequence[Row], step: str) -> None:
 
 
 def _size(row: Row) -> float:
-    """What a row is drawn over: the tokens of an operator, the pixels of an image."""
+    """The number that a row is drawn over: the tokens of an operator, the pixels of an image."""
     if row["kind"] == "operator":
         return float(row["tokens"])
     known = next(str(row[f"{step}_img_size"]) for step in STEPS if row.get(f"{step}_img_size"))

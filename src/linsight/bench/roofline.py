@@ -1,4 +1,4 @@
-"""What a step costs at least: operations, bytes, and what the machine does at its best."""
+"""The least that a step can cost: its operations and bytes, and what the machine does at its best."""
 
 import itertools
 import math
@@ -45,13 +45,13 @@ def tensors(*trees: Any) -> list[Tensor]:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes; of an expanded tensor, those that exist."""
+    """The bytes of a tensor; of an expanded one, those that exist."""
     whole = tensor.numel() * tensor.element_size()
     return min(whole, tensor.untyped_storage().nbytes()) if tensor.layout is torch.strided else whole
 
 
 def least_bytes(inputs: list[Tensor], module: nn.Module | None, output: Tensor, train: bool) -> int:
-    """What an operator must read and write: inputs, parameters, output; then its gradient in, and theirs out."""
+    """Bytes that an operator must read and write: inputs, parameters, output; then its gradient in, and theirs out."""
     given = sum(map(size_of, inputs)) + sum(size_of(p) for p in (module.parameters() if module else ()))
     out = size_of(output)
     return 3 * given + 2 * out if train else given + out

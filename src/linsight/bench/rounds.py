@@ -18,7 +18,7 @@ SAMPLE = 0.1  # seconds that a sample lasts at least: shorter steps are repeated
 
 @dataclasses.dataclass
 class Side:
-    """What became of one of the things compared: facts, seconds of a step in each round, or why there are none."""
+    """The result of one of the things compared: facts, seconds of a step in each round, or why there are none."""
 
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     times: list[float] = dataclasses.field(default_factory=list)
@@ -44,7 +44,7 @@ def alternate(sides: Mapping[int, Any], make: Make, send: Send, device: torch.de
         send(side, "begin", None)
         try:
             act()
-        except Exception as error:  # of whatever kind: it is what there is to report
+        except Exception as error:  # any error: it is what there is to report
             steps.pop(side, None)
             send(side, "error", (str(error).strip() or type(error).__name__).splitlines()[0][:200])
         if side not in steps:

@@ -22,13 +22,13 @@ STEP = (
     *("samples_per_sec", "step_time", "step_time_min", "step_time_max", "batch_size", "img_size", "gmacs"),
     *("peak_mb", "gbytes", "roofline", "bound", "form", "rounds", "ratio", "ratio_min", "ratio_max", "error"),
 )
-FACTS = ("device", "precision", "threads", "compiled", "graphs", "date", "torch", "timm", "linsight", *PEAKS)
+FACTS = ("device", "precision", "threads", "compiled", "graphs", "fused", "date", "torch", "timm", "linsight", *PEAKS)
 COLUMNS = (*WHAT, *(f"{step}_{key}" for step in STEPS for key in STEP), *FACTS)
-PATCH = 16  # of an image, to tell its tokens
+PATCH = 16  # pixels of a patch's side, to tell the tokens of an image
 
 
 def ratios(side: Side, beside: Side) -> list[float]:
-    """Of the time, one of each round that both have done."""
+    """Ratios of times, one for each round that both have done."""
     return [a / b for a, b in zip(side.times, beside.times, strict=False)]
 
 
@@ -49,7 +49,7 @@ def show_size(height: int, width: int) -> int | str:
 
 
 def new_row(subject: Subject, beside: Subject | None, cell: Cell) -> Row:
-    """What is known before anything is measured."""
+    """A row with what is known before anything is measured."""
     operator = subject.kind == "operator"
     grid = (cell.height, cell.width) if operator else (-(-cell.height // PATCH), -(-cell.width // PATCH))
     row = {"kind": subject.kind, "model": subject.label, "tokens": grid[0] * grid[1]}

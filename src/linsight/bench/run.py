@@ -25,7 +25,7 @@ Size = tuple[int, int, int]  # height, width, batch
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run measures.
+    """The measurements of a run.
 
     steps: of `STEPS`.  limit: seconds that a side's first steps, or a later sample, may take; else it is given up.
     """
@@ -48,7 +48,7 @@ class Done(NamedTuple):
 
 
 def check_plan(plan: Plan) -> Plan:
-    """The same plan on a device that is there, by its full name.
+    """`plan` on a device that is there, by its full name.
 
     Raises:
         LinsightError: what is asked cannot be done; one line says why.
@@ -59,6 +59,8 @@ def check_plan(plan: Plan) -> Plan:
     operators = any(subject.kind == "operator" for group in plan.groups for subject in group.sides)
     if operators and (setting.heads < 1 or setting.dim < 1 or setting.dim % setting.heads):
         raise LinsightError(f"{setting.heads} heads do not divide a width of {setting.dim}: choose a divisor")
+    if setting.fused and (operators or plan.steps != ("infer",)):
+        raise LinsightError("fused are whole models, and for inference: name models, and --steps infer")
     if setting.graphs and device.type != "cuda":
         raise LinsightError(f"CUDA graphs need a CUDA device, not {device.type}: leave them out, or choose another")
     if setting.graphs and dtype is torch.float16 and "train" in plan.steps and not operators:
@@ -67,19 +69,20 @@ def check_plan(plan: Plan) -> Plan:
 
 
 def run_facts(setting: Setting) -> dict[str, Any]:
-    """What holds for every row of a run: the machine, the precision, versions."""
+    """Facts that hold for every row of a run: the machine, the precision, versions."""
     device = torch.device(setting.device)
     name = next(row["name"] for row in list_devices() if row["type"] == device.type)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     facts: dict[str, Any] = {"device": f"{device.type}: {name}", "precision": pick_dtype(setting.amp, device)[1]}
-    facts |= {"threads": setting.threads, "compiled": setting.compiled, "graphs": setting.graphs, "date": date}
+    facts |= {"threads": setting.threads, "compiled": setting.compiled, "graphs": setting.graphs}
+    facts |= {"fused": setting.fused, "date": date}
     return facts | {"torch": torch.__version__, "timm": timm.__version__, "linsight": linsight.__version__}
 
 
 def bench(plan: Plan, measure: Callable[..., None] = measure) -> Iterator[Done]:
-    """Measure, in a process of its own; tells of each cell when it is done.
+    """Measure a plan in a process of its own, and yield each cell when it is done.
 
     `measure` is what runs there, see `Worker`; a failure of whatever kind is a row like the others.
 

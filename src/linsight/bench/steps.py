@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from linsight.fuse import fuse
 from linsight.runtime.device import autocast, pick_dtype
 
 from ._subjects import Subject, build
@@ -24,11 +25,12 @@ Build = Callable[[Subject, tuple[int, int], "str | torch.device"], nn.Module]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all cells of a run share.
+    """The setting that all cells of a run share.
 
     device, amp: as `pick_device` and `pick_dtype` take them.  threads: of the CPU.
     seconds: to spend on the rounds of a cell; there are three at least.
     dim, heads: of operators.  compiled: by torch.compile.  graphs: replay CUDA graphs.
+    fused: models of ours as `linsight.fuse` makes them.
     """
 
     device: str = "cpu"
@@ -39,11 +41,12 @@ class Setting:
     heads: int = 6
     compiled: bool = False
     graphs: bool = False
+    fused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is measured at once: a step of `STEPS` at one size, in pixels of images or in tokens of operators.
+    """A measurement: a step of `STEPS` at one size, in pixels of images or in tokens of operators.
 
     The step "peaks" has no size: it measures what the machine does at its best.
     """
@@ -56,7 +59,7 @@ class Cell:
 
 
 def measure(cell: Cell, sides: Mapping[int, Subject], send: Send, build: Build = build) -> None:
-    """Runs in the process of a `Worker`; `build` makes the models."""
+    """Measure the sides of a cell, in the process of a `Worker`; `build` makes the models."""
     setting = cell.setting
     torch.set_num_threads(setting.threads)
     device = torch.device(setting.device)
@@ -69,7 +72,7 @@ def measure(cell: Cell, sides: Mapping[int, Subject], send: Send, build: Build =
 
 
 def make(subject: Subject, cell: Cell, build: Build = build) -> tuple[dict[str, Any], Step]:
-    """What the step of a cell costs, and the step to time."""
+    """The cost of the step of a cell, and the step to time."""
     setting, device = cell.setting, torch.device(cell.setting.device)
     torch.manual_seed(0)
     if subject.kind == "operator":
@@ -136,7 +139,7 @@ def step_of(
 
 @functools.cache
 def cost(subject: Subject, size: tuple[int, int], build: Build = build) -> dict[str, float]:
-    """Of a model: millions of parameters; for one image, billions of multiply-adds and all operations of a forward."""
+    """Millions of parameters of a model; for one image, billions of multiply-adds and all operations of a forward."""
     model = build(subject, size, "meta").eval()
     macs = count_macs(model, torch.empty(1, 3, *size, device="meta"))
     return {"param_count": round(count_parameters(model) / 1e6, 2), "gmacs": round(macs / 1e9, 2), "flops": 2 * macs}
@@ -149,12 +152,14 @@ def _model_step(subject: Subject, cell: Cell, build: Build) -> tuple[dict[str, A
     facts: dict[str, Any] = dict(cost(subject, size, build))
     facts["flops"] *= cell.batch * (3 if train else 1)  # a backward is two forwards: torch's own count errs in groups
     model = build(subject, size, device)
+    if setting.fused:
+        model = fuse(model, inplace=True)
 
     def prepared(model: Any) -> Step:
         return step_of(model, size, cell.batch, CLASSES, device, dtype, train, graphs=setting.graphs)
 
     step = prepared(model)
-    step()  # what is made at first, as biases of a grid, is no traffic of a step
+    step()  # biases of a grid, made at first, are no traffic of a step
     with Traffic() as traffic:
         step()
     facts |= {"bytes": traffic.bytes, "form": ", ".join(sorted(traffic.fused))}
@@ -162,7 +167,7 @@ def _model_step(subject: Subject, cell: Cell, build: Build) -> tuple[dict[str, A
 
 
 def captured(prepare: Callable[[], Step]) -> Step:
-    """A CUDA graph of the step that `prepare` makes, to be replayed. All of it runs on a stream of its own."""
+    """A CUDA graph of the step that `prepare` makes, to be replayed. All of it runs on a CUDA stream of its own."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

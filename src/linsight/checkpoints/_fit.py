@@ -1,4 +1,4 @@
-"""What of a checkpoint goes where in a model; nothing is copied here."""
+"""Where the tensors of a checkpoint go in a model; nothing is copied here."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from .report import Mismatch, shape_text
 
 @dataclasses.dataclass
 class Fitted:
-    """ready: tensors by our keys, in the shape of the model.  The rest as in `LoadReport`."""
+    """A checkpoint matched with a model. ready: tensors by our keys, in its shapes.  The rest as in `LoadReport`."""
 
     ready: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     resized: list[str] = dataclasses.field(default_factory=list)
@@ -77,7 +77,7 @@ def convert(model: nn.Module, tensors: Mapping[str, Tensor], *, named: bool) -> 
 
 
 def in_classifier(model: nn.Module, key: str) -> bool:
-    """Whether `key` belongs to the classifier, by timm's configuration of the model."""
+    """True where `key` belongs to the classifier, by timm's configuration of the model."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     return key.startswith(tuple(f"{name}." for name in ([names] if isinstance(names, str) else names)))
 
@@ -126,7 +126,7 @@ def fit_table(model: nn.Module, key: str, table: Tensor) -> FittedTable | None:
 
 
 def _fit_of_timm(owner: Any, name: str, table: Tensor) -> FittedTable | None:
-    """The same of timm's own models."""
+    """A position table as `fit_table` brings it to timm's own models."""
     if name == "relative_position_bias_table" and table.ndim == 2 and hasattr(owner, "window_size"):
         return fit_bias_table(table, owner.window_size)
     grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
@@ -150,7 +150,7 @@ def _reason_to_drop(model: nn.Module, key: str, head: bool, pruned: bool) -> str
 
 
 def _is_pruned(model: nn.Module, key: str) -> bool:
-    """Whether the stage, block, norm or classifier that `key` belongs to was taken out of the model."""
+    """True where the stage, block, norm or classifier that `key` belongs to was taken out of the model."""
     if isinstance(model, FeatureGetterNet) and key.startswith("model."):
         return _is_pruned(model.model, key.removeprefix("model."))
     module = model

@@ -1,4 +1,4 @@
-"""`load_published` and `export_published`: a model or a layer, and the layout it was published in."""
+"""`load_published` and `export_published`: a model or a layer, and the keys and shapes that it was published in."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from linsight.attention import Attention
 from linsight.errors import CheckpointError
+from linsight.fuse import is_fused
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 
 from ._fit import Fitted, fit
-from ._projections import Entry, published_layout, regroup
+from ._projections import Entry, published_projections, regroup
 from .guess import describe
 from .keys import key_map, to_published
 from .read import read
@@ -46,7 +47,7 @@ def load_published(
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else read(source)
     found = unwrap(content, name, ema=ema, prefer_ema=_prefers_ema(model))
-    inner = _inner(model)
+    inner = _unfused(model)
     if any(tensor.is_meta for tensor in inner.state_dict().values()):
         raise CheckpointError("the model is on the meta device: give it memory first, model.to_empty(device='cpu')")
     pruned = any(isinstance(module, FeatureGetterNet) for module in model.modules())
@@ -55,7 +56,7 @@ def load_published(
         summary = describe(inner, found.tensors, fitted)
         raise CheckpointError(f"{name} does not fit the model: {summary}\n{table(fitted.problems)}")
     inner.load_state_dict(fitted.ready, strict=False)
-    for module in inner.modules():  # what `to_empty` left without values, by timm's convention
+    for module in inner.modules():  # fill what `to_empty` left without values, by timm's convention
         rebuild = getattr(module, "init_non_persistent_buffers", None)
         if rebuild is not None:
             rebuild()
@@ -64,11 +65,11 @@ def load_published(
 
 def export_published(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state of a model, or of a single layer, under its published keys and in their shapes."""
-    inner = _inner(model)
+    inner = _unfused(model)
     entries = {key: Entry(key, tensor) for key, tensor in inner.state_dict().items()}
     for path, layer in inner.named_modules():
         if isinstance(layer, Attention):
-            regroup(entries, f"{path}." if path else "", published_layout(layer))
+            regroup(entries, f"{path}." if path else "", published_projections(layer))
     rules = key_map(inner)
     renamed = (to_published(key, entry.tensor, rules) for key, entry in entries.items())
     return {key: tensor.detach().clone() for key, tensor in renamed}
@@ -78,6 +79,12 @@ def _inner(model: nn.Module) -> nn.Module:
     """The module itself, without DDP, torch.compile or timm's feature wrapper around it."""
     prefix = shared_prefix(model.state_dict())
     return model.get_submodule(prefix.rstrip(".")) if prefix else model
+
+
+def _unfused(model: nn.Module) -> nn.Module:
+    if is_fused(model):
+        raise CheckpointError("the model is fused, its weights folded: load and export the one that it was made of")
+    return _inner(model)
 
 
 def _prefers_ema(model: nn.Module) -> bool:

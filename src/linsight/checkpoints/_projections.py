@@ -18,7 +18,7 @@ class Entry(NamedTuple):
 def regroup(entries: dict[str, Entry], prefix: str, layout: str) -> None:
     """Join or split rows of the projections under `prefix` into those of `layout`, in place.
 
-    What cannot be regrouped stays as it is; the comparison of shapes then tells.
+    Rows that cannot be regrouped stay as they are; the comparison of shapes then tells.
     """
     for leaf in ("weight", "bias"):
         for name, source in PROJECTIONS.items():
@@ -49,8 +49,8 @@ def _joined(entries: list[Entry]) -> Entry:
     return Entry(names, torch.cat([entry.tensor for entry in entries]))
 
 
-def published_layout(layer: Attention) -> str:
-    """The layout that the mechanism's key map speaks of; the layer's own where it speaks of none."""
+def published_projections(layer: Attention) -> str:
+    """The name of the projections in the mechanism's key map; of the layer's own where it speaks of none."""
     named = {rule.ours.rstrip(".") for rule in layer.published + layer.core.published}
     parts = _parts(layer.layout_name)
     return next(

@@ -1,4 +1,4 @@
-"""What a checkpoint that does not fit seems to be, in one line."""
+"""A guess, in one line, of what a checkpoint is that does not fit."""
 
 import math
 import re
@@ -37,7 +37,7 @@ def describe(model: nn.Module, tensors: Mapping[str, Tensor], fitted: Fitted) ->
 
 
 def _head_clues(heads: list[Mismatch]) -> list[str]:
-    """What is wrong with the classifier, if it is the number of classes."""
+    """A line on the classifier, if its number of classes is what is wrong."""
     if not heads:
         return []
     way = "pass head=False to leave the head of the model as it is"
@@ -120,7 +120,7 @@ def size_of(args: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
 
 def _pairs(steps: Any) -> Iterator[tuple[int, int]]:
-    """Those of all steps, listed by stage or not."""
+    """The pairs (width, number of blocks) of StepsNet, listed by stage or not."""
     for step in steps:
         if isinstance(step[0], int):
             yield step

@@ -84,5 +84,5 @@ def to_published(key: str, tensor: Tensor, rules: Iterable[Rules]) -> tuple[str,
 
 
 def is_constant(key: str) -> bool:
-    """Whether the key is that of a buffer that models rebuild."""
+    """True where the key is that of a buffer that models rebuild."""
     return key.rpartition(".")[2] in CONSTANTS

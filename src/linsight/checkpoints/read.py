@@ -32,7 +32,7 @@ def _nothing(*args: Any) -> None:
     """Stands in for a function."""
 
 
-# What training scripts pickle beside the weights. OrderedDict is the one mapping that PyTorch's safe reader fills.
+# Names that scripts pickle beside the weights. OrderedDict is the one mapping that PyTorch's safe reader fills.
 STAND_INS: dict[str, Any] = {
     "yacs.config.CfgNode": OrderedDict,
     "fvcore.common.config.CfgNode": OrderedDict,

@@ -1,10 +1,10 @@
-"""What a load did, and the table of what did not fit."""
+"""The report of a load, and the table of what did not fit."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-ROWS = 12  # of the table; the rest is counted
+ROWS = 12  # rows of the table; the rest is counted
 
 
 class Mismatch(NamedTuple):
@@ -18,7 +18,7 @@ class Mismatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What `load_published` did.
+    """The report of `load_published`.
 
     source: the file, address or "state dict".
     wrapper: the entries under which the weights were found, as in "model" or "state_dict_ema".
@@ -50,7 +50,7 @@ class LoadReport:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """`(192, 3, 16, 16)` -> "192x3x16x16"; a scalar is "1"."""
+    """A shape in words: `(192, 3, 16, 16)` is "192x3x16x16", a scalar "1"."""
     return "x".join(map(str, shape)) or "1"
 
 

@@ -13,7 +13,10 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 
 
 class Unwrapped(NamedTuple):
-    """tensors: by their published keys.  wrapper: the entries they were under.  others: entries that are no tensor."""
+    """A state dict out of its wrappers.
+
+    tensors: by their published keys.  wrapper: the entries they were under.  others: entries that are no tensor.
+    """
 
     tensors: dict[str, Tensor]
     wrapper: str

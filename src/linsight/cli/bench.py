@@ -66,6 +66,7 @@ def bench(
     threads: Annotated[int | None, _option("of the CPU; default: PyTorch's", "How", min=1)] = None,
     compiled: Annotated[bool, _option("compile by torch.compile", "How", None, "--compile")] = False,
     graphs: Annotated[bool, _option("replay CUDA graphs: no overhead of Python", "How", None, "--cuda-graphs")] = False,
+    fused: Annotated[bool, _option("models as linsight.fuse makes them", "How", None, "--fused")] = False,
     seconds: Annotated[
         float, _option("to spend on the rounds of a size; there are three at least", "How", min=0)
     ] = 10.0,
@@ -102,7 +103,8 @@ def bench(
             raise UnknownNameError("step", step, room.STEPS)
     groups = room.plan_groups(_parts(",".join(names)), _parts(attention or ""), beside or "")
     operators = groups[0].sides[0].kind == "operator"
-    setting = room.Setting(device, amp, threads or torch.get_num_threads(), seconds, dim, heads, compiled, graphs)
+    threads = threads or torch.get_num_threads()
+    setting = room.Setting(device, amp, threads, seconds, dim, heads, compiled, graphs, fused)
     plan = room.Plan(groups, _sizes(sizes or (_GRIDS if operators else _IMAGES), batch), setting, chosen, limit)
     plan = room.check_plan(plan)
     files = _Files.open(out, csv, html, plot)

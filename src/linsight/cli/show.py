@@ -186,7 +186,7 @@ def make_table(title: str, columns: list[str], rows: list[list[str]], *, header:
 
 
 def terminal() -> "Console":
-    """A terminal gets its own width; a pipe gets one line a row, for grep."""
+    """The console: a terminal has its own width; a pipe gets one line a row, for grep."""
     from rich.console import Console
 
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, no_color=True, width=240)

@@ -22,7 +22,7 @@ _REFUSED = {
     "dim_out": "as many channels come out as go in, pass dim_out=None",
 }
 _TAKEN = {"qkv_bias", "proj_bias", "proj_drop", "device", "dtype"}
-_IDLE = {"norm_layer", "depth"}  # of norms that are refused, and of other attentions
+_IDLE = {"norm_layer", "depth"}  # arguments of norms that are refused, and of other attentions
 
 
 class _Made(type):

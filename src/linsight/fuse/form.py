@@ -1,6 +1,5 @@
 """What inference forms have in common: they refuse to train, and what is inside them is fused, too."""
 
-import functools
 from typing import Any, TypeVar
 
 from torch import nn
@@ -38,17 +37,17 @@ def form_of(module: nn.Module, cls: type[N], **changes: Any) -> N:
     return twin
 
 
+class Inference(nn.Module):
+    """A part of a form that refuses to train, and does nothing else."""
+
+    def train(self, mode: bool = True) -> "Inference":
+        """Raise a LinsightError where it is asked to train."""
+        if mode:
+            raise LinsightError("this model is fused, a form for inference: train the one that it was made of")
+        return self
+
+
 def mark(module: nn.Module) -> None:
-    """Let `module` refuse to train."""
-    object.__setattr__(module, "train", functools.partial(stay, type(module).__name__))
-    object.__setattr__(module, "is_fused", True)
-
-
-def stay(name: str, mode: bool = True) -> None:
-    """In the place of `train` of a form.
-
-    Raises:
-        LinsightError: it is asked to train.
-    """
-    if mode:
-        raise LinsightError(f"this {name} is fused, a form for inference: train the model that it was made of")
+    """Let `module` refuse to train; a container's parts do it themselves."""
+    if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        module._modules["inference"] = Inference()

@@ -9,7 +9,7 @@ from linsight.attention import INFERENCE_FORMS
 
 from .blocks import BLOCK_FORMS
 from .convs import CONV_FORMS
-from .form import inner_fused, mark
+from .form import Inference, inner_fused, mark
 from .inline import LAYER_FORMS
 from .tables import TABLE_FORMS
 
@@ -29,26 +29,20 @@ def fuse(model: M, inplace: bool = False) -> M:
         model: a model or a layer, whose weights are final.
         inplace: change `model` itself, instead of a copy.
     """
-    return fused(model if inplace else copy.deepcopy(model))
+    final = (model if inplace else copy.deepcopy(model)).eval().requires_grad_(False)
+    found = fused(final)
+    if found is not final and type(final) not in INFERENCE_FORMS:
+        final.__dict__["_modules"] = found._modules
+        found = final
+    mark(found)
+    return found
 
 
-def fused(model: M, *, rounds: bool = False) -> M:
-    """`fuse` of a model itself, in place. With `rounds`, its mechanisms keep their rounds, as tiles need them."""
-    forms = dict(INFERENCE_FORMS)
-    if rounds:
-        for kind in LAYER_FORMS:
-            INFERENCE_FORMS.pop(kind)
-    try:
-        found = inner_fused(model.eval().requires_grad_(False))
-    finally:
-        INFERENCE_FORMS.update(forms)
-    if hasattr(found, "is_fused"):
-        return found  # type: ignore[return-value]
-    model.__dict__["_modules"] = found._modules
-    mark(model)
-    return model
+def fused(model: M) -> M:
+    """The forms of a model in evaluation mode, for the moment: they share its weights, and `model` stays as it is."""
+    return inner_fused(model)  # type: ignore[return-value]
 
 
 def is_fused(model: nn.Module) -> bool:
     """True where a part of `model` is a form for inference."""
-    return any(hasattr(module, "is_fused") for module in model.modules())
+    return any(isinstance(module, Inference) for module in model.modules())

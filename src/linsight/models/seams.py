@@ -31,7 +31,8 @@ def make_layer(
     """The layer of a block.
 
     projections: those of the host's published keys; a mechanism with some of its own keeps them.
-    reduction, pool: how the host reduces keys and values where the cost is quadratic.
+    reduction, pool: how the host reduces keys and values where the cost is quadratic; a mechanism that takes no
+        reduced keys sees all.
     shared: `grid`, `qkv_bias`, `device` ... as of `create_attention`.
     """
     entry = mechanism(choice.name)
@@ -39,7 +40,7 @@ def make_layer(
     if entry.kind == "core":
         if projections and getattr(entry.factory, "projections", None) == "qkv":
             shared["projections"] = projections
-        if entry.quadratic:
+        if entry.quadratic and entry.structure.reduced:
             shared |= {"reduction": reduction, "pool": pool}
     return create_attention(choice.name, dim, num_heads, index=choice.index, **{**shared, **choice.options})
 

@@ -17,7 +17,7 @@ _FEW = 2**17  # numbers: of more, one compiled convolution is quicker than nine 
 
 
 def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One kernel a channel. `x` `(B, H*W, C)`; `size` (H, W); `weight` `(C, 1, k, k)`; `bias` `(C,)`.
+    """Convolve each channel by its kernel. `x` `(B, H*W, C)`; `size` (H, W); `weight` `(C, 1, k, k)`; `bias` `(C,)`.
 
     Computed in the dtype of `weight`, or in autocast's.
     """
@@ -30,7 +30,10 @@ def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tenso
 
 
 def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
-    """One kernel for each image and channel. `x` `(B, H*W, C)`; `size` (H, W); `kernels` `(B, C, k, k)`.
+    """Convolve each channel of each image by a kernel of its own.
+
+    `x` `(B, H*W, C)`; `size` (H, W); `kernels` `(B, C, k, k)`.
+
 
     The definition is the sum of k*k shifted products, which a compiler can fuse and no group count ties to a batch.
     Run eagerly it would pass over memory k*k times, so there it is one convolution of B*C groups, channels last: the
@@ -57,7 +60,7 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
 
 
 class Convolved(NamedTuple):
-    """A depthwise convolution that is still to be made, so that who adds it may make it a few rows at a time.
+    """A depthwise convolution still to be made, so that the one who adds it may make it a few rows at a time.
 
     x: `(B, H*W, C)`.  size: (H, W).  weight: `(C, 1, k, k)`, or `(B, C, k, k)`, one for each image.  heads: of the
     result `(B, H*W, heads, C / heads)`, which is in the dtype of the weight.
@@ -71,7 +74,7 @@ class Convolved(NamedTuple):
     dynamic: bool = False
 
     def whole(self) -> Tensor:
-        """All of it."""
+        """The convolution of all rows."""
         with full_precision(self.x):
             if self.dynamic:
                 out = dynamic_depthwise_conv(self.x, self.size, self.weight)
@@ -80,7 +83,7 @@ class Convolved(NamedTuple):
         return out.unflatten(-1, (self.heads, -1))
 
     def rows(self, images: slice, first: int, end: int) -> Tensor:
-        """That of the rows from `first` to `end` of some images."""
+        """The convolution of the rows from `first` to `end` of some images."""
         (height, width), reach = self.size, self.weight.shape[-1] // 2
         top, bottom = max(0, first - reach), min(height, end + reach)
         seen = self._replace(
@@ -92,12 +95,12 @@ class Convolved(NamedTuple):
 
 
 def made(add: Convolved | Tensor | None) -> Tensor | None:
-    """A tensor, if it is not one."""
+    """`add`, made if it is a convolution that is still to be made."""
     return add.whole() if isinstance(add, Convolved) else add
 
 
 def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Dense, because convolutions bring any other view to (B, C, H, W) order in memory."""
+    """torch's convolution of a dense copy: it would bring any other view to (B, C, H, W) order in memory."""
     batch, _, channels = x.shape
     canvas = x.contiguous().view(batch, *size, channels).permute(0, 3, 1, 2)
     pad = int(weight.shape[-1]) // 2  # which torch.jit.trace has as a tensor

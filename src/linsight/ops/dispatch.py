@@ -112,7 +112,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 }
 
 _forced = ""
-_chosen: dict[tuple[Any, ...], Callable[..., Any] | None] = {}  # what was chosen before, where tensors were alike
+_chosen: dict[tuple[Any, ...], Callable[..., Any] | None] = {}  # earlier choices, by all that decides them
 _entries: dict[str, Callable[..., Any]] = {}  # functions of other forms imported so far
 
 

@@ -34,7 +34,7 @@ class Features(NamedTuple):
     turn: Turn | None = None
 
     def part(self, images: slice, tokens: slice) -> "Features":
-        """Those of some tokens."""
+        """The features of some tokens of some images."""
         x, before, after = (None if t is None else t[images, tokens] for t in (self.x, self.before, self.after))
         assert x is not None
         turn = None if self.turn is None else self.turn.part(tokens)
@@ -55,7 +55,7 @@ class Features(NamedTuple):
             return y if self.after is None else y * self.after[..., None, None]
 
     def turned(self, mapped: Tensor) -> Tensor:
-        """What products with values see of `mapped`."""
+        """`mapped` as products with values see it: turned, where there is a rotation."""
         if self.turn is None:
             return mapped
         return self.turn.rotate(mapped.flatten(2)).unflatten(2, mapped.shape[2:])

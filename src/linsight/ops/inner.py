@@ -25,7 +25,10 @@ InnerLoss = Literal["dot", "mse"]
 
 
 class InnerModel(NamedTuple):
-    """first: how many matrices meet u.  gate: which of them SiLU takes.  last: whether another follows."""
+    """An inner model.
+
+    first: how many matrices meet u.  gate: which of them SiLU takes.  last: whether another follows.
+    """
 
     first: int
     gate: int
@@ -45,7 +48,7 @@ INNER_MODELS: dict[str, InnerModel] = {
 
 
 class InnerGradient(NamedTuple):
-    """total: the sum over tokens, of the loss without s/N.  tokens: `(B,)` how many."""
+    """A gradient. total: the sum over tokens, of the loss without s/N.  tokens: `(B,)` how many."""
 
     total: Tensor
     tokens: Tensor
@@ -75,7 +78,7 @@ def inner_gradient(
         gate = z[model.gate]
         slope = torch.sigmoid(gate)
         active = gate * slope
-        slope = slope * (1 + gate - active)  # of SiLU
+        slope = slope * (1 + gate - active)  # the derivative of SiLU
         e, a = -v, _hidden(model, z, active) if model.last or loss == "mse" else None
         if loss == "mse":
             assert a is not None
@@ -90,9 +93,10 @@ def inner_gradient(
 
 
 def kernel_gradient(k: Tensor, v: Tensor, tile: Tile, side: int = 3) -> Tensor:
-    """That of -(w * k).v by a depthwise kernel w: minus the sum over p of k(p + tap) v(p), `(B, C, side, side)`.
+    """The gradient of -(w * k).v by a depthwise kernel w: minus the sum of k(p + tap) v(p) over p.
 
     `k`, `v` `(B, n, C)` are the grid tokens that `tile` sees, zero where nothing is to be learnt; p runs over its own.
+    Returns `(B, C, side, side)`.
     """
     pad, dtype = side // 2, accumulator(v.dtype)
     canvas = F.pad(k.to(dtype).unflatten(1, tile.seen), (0, 0, pad, pad, pad, pad))

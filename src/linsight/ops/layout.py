@@ -71,7 +71,7 @@ class Layout:
 
     @classmethod
     def packed(cls, grids: Sequence[Grid | tuple[int, int]], device: torch.device | str | None = None) -> "Layout":
-        """That of images with these `grids`, one behind the other in one sequence `(1, sum of N_i, C)`.
+        """The layout of images with these `grids`, one behind the other in one sequence `(1, sum of N_i, C)`.
 
         The offsets are on `device`; all here that computes goes by `grids`.
         """
@@ -83,7 +83,7 @@ class Layout:
 
     @property
     def is_packed(self) -> bool:
-        """Whether images lie one behind the other in one sequence."""
+        """True where images lie one behind the other in one sequence."""
         return self.cu_seqlens is not None or bool(self.grids)
 
     @property
@@ -92,7 +92,7 @@ class Layout:
         return max(grid.prefix for grid in (self.grids or (self.grid,)))
 
     def keep(self, device: torch.device) -> Tensor | None:
-        """`(B, N)` bool, False where a token is padding; None when there is none."""
+        """A mask `(B, N)`, False where a token is padding; None when there is none."""
         if self.sizes is None:
             return None
         sizes = self.sizes.to(device)
@@ -107,7 +107,7 @@ LayoutLike: TypeAlias = Grid | Layout | tuple[int, int]
 
 
 def as_layout(layout: LayoutLike) -> Layout:
-    """A bare grid, or a bare height and width, is a layout that every image fills.
+    """The layout of a bare grid, or of a bare height and width: every image fills it.
 
     Raises:
         LinsightError: it is none of these.
@@ -144,7 +144,7 @@ def _check_packed(x: Tensor, layout: Layout, name: str) -> None:
     offsets, given = _offsets(layout.grids), layout.cu_seqlens
     if layout.sizes is not None:
         raise LinsightError("a batch is padded (sizes) or packed (cu_seqlens, grids), not both")
-    # Of offsets on another device only the number is looked at: to read them would be to wait for it.
+    # Offsets on another device are only counted: to read them would be to wait for it.
     if given is not None and (
         given.shape != (len(offsets),) or (given.device.type == "cpu" and given.tolist() != offsets)
     ):
@@ -225,7 +225,7 @@ class Tile:
         return torch.cat([x[:, : self.prefix], self.take_grid(x[:, self.grid.prefix :])], dim=1)
 
     def take_grid(self, x: Tensor) -> Tensor:
-        """The same of a sequence `(B, H*W, ...)` without prefix tokens."""
+        """`take` out of a sequence `(B, H*W, ...)` without prefix tokens."""
         if self.is_whole:
             return x
         (top, bottom), (left, right) = self.rows, self.columns
@@ -245,7 +245,7 @@ class Tile:
         return torch.cat([x[:, : self.prefix], self.inner_grid(x[:, self.prefix :])], dim=1)
 
     def inner_grid(self, x: Tensor) -> Tensor:
-        """The same of a sequence without prefix tokens."""
+        """`inner` out of a sequence without prefix tokens."""
         if self.halo == 0:
             return x
         top, left = self.top - self.rows[0], self.left - self.columns[0]

@@ -3,8 +3,8 @@
 Axes: B batch, N tokens, H heads, D query/key width, E value width. Queries and keys come with their feature map
 (`Features`), or mapped already. Katharopoulos et al., "Transformers are RNNs", ICML 2020, equations 5 to 7.
 
-What a query reads of a state is a product with a matrix, with or without a normaliser; what else the output is the
-sum of (`add`) joins in the same pass.
+A query reads a state by a product with a matrix, with or without a normaliser; what is added to that (`add`) joins in
+the same pass.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ _CHUNK = 64  # causal: tokens that see each other through an explicit triangle
 
 
 class LinearState(NamedTuple):
-    """kv: `(B, H, D, E)` sum phi(k) v^T.  k: `(B, H, D)` sum phi(k)."""
+    """Sums over keys. kv: `(B, H, D, E)` sum phi(k) v^T.  k: `(B, H, D)` sum phi(k)."""
 
     kv: Tensor
     k: Tensor
@@ -111,14 +111,14 @@ def product(q: Features, matrix: Tensor) -> Tensor:
 
 
 def products(q: Features, state: LinearState, eps: float) -> tuple[Tensor, Tensor]:
-    """What is above and below the line of `linear_read`: `(B, N, H, E)` and `(B, N, H, 1)`."""
+    """The numerators and denominators of `linear_read`: `(B, N, H, E)` and `(B, N, H, 1)`."""
     mapped = q.mapped().to(state.kv.dtype)
     with full_precision(mapped):
         return apply_state(q.turned(mapped), state.kv), apply_state(mapped, state.k[..., None]) + eps
 
 
 def _sum(out: Tensor, add: Convolved | Tensor | None) -> Tensor:
-    """`add` first, because a sum is laid out as its first term."""
+    """`add` plus `out`, in this order, because a sum is laid out as its first term."""
     add = made(add)
     if add is None:
         return out

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def identity(x: Tensor) -> Tensor:
-    """x."""
+    """x itself."""
     return x
 
 

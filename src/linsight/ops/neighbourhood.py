@@ -21,7 +21,7 @@ from torch import Tensor
 from .layout import Tile
 from .states import accumulator, full_precision
 
-_KEYS = 25  # of each query that are gathered at once
+_KEYS = 25  # keys of a query that are gathered at once
 _AT_ONCE = 2**22  # numbers gathered at once where no gradients are recorded
 
 
@@ -35,7 +35,7 @@ class AxisWindow(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Along one axis, `(B or 1, places, K)` each: keys of every place.
+    """The keys of every place along one axis, `(B or 1, places, K)` each.
 
     index: where the key is.  offset: key minus query, in units of the dilation.  inside: whether there is one.
     """
@@ -148,5 +148,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rows: _Side, columns: _Side, width:
 
 
 def _gather(x: Tensor, places: Tensor) -> Tensor:
-    """`(*places, D)` of `x` `(tokens, D)`."""
+    """The rows `(*places, D)` of `x` `(tokens, D)`."""
     return x.index_select(0, places.flatten()).view(*places.shape, x.shape[-1])

@@ -2,8 +2,8 @@
 
     pack      images (N_0, C), (N_1, C) ...  ->  x (1, N_0 + N_1 + ..., C) and its layout
 
-What mixes tokens runs on the images of equal grids as one batch, one call for each distinct grid: so every image gets
-what it gets alone, whatever is computed. Grids are Python numbers, so no step waits for a device.
+Layers that mix tokens run on the images of equal grids as one batch, one call for each distinct grid: so every image
+gets what it gets alone, whatever is computed. Grids are Python numbers, so no step waits for a device.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def pack(images: Sequence[Tensor], grids: Sequence[Grid | tuple[int, int]]) -> t
 
 
 def unpack(x: Tensor, layout: Layout) -> list[Tensor]:
-    """`(1, sum of N_i, ...)` -> the `(N_i, ...)` of each image, in order."""
+    """Cut `(1, sum of N_i, ...)` into the `(N_i, ...)` of each image, in order."""
     return list(x.squeeze(0).split([grid.tokens for grid in layout.grids]))
 
 
@@ -53,12 +53,12 @@ class Groups:
         found: dict[tuple[Grid, ...], list[int]] = {}
         for i, grids in enumerate(zip(*(layout.grids for layout in layouts), strict=True)):
             found.setdefault(grids, []).append(i)
-        self.grids = list(found)  # of each group, one for each layout
+        self.grids = list(found)  # one of each layout, for each group
         self._members = list(found.values())
         self._lengths = [[grid.tokens for grid in layout.grids] for layout in layouts]
 
     def split(self, x: Tensor, side: int = 0) -> list[Tensor]:
-        """`(1, sum of N_i, ...)`, which lies as layout `side` says -> `(images, N, ...)` of each group."""
+        """Cut `(1, sum of N_i, ...)`, which lies as layout `side` says, into `(images, N, ...)` of each group."""
         lengths = self._lengths[side]
         if not traced() and x.shape[:2] != (1, sum(lengths)):
             raise LinsightError(f"a tensor of shape {tuple(x.shape)} came with packed images: give (1, {sum(lengths)}, ...)")
@@ -68,7 +68,7 @@ class Groups:
         return [torch.cat([pieces[i] for i in group]) if group[1:] else pieces[group[0]] for group in self._members]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """`(images, n, ...)` of each group -> `(1, sum of n_i, ...)`, images in their order."""
+        """Join `(images, n, ...)` of each group to `(1, sum of n_i, ...)`, images in their order."""
         if len(parts) == 1:
             return parts[0].flatten(0, 1)[None]
         pieces: dict[int, Tensor] = {}

@@ -17,7 +17,7 @@ from .states import LogSumExp, accumulator, full_precision, mask_tokens
 
 
 def pool_tokens(x: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
-    """What the tokens of `tile` add to the cells of adaptive average pooling of its grid to `size`.
+    """The share of the tokens of `tile` in adaptive average pooling of its grid to `size` cells.
 
     `x` `(B, P + h*w, ...)` without halo; prefix tokens are in no cell. Returns `(B, n, ...)`, cells row by row, in
     the accumulator's dtype; the sum over the tiles of a grid is the pooled grid, of each image's own size where
@@ -40,7 +40,7 @@ def pool_tokens(x: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
 
 
 def gather_state(pooled: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: Tensor | None = None) -> LogSumExp:
-    """What `gather_pooled` needs of some of the keys, as a state that merges; arguments as there."""
+    """The state of some of the keys, of which `gather_pooled` needs the merged one; arguments as there."""
     dtype = accumulator(v.dtype)
     with full_precision(v):
         scores = torch.einsum("bnhd,bahd->bnha", k.to(dtype), pooled.to(dtype) * k.shape[-1] ** -0.5)
@@ -53,7 +53,7 @@ def gather_pooled(pooled: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kee
     """Means of v under softmax over the keys: `(B, H, n, E)`, in the accumulator's dtype.
 
     `pooled` `(B, n, H, D)`, `k` `(B, N, H, D)`, `v` `(B, N, H, E)`, `bias` `(B or 1, H, n, N)`, `keep` `(B, N)` with
-    at least one key kept. The same as `gather_state(...).mean()`.
+    at least one key kept. Equal to `gather_state(...).mean()`.
     """
     if keep is not None:
         k, v, seen = mask_tokens(k, keep), mask_tokens(v, keep), keep[:, None, None]

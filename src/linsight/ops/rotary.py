@@ -39,7 +39,7 @@ class Turn(NamedTuple):
 
     @classmethod
     def of(cls, tile: Tile, dim: int, *, device: torch.device, dtype: torch.dtype) -> "Turn":
-        """That of `dim` channels. `dtype` is float32 or float64."""
+        """The rotation of `dim` channels of the tokens of `tile`. `dtype` is float32 or float64."""
         (top, bottom), (left, right) = tile.rows, tile.columns
         quarter = dim // 4
         speed = _BASE ** (-torch.arange(quarter, device=device, dtype=dtype) / quarter)
@@ -49,7 +49,7 @@ class Turn(NamedTuple):
         return cls(angles.cos(), angles.sin(), (bottom - top, right - left), tile.prefix)
 
     def part(self, tokens: slice) -> "Turn":
-        """That of some of the tokens: whole rows, with the prefix in front of the first."""
+        """The rotation of some of the tokens: whole rows, with the prefix in front of the first."""
         height, width = self.size
         prefix = self.prefix if tokens.start == 0 else 0
         top, bottom = ((place - self.prefix) // width for place in (tokens.start + prefix, tokens.stop))
@@ -70,7 +70,7 @@ class Turn(NamedTuple):
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
     def _places(self, table: Tensor) -> Tensor:
-        """`(h + w, C / 4)` -> `(h * w, C / 2)`: the first half of the pairs turns with the row."""
+        """Spread `(h + w, C / 4)` to `(h * w, C / 2)`: the first half of the pairs turns with the row."""
         height, width = self.size
         rows = table[:height, None].expand(-1, width, -1)
         columns = table[height:].expand(height, -1, -1)

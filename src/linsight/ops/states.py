@@ -38,7 +38,7 @@ def _autocast_off(device_type: str) -> Iterator[None]:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`; torch knows none of meta."""
+    """True where autocast is on for the device of `x`; torch knows none of meta."""
     device = "cpu" if x.is_cpu else x.device.type  # the first is quicker to ask for
     return device != "meta" and torch.is_autocast_enabled(device)
 
@@ -95,7 +95,7 @@ class LogSumExp(NamedTuple):
 
     @classmethod
     def absorb(cls, scores: Tensor, v: Tensor, keep: Tensor | None = None) -> "LogSumExp":
-        """`scores` `(B, N, H, D)`, one for each token and slot; `v` `(B, N, H, E)`."""
+        """The state of `scores` `(B, N, H, D)`, one for each token and slot, and of `v` `(B, N, H, E)`."""
         dtype = accumulator(v.dtype)
         with full_precision(v):
             scores = mask_tokens(scores.to(dtype), keep, float("-inf"))
@@ -106,7 +106,7 @@ class LogSumExp(NamedTuple):
             return cls(top, weights.sum(dim=1), outer_sum(weights, mask_tokens(v, keep).to(dtype)))
 
     def merge(self, other: "LogSumExp") -> "LogSumExp":
-        """Both sums brought to the larger maximum."""
+        """The sums of both, brought to the larger maximum."""
         top = torch.maximum(self.top, other.top)
         a, b = torch.exp(self.top - top), torch.exp(other.top - top)
         return LogSumExp(
@@ -116,7 +116,7 @@ class LogSumExp(NamedTuple):
         )
 
     def mean(self) -> Tensor:
-        """`(B, H, D, E)`: the average of v under weights softmax(score); 0 where no token was absorbed."""
+        """The average of v under weights softmax(score), `(B, H, D, E)`; 0 where no token was absorbed."""
         return self.value / self.total.clamp(min=1)[..., None]  # the maximum itself counts 1
 
 
@@ -136,7 +136,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def absorb(cls, k: Tensor, v: Tensor, keep: Tensor | None = None) -> "Moments":
-        """`k` `(B, N, H, D)`, `v` `(B, N, H, E)`."""
+        """The moments of `k` `(B, N, H, D)` and `v` `(B, N, H, E)`."""
         with full_precision(k):
             count = count_tokens(k, keep)
             k, v = widened(mask_tokens(k, keep)), widened(mask_tokens(v, keep))
@@ -165,17 +165,17 @@ class Moments(NamedTuple):
         return Moments(count, self.k + k * share, self.v + v * share, cross)
 
     def covariance(self, scale: float = 1.0) -> Tensor:
-        """`(B, H, D, E)`: scale cross / count."""
+        """The covariance times `scale`: scale cross / count, `(B, H, D, E)`."""
         return self.cross * (scale / self.count.clamp_min(1))[:, None, None, None]
 
 
 def _mean(x: Tensor, keep: Tensor | None, count: Tensor) -> Tensor:
-    """Over the kept tokens of `x` `(B, N, H, D)`, which is zero elsewhere; 0 where there are none."""
+    """The mean over the kept tokens of `x` `(B, N, H, D)`, which is zero elsewhere; 0 where there are none."""
     return x.mean(dim=1) if keep is None else x.sum(dim=1) / count.clamp_min(1)[:, None, None]
 
 
 def merge(a: State, b: State) -> State:
-    """The state of the tokens of `a` and of `b` together: associative, and the same for any mechanism.
+    """The state of the tokens of `a` and of `b` together: associative, and alike for any mechanism.
 
     A state merges by its own `merge`, a tuple field by field, tensors by their sum.
     """

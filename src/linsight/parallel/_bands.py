@@ -46,13 +46,13 @@ class Band(NamedTuple):
 
     @property
     def want(self) -> list[tuple[int, int]]:
-        """What each rank works on, likewise."""
+        """Where the tokens that each rank works on begin and end in the whole sequence."""
         prefix, width = self.grid.prefix, self.grid.width
         spans = (self._replace(own=r).tile(self.reach).rows for r in range(len(self.bounds) - 1))
         return [(prefix + first * width if first else 0, prefix + end * width) for first, end in spans]
 
     def take(self, x: Tensor, tile: Tile) -> Tensor:
-        """Of `x` `(B, n, ...)`, tokens of what is seen, those of `tile`, its halo included."""
+        """The tokens of `tile`, its halo included, out of `x` `(B, n, ...)`, those of all that is seen."""
         start, end = self._span(tile)
         return x[:, start:end]
 
@@ -77,7 +77,7 @@ class Bands:
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._band: Band | None = None  # that of the block that runs
+        self._band: Band | None = None  # the rows of the block that runs
         cores = [part for part in module.modules() if isinstance(part, Core)]
         if any("forward" in vars(part) for part in (module, *cores)):
             raise LinsightError(f"this {type(module).__name__} is split already")
@@ -109,7 +109,7 @@ class Bands:
             self._band = before
 
     def _meet(self, core: Core, tokens: Tokens, layout: Any, **more: Any) -> Tensor:
-        """In the place of `core.forward`."""
+        """Stand in the place of `core.forward`: make the states of the rank's rows, fold all ranks', read."""
         band, name = self._band, type(core).__name__
         if band is None or tokens.q.shape[1] != band.seen.tokens:
             raise LinsightError(f"this '{name}' is split over ranks: call what was given to split(), on bands of rows")
@@ -120,6 +120,6 @@ class Bands:
             return tokens.each(lambda t: band.take(t, tile)), tile
 
         done = drive(core, lambda now: [part(band.tile(now.halo))], fold=self.ranks.fold)
-        # What later convolutions see of its outputs is read too; zero is what is beyond their reach.
+        # Outputs that later convolutions see are read too; beyond their reach is zero.
         tile = band.tile(core.halo, band.reach - core.halo)
         return band.outer(core.read(*part(tile), done), tile)

@@ -20,7 +20,7 @@ OUTPUTS = ("logits", "features", "map")
 
 
 class Part(NamedTuple):
-    """What a rank holds: images `(B, C, h, W)` or tokens `(B, n, C)`, a grid, and where the rows of each begin.
+    """The part of a rank: images `(B, C, h, W)` or tokens `(B, n, C)`, a grid, and where the rows of each begin.
 
     prefix: tokens in front of the sequence. The first rank has them there; with the others they are as they began.
     """
@@ -32,14 +32,14 @@ class Part(NamedTuple):
 
 
 class End(NamedTuple):
-    """What the head reads: the sum of the tokens `(B, 1, C)`, and the prefix tokens."""
+    """The input of the head: the sum of the tokens `(B, 1, C)`, and the prefix tokens."""
 
     total: Tensor
     prefix: Tensor
 
 
 class SplitHost:
-    """In the place of the `forward` of a host that tells its steps.
+    """The stand-in for the `forward` of a host that tells its steps.
 
     Raises:
         CapabilityError: a mechanism in it has no states that merge.
@@ -78,7 +78,7 @@ class SplitHost:
             return self._end(plan, part, output)
 
     def _sample(self, step: Sample, part: Part) -> Part:
-        """A coarser grid, its rows shared out anew."""
+        """Make the tokens of a coarser grid, whose rows are shared out anew."""
         ranks, batch = self.ranks, part.x.shape[0]
         (height, width), prefix = part.grid[:2], step.prefix
         new = Grid(*step.size((height, width)))
@@ -104,7 +104,7 @@ class SplitHost:
         return Part(x, new._replace(prefix=prefix.shape[1]), bounds, prefix)
 
     def _mix(self, step: Mix, part: Part, again: bool) -> Part:
-        """The same grid, after a block."""
+        """Run a block, which leaves the grid as it is."""
         band = Band(part.grid, part.bounds, self.ranks.own, reach(step.block))
         x = self.bands.run(step.block, part.x[..., : step.width], band, {}, again)
         if step.width < part.x.shape[-1]:

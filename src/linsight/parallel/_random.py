@@ -1,4 +1,4 @@
-"""What is random in training: whole branches are dropped alike on all ranks; what cannot be alike is refused."""
+"""Randomness in training: whole branches are dropped alike on all ranks; what cannot be alike is refused."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

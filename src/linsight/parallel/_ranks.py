@@ -1,4 +1,4 @@
-"""What ranks say to each other: a gather of states and a change of bands, both differentiable.
+"""Collectives of ranks: a gather of states and a change of bands, both differentiable.
 
 Every gradient is that of the sum of all ranks' losses: what ranks were given of a tensor, they send back, and it adds.
 """
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from linsight.errors import LinsightError
 from linsight.ops import State, merge
 
-Spans: TypeAlias = Sequence[tuple[int, int]]  # of each rank: first, and one past the last
+Spans: TypeAlias = Sequence[tuple[int, int]]  # for each rank: first, and one past the last
 
 
 class Ranks:
@@ -39,7 +39,7 @@ class Ranks:
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
-        """Around each collective: what torch says of a lost rank becomes one line."""
+        """A context for each collective: what torch says of a lost rank becomes one line."""
         try:
             yield
         except RuntimeError as error:
@@ -129,7 +129,7 @@ class _Exchange(torch.autograd.Function):
         spans = list(itertools.pairwise(have))
         give = [_common(spans[own], span) for span in want]
         take = [_common(want[own], span) for span in spans]
-        length = give[own][1] - give[own][0]  # of what stays here
+        length = give[own][1] - give[own][0]  # the part that stays here
         kept = (give[own][0] - start, take[own][0] - first)
         give[own], take[own] = (start, start), (first, first)
         ctx.work = ranks, dim, (start, first), (*kept, length), (give, take), x.shape
@@ -149,7 +149,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _swap(ranks: Ranks, x: Tensor, dim: int, start: int, give: Spans, take: Spans) -> list[Tensor]:
-    """To each rank the stretch `give` of `x`, which begins at `start`; from each the one to `take`."""
+    """Send each rank the stretch `give` of `x`, which begins at `start`; receive from each the one to `take`."""
 
     def shape(span: tuple[int, int]) -> list[int]:
         return [*x.shape[:dim], span[1] - span[0], *x.shape[dim + 1 :]]

@@ -69,7 +69,7 @@ def gather(x: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
 
 
 class _SplitLayer:
-    """In the place of the `forward` of a layer or block."""
+    """The stand-in for the `forward` of a layer or block."""
 
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
         self.module, self.ranks = module, ranks

@@ -1,1 +1,1 @@
-"""What every room asks of the machine: devices, memory, signals, and files that are never half written."""
+"""The machine as every room sees it: devices, memory, signals, and files that are never half written."""

@@ -30,7 +30,7 @@ def free_memory(root: pathlib.Path = _ROOT) -> Free:
 
 
 def _system(root: pathlib.Path) -> Iterator[int]:
-    """What can be had without swapping."""
+    """Bytes that can be had without swapping."""
     available = _table(root / "proc/meminfo").get("MemAvailable:")
     if available is not None:
         yield available * 1024
@@ -61,7 +61,7 @@ _GROUPS = (
 
 
 def _control_groups(root: pathlib.Path) -> Iterator[int]:
-    """What is left in the process's own groups and in all above them."""
+    """Bytes that are left in the process's own groups and in all above them."""
     lines = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
     for kind in _GROUPS:
         mount = root / kind.mount
@@ -78,7 +78,7 @@ def _control_groups(root: pathlib.Path) -> Iterator[int]:
 
 
 def _own_limit(name: str, row: str) -> Callable[[pathlib.Path], Iterator[int]]:
-    """What is left below a limit of the process itself, of which `row` of /proc/self/status is used."""
+    """Bytes that are left below a limit of the process itself, of which `row` of /proc/self/status is used."""
 
     def left(root: pathlib.Path) -> Iterator[int]:
         try:

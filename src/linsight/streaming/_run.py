@@ -10,6 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
+from linsight.fuse import fused
 from linsight.models import HOSTS, Sample, StreamPlan, Streams
 from linsight.ops import Grid, Tile, accumulator, tiles
 
@@ -54,7 +55,7 @@ def stream(
     """Run `model` over an image of any size, tile by tile and layer by layer, exact to rounding.
 
     The result is that of `model(image)` on the whole image: global terms go through states that merge, local ones
-    through halos. At any time, one map of activations is read and one written; of a tile all else is forgotten.
+    through halos. At any time, one map of activations is read and one written; all else of a tile is forgotten.
 
     Args:
         model: a host with mechanisms that stream, in evaluation mode.
@@ -66,7 +67,7 @@ def stream(
         scratch: a folder for the maps, and for the state of a run that is stopped; None keeps all in memory. "map"
             leaves `map.npy` there, and gives it memory-mapped.
         resume: go on with a stopped run in `scratch`, from the last step that it finished.
-        dtype: of the maps, float32 or bfloat16; of a tile, everything is computed in the model's own.
+        dtype: that of the maps, float32 or bfloat16; a tile is computed in the model's own.
         mean, std: what pixels, whole numbers first brought to 0 to 1, are normalised by; None: those of the model.
         report: called as `report(done, total)` after each tile of each pass.
 
@@ -86,9 +87,11 @@ def stream(
     plan = plan_of(model)
     if model.training:
         raise LinsightError("the model is in training mode, where layers are random: call model.eval()")
+    model = fused(model)
+    plan = plan_of(model)
     if plan.head is None and output != "map":
         raise CapabilityError("this model pools in a way that does not stream: take output='map', or global_pool='avg'")
-    channels = next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))  # of the stem
+    channels = next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))  # the stem's
     mean, std = (_statistic(model, key, given, channels) for key, given in (("mean", mean), ("std", std)))
     with opened(image, channels) as (pixels, name), torch.inference_mode():
         source = Source(pixels, mean, std, name)
@@ -115,7 +118,7 @@ def _statistic(model: nn.Module, key: str, given: Sequence[float] | None, channe
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """On any device; on the CPU torch has no type of its own for it."""
+    """True where memory was short, on any device; on the CPU torch has no type of its own for it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )
@@ -193,7 +196,7 @@ class _Run:
         return self._end(last, canvas, prefix, output)
 
     def _work(self) -> dict[str, Any]:
-        """What a stopped run must have been of, to be gone on with."""
+        """The work that a stopped run must have been doing, for this one to go on with it."""
         if isinstance(self.store, Memory):
             return {}
         height, width = self.source.size

@@ -13,18 +13,20 @@ from PIL import Image
 from linsight.errors import ImageError, LinsightError, MissingExtraError
 from linsight.runtime.memory import free_memory, in_words
 
-_GREY = np.array([19595, 38470, 7471]) / 2**16  # of red, green and blue: ITU-R BT.601, as rounded in Pillow's mode L
+_GREY = (
+    np.array([19595, 38470, 7471]) / 2**16
+)  # weights of red, green and blue: ITU-R BT.601, as rounded in Pillow's mode L
 _ARRAY_MODES = {"L", "LA", "RGB", "RGBA", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 _opening = threading.Lock()
 
 
 class Reader(Protocol):
-    """What reads one kind of files. `shape` is (height, width, channels a pixel)."""
+    """A reader of one kind of files. `shape` is (height, width, channels a pixel)."""
 
     shape: tuple[int, int, int]
 
     def read(self, rows: slice, columns: slice) -> Any:
-        """`(h, w)` or `(h, w, channels)`."""
+        """Pixels of a rectangle, `(h, w)` or `(h, w, channels)`."""
         ...
 
     def close(self) -> None:
@@ -63,7 +65,7 @@ class Picture:
 
 @contextlib.contextmanager
 def opened(image: Any, channels: int) -> Iterator[tuple[Any, str]]:
-    """What can be sliced, and what to call it: `image` itself, or what reads it where it is the path of a file.
+    """An array to slice, and its name: `image` itself, or what reads it where it is the path of a file.
 
     Raises:
         ImageError: no such file, or it is damaged or of a kind that cannot be read in parts.
@@ -80,7 +82,7 @@ def opened(image: Any, channels: int) -> Iterator[tuple[Any, str]]:
         reader = _READERS.get(path.suffix.lower(), _Pillow)(path)
     except LinsightError:
         raise
-    except Exception as error:  # of whatever library is behind it
+    except Exception as error:  # any error of the library behind it
         raise ImageError(f"{name} cannot be read: {first_line(error)}") from error
     try:
         yield (reader if isinstance(reader, np.ndarray) else Picture(reader, channels, name)), name
@@ -90,7 +92,7 @@ def opened(image: Any, channels: int) -> Iterator[tuple[Any, str]]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -110,7 +112,7 @@ class _Plain:
 
 def _numpy(path: pathlib.Path) -> Any:
     data = np.lib.format.open_memmap(path, "r")
-    # What has a last axis of channels, or none, is brought to those of the model; other axes are the caller's.
+    # A last axis of channels, or none, is brought to those of the model; other axes are the caller's.
     return _Plain(data) if data.ndim == 2 or (data.ndim == 3 and data.shape[2] <= 4) else data
 
 

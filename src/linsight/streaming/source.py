@@ -46,7 +46,7 @@ class Source:
         try:
             part = self.image[(slice(None), *place) if self.axes == "CHW" else place]
             pixels = part if isinstance(part, Tensor) else _tensor(part)
-        except Exception as error:  # of whatever reader is behind the slices
+        except Exception as error:  # any error of the reader behind the slices
             raise self._unreadable(rows, columns, f"{type(error).__name__}: {first_line(error)}") from error
         if pixels.dtype == torch.bool or pixels.is_complex():
             raise self._unreadable(rows, columns, f"pixels of {pixels.dtype} have no brightness")

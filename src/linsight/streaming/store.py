@@ -33,7 +33,7 @@ class Canvas:
         return self.rectangle(tile.rows, tile.columns, like).flatten(1, 2)
 
     def rectangle(self, rows: tuple[int, int], columns: tuple[int, int], like: Tensor) -> Tensor:
-        """`(1, h, w, C)`."""
+        """A rectangle of the map, `(1, h, w, C)`."""
         return self.data[slice(*rows), slice(*columns)].to(like)[None]
 
     def write(self, tile: Tile, x: Tensor) -> None:
@@ -78,7 +78,7 @@ class Memory:
         """The run ends before its end."""
 
     def output(self, shape: tuple[int, int, int]) -> Canvas:
-        """For the final map, float32."""
+        """A place for the final map, float32."""
         return self._empty(shape, torch.float32)
 
     def end(self, output: Canvas | None) -> Tensor | None:
@@ -108,7 +108,7 @@ class Scratch:
                 f"'{folder}' holds the state of a stopped run: resume=True (--resume) goes on with it; or give another"
             )
         self._going_on = held
-        self._ours = False  # whether what lies in the folder is of this run
+        self._ours = False  # True once the content of the folder is of this run
         self._last: pathlib.Path | None = None  # the map that belongs to the state
 
     def check(self, need: int) -> None:
@@ -166,7 +166,7 @@ class Scratch:
             "work": work,
         }
         try:
-            _sync(path)  # what is written before the state is on the disk before it
+            _sync(path)  # the map is on the disk before the state that tells of it
             write_text(self.folder / STATE, json.dumps(state))
         except OSError as error:
             raise LinsightError(f"the state cannot be written to '{self.folder}': {error.strerror}") from error
@@ -181,7 +181,7 @@ class Scratch:
         self._lock()
 
     def output(self, shape: tuple[int, int, int]) -> Canvas:
-        """For the final map, float32, in a NumPy file that has its name once it is whole."""
+        """A place for the final map, float32, in a NumPy file that has its name once it is whole."""
         path = self.folder / f".{MAP}"
         try:
             allocate(path, 128 + _bytes(shape, torch.float32))

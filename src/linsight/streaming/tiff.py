@@ -65,7 +65,7 @@ class Tiff:
             )
         self.most = max(1, KEPT // need)
         try:
-            self._decoded(0)  # what cannot be decoded at all is known before any work
+            self._decoded(0)  # a file that cannot be decoded at all is refused before any work
         except ValueError as error:
             if "imagecodecs" in str(error):
                 name = getattr(page.compression, "name", str(page.compression))
@@ -73,7 +73,7 @@ class Tiff:
             raise
 
     def read(self, rows: slice, columns: slice) -> Any:
-        """`(h, w)` or `(h, w, samples)`."""
+        """Pixels of a rectangle, `(h, w)` or `(h, w, samples)`."""
         pixels = self._segments(rows, columns) if self.mapped is None else self.mapped[rows, columns]
         if self.palette is not None:
             return np.moveaxis(self.palette[:, pixels[..., 0] if pixels.ndim == 3 else pixels], 0, -1)

@@ -13,7 +13,7 @@ from linsight.ops import Grid, Tile
 
 
 class _Absorbed(Exception):  # no error: it ends a block's run at the core that had to absorb
-    """The core has taken what it needs of this tile."""
+    """Raised where a core has taken what it needs of a tile."""
 
 
 class TiledBlock:
@@ -34,7 +34,7 @@ class TiledBlock:
         self.passes = sum(len(core.rounds) for core in cores) + 1
         self._block = self._shadow(block)
         self._progress = {core: Progress(core) for core in cores}
-        self._active: Progress | None = None  # of the core that absorbs in this pass
+        self._active: Progress | None = None  # how far the core is that absorbs in this pass
 
     def run(self, x: Tensor, tile: Tile) -> Tensor | None:
         """The tokens of `tile`, which has a halo of `reach`, to its own after the block; None in a pass that absorbs.
@@ -79,7 +79,7 @@ class TiledBlock:
         return twin
 
     def _meet(self, core: Core, tokens: Tokens, layout: Any, **more: Any) -> Tensor:
-        """In the place of `core.forward`."""
+        """Stand in the place of `core.forward`: absorb, or read once all rounds are done."""
         if any(value is not None for value in (tokens.keep, *more.values())):
             raise CapabilityError(f"'{type(core).__name__}' is asked for more than its tokens here: it does not stream")
         progress, tile = self._progress[core], self._tile
@@ -88,7 +88,7 @@ class TiledBlock:
             progress.absorb(crop.tokens(tokens), crop.tile)
             self._active = progress
             raise _Absorbed
-        # What later convolutions see of its outputs is read too; zero is what is beyond their reach.
+        # Outputs that later convolutions see are read too; beyond their reach is zero.
         crop = self._own(grown(tile, self.reach - core.halo), core.halo)
         return crop.outer(core.read(crop.tokens(tokens), crop.tile, progress.done))
 
@@ -107,7 +107,7 @@ class _Crop:
         return dataclasses.replace(self.tile, grid=self.seen, top=self.tile.top - top, left=self.tile.left - left)
 
     def tokens(self, tokens: Tokens) -> Tokens:
-        """Of each the part of `tile`, its halo included."""
+        """The tokens of `tile`, its halo included."""
         return tokens.each(self.local.take)
 
     def inner_of(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def check_streams(block: nn.Module) -> None:
 
 
 def reach(block: nn.Module) -> int:
-    """By how many tokens a token sees beyond its place, other than through states."""
+    """How many tokens a token sees beyond its place, other than through states."""
     if isinstance(block, Core):
         return max(block.halo, *(now.halo for now in block.rounds))
     if isinstance(block, nn.Conv2d):

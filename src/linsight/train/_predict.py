@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from linsight.errors import LinsightError
+from linsight.fuse import fused
 from linsight.runtime.device import pick_device, pick_dtype
 
 from ._feeds import refuse
@@ -54,7 +55,7 @@ def predict(
     recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
     where = pick_device(device)
     dtype, _ = pick_dtype(amp, where)
-    model = trained.model.to(where)
+    model = fused(trained.model.to(where).eval())
     source = _Files(files, trained.classes)
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
     normalise = Normalise(recipe, where)

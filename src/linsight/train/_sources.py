@@ -29,7 +29,7 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What to call the image in a message."""
+        """The name of the image in a message."""
         ...
 
 

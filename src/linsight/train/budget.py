@@ -25,13 +25,13 @@ FACTORS = (0.85, 1.0, 0.5)
 
 
 class Scored(NamedTuple):
-    """What each exit said of some images: confidences `(images, exits)`, and whether it was right."""
+    """Answers of each exit on some images: confidences `(images, exits)`, and whether it was right."""
 
     confidences: Tensor
     correct: Tensor
 
     def accuracies(self) -> list[float]:
-        """Of each exit alone, in percent."""
+        """The accuracy of each exit alone, in percent."""
         return [100 * share for share in self.correct.double().mean(0).tolist()]
 
 
@@ -90,7 +90,7 @@ def leaving(confidences: Tensor, thresholds: Sequence[float]) -> Tensor:
 
 
 def outcome(scored: Scored, thresholds: Sequence[float], gmacs: Sequence[float]) -> Outcome:
-    """What comes of `thresholds`; gmacs: to each exit, those not used being passed by."""
+    """The outcome of `thresholds`; gmacs: to each exit, those not used being passed by."""
     exits = leaving(scored.confidences, thresholds)
     shares = torch.bincount(exits, minlength=len(gmacs)).double() / len(exits)
     right = scored.correct.gather(1, exits[:, None]).double().mean()

@@ -16,7 +16,7 @@ _ITERABLE = ("hfids", "tfds", "wds")
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run trains on and is evaluated on. `notes` are choices that a user should hear of."""
+    """Images that a run trains on and is evaluated on. `notes` are choices that a user should hear of."""
 
     train: Source
     val: Source
@@ -90,7 +90,7 @@ def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...],
 
 
 def _locate(data: str) -> tuple[str, str]:
-    """What kind of data it is, and its name or path."""
+    """The kind of the data, and its name or path."""
     if data == "digits":
         return "digits", data
     prefix, slash, rest = data.partition("/")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
+from linsight.fuse import fused
 from linsight.recipe import Recipe, parse
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 
@@ -99,7 +100,7 @@ def prepare(
     recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
     where = pick_device(device)
     dtype, precision = pick_dtype(amp, where)
-    model = trained.model.to(where)
+    model = fused(trained.model.to(where).eval())
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
     batches = Batches(len(source), batch_size, shuffle=False)
     count = min(default_workers() if workers is None else workers, len(batches))

@@ -1,4 +1,4 @@
-"""Evaluating a model with exits for a budget: a table, exits.json, exits.csv and exits.png."""
+"""Evaluation of a model with exits for a budget: a table, exits.json, exits.csv and exits.png."""
 
 import csv
 import io
@@ -89,7 +89,7 @@ def evaluate_exits(
 
 @torch.inference_mode()
 def collect(given: Evaluation) -> tuple[Scored, list[int], list[str]]:
-    """What each exit says of each image, the classes of those, and a line for each that could not be read."""
+    """The answers of each exit, the classes of the images, and a line for each image that could not be read."""
     model: Any = given.model.eval()
     confidences, correct, targets, bad = [], [], [], []
     for batch in given.feed:
@@ -109,7 +109,7 @@ def collect(given: Evaluation) -> tuple[Scored, list[int], list[str]]:
 
 
 def shown(setting: Setting) -> dict[str, Any]:
-    """JSON has no infinity: an exit that is passed by has no threshold."""
+    """A setting for JSON, which has no infinity: an exit that is passed by has no threshold."""
     return {
         "setting": setting.name,
         "thresholds": [None if math.isinf(least) else least for least in setting.thresholds],

@@ -20,7 +20,7 @@ from ._sources import Arrays, Source
 from .random import Batches, seed_sample
 
 _MODES = {1: "L", 3: "RGB"}
-# What Pillow raises for files that are damaged, no images, or bombs.
+# Errors of Pillow for files that are damaged, no images, or bombs.
 _BAD = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -138,7 +138,7 @@ def train_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Im
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **timm_args: Any) -> Image.Image:
-    """timm's policies may ask for 0 bits at their strongest, which newer versions of Pillow refuse."""
+    """Posterize, to one bit at least: timm's policies may ask for 0, which newer versions of Pillow refuse."""
     return posterize(image, max(bits_to_keep, 1), **timm_args)
 
 

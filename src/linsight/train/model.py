@@ -18,7 +18,7 @@ from linsight.recipe import FIELDS, Recipe, check, parse
 from linsight.runtime.files import replacing
 
 WEIGHTS = "best.safetensors"
-# What `eval` and `predict` must know of the recipe: the model, and how images are prepared for it.
+# The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
 _KEPT = [
     name
     for name, field in FIELDS.items()

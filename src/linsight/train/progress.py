@@ -1,4 +1,4 @@
-"""What a run says while it runs: a bar with speed and time left on a terminal, lines elsewhere."""
+"""Progress of a run: a bar with speed and time left on a terminal, lines elsewhere."""
 
 import contextlib
 import time
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class Silent:
-    """Says nothing; the base of the others."""
+    """A reporter that says nothing; the base of the others."""
 
     def note(self, text: str) -> None:
         """One line that the user should see."""
@@ -29,7 +29,7 @@ class Silent:
 
 
 class Lines(Silent):
-    """One line an epoch."""
+    """A reporter of one line an epoch."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -50,7 +50,7 @@ class Lines(Silent):
 
 
 class Bars(Lines):
-    """A line an epoch above two bars."""
+    """A reporter of a line an epoch, above two bars."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -92,12 +92,12 @@ class Bars(Lines):
 
 
 class Tiles:
-    """How far the stream of an image is. Says nothing; the base of the others."""
+    """A reporter of how far the stream of an image is, which says nothing; the base of the others."""
 
     @contextlib.contextmanager
     def of(self, name: str) -> Iterator[None]:
         """While entered, tiles are those of the image `name`."""
-        self.name, self.first, self.started = name, 0, time.perf_counter()  # of the first tile, once it is done
+        self.name, self.first, self.started = name, 0, time.perf_counter()  # set anew when a first tile is done
         yield
 
     def tile(self, done: int, total: int) -> None:
@@ -113,7 +113,7 @@ class Tiles:
 
 
 class TileLines(Tiles):
-    """A line a minute."""
+    """A reporter of a line a minute."""
 
     every = 60.0
 
@@ -138,7 +138,7 @@ class TileLines(Tiles):
 
 
 class TileBar(Tiles):
-    """A bar."""
+    """A reporter with a bar."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -158,7 +158,7 @@ class TileBar(Tiles):
 
 
 def tile_reporter(console: Console) -> Tiles:
-    """What fits the console."""
+    """The reporter of tiles that fits the console."""
     return TileBar(console) if console.is_terminal else TileLines(console)
 
 
@@ -169,5 +169,5 @@ def _clock(seconds: float) -> str:
 
 
 def reporter(console: Console) -> Silent:
-    """What fits the console."""
+    """The reporter of a run that fits the console."""
     return Bars(console) if console.is_terminal else Lines(console)

@@ -22,7 +22,7 @@ CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "s
 
 
 class Run:
-    """A folder that a run lives in. Make one with `start` or `resume`."""
+    """The folder of a run. Make one with `start` or `resume`."""
 
     def __init__(self, path: pathlib.Path, name: str, recipe: Recipe, data: dict[str, Any] | None) -> None:
         self.path, self.name, self.recipe, self.data = path, name, recipe, data
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """True where the run has come to its end."""
         return (self.path / SUMMARY).exists()
 
     def describe(self, data: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ class Run:
             torch.save(state, temporary)
 
     def load_state(self) -> dict[str, Any] | None:
-        """What `save_state` wrote last, None if nothing yet. Metrics that it does not cover are forgotten."""
+        """The state that `save_state` wrote last, None if nothing yet. Metrics that it does not cover are forgotten."""
         path = self.path / STATE
         if not path.exists():
             return None

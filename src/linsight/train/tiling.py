@@ -1,4 +1,4 @@
-"""Using a trained model on images of any size, at their own resolution, tile by tile."""
+"""A trained model on images of any size, at their own resolution, tile by tile."""
 
 import dataclasses
 import os
@@ -124,7 +124,7 @@ def _check_file(file: pathlib.Path) -> None:
 
 
 def _streamed(trained: Trained, file: pathlib.Path, output: Any, tiling: Tiling, more: bool = False) -> Tensor:
-    """`more`: whether other files follow, so that a stop with the last tile is one, too."""
+    """The output of `linsight.stream` for a file. more: others follow, so a stop with the last tile is one, too."""
     if tiling.dtype not in _DTYPES:
         raise UnknownNameError("dtype", tiling.dtype, _DTYPES)
     where = pick_device(tiling.device)

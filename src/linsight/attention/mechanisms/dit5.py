@@ -27,6 +27,12 @@ from .t5 import T5
 @register(
     "dit5",
     formula="o = (softmax(s q K^T) V over 5x5 windows + t5(a q + b, a' k + b', v)) / 2, f(u) = SiLU(u W1) W2",
+    latex=r"\begin{aligned} o &= \tfrac{1}{2} \left( \mathrm{softmax}_{5 \times 5}(s q k^\top) v + f_{W'}(q') "
+    r"\right), \quad f_W(u) = \mathrm{SiLU}(u W_1) W_2 \cr "
+    r"W' &= W - \nabla_W \frac{s}{2N} \sum_n \lVert f_W(k'_n) - v_n \rVert^2, \quad s = d^{-1/2} \cr "
+    r"q' &= \hat q + \mathrm{conv}(\hat q), \quad \hat q = a_q \odot q + b_q \cr "
+    r"k' &= n + \mathrm{conv}(n), \quad n = \frac{\hat k - \mathrm{mean}(\hat k)}{\sqrt{\mathrm{var}(\hat k) + "
+    r"1}}, \quad \hat k = a_k \odot k + b_k \end{aligned}",
     complexity="O(N d^2)",
     paper=Paper("Linearizing Vision Transformer with Test-Time Training", "2605.02772", "ICML 2026"),
 )

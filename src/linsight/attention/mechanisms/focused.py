@@ -40,6 +40,10 @@ from ..tokens import Tokens, split_heads
 @register(
     "focused",
     formula="o = phi(q) mean(phi(k + P) v^T) / (phi(q) . mean(phi(k + P)) + eps) + conv(v), phi(u) = |u| u^p / |u^p|",
+    latex=r"\begin{aligned} o_i &= \frac{\phi(q_i) \mathrm{mean}_j(\phi(k_j + P_j) v_j^\top)}{\phi(q_i) \cdot "
+    r"\mathrm{mean}_j(\phi(k_j + P_j)) + e} + \mathrm{conv}(v)_i \cr "
+    r"\phi(x) &= \lVert u \rVert \frac{u^p}{\lVert u^p \rVert}, \quad u = \frac{\mathrm{relu}(x) + "
+    r"e}{\mathrm{softplus}(t)} \end{aligned}",
     complexity="O(N d^2)",
     paper=Paper("FLatten Transformer: Vision Transformer using Focused Linear Attention", "2308.00442", "ICCV 2023"),
 )

@@ -90,6 +90,10 @@ class HeadLinear(nn.Conv1d):
 @register(
     "inline",
     formula="o = mean(v) + d^(-1/2) q Cov(k, v) + conv3x3(v; kernel(mean(x)))",
+    latex=r"\begin{aligned} o &= \mathrm{mean}(v) + s q \mathrm{Cov}(k, v) + \mathrm{conv}_{3 \times 3}(v), \quad s "
+    r"= d^{-1/2} \cr "
+    r"\mathrm{Cov}(k, v) &= \frac{1}{N} \sum_j (k_j - \mathrm{mean}(k))^\top (v_j - \mathrm{mean}(v)) "
+    r"\end{aligned}",
     complexity="O(N d^2)",
     paper=Paper("Bridging the Divide: Reconsidering Softmax and Linear Attention", "2412.06590", "NeurIPS 2024"),
 )

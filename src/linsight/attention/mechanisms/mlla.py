@@ -69,6 +69,10 @@ class GatedAttention(Attention):
 @register(
     "mlla",
     formula="o_i = rot(f(q_i)) mean(rot(f(k)) v^T) / (f(q_i) . mean(f(k)) + eps) + conv3x3(v), f = elu + 1; gated",
+    latex=r"\begin{aligned} o_i &= \frac{\mathrm{rot}(f(q_i)) \mathrm{mean}(\mathrm{rot}(f(k)) v^\top)}{f(q_i) \cdot "
+    r"\mathrm{mean}(f(k)) + 10^{-6}} + \mathrm{conv}_{3 \times 3}(v)_i, \quad f = \mathrm{elu} + 1 \cr "
+    r"y &= \mathrm{proj}(o(u) \odot \mathrm{SiLU}(\mathrm{act}(x))), \quad u = \mathrm{SiLU}(\mathrm{conv}_{3 "
+    r"\times 3}(\mathrm{in}(x))) \end{aligned}",
     complexity="O(N d^2)",
     paper=Paper("Demystify Mamba in Vision: A Linear Attention Perspective", "2405.16605", "NeurIPS 2024"),
 )

@@ -33,6 +33,10 @@ from ..registry import Paper, register
 @register(
     "t5",
     formula="o = f_W'(q + conv(q)), W' = W - dL/dW, L = -(s/N) sum f_W(n + conv(n)).v, n = instance_norm(k)",
+    latex=r"\begin{aligned} o &= f_{W'}(q'), \quad f_W(u) = (\mathrm{SiLU}(u W_1) \odot u W_2) W_3 \cr "
+    r"W' &= W + \nabla_W \frac{s}{N} \sum_n f_W(k'_n) \cdot v_n, \quad s = d^{-1/2} \cr "
+    r"q' &= q + \mathrm{conv}(q), \quad k' = n + \mathrm{conv}(n), \quad n = \frac{k - "
+    r"\mathrm{mean}(k)}{\sqrt{\mathrm{var}(k) + 1}} \end{aligned}",
     complexity="O(N d^2)",
     paper=Paper("Linearizing Vision Transformer with Test-Time Training", "2605.02772", "ICML 2026"),
 )

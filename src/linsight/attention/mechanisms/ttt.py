@@ -82,6 +82,12 @@ def images(tokens: Tokens, tile: Tile) -> tuple[Tensor, ...]:
 @register(
     "ttt",
     formula="o = [f_W'(q1), conv3x3(q2; w')], W' = W - lr clip(dL/dW), L = -(s/N) sum f_W(k).v",
+    latex=r"\begin{aligned} o &= [f_{W'}(q_1), \mathrm{conv}_{3 \times 3}(q_2; w')], \quad f_W(u) = u W_1 \odot "
+    r"\mathrm{SiLU}(u W_2) \cr "
+    r"W' &= W - \mathrm{lr} \frac{g}{\lVert g \rVert + 1}, \quad g = - \nabla_W \frac{s}{N} \sum_n "
+    r"f_W(k_{1,n}) \cdot v_{1,n} \cr "
+    r"w' &= w - \mathrm{lr} \frac{h}{\lVert h \rVert + 1}, \quad h = - \nabla_w \frac{s}{N} \sum_n "
+    r"\mathrm{conv}_{3 \times 3}(k_2; w)_n \cdot v_{2,n} \end{aligned}",
     complexity="O(N d^2)",
     paper=Paper("ViT^3: Unlocking Test-Time Training in Vision", "2512.01643", "CVPR 2026"),
 )

@@ -48,7 +48,7 @@ class Contrast(Pool):
 class Difference(Gather):
     """What both signs gather, one subtracted from the other."""
 
-    def values(self, core: Any, mean: Tensor) -> Tensor:
+    def values(self, core: Any, mean: Tensor, done: Done) -> Tensor:
         """V^ `(B, H, n, E)`."""
         plus, minus = mean.chunk(2, dim=2)
         return core.normed(core.subln1, plus - core.weight(1, plus.dtype) * minus)
@@ -66,6 +66,12 @@ class HeadNorm(nn.RMSNorm):
     "vca",
     formula="o = RMSNorm((A+ - l2 A-) RMSNorm(V+ - l1 V-)) + conv3x3(v), V+- = softmax(d^(-1/2) T+- k^T) v, "
     "A+- = softmax(d^(-1/2) q T+-^T), T+- = pool(q) + e+-",
+    latex=r"\begin{aligned} o &= (1 - l_0) \mathrm{RMSNorm}((A_+ - l_2 A_-) \hat V) + \mathrm{conv}_{3 \times 3}(v) "
+    r"\cr "
+    r"[A_+, A_-] &= \mathrm{softmax}(s q [T_+; T_-]^\top) \cr "
+    r"\hat V &= (1 - l_0) \mathrm{RMSNorm}(V_+ - l_1 V_-), \quad V_\pm = \mathrm{softmax}_{\mathrm{keys}}(s "
+    r"T_\pm k^\top) v \cr "
+    r"T_\pm &= \mathrm{pool}(q) + e_\pm, \quad s = d^{-1/2} \end{aligned}",
     complexity="O(N n d)",
     paper=Paper(
         "Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise Differentials",

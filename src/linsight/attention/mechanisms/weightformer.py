@@ -222,6 +222,12 @@ def _begin(start: int, count: int, size: int, cells: int) -> tuple[int, int]:
     "weightformer",
     kind="block",
     formula="x = LN(x); x + conv3x3(x; W + K(x)); x + W_2 GELU(LN(x) (W + D(x)))",
+    latex=r"\begin{aligned} x &\leftarrow \mathrm{LN}(x) \cr "
+    r"x &\leftarrow x + x \ast \left( W_{\mathrm{conv}} + \frac{K}{\lVert K \rVert + 1} \right) + c, \quad K = "
+    r"W_4 \mathrm{GELU}(W_3 \mathrm{pool}_{3 \times 3}(x) + c_3) \cr "
+    r"x &\leftarrow x + W_2 \mathrm{GELU}\left( \mathrm{LN}(x) \left( W + \frac{D}{\lVert D \rVert + 1} "
+    r"\right) + c \right) + c_2, \quad D = \frac{s}{N} \sum_{\mathrm{cells}} (\mathrm{SiLU}(a) W_1)^\top "
+    r"(\mathrm{SiLU}(b) W_2) \end{aligned}",
     complexity="O(N d^2)",
     paper=Paper("Linear-Time Global Visual Modeling without Explicit Attention", "2605.01711"),
 )

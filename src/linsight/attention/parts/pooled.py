@@ -34,18 +34,19 @@ class Gather(Round):
         """A bias on the scores of the tile's keys, `(B or 1, H, n, N)`."""
         return None
 
-    def values(self, core: Any, mean: Tensor) -> Tensor:
-        """What is read, of the means `(B, H, n, E)`."""
+    def values(self, core: Any, mean: Tensor, done: Done) -> Any:
+        """What is read, of the means `(B, H, n, E)` and the rounds before."""
         return mean
 
     def absorb(self, core: Any, tokens: Tokens, tile: Tile, done: Done) -> LogSumExp:
         """Sums of the tile's keys, relative to their largest score."""
         return gather_state(done[-1], tokens.k, tokens.v, self.bias(core, tile), tokens.keep)
 
-    def finish(self, core: Any, state: LogSumExp, done: Done) -> Tensor:
+    def finish(self, core: Any, state: LogSumExp, done: Done) -> Any:
         """The means, as they are read."""
-        return self.values(core, state.mean())
+        return self.values(core, state.mean(), done)
 
-    def at_once(self, core: Any, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
+    def at_once(self, core: Any, tokens: Tokens, tile: Tile, done: Done) -> Any:
         """By scaled dot-product attention."""
-        return self.values(core, gather_pooled(done[-1], tokens.k, tokens.v, self.bias(core, tile), tokens.keep))
+        mean = gather_pooled(done[-1], tokens.k, tokens.v, self.bias(core, tile), tokens.keep)
+        return self.values(core, mean, done)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import Tile, accumulator, depthwise_conv, full_precision, mask_tokens
+from linsight.ops import Tile, accumulator, depthwise_conv, full_precision, mask_tokens, shifted_products
 
 from ..tokens import Tokens, merge_heads, split_heads
 
@@ -25,15 +25,22 @@ class TokenConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, device=device, dtype=dtype)
         self.repeats = repeats
 
-    def forward(self, x: Tensor, size: tuple[int, int], *, wide: bool = False) -> Tensor:  # type: ignore[override]
-        """`x` `(B, h*w, C)`, row by row; `size` (h, w). The shape is kept.
+    def forward(  # type: ignore[override]
+        self, x: Tensor, size: tuple[int, int] | None = None, *, wide: bool = False, varies: bool = False
+    ) -> Tensor:
+        """`x` `(B, h*w, C)`, row by row; `size` (h, w). The shape is kept. Without a size, a map `(B, C, h, w)`.
 
         wide: computed in the accumulator's dtype, whatever autocast says; else as torch's convolution.
+        varies: B does, from call to call, so a graph must not ask how a convolution of so many is best run.
         """
+        if size is None:
+            return super().forward(x)
         weight, bias = self.weight, self.bias
         assert bias is not None
         if self.repeats > 1:
             weight, bias = weight.repeat(self.repeats, 1, 1, 1), bias.repeat(self.repeats)
+        if varies and torch.compiler.is_compiling():
+            return (shifted_products(x, size, weight.transpose(0, 1)) + bias).to(x.dtype)
         if not wide:
             return depthwise_conv(x, size, weight, bias)
         dtype = accumulator(torch.promote_types(x.dtype, weight.dtype))

@@ -82,7 +82,7 @@ class Branch(nn.Module):
         heads: int = self.core.num_heads  # type: ignore[assignment]
         tokens = Tokens(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), x, keep)
         out = merge_heads(self.core(tokens, Layout(grid)))
-        return out + self.lepe(v, (grid.height, grid.width))
+        return out + self.lepe(v, (grid.height, grid.width), varies=self.sizes is not None)
 
 
 class CrossShapedAttention(nn.Module):

@@ -18,8 +18,8 @@ from ..rotary import Turn
 from ..states import Moments, full_precision
 
 BUDGET = 2**18  # numbers in a tile of one tensor: fewer, and starting threads costs more than the cache gains
-ROWS = 32  # that are convolved at once, at least: of fewer, too many would be seen twice
-STEPS = 2**16  # numbers, of fewer of which the number of steps is what counts
+ROWS = 32  # convolved at once, at least: with fewer, too many would be seen twice
+STEPS = 2**16  # numbers: with fewer, the number of calls is what counts
 
 # Queries, their images, where to write, what is added to all but the first tokens, and how many those are.
 Write = Callable[[Features, slice, Tensor, Tensor | None, int], None]
@@ -113,7 +113,7 @@ def affine(q: Features, matrix: Tensor, shift: Tensor, add: Convolved | Tensor |
 
 
 def _read(q: Features, matrix: Tensor, add: Convolved | Tensor | None, dtype: torch.dtype, write: Write) -> Tensor:
-    """What `write` writes of each part, with `add`, which lacks the first tokens."""
+    """The output that `write` writes part by part, with `add`, which lacks the first tokens."""
     shape = (*q.x.shape[:3], matrix.shape[-1])
     if q.x.numel() <= BUDGET or not isinstance(add, Convolved):
         later, own = None, made(add)

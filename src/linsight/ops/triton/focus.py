@@ -13,7 +13,7 @@ from .launch import on
 from .sizes import ACCUMULATORS, numbers
 
 _BLOCK = 2048  # numbers that a program holds at once, or one token
-_PROGRAMS = 1024  # of the backward, each with a row of sums
+_PROGRAMS = 1024  # programs of the backward, each with a row of sums
 
 
 def focus(x: Tensor, column: Tensor, power: float) -> Features:
@@ -79,12 +79,12 @@ def focus_scales_backward(
 
 
 def _whole(power: float) -> float | int:
-    """An integer where it is one, that is taken by products."""
+    """`power` as an integer where it is one, so that it is taken by products."""
     return int(power) if power == int(power) and 0 < power < 1024 else power
 
 
 def _constants(x: Tensor, power: float) -> dict[str, Any]:
-    """What the kernels are compiled for."""
+    """The constants that the kernels are compiled for."""
     lanes = triton.next_power_of_2(x.shape[2])
     return {
         "POWER": _whole(power),

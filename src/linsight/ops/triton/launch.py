@@ -16,7 +16,7 @@ from .maps import MAPS
 
 
 class Blocks(NamedTuple):
-    """tokens: in a block.  warps: of a program.  stages: blocks that are loaded ahead, and the one at hand."""
+    """Sizes. tokens: in a block.  warps: of a program.  stages: blocks that are loaded ahead, and the one at hand."""
 
     tokens: int
     warps: int
@@ -42,7 +42,7 @@ _PROGRAMS = 4  # for each multiprocessor: enough loads in flight to hide the lat
 _LEAST = 256  # tokens a program: below, writing partial states costs more than the programs gain
 _MOST = 64  # shares, which `fold_kernel` reads at once
 
-# Of the arguments that `Inputs` are, for operators of torch.
+# The fields of `Inputs` as arguments of operators of torch.
 SCHEMA = (
     "Tensor x, Tensor? column, Tensor? before, Tensor? after, Tensor? cos, Tensor? sin, SymInt[] place, "
     "str map, float power"
@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, features: Features) -> "Inputs":
-        """Those of `features`."""
+        """The arguments that `features` are."""
         x, turn, column = features.x, features.turn, features.column
         if column is not None:
             column = column.expand(x.shape[2:])
@@ -138,7 +138,7 @@ def on(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _split(dtype: torch.dtype) -> bool:
-    """Whether factors in float32 may be two bfloat16: of float32 tokens, where torch is told so."""
+    """True where factors in float32 may be two bfloat16: of float32 tokens, where torch is told so."""
     if dtype == torch.float32:
         return torch.get_float32_matmul_precision() != "highest"
     return dtype in (torch.float16, torch.bfloat16)
@@ -183,5 +183,5 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def properties_of(device: torch.device) -> Any:
-    """What torch knows of the device."""
+    """torch's properties of the device."""
     return torch.get_device_module(device).get_device_properties(device)

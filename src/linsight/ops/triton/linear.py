@@ -54,7 +54,7 @@ def affine(q: Features, matrix: Tensor, shift: Tensor, add: Convolved | Tensor |
 
 
 def _fits(features: Features, values: Tensor) -> bool:
-    """Whether one program can hold a head: not too wide, and no rotation of a channel of one with one of the next."""
+    """True where a program can hold a head: not too wide, and no rotation of a channel of one with one of the next."""
     width = features.x.shape[-1]
     return max(width, values.shape[-1]) <= widest(values) and (features.turn is None or width % 2 == 0)
 
@@ -92,7 +92,7 @@ def _fold(
 
 
 def _factor_gradients(plan: Plan, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """What kernels write of the gradients of column and after: for each share, and for each head."""
+    """Empty tensors for the gradients of column and after, which kernels write for each share, or each head."""
     x, column, after = plan.inputs.x, plan.inputs.column, plan.inputs.after
     images, tokens, heads, d = x.shape
     return (
@@ -102,7 +102,7 @@ def _factor_gradients(plan: Plan, dtype: torch.dtype) -> tuple[Tensor | None, Te
 
 
 def _summed(inputs: Inputs, dcolumn: Tensor | None, dafter: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Those gradients, each empty where there is none."""
+    """The gradients of column and after, summed; empty where there is none."""
     column, after = inputs.column, inputs.after
     return (
         inputs.x.new_empty(0) if column is None or dcolumn is None else dcolumn.sum(dim=(0, 1)).to(column.dtype),
@@ -123,7 +123,7 @@ def _fake_factors(inputs: Inputs) -> tuple[Tensor, Tensor]:
     schema=f"({SCHEMA}, Tensor v, Tensor? keep, bool central) -> (Tensor, Tensor, Tensor)",
 )
 def absorb_tokens(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(matrix `(B, H, D, E)`, left `(B, H, D)`, right `(B, H, E)`), the last empty unless `central`."""
+    """A state: (matrix `(B, H, D, E)`, left `(B, H, D)`, right `(B, H, E)`), the last empty unless `central`."""
     inputs, (v, keep, central) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     (images, _, heads, d), e, dtype = inputs.x.shape, v.shape[-1], accumulator(v.dtype)
     plan = inputs.plan(e, dtype, v.dtype, False, CENTRAL=central)
@@ -153,7 +153,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     "Tensor dright) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def absorb_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dv, dcolumn, dafter), the last two empty where there is none. `left`, `right` are those that absorb gave."""
+    """Gradients (dx, dv, dcolumn, dafter), the last two empty where there is none; `left`, `right` as absorb gave."""
     inputs, (v, keep, central, left, right, *gradients) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     dtype = accumulator(v.dtype)
     plan = inputs.plan(v.shape[-1], dtype, v.dtype, True, CENTRAL=central)
@@ -181,7 +181,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Tensor",
 )
 def read_tokens(*arguments: Any) -> Tensor:
-    """`(B, N, H, E)`; `vector` is `(B, H, D)` where `normalised`, else `(B, H, E)`."""
+    """The outputs `(B, N, H, E)`; `vector` is `(B, H, D)` where `normalised`, else `(B, H, E)`."""
     inputs, (matrix, vector, add, eps, normalised, dtype) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     plan = inputs.plan(matrix.shape[-1], matrix.dtype, dtype, False, NORMALISED=normalised)
     out = inputs.x.new_empty(*inputs.x.shape[:3], matrix.shape[-1], dtype=dtype)
@@ -211,7 +211,7 @@ def _(*arguments: Any) -> Tensor:
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def read_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dmatrix, dvector, dcolumn, dafter), the last two empty where there is none."""
+    """Gradients (dx, dmatrix, dvector, dcolumn, dafter), the last two empty where there is none."""
     inputs, (matrix, vector, eps, normalised, dout) = Inputs(*arguments[:_WIDTH]), arguments[_WIDTH:]
     plan = inputs.plan(matrix.shape[-1], matrix.dtype, dout.dtype, True, NORMALISED=normalised)
     dx = inputs.x.new_empty(inputs.x.shape)
@@ -233,7 +233,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _gradients(tensors: Any, dx: Tensor, dcolumn: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
-    """Of the arguments that `Inputs` are."""
+    """The gradients of all fields of `Inputs`, in their order; None for those that have none."""
     column, after = (None if t is None else d for t, d in ((tensors[1], dcolumn), (tensors[3], dafter)))
     return dx, column, None, after, *[None] * (_WIDTH - 4)
 

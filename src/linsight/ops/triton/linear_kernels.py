@@ -5,7 +5,7 @@ A program has one image and head, and one share of the tokens, which it walks in
 as partial sums, which `fold_kernel` adds in a fixed order. So nothing depends on timing.
 
 Tensor arguments with `_strides` are `(B, N, H, ...)` of any strides; `keep` is `(B, N)`; outputs and states are
-contiguous. For `factors` and `turn` see `_tiles.py`.
+contiguous. For `factors` and `turn` see `tiles.py`.
 """
 
 import triton
@@ -16,7 +16,7 @@ from .tiles import load_places, load_rows, phi, phi_backward, product, store_row
 
 @triton.jit
 def _kept(keep, keep_strides, n, inside, b):
-    """Which tokens count."""
+    """True for the tokens that count."""
     if keep is None:
         return inside
     else:

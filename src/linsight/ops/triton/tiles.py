@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What kernels of every mechanism do with a block of tokens: read it, map it, turn it, multiply it.
+"""The parts of every kernel on a block of tokens: read it, map it, turn it, multiply it.
 
 Names: n indices of tokens, ok which of them count, c (d, e) indices of channels. Tiles are (tokens, channels).
 """
@@ -24,7 +24,7 @@ def load_rows(x, n, ok, c, stride_n, stride_c, WIDTH: tl.constexpr):
 
 @triton.jit
 def store_rows(x, n, ok, c, stride_n, value, WIDTH: tl.constexpr):
-    """Into a tensor whose channels lie side by side."""
+    """Store `value` in a tensor whose channels lie side by side."""
     mask = ok[:, None]
     if c.shape[0] != WIDTH:
         mask = mask & (c < WIDTH)[None, :]
@@ -130,7 +130,7 @@ def phi_backward(
 ):  # fmt: skip
     """The gradient of `x` from `dy`, that of phi(x), which is 0 where not `ok`; and `dcolumn` with its share.
 
-    That of `after`, `(B, N, H)`, is stored for the tokens `inside`.
+    The gradient of `after`, `(B, N, H)`, is stored for the tokens `inside`.
     """
     y = _before_power(x, n, ok, d, b, h, factors, tokens, MAP, D)
     if factors[2] is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from linsight.models import ARCHITECTURES, VARIANTS, Training, default_config
 from linsight.recipe import Recipe
 
-GPUS = 8  # that the published commands are for
+GPUS = 8  # GPUs that the published commands are for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ IMAGENET = Recipe(
 
 _PVT = {"warmup_lr": 1e-6, "min_lr": 1e-5, "warmup_epochs": 5, "cooldown_epochs": 10, "clip_grad": 0.0}
 _CSWIN = {**_PVT, "warmup_epochs": 20}
-# What hosts and families change of it; `_384` is fine-tuning at 384 pixels.
+# Changes of it by hosts and families; `_384` is fine-tuning at 384 pixels.
 BASES: dict[str, Mapping[str, Any]] = {
     "imagenet": {},
     # DeiT's own (arXiv 2012.12877), at a batch of 1024; its warm-up and last rate do not scale with the batch.
