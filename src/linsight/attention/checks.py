@@ -71,7 +71,9 @@ def check_kind(x: Tensor, weight: Any, name: str = "x", owner: str = "layer") ->
     Where `weight` is of a kind of its own, quantised or sharded, who made it so answers for it.
     """
     if not x.is_floating_point():
-        raise LinsightError(f"{name} is {x.dtype}, not floating point: bring it there by .to(dtype), of images as v / 255")
+        raise LinsightError(
+            f"{name} is {x.dtype}, not floating point: bring it there by .to(dtype), of images as v / 255"
+        )
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         return
     if weight.dtype != x.dtype and not autocasts(x):

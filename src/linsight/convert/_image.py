@@ -46,7 +46,9 @@ class Attention2d(nn.Module):
         """
         if x.ndim != 4 or (keep is not None and keep.shape != (x.shape[0], *x.shape[2:])):
             kept = "" if keep is None else f", and keep {tuple(keep.shape)}"
-            raise LinsightError(f"a map has shape {tuple(x.shape)}{kept}: give (batch, channels, H, W) and (batch, H, W)")
+            raise LinsightError(
+                f"a map has shape {tuple(x.shape)}{kept}: give (batch, channels, H, W) and (batch, H, W)"
+            )
         height, width = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
         out = self.layer(tokens, Grid(height, width), keep=None if keep is None else keep.flatten(1))

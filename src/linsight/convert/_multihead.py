@@ -75,6 +75,9 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         asked = {"dropout": dropout} | {name: options.pop(name) for name in _REFUSED if name in options}
         refuse({name: value for name, value in asked.items() if value != embed_dim}, _REFUSED)
+        whole = isinstance(embed_dim, int) and isinstance(num_heads, int)
+        if whole and (num_heads < 1 or embed_dim % num_heads):
+            raise LinsightError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}: choose a divisor")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         place: dict[str, Any] = {"grid": table_grid(grid), "query_grid": table_grid(grid)}
         core = create_core(attention, embed_dim, num_heads, **place, **factory, **options)
@@ -134,7 +137,9 @@ class MultiheadAttention(nn.Module):
         batched = query.ndim == 3
         if not traced() and (query.ndim not in (2, 3) or {key.ndim, value.ndim} != {query.ndim}):
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
-            raise LinsightError(f"query, key and value have shapes {shapes}: give all three 3 axes, or 2 without a batch")
+            raise LinsightError(
+                f"query, key and value have shapes {shapes}: give all three 3 axes, or 2 without a batch"
+            )
 
         def batch(x: Tensor) -> Tensor:  # (B, N, C)
             if not batched:

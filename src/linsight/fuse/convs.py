@@ -22,7 +22,8 @@ def is_final(module: nn.Module) -> bool:
 
 def conv_norm_form(module: ConvNorm) -> nn.Module:
     """One convolution and the activation; in half precision, where its weights would be rounded again, both."""
-    conv, norm = module.conv, module.bn
+    conv: Any = module.conv
+    norm: Any = module.bn
     if not (is_final(conv) and is_final(norm)) or norm.running_var is None:
         return form_of(module, type(module))
     act = norm.act

@@ -12,7 +12,6 @@ from linsight.errors import CapabilityError, LinsightError
 
 from .plan import Choice
 
-
 NO_DROPPED_SCORES = "no mechanism here drops scores: pass attn_drop_rate=0, perhaps proj_drop_rate= in its place"
 # What hosts ask of a layer that nobody asked of them.
 _USUAL = {"qkv_bias": True, "proj_bias": True, "proj_drop": 0.0}
@@ -53,7 +52,7 @@ def make_block(choice: Choice, dim: int, num_heads: int, **shared: Any) -> Block
 
 
 def refuse_for_block(choice: Choice, asked: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
-    """Raise where `asked` of a host's blocks is other than `usual`, and `choice` a whole block that does not take it."""
+    """Raise where what is `asked` of blocks is other than `usual`, and `choice` is a whole block without a use for it."""
     if not is_block(choice.name):
         return
     takes = mechanism(choice.name).factory.takes  # type: ignore[attr-defined]
@@ -76,7 +75,9 @@ def refuse_unbiased(choices: Iterable[Choice], qkv_bias: bool) -> None:
     """Raise where a host is asked for no bias by `qkv_bias`, and no mechanism would have one."""
     names = [choice.name for choice in choices]
     if not qkv_bias and names and not any(getattr(mechanism(name).factory, "qkv_bias", True) for name in names):
-        raise LinsightError(f"qkv_bias={qkv_bias} has no effect: '{names[0]}' has no such bias in any case, leave it out")
+        raise LinsightError(
+            f"qkv_bias={qkv_bias} has no effect: '{names[0]}' has no such bias in any case, leave it out"
+        )
 
 
 def refuse_prefix(choices: Iterable[Choice], way: str) -> None:

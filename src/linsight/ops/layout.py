@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate
 from numbers import Integral
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Grid(NamedTuple):
 def _new_grid(cls: type[Grid], height: int, width: int, prefix: int = 0) -> Grid:
     if not traced():
         for side in (height, width, prefix):
-            if type(side) is not int and not isinstance(side, Integral | torch.SymInt) or side < 0:
+            if (type(side) is not int and not isinstance(side, Integral | torch.SymInt)) or side < 0:
                 raise LinsightError(
                     f"Grid({height}, {width}, {prefix}): height, width and prefix are whole numbers, 0 or more"
                 )

@@ -61,7 +61,9 @@ class Groups:
         """Cut `(1, sum of N_i, ...)`, which lies as layout `side` says, into `(images, N, ...)` of each group."""
         lengths = self._lengths[side]
         if not traced() and x.shape[:2] != (1, sum(lengths)):
-            raise LinsightError(f"a tensor of shape {tuple(x.shape)} came with packed images: give (1, {sum(lengths)}, ...)")
+            raise LinsightError(
+                f"a tensor of shape {tuple(x.shape)} came with packed images: give (1, {sum(lengths)}, ...)"
+            )
         if len(self._members) == 1:
             return [x.unflatten(1, (len(lengths), lengths[0])).squeeze(0)]
         pieces = x.split(lengths, dim=1)  # at once: the gradient of slices would be as many whole sequences

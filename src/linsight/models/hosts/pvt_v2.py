@@ -8,6 +8,7 @@ of a mechanism of quadratic cost are reduced by a strided convolution (8, 4, 2, 
 Any image size: strides round upwards, and nothing is padded to a multiple.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -62,7 +63,7 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
     ) -> None:
         choices = plan(attention, depths, attention_options)
         refuse_idle(self.idle(attention, timm_kwargs), timm_kwargs)
-        refuse_unbiased(sum(choices, []), timm_kwargs.get("qkv_bias", True))
+        refuse_unbiased(itertools.chain(*choices), timm_kwargs.get("qkv_bias", True))
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
         self.put(choices, to_2tuple(img_size))
 

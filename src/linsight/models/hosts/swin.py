@@ -19,6 +19,7 @@ A compiled or exported graph with windows serves all sizes that leave several in
 one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -182,7 +183,7 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
         if steps is not None:
             depths = [len(block_widths(row)) for row in steps]
         choices = plan(attention, depths, attention_options)
-        refuse_unbiased(sum(choices, []), timm_kwargs.get("qkv_bias", True))
+        refuse_unbiased(itertools.chain(*choices), timm_kwargs.get("qkv_bias", True))
         if dense_windows:
             timm_kwargs["always_partition"] = True
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
@@ -193,7 +194,8 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
     @staticmethod
     def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
         """Arguments that have no effect beside others, and why."""
-        found, kinds = {}, named(attention)
+        found: dict[str, str] = {}
+        kinds = named(attention)
         if arguments.get("attention_window") is None and not any(kind.quadratic for kind in kinds):
             found["dense_windows"] = f"'{attention}' sees the whole grid"
         if all(kind.quadratic or kind.kind == "block" for kind in kinds):

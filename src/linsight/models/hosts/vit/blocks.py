@@ -23,7 +23,9 @@ from ...seams import make_block as whole_block
 
 NORMS = ("pre", "siamese")
 # What timm's model asks of its blocks unless told, by the names of its own arguments; and those of its blocks.
-_USUAL = {name: found.default for name, found in inspect.signature(timm_vit.VisionTransformer.__init__).parameters.items()}
+_USUAL = {
+    name: found.default for name, found in inspect.signature(timm_vit.VisionTransformer.__init__).parameters.items()
+}
 _USUAL |= {"norm_layer": LayerNorm, "act_layer": nn.GELU, "cpe": False}
 _OF_MODEL = {"proj_drop": "proj_drop_rate", "attn_drop": "attn_drop_rate", "drop_path": "drop_path_rate"}
 # What the host needs, whatever timm's default: no layer is cut to one size, and timm asserts none that divide.
