@@ -162,7 +162,7 @@ def test_cross_attention_has_two_grids():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"dropout": 0.1}, "dropout=0.1: there is no score matrix"),
+        ({"dropout": 0.1}, "dropout=0.1: no mechanism here drops scores"),
         ({"add_bias_kv": True}, "add_bias_kv"),
         ({"add_zero_attn": True}, "add_zero_attn"),
         ({"kdim": 8}, "kdim=8"),

@@ -6,7 +6,7 @@ import pkgutil
 from . import mechanisms
 from .block import Block
 from .capabilities import FLAGS, Capabilities, Cost, Structure
-from .checks import check_asked, check_beside, entered
+from .checks import check_asked, check_beside, check_kind, entered, held
 from .core import Core, Rename
 from .create import create_attention, create_block, create_core, is_block
 from .fusing import INFERENCE_FORMS, Fusable, recast
@@ -45,12 +45,14 @@ __all__ = [
     "Tokens",
     "check_asked",
     "check_beside",
+    "check_kind",
     "create_attention",
     "create_block",
     "create_core",
     "drive",
     "each_image",
     "entered",
+    "held",
     "is_block",
     "list_attentions",
     "mechanism",

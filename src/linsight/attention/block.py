@@ -21,8 +21,9 @@ class Block(Fusable):
     capabilities: Capabilities = Capabilities()
     structure: Structure = Structure()
     published: ClassVar[tuple[Rename, ...]] = ()
+    takes: ClassVar[tuple[str, ...]] = ("mlp_ratio", "drop_path_rate")  # what of a host's blocks shapes it, too
 
-    def forward(self, x: Tensor, layout: LayoutLike, *, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
         """The residual stream `(B, P + H*W, C)` in and out; `keep` as in `Attention`.
 
         With `@each_image` it takes packed batches, too, and itself sees the images of one grid at a time.

@@ -1,5 +1,7 @@
 """Layers, cores and blocks by the name of their mechanism."""
 
+import inspect
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,7 +15,15 @@ from .parts.reduction import reduced
 from .projections import PROJECTIONS
 from .registry import mechanism
 
-_LAYER_OPTIONS = ("qkv_bias", "proj_bias", "proj_drop", "projections", "reduction", "pool")
+# Those of `Attention`, and what their values may be.
+_LAYER_OPTIONS = {
+    "qkv_bias": (lambda value: isinstance(value, bool), "True or False"),
+    "proj_bias": (lambda value: isinstance(value, bool), "True or False"),
+    "proj_drop": (lambda value: isinstance(value, int | float) and 0 <= value <= 1, "a rate from 0 to 1"),
+    "projections": (lambda value: value is None or value in PROJECTIONS, f"one of {', '.join(PROJECTIONS)}"),
+    "reduction": (lambda value: _is_whole(value, 1), "a whole number, 1 or more"),
+    "pool": (lambda value: _is_whole(value, 0), "a whole number, 0 for none"),
+}
 
 
 def create_attention(
@@ -41,18 +51,23 @@ def create_attention(
 
     Raises:
         UnknownNameError: no such mechanism, option or value; the nearest is offered.
-        LinsightError: `num_heads` does not divide `dim`.
+        LinsightError: `num_heads` does not divide `dim`, or the mechanism has no use for an option.
     """
     entry = mechanism(name)
     if entry.kind == "block":
         raise LinsightError(f"'{name}' is a whole block, not an attention layer: use it in a model")
-    if num_heads < 1 or dim % num_heads:
-        raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}: choose a divisor of {dim}")
+    check_size(dim, num_heads, grid)
     layer = {key: options.pop(key) for key in _LAYER_OPTIONS if key in options}
-    if layer.get("projections") not in (None, *PROJECTIONS):
-        raise LinsightError(f"unknown projections '{layer['projections']}': known are {', '.join(PROJECTIONS)}")
+    for key, value in layer.items():
+        fits, words = _LAYER_OPTIONS[key]
+        if not fits(value):
+            raise LinsightError(f"{key}={value!r} must be {words}")
+    if layer.get("reduction", 1) > 1 and layer.get("pool", 0):
+        raise LinsightError(f"pool={layer['pool']} takes the place of reduction={layer['reduction']}: pass one of them")
     entry.check_options(options)
     if entry.kind == "layer":
+        for key in sorted(layer.keys() - inspect.signature(entry.factory.__init__).parameters):
+            raise LinsightError(f"{key}={layer[key]!r}: '{name}' is a layer with projections of its own, leave it out")
         place = entry.placed(grid, index)
         made = entry.factory(dim, num_heads, device=device, dtype=dtype, **place, **layer, **options)
         assert isinstance(made, Layer)
@@ -61,6 +76,8 @@ def create_attention(
     if grid is not None:
         place["grid"] = reduced(grid, layer.get("reduction", 1), layer.get("pool", 0))
     core = create_core(name, dim, num_heads, device=device, dtype=dtype, **place, **options)
+    if layer.get("qkv_bias") and not core.qkv_bias:
+        raise LinsightError(f"qkv_bias=True: '{name}' projects queries, keys and values without a bias, leave it out")
     around: Any = core.layer or Attention
     return around(core, dim, device=device, dtype=dtype, **layer)
 
@@ -88,6 +105,7 @@ def create_core(
     entry = mechanism(name)
     if entry.kind != "core":
         raise LinsightError(f"'{name}' is a whole {entry.kind}, without a core of its own")
+    check_size(dim, num_heads, grid, query_grid)
     entry.check_options(options)
     place = entry.placed(grid, index, query_grid)
     core = entry.factory(dim, num_heads, device=device, dtype=dtype, **place, **options)
@@ -122,8 +140,28 @@ def create_block(
     entry = mechanism(name)
     if entry.kind != "block":
         raise LinsightError(f"'{name}' is an attention, not a block: use create_attention")
+    check_size(dim, num_heads, grid)
+    if not mlp_ratio > 0:
+        raise LinsightError(f"mlp_ratio={mlp_ratio} must be above 0")
     entry.check_options(options)
     shared = {"mlp_ratio": mlp_ratio, "drop_path": drop_path, "device": device, "dtype": dtype}
     block = entry.factory(dim, num_heads, **shared, **entry.placed(grid, index), **options)
     assert isinstance(block, Block)
     return block
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def check_size(dim: int, num_heads: int, *grids: tuple[int, int] | None) -> None:
+    """Raise a LinsightError unless `num_heads` divides `dim`, and grids are pairs, all whole numbers of 1 or more."""
+    for name, value in (("dim", dim), ("num_heads", num_heads)):
+        if not _is_whole(value, 1):
+            raise LinsightError(f"{name}={value!r} must be a whole number, 1 or more")
+    if dim % num_heads:
+        raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}: choose a divisor of {dim}")
+    for grid in grids:
+        pair = isinstance(grid, tuple | list) and len(grid) >= 2
+        if grid is not None and not (pair and all(_is_whole(side, 1) for side in grid[:2])):
+            raise LinsightError(f"grid={grid!r} must be (height, width) in tokens, whole numbers of 1 or more")

@@ -10,7 +10,7 @@ from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, LayoutLike, each_grid, mask_tokens
 
 from .capabilities import Capabilities, Structure
-from .checks import check_asked, check_beside, entered
+from .checks import check_asked, check_beside, entered, held
 from .core import Core, Rename
 from .fusing import Fusable
 from .packed import mark_packed, mix_packed
@@ -121,18 +121,22 @@ class Attention(Layer):
             CapabilityError: the formula of the mechanism does not define what is asked.
             LinsightError: tokens and layouts do not match, or what is given has another shape or dtype.
         """
-        layout = entered(x, layout, dim=self.dim, weight=getattr(self.proj, "weight", None))
+        layout = entered(x, layout, dim=self.dim, weight=held(self.proj))
         if self.reduction is not None:
             require(self.core, "reduced", "keys of a reduced grid")
         check_asked(self.core, layout, keep=keep, context=context, score_bias=score_bias)
-        check_beside(x, layout, keep=keep, context=context, score_bias=score_bias, residual=residual)
+        beside: dict[str, Any] = {"context": context, "score_bias": score_bias, "residual": residual}
+        check_beside(x, layout, keep=keep, heads=self.num_heads, **beside)
         source, source_layout = x, layout
         if context is not None:
             if self.core.causal:
                 raise CapabilityError("the causal form orders one sequence: pass causal=False, or no context")
             if context_layout is None:
                 raise LinsightError("context= needs context_layout=, the grid of its tokens")
-            source, source_layout = context, entered(context, context_layout, dim=self.dim, name="context")
+            source = context
+            source_layout = entered(context, context_layout, dim=self.dim, weight=held(self.proj), name="context")
+        elif context_layout is not None:
+            raise LinsightError("context_layout= came without context=, the tokens that lie so")
         inside = source_layout.keep(source.device)
         if inside is not None:
             keep = inside if keep is None else keep & inside
@@ -146,7 +150,7 @@ class Attention(Layer):
         if residual is not None and self.core.reads_residual:
             tokens = tokens._replace(residual=residual)
         core = functools.partial(mix_packed, self.core) if layout.is_packed or source_layout.is_packed else self.core
-        beside: dict[str, Any] = {} if source_layout is layout else {"context_layout": source_layout}
+        beside = {} if source_layout is layout else {"context_layout": source_layout}
         if score_bias is not None:
             beside["score_bias"] = score_bias
         return self.conclude(merge_heads(core(tokens, layout, **beside)), x)

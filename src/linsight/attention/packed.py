@@ -44,13 +44,15 @@ def each_image(forward: Forward) -> Forward:
     """
 
     @functools.wraps(forward)
-    def of_any(self: nn.Module, x: Tensor, layout: LayoutLike, **others: Any) -> Tensor:
-        layout = as_layout(layout)
-        if not layout.is_packed:
+    def of_any(self: nn.Module, x: Tensor, layout: LayoutLike | None = None, **others: Any) -> Tensor:
+        layout = layout if layout is None else as_layout(layout)
+        if layout is None or not layout.is_packed:
             return forward(self, x, layout, **others)
         check_tokens(x, layout)
         layouts, context = [layout], others.get("context")
         if context is not None:
+            if others.get("context_layout") is None:
+                raise LinsightError("context= needs context_layout=, the grid of its tokens")
             layouts.append(as_layout(others["context_layout"]))
             check_tokens(context, layouts[1], "context")
         groups = Groups(*layouts)

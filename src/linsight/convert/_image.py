@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from linsight.attention import create_attention
+from linsight.errors import LinsightError
 from linsight.ops import Grid
 
 
@@ -41,11 +42,16 @@ class Attention2d(nn.Module):
 
         Raises:
             CapabilityError: the mechanism cannot drop places.
+            LinsightError: `x` is no map, or `keep` does not fit it.
         """
+        if x.ndim != 4 or (keep is not None and keep.shape != (x.shape[0], *x.shape[2:])):
+            kept = "" if keep is None else f", and keep {tuple(keep.shape)}"
+            raise LinsightError(
+                f"a map has shape {tuple(x.shape)}{kept}: give (batch, channels, H, W) and (batch, H, W)"
+            )
         height, width = x.shape[2:]
-        out = self.layer(
-            x.flatten(2).transpose(1, 2), Grid(height, width), keep=None if keep is None else keep.flatten(1)
-        )
+        tokens = x.flatten(2).transpose(1, 2)
+        out = self.layer(tokens, Grid(height, width), keep=None if keep is None else keep.flatten(1))
         out = out.transpose(1, 2).unflatten(2, (height, width))
         return out.contiguous() if x.is_contiguous() else out
 

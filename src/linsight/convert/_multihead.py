@@ -6,15 +6,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import PROJECTIONS, Tokens, check_asked, create_core, merge_heads, require, split_heads
+from linsight.attention import (
+    PROJECTIONS,
+    Tokens,
+    check_asked,
+    check_beside,
+    create_core,
+    entered,
+    held,
+    merge_heads,
+    require,
+    split_heads,
+)
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, mask_tokens
+from linsight.ops import Grid, Layout, mask_tokens, traced
 
 from ._place import GridLike, check_prefix, lies_on_grid, locate, refuse, score_bias, table_grid
 
 # Arguments of torch's that linear attention has nothing to do with.
 _REFUSED = {
-    "dropout": "there is no score matrix to drop from, pass dropout=0",
+    "dropout": "no mechanism here drops scores, pass dropout=0",
     "add_bias_kv": "there are no keys that all images share, pass add_bias_kv=False",
     "add_zero_attn": "there is no softmax that could look away, pass add_zero_attn=False",
     "kdim": "keys are projected from as many channels as queries, pass kdim=None",
@@ -64,7 +75,8 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         asked = {"dropout": dropout} | {name: options.pop(name) for name in _REFUSED if name in options}
         refuse({name: value for name, value in asked.items() if value != embed_dim}, _REFUSED)
-        if num_heads < 1 or embed_dim % num_heads:
+        whole = isinstance(embed_dim, int) and isinstance(num_heads, int)
+        if whole and (num_heads < 1 or embed_dim % num_heads):
             raise LinsightError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}: choose a divisor")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         place: dict[str, Any] = {"grid": table_grid(grid), "query_grid": table_grid(grid)}
@@ -123,6 +135,11 @@ class MultiheadAttention(nn.Module):
         if query.is_nested:
             raise LinsightError("nested tensors are not supported: pass enable_nested_tensor=False to the encoder")
         batched = query.ndim == 3
+        if not traced() and (query.ndim not in (2, 3) or {key.ndim, value.ndim} != {query.ndim}):
+            shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+            raise LinsightError(
+                f"query, key and value have shapes {shapes}: give all three 3 axes, or 2 without a batch"
+            )
 
         def batch(x: Tensor) -> Tensor:  # (B, N, C)
             if not batched:
@@ -137,6 +154,7 @@ class MultiheadAttention(nn.Module):
         if k is not q:
             self._require_cross()
             source = Layout(self._locate(k, key_grid, self.key_grid, 0))
+        self._check(q, k, v, layout, source, keep, bias)
         check_asked(type(self.core), layout, keep=keep, score_bias=bias)
         if keep is not None:  # for keys and values alone, as torch has it: ignored tokens may still ask
             k, v = mask_tokens(k, keep), mask_tokens(v, keep)
@@ -156,6 +174,25 @@ class MultiheadAttention(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
         return f"{self.embed_dim}, {self.num_heads}, attention='{self.attention}', grid={self.grid}"
+
+    def _check(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        source: Layout | None,
+        keep: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        """Raise a LinsightError where tokens and masks fit neither the module nor each other."""
+        shared: dict[str, Any] = {"dim": self.embed_dim, "weight": held(self)}
+        entered(q, layout, name="query", **shared)
+        entered(k, source or layout, name="key", **shared)
+        entered(v, source or layout, name="value", **shared)
+        check_beside(q, layout, keep=keep, context=None if k is q else k, score_bias=bias, heads=self.num_heads)
+        if not traced() and v.shape[0] != k.shape[0]:
+            raise LinsightError(f"value has {v.shape[0]} images, but the key has {k.shape[0]}: one value for each key")
 
     def _locate(self, x: Tensor, given: GridLike | None, own: GridLike | None, prefix: int) -> Grid:
         grid = own if given is None else given
@@ -183,9 +220,16 @@ class MultiheadAttention(nn.Module):
         if mask is not None:
             require(kind, "score_bias", "attn_mask, a mask of pairs")
             bias = score_bias(mask, mask, q)
-            bias = bias if mask.ndim == 2 else bias.unflatten(0, (-1, self.num_heads))
+            if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != q.shape[0] * self.num_heads):
+                raise LinsightError(f"attn_mask has shape {tuple(mask.shape)}: give (M, N), or (batch * heads, M, N)")
+            bias = bias if mask.ndim == 2 else bias.unflatten(0, (q.shape[0], self.num_heads))
         if padding is not None:
-            padding = padding if padding.ndim == 2 else padding[None]
+            padding = padding if padding.ndim != 1 else padding[None]
+            if padding.ndim != 2 or not (padding.dtype == torch.bool or padding.is_floating_point()):
+                raise LinsightError(
+                    f"key_padding_mask is {padding.dtype} of shape {tuple(padding.shape)}: give (batch, keys), in bool "
+                    f"or floats"
+                )
             if padding.dtype == torch.bool:
                 keep = ~padding
             elif scores:

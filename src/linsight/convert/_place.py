@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from linsight.attention import Core, require
 from linsight.errors import LinsightError
-from linsight.ops import Grid
+from linsight.ops import Grid, as_layout, traced
 
 GridLike: TypeAlias = tuple[int, ...] | Literal["1d"]  # height, width, and perhaps prefix tokens; or 1 x N
 
 
 def table_grid(grid: GridLike | None) -> tuple[int, int] | None:
     """Height and width that position tables are made for, where they are known."""
-    return None if grid is None or grid == "1d" else (int(grid[0]), int(grid[1]))
+    return None if grid is None or grid == "1d" else as_layout(grid).grid[:2]  # type: ignore[arg-type]
 
 
 def locate(grid: GridLike, prefix: int, x: Tensor) -> Grid:
@@ -27,10 +27,9 @@ def locate(grid: GridLike, prefix: int, x: Tensor) -> Grid:
     tokens = x.shape[1]
     if grid == "1d":
         return Grid(1, tokens - prefix, prefix)
-    found = Grid(*grid)
+    found = as_layout(grid).grid  # type: ignore[arg-type]
     found = found._replace(prefix=prefix or found.prefix)
-    # a comparison under a compiler would add a guard for each size
-    if not torch.compiler.is_compiling() and tokens != found.tokens:
+    if not traced() and tokens != found.tokens:
         raise LinsightError(
             f"{tokens} tokens came, but a grid of {found.height}x{found.width} with {found.prefix} prefix tokens "
             f"has {found.tokens}: say how these lie with grid=(height, width) and prefix=, or set `grid` of the module"

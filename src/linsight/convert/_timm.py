@@ -17,7 +17,7 @@ _REFUSED = {
     "qk_norm": "there is no query and key normalisation around linear attention, pass qk_norm=False",
     "scale_norm": "there is no norm before the output projection, pass scale_attn_norm=False",
     "gated": "there is no output gate, pass gated=False",
-    "attn_drop": "there is no score matrix to drop from, pass attn_drop_rate=0",
+    "attn_drop": "no mechanism here drops scores, pass attn_drop_rate=0",
     "attn_head_dim": "heads share the channels, pass attn_head_dim=None",
     "dim_out": "as many channels come out as go in, pass dim_out=None",
 }

@@ -14,10 +14,17 @@ from linsight.ops import LayoutLike, accumulator, as_layout, autocasts, depthwis
 from .form import form_of
 
 
+def is_final(module: nn.Module) -> bool:
+    """Whether the weight is a parameter in full precision: not pruned or parametrized, which makes it in each call."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dtype == accumulator(weight.dtype)
+
+
 def conv_norm_form(module: ConvNorm) -> nn.Module:
     """One convolution and the activation; in half precision, where its weights would be rounded again, both."""
-    conv, norm = module.conv, module.bn
-    if conv.weight.dtype != accumulator(conv.weight.dtype) or norm.running_var is None or not norm.affine:
+    conv: Any = module.conv
+    norm: Any = module.bn
+    if not (is_final(conv) and is_final(norm)) or norm.running_var is None:
         return form_of(module, type(module))
     act = norm.act
     if type(act) is nn.ReLU:
@@ -49,7 +56,7 @@ class SummedCPE(CPE):
 
 def cpe_form(module: CPE) -> nn.Module:
     """With the sum, where its weights are not rounded to half precision."""
-    if module.weight.dtype != accumulator(module.weight.dtype):
+    if not is_final(module):
         return form_of(module, type(module))
     twin = form_of(module, SummedCPE)
     with torch.no_grad():

@@ -63,10 +63,10 @@ class FoldedInLine(Attention):
             return False
         if x.ndim != 3 or autocasts(x) or (residual is not None and residual.requires_grad):
             return False
-        _, n, width = x.shape
+        batch, n, width = x.shape
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting() and statically_known_true(n >= 4 * width)
-        return n >= width or is_few(x)
+        return batch > 0 and (n >= width or is_few(x))
 
 
 def is_few(x: Tensor) -> bool:

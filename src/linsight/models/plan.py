@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from linsight.attention import mechanism
+from linsight.attention import Mechanism, mechanism
 from linsight.errors import LinsightError
 
 
@@ -52,6 +52,11 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
         names = [name] * blocks + [tail] * (depth - blocks)
         table.append([Choice(mechanism(n).name, row if n == first else {}, start + i) for i, n in enumerate(names)])
     return table
+
+
+def named(attention: str) -> list[Mechanism]:
+    """The mechanisms that stand in `attention`."""
+    return [mechanism(part.partition(":")[0].strip()) for part in re.split("[,/]", attention)]
 
 
 def _by_stage(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ names where a host exists for them.
 """
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -153,6 +154,10 @@ def _build_variant(variant: Variant, **kwargs: Any) -> nn.Module:
     if variant.dense:  # which gives features whether asked to or not
         kwargs.pop("features_only", None)
     maps = {"out_indices": kwargs.pop("out_indices")} if variant.dense and "out_indices" in kwargs else {}
+    check_known(variant.name, host.model_cls, kwargs)
+    args = {"img_size": cfg["input_size"][-2:], **host.args, **variant.args}
+    idle: Any = getattr(host.model_cls, "idle", lambda *_: ())
+    dropped = idle(attention, {**args, **kwargs})  # of what the table has; what the caller gives, the class refuses
     model = build_model_with_cfg(
         host.model_cls,
         variant.name,
@@ -161,7 +166,7 @@ def _build_variant(variant: Variant, **kwargs: Any) -> nn.Module:
         feature_cfg=dict(host.feature_cfg),
         attention=attention,
         attention_options=options,
-        **{"img_size": cfg["input_size"][-2:], **host.args, **variant.args, **kwargs},
+        **{**{name: value for name, value in args.items() if name not in dropped}, **kwargs},
     )
     return DenseFeatures(model, normed=variant.dense == "normed", **maps) if variant.dense else model
 
@@ -175,6 +180,7 @@ def _build_architecture(entry: Architecture, **kwargs: Any) -> nn.Module:
         )
     if entry.feature_cfg is None and kwargs.pop("features_only", False):
         raise LinsightError(f"'{entry.name}' has no features_only: it classifies, and gives no maps")
+    check_known(entry.name, entry.model_cls, kwargs)
     return build_model_with_cfg(
         entry.model_cls,
         entry.name,
@@ -183,6 +189,27 @@ def _build_architecture(entry: Architecture, **kwargs: Any) -> nn.Module:
         feature_cfg=dict(entry.feature_cfg or {}),
         **{"img_size": cfg["input_size"][-2:], **entry.args, **kwargs},
     )
+
+
+_FEATURES = ("features_only", "out_indices", "feature_cls")  # which timm takes
+
+
+def check_known(name: str, cls: type[nn.Module], given: Mapping[str, Any]) -> None:
+    """Raise unless the class of the model `name`, with those it derives from, takes all arguments `given`."""
+    known: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            known |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    for key in given:
+        if key not in known and key not in _FEATURES:
+            raise UnknownNameError(f"argument of '{name}'", key, known - {"self"})
+    if not given.get("features_only"):
+        for key in _FEATURES[1:]:
+            if key in given:
+                raise LinsightError(f"{key}={given[key]} has no effect: pass features_only=True, too")
 
 
 def default_attention(name: str) -> str:

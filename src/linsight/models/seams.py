@@ -1,15 +1,20 @@
 """Questions that mechanisms and hosts may ask of each other, without knowing names."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from timm.layers import LayerNorm
 from torch import nn
 
 from linsight.attention import Block, Core, Layer, create_attention, create_block, is_block, mechanism
 from linsight.errors import CapabilityError, LinsightError
 
 from .plan import Choice
+
+NO_DROPPED_SCORES = "no mechanism here drops scores: pass attn_drop_rate=0, perhaps proj_drop_rate= in its place"
+# What hosts ask of a layer that nobody asked of them.
+_USUAL = {"qkv_bias": True, "proj_bias": True, "proj_drop": 0.0}
 
 
 def make_layer(
@@ -30,6 +35,7 @@ def make_layer(
     shared: `grid`, `qkv_bias`, `device` ... as of `create_attention`.
     """
     entry = mechanism(choice.name)
+    shared = {key: value for key, value in shared.items() if key not in _USUAL or value != _USUAL[key]}
     if entry.kind == "core":
         if projections and getattr(entry.factory, "projections", None) == "qkv":
             shared["projections"] = projections
@@ -43,6 +49,35 @@ def make_block(choice: Choice, dim: int, num_heads: int, **shared: Any) -> Block
     if not is_block(choice.name):
         return None
     return create_block(choice.name, dim, num_heads, index=choice.index, **shared, **choice.options)
+
+
+def refuse_for_block(choice: Choice, asked: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    """Raise where what is `asked` of blocks is other than `usual`, and `choice` is a whole block without a use for it."""
+    if not is_block(choice.name):
+        return
+    takes = mechanism(choice.name).factory.takes  # type: ignore[attr-defined]
+    for name, value in asked.items():
+        if name not in takes and value != usual.get(name):
+            raise LinsightError(
+                f"{name}={value}: '{choice.name}' is a whole block, of the host's arguments it takes "
+                f"{' and '.join(takes)}: leave {name} out, or take another mechanism"
+            )
+
+
+def refuse_idle(idle: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Raise for the first of the arguments `given` to a host that has no effect; `idle` says why."""
+    for name, why in idle.items():
+        if name in given:
+            raise LinsightError(f"{name}={given[name]} has no effect: {why}")
+
+
+def refuse_unbiased(choices: Iterable[Choice], qkv_bias: bool) -> None:
+    """Raise where a host is asked for no bias by `qkv_bias`, and no mechanism would have one."""
+    names = [choice.name for choice in choices]
+    if not qkv_bias and names and not any(getattr(mechanism(name).factory, "qkv_bias", True) for name in names):
+        raise LinsightError(
+            f"qkv_bias={qkv_bias} has no effect: '{names[0]}' has no such bias in any case, leave it out"
+        )
 
 
 def refuse_prefix(choices: Iterable[Choice], way: str) -> None:
@@ -62,20 +97,30 @@ def in_place_of(
     """
     old = theirs.attn
     if old.attn_drop.p:
-        raise LinsightError("linear attention has no score matrix to drop from: pass attn_drop_rate=0")
+        raise LinsightError(f"attn_drop_rate={old.attn_drop.p}: {NO_DROPPED_SCORES}")
+    if old.proj.in_features != old.dim:
+        raise LinsightError(f"head_dim=: heads share the {old.dim} channels here, leave it out")
+    projection = old.qkv if hasattr(old, "qkv") else old.q
+    biased, norm = projection.bias is not None, theirs.norm1
+    asked = {"qkv_bias": biased, "proj_drop_rate": old.proj_drop.p, "norm_layer": type(norm)}
+    refuse_for_block(choice, asked, {**_USUAL, "proj_drop_rate": 0.0, "norm_layer": _plain(norm)})
     factory = {"device": old.proj.weight.device, "dtype": old.proj.weight.dtype}
     rate, ratio = getattr(theirs.drop_path1, "drop_prob", 0.0), theirs.mlp.fc1.out_features / old.dim
     whole = make_block(choice, old.dim, old.num_heads, mlp_ratio=ratio, drop_path=rate, grid=grid, **factory)
     if whole is not None:
         return whole.apply(init)
-    projection = old.qkv if hasattr(old, "qkv") else old.q
-    shared = {"qkv_bias": projection.bias is not None, "proj_drop": old.proj_drop.p, **factory}
+    shared = {"qkv_bias": biased, "proj_drop": old.proj_drop.p, **factory}
     new = make(choice, old.dim, old.num_heads, **shared).apply(init)
     own = new.state_dict()
     weights = {re.sub(r"^(sr|norm)\.", r"reduction.\1.", key): tensor for key, tensor in old.state_dict().items()}
     fitting = {key: t for key, t in weights.items() if key in own and own[key].shape == t.shape}
     new.load_state_dict(fitting, strict=False)
     return new
+
+
+def _plain(norm: nn.Module) -> type[nn.Module]:
+    """The class of a LayerNorm, torch's own or timm's: that of `norm`, if it is one of them."""
+    return type(norm) if type(norm) in (nn.LayerNorm, LayerNorm) else nn.LayerNorm
 
 
 def set_grid(module: nn.Module, grid: tuple[int, int]) -> None:

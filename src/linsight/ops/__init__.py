@@ -22,7 +22,7 @@ from .inner import (
     inner_step,
     kernel_gradient,
 )
-from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, pad_prefix, tiles
+from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, pad_prefix, tiles, traced
 from .linear import (
     LinearState,
     affine_read,
@@ -122,6 +122,7 @@ __all__ = [
     "shifted_products",
     "table_for",
     "tiles",
+    "traced",
     "unpack",
     "use_form",
 ]

@@ -8,6 +8,7 @@ always given, never deduced from N.
 import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate
+from numbers import Integral
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,8 +18,17 @@ from torch.nn import functional as F
 from linsight.errors import LinsightError
 
 
+def traced() -> bool:
+    """True while a graph is made, where to compare sizes would be a guard on them, or freeze them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class Grid(NamedTuple):
-    """A grid of `height * width` tokens behind `prefix` tokens that have no place on it."""
+    """A grid of `height * width` tokens behind `prefix` tokens that have no place on it.
+
+    Raises:
+        LinsightError: one of them is not a whole number, or is below 0.
+    """
 
     height: int
     width: int
@@ -28,6 +38,19 @@ class Grid(NamedTuple):
     def tokens(self) -> int:
         """P + H*W."""
         return self.prefix + self.height * self.width
+
+
+def _new_grid(cls: type[Grid], height: int, width: int, prefix: int = 0) -> Grid:
+    if not traced():
+        for side in (height, width, prefix):
+            if (type(side) is not int and not isinstance(side, Integral | torch.SymInt)) or side < 0:
+                raise LinsightError(
+                    f"Grid({height}, {width}, {prefix}): height, width and prefix are whole numbers, 0 or more"
+                )
+    return tuple.__new__(cls, (height, width, prefix))  # type: ignore[type-var]
+
+
+Grid.__new__ = _new_grid  # type: ignore[method-assign,assignment]  # a named tuple may not define its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +107,23 @@ LayoutLike: TypeAlias = Grid | Layout | tuple[int, int]
 
 
 def as_layout(layout: LayoutLike) -> Layout:
-    """The layout of a bare grid, or of a bare height and width: every image fills it."""
-    return layout if isinstance(layout, Layout) else Layout(Grid(*layout))
+    """The layout of a bare grid, or of a bare height and width: every image fills it.
+
+    Raises:
+        LinsightError: it is none of these.
+    """
+    if isinstance(layout, Layout):
+        return layout
+    if isinstance(layout, Grid):
+        return Layout(layout)
+    if not isinstance(layout, tuple | list) or len(layout) not in (2, 3):
+        raise LinsightError(f"{layout!r:.40} is no layout: pass Grid(height, width), with prefix= for a class token")
+    return Layout(Grid(*layout))
 
 
 def check_tokens(x: Tensor, layout: Layout, name: str = "x") -> None:
     """Raise a LinsightError unless `x` `(B, N, C)` has one token for each place of `layout`."""
-    if torch.compiler.is_compiling():  # a comparison would add a guard for each size
+    if traced():
         return
     if layout.is_packed:
         return _check_packed(x, layout, name)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 
-from .layout import Grid, Layout
+from .layout import Grid, Layout, traced
 
 
 def pack(images: Sequence[Tensor], grids: Sequence[Grid | tuple[int, int]]) -> tuple[Tensor, Layout]:
@@ -60,6 +60,10 @@ class Groups:
     def split(self, x: Tensor, side: int = 0) -> list[Tensor]:
         """Cut `(1, sum of N_i, ...)`, which lies as layout `side` says, into `(images, N, ...)` of each group."""
         lengths = self._lengths[side]
+        if not traced() and x.shape[:2] != (1, sum(lengths)):
+            raise LinsightError(
+                f"a tensor of shape {tuple(x.shape)} came with packed images: give (1, {sum(lengths)}, ...)"
+            )
         if len(self._members) == 1:
             return [x.unflatten(1, (len(lengths), lengths[0])).squeeze(0)]
         pieces = x.split(lengths, dim=1)  # at once: the gradient of slices would be as many whole sequences

@@ -42,7 +42,7 @@ from linsight.ops import (
 
 from ..block import Block
 from ..capabilities import Capabilities, Structure
-from ..checks import check_asked, check_beside, entered
+from ..checks import check_asked, check_beside, entered, held
 from ..core import Core
 from ..packed import each_image
 from ..parts.pooled import Pool
@@ -266,9 +266,9 @@ class WeightFormer(Block):
         self.drop_path = DropPath(drop_path)
 
     @each_image
-    def forward(self, x: Tensor, layout: LayoutLike, *, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
         """The residual stream, which a dynamic block replaces by its norm."""
-        layout = entered(x, layout, dim=self.dim, weight=self.linear2.weight)
+        layout = entered(x, layout, dim=self.dim, weight=held(self.linear2))
         check_asked(self, layout, keep=keep)
         check_beside(x, layout, keep=keep)
         inside = layout.keep(x.device)

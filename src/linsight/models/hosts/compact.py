@@ -18,6 +18,7 @@ from timm.layers.conv_bn_act import ConvNormAct
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
+from linsight.errors import LinsightError
 from linsight.ops import Grid
 
 from ..parts.pyramid import Pyramid
@@ -74,6 +75,8 @@ class Compact(Pyramid):
     ) -> None:
         super().__init__(in_chans, num_classes)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if any(StageSize(*stage).mlp_ratio != StageSize._field_defaults["mlp_ratio"] for stage in stages):
+            raise LinsightError("the MLP ratio of a stage has no effect: pass mlp_ratio=, one for all stages")
         sizes = [StageSize(*stage)._replace(mlp_ratio=mlp_ratio) for stage in stages]
         widths = [in_chans, *(width for width, _ in stem)]
         self.stem = nn.Sequential(

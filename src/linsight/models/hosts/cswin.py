@@ -141,6 +141,7 @@ class CSwinBlock(PreNorm):
 class CSwinTransformer(PlainPyramid):
     """The host. The `reduction` of a stage is the width of its stripes, which are made for `img_size`."""
 
+    reduces = True
     published = (
         Rename("stage1_conv_embed.0.", "stages.0.downsample.proj."),
         Rename("stage1_conv_embed.2.", "stages.0.downsample.norm."),

@@ -70,6 +70,11 @@ class PVTStage(Stage):
             x, grid = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1), grid._replace(prefix=1)
         return self.run(x, grid)
 
+    def forward(self, x: Tensor, *, both: bool = False) -> Any:
+        """Maps in and out, `(B, C, H, W)`; with `both`, also the tokens, the class token first."""
+        x, grid = self.tokens(x)
+        return (as_map(x, grid), x) if both else as_map(x, grid)
+
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Move the table to another grid, as the forward would resample it."""
         super().set_grid(grid)
@@ -113,6 +118,7 @@ class PyramidVisionTransformer(Pyramid):
         final_norm: applied before the head; or absent; or "carried", in the state but not applied.
     """
 
+    reduces = True
     published = (
         *(Rename(f"patch_embed{i + 1}.", f"stages.{i}.downsample.") for i in range(4)),
         *(Rename(f"pos_embed{i + 1}", f"stages.{i}.pos_embed") for i in range(4)),
@@ -217,8 +223,7 @@ class PyramidVisionTransformer(Pyramid):
         """The map after a stage; of the last one also its tokens, the class token first, where there is one."""
         if not isinstance(stage, PVTStage) or not stage.prefix:
             return super().run_stage(stage, x)
-        x, grid = stage.tokens(x)
-        return as_map(x, grid), x
+        return stage(x, both=True)  # type: ignore[no-any-return]
 
     def norm_features(self, x: Tensor) -> Tensor:
         """The final norm, of a map `(B, C, h, w)` or, with a class token, of tokens `(B, 1 + h*w, C)`."""

@@ -8,6 +8,7 @@ of a mechanism of quadratic cost are reduced by a strided convolution (8, 4, 2, 
 Any image size: strides round upwards, and nothing is padded to a multiple.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,18 +17,34 @@ import torch
 from timm.layers import to_2tuple
 from timm.models import pvt_v2 as timm_pvt
 from timm.models._input import update_model_input_size
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
 
 from linsight.attention import Block, recast
 
-from ..plan import Choice, plan
+from ..parts.images import CheckedImages
+from ..plan import Choice, named, plan
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
-from ..seams import asked_no_weight_decay, in_place_of, make_layer, set_grid
+from ..seams import asked_no_weight_decay, in_place_of, make_layer, refuse_idle, refuse_unbiased, set_grid
 from ..steps import StreamPlan
 from ..timm.steps import pvt_v2_plan
 
 
-class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
+class PVTv2Stage(timm_pvt.PyramidVisionTransformerStage):
+    """timm's stage, which cannot view the tokens of an empty batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map `(B, C, H, W)`, or the first one `(B, H, W, C)`, to a map."""
+        x = x if self.downsample is None else self.downsample(x)
+        size = (x.shape[1], x.shape[2])
+        x = x.flatten(1, 2)
+        for block in self.blocks:
+            x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
+        return self.norm(x).unflatten(1, size).permute(0, 3, 1, 2).contiguous()
+
+
+class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransformerV2):
     """timm's class, all its arguments, and
 
     attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
@@ -45,8 +62,17 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
         **timm_kwargs: Any,
     ) -> None:
         choices = plan(attention, depths, attention_options)
+        refuse_idle(self.idle(attention, timm_kwargs), timm_kwargs)
+        refuse_unbiased(itertools.chain(*choices), timm_kwargs.get("qkv_bias", True))
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
         self.put(choices, to_2tuple(img_size))
+
+    @staticmethod
+    def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
+        """Arguments that have no effect beside others, and why."""
+        if any(kind.quadratic for kind in named(attention)):
+            return {}
+        return {"sr_ratios": f"'{attention}' reads all keys, a mechanism of quadratic cost those of a reduced grid"}
 
     @classmethod
     def adopt(
@@ -59,6 +85,7 @@ class PyramidVisionTransformerV2(timm_pvt.PyramidVisionTransformerV2):
 
     def put(self, choices: Sequence[Sequence[Choice]], img_size: tuple[int, int]) -> None:
         """The chosen mechanisms in the place of timm's attention, whose weights go on where they fit."""
+        self.stages = nn.Sequential(*(recast(stage, PVTv2Stage) for stage in self.stages))
         for (stage, grid), row in zip(self.grids(img_size), choices, strict=False):
             for i, choice in enumerate(row):
                 self._put(stage.blocks, i, choice, grid)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from linsight.errors import LinsightError, UnknownNameError
 
+from ..parts.images import CheckedImages
 from ..parts.stepsnet import Steps, block_widths
 
 BLOCKS = {"basic": timm_resnet.BasicBlock, "bottleneck": timm_resnet.Bottleneck}
@@ -49,7 +50,7 @@ class _StageBlocks:
         return made
 
 
-class StepsResNet(timm_resnet.ResNet):
+class StepsResNet(CheckedImages, timm_resnet.ResNet):
     """timm's ResNet, all its arguments, and
 
     block: "basic", or "bottleneck", whose maps have four times the width.
@@ -66,6 +67,8 @@ class StepsResNet(timm_resnet.ResNet):
     ) -> None:
         if len(stages) != 4:
             raise LinsightError(f"stages= lists {len(stages)}, but a ResNet has 4: give the steps of each")
+        if timm_args.keys() & {"layers", "channels"}:
+            raise LinsightError("stages= tells the blocks and widths of each stage: leave layers and channels out")
         if block not in BLOCKS:
             raise UnknownNameError("block", block, BLOCKS)
         narrow = [block_widths(steps) for steps in stages]  # which also checks them

@@ -19,6 +19,7 @@ A compiled or exported graph with windows serves all sizes that leave several in
 one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -34,14 +35,15 @@ from linsight.attention import Block, Fusable, Layer, create_core, mechanism, re
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
+from ..parts.images import CheckedImages
 from ..parts.partition import Partition, half_shift, to_multiple, within
 from ..parts.stages import init_linear
 from ..parts.stepsnet import Steps, block_widths, narrow, opened, widened
 from ..parts.windows import WindowAttention
-from ..plan import Choice, plan
+from ..plan import Choice, named, plan
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
-from ..seams import asked_no_weight_decay, in_place_of, make_layer
+from ..seams import asked_no_weight_decay, in_place_of, make_layer, refuse_idle, refuse_unbiased
 from ..steps import StreamPlan
 from ..timm.steps import swin_plan
 
@@ -149,11 +151,12 @@ class SwinStage(timm_swin.SwinTransformerStage):
                 block.set_grid(grid)
 
 
-class SwinTransformer(timm_swin.SwinTransformer):
+class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
     """timm's class, all its arguments, and
 
     attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
     attention_options: keyword arguments of that mechanism.
+    window_size: timm's, the windows of mechanisms of quadratic cost.
     attention_window: a window for mechanisms of linear cost; None: the whole grid.
     dense_windows: the host's windows as in the published backbones for dense tasks: they keep their size and shift
         on any grid, and what pads the grid to whole windows is seen, by softmax.
@@ -174,15 +177,32 @@ class SwinTransformer(timm_swin.SwinTransformer):
         steps: Sequence[Steps] | None = None,
         **timm_kwargs: Any,
     ) -> None:
+        given = {"attention_window": attention_window, "dense_windows": dense_windows or None}
+        given = {name: value for name, value in given.items() if value is not None}
+        refuse_idle(self.idle(attention, given), given)
+        if timm_kwargs.get("strict_img_size") or timm_kwargs.get("dynamic_img_size") is False:
+            raise LinsightError("this host takes images of any size: leave strict_img_size and dynamic_img_size out")
         if steps is not None:
             depths = [len(block_widths(row)) for row in steps]
         choices = plan(attention, depths, attention_options)
+        refuse_unbiased(itertools.chain(*choices), timm_kwargs.get("qkv_bias", True))
         if dense_windows:
             timm_kwargs["always_partition"] = True
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
         for stage, row in zip(self.layers, steps or (), strict=steps is not None):
             narrow(stage.blocks, row, timm_kwargs.get("norm_layer", nn.LayerNorm))
         self.put(choices, attention_window, dense_windows)
+
+    @staticmethod
+    def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
+        """Arguments that have no effect beside others, and why."""
+        found: dict[str, str] = {}
+        kinds = named(attention)
+        if arguments.get("attention_window") is None and not any(kind.quadratic for kind in kinds):
+            found["dense_windows"] = f"'{attention}' sees the whole grid"
+        if all(kind.quadratic or kind.kind == "block" for kind in kinds):
+            found["attention_window"] = f"'{attention}' has no window beside those of window_size="
+        return found
 
     @classmethod
     def adopt(

@@ -15,6 +15,7 @@ from linsight.errors import LinsightError
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, make_block
 from ..steps import Mix, Sample, StreamPlan, sampled
+from .images import check_images
 from .stages import Stage, StageSize, init_linear
 
 
@@ -25,6 +26,7 @@ class Pyramid(nn.Module):
     """
 
     output_fmt = "NCHW"
+    reduces = False  # the `reduction` of a stage is of use
     stem: nn.Module
     stages: nn.ModuleList
     norm: nn.Module
@@ -50,6 +52,9 @@ class Pyramid(nn.Module):
 
         They are described as timm does, in `feature_info`.
         """
+        for size in sizes:
+            if size.reduction != 1 and not self.reduces:
+                raise LinsightError(f"reduction={size.reduction} of a stage has no effect: this host reduces no keys")
         depths = [size.depth for size in sizes]
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         rows = plan(attention, depths, attention_options)
@@ -165,6 +170,7 @@ class Pyramid(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`(B, in_chans, H, W)` -> the last map `(B, C, h, w)`, normed."""
+        check_images(self, x)
         x = last = self.stem(x)
         for stage in self.stages:
             x, last = self.run_stage(stage, x)
@@ -206,6 +212,7 @@ class Pyramid(nn.Module):
         if output_fmt != "NCHW":
             raise LinsightError(f"output_fmt='{output_fmt}': this host gives maps, NCHW")
         take, last = feature_take_indices(len(self.stages), indices)
+        check_images(self, x)
         x = last_features = self.stem(x)
         maps = []
         final = len(self.feature_info) - 1

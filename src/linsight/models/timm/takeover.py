@@ -40,7 +40,7 @@ def add_timm_host(
     def create(
         name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
     ) -> nn.Module:
-        features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+        features, indices = _features(kwargs)
         size = kwargs.get("img_size") if sized else kwargs.pop("img_size", None)
         given = {key: kwargs.pop(key) for key in extra if key in kwargs}
         model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
@@ -70,6 +70,14 @@ add_timm_host(
 )
 
 
+def _features(kwargs: dict[str, Any]) -> tuple[bool, Any]:
+    """Takes out of `kwargs` whether maps are asked for, and which."""
+    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+    if indices is not None and not features:
+        raise LinsightError(f"out_indices={indices} has no effect: pass features_only=True, too")
+    return features, indices
+
+
 def _timm_vit(
     name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
@@ -82,13 +90,13 @@ def _timm_vit(
     shape = {key: value for key, value in kwargs.items() if key in ("img_size", "patch_size", "depth")}
     plain = timm.create_model(name, device="meta", **shape)
     (choices,) = plan(attention, [len(plain.blocks)], options)
-    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
-    ours = host_arguments(choices, plain.patch_embed.grid_size, **extra)
+    features, indices = _features(kwargs)
+    ours = host_arguments(choices, plain.patch_embed.grid_size, kwargs, **extra)
     extra.pop("cpe", None)
     model = VisionTransformer.adopt(timm.create_model(name, pretrained=pretrained, **{**kwargs, **ours}), **extra)
     if not features:
         return model
-    wrapped = FeatureGetterNet(model, indices)
+    wrapped = FeatureGetterNet(model, indices or 3)
     wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
     return wrapped
 

@@ -62,7 +62,7 @@ CNNS = (*_REGNETS, *_RESNETS, _MOBILENET)
 def cut(
     name: str, width: float = 1.0, stem_stride: int | None = None, *, in_chans: int = 3, drop_path_rate: float = 0.0
 ) -> Cut:
-    """A network of `CNNS` in parts, its channels times `width` (a RegNet's stay).
+    """A network of `CNNS` in parts, its channels times `width`, which is 1 for a RegNet.
 
     stem_stride: how much smaller the map is that the stem gives, for small images; None: the network's own.
     drop_path_rate: of the last residual branch; that of the others grows linearly up to it.
@@ -73,6 +73,8 @@ def cut(
     stem_stride = strides[-1] if stem_stride is None else stem_stride
     if stem_stride not in strides:
         raise LinsightError(f"stem_stride={stem_stride}: for {name} it is one of {', '.join(map(str, strides))}")
+    if name in _REGNETS and width != 1:
+        raise LinsightError(f"width={width}: that of {name} is its own, take another of {', '.join(_REGNETS)}")
     if name in _REGNETS:
         parts = _regnet(name, in_chans, stem_stride)
     elif name in _RESNETS:

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from linsight.attention import Rename
 from linsight.errors import LinsightError
 
+from ...parts.images import check_images
 from .cnn import cut
 from .parts import CrossAttention, Exchange, FeatureNorm, Writer
 from .types import Decision, Exit, ExitLogits, Latents, Network, State
@@ -110,6 +111,8 @@ class DynamicPerceiver(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifiers at all exits; with 0 classes the features that they would get come out."""
+        if global_pool not in (None, "avg"):
+            raise LinsightError(f"global_pool='{global_pool}': the exits read means, leave it out")
         self.num_classes = num_classes
         *_, early, late, out = self.widths
         fed = late if num_classes and self.latents.isc else 0
@@ -192,6 +195,7 @@ class DynamicPerceiver(nn.Module):
         return Exit(to, logits, state)
 
     def _begin(self, images: Tensor) -> State:
+        check_images(self, images)
         # a copy: PyTorch's counter of operations cannot follow a view of a parameter
         return State(0, images, torch.stack([self.latent]))
 

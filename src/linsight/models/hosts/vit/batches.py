@@ -9,6 +9,8 @@ from torch import Tensor
 from linsight.errors import LinsightError
 from linsight.ops import Grid, Layout, Tile, each_grid, mask_tokens, table_for
 
+from ...parts.images import check_images
+
 
 def embed_padded(model: Any, images: Tensor, sizes: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Layout]:
     """Images `(B, 3, H, W)` -> tokens `(B, P + h*w, C)` and their layout.
@@ -19,6 +21,7 @@ def embed_padded(model: Any, images: Tensor, sizes: Tensor | Sequence[Sequence[i
     Raises:
         LinsightError: the sizes do not fit the images.
     """
+    check_images(model, images)
     sizes = torch.as_tensor(sizes, device=images.device)
     _check_sizes(sizes, images)
     inside = Layout(Grid(*images.shape[2:]), sizes).keep(images.device)

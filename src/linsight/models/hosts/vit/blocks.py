@@ -1,10 +1,12 @@
 """The blocks of the ViT host, which timm's VisionTransformer builds for it."""
 
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
@@ -16,10 +18,18 @@ from ...parts.convs import CPE
 from ...parts.siamese import Junction, Pair
 from ...parts.stepsnet import Steps, block_widths, heads_of
 from ...plan import Choice
+from ...seams import NO_DROPPED_SCORES, make_layer, refuse_for_block, refuse_unbiased
 from ...seams import make_block as whole_block
-from ...seams import make_layer
 
 NORMS = ("pre", "siamese")
+# What timm's model asks of its blocks unless told, by the names of its own arguments; and those of its blocks.
+_USUAL = {
+    name: found.default for name, found in inspect.signature(timm_vit.VisionTransformer.__init__).parameters.items()
+}
+_USUAL |= {"norm_layer": LayerNorm, "act_layer": nn.GELU, "cpe": False}
+_OF_MODEL = {"proj_drop": "proj_drop_rate", "attn_drop": "attn_drop_rate", "drop_path": "drop_path_rate"}
+# What the host needs, whatever timm's default: no layer is cut to one size, and timm asserts none that divide.
+_ALWAYS = {"dynamic_img_size": True, "dynamic_img_pad": True}
 
 
 def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
@@ -30,7 +40,7 @@ def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
             if timm_args.get("qk_norm") or timm_args.get("scale_norm"):
                 raise LinsightError("the ViT host has no query/key normalisation: pass qk_norm=False")
             if timm_args.get("attn_drop"):
-                raise LinsightError("linear attention has no score matrix to drop from: pass attn_drop_rate=0")
+                raise LinsightError(f"attn_drop_rate={timm_args['attn_drop']}: {NO_DROPPED_SCORES}")
             shared = {key: timm_args[key] for key in ("qkv_bias", "proj_bias", "proj_drop", "device", "dtype")}
             return make_layer(choice, dim, num_heads, grid=grid, **shared)
 
@@ -116,6 +126,11 @@ def make_block(
         raise UnknownNameError("norm", norm, NORMS)
     if norm == "siamese" and is_block(choice.name):
         raise LinsightError(f"'{choice.name}' is a whole block, with a residual stream of its own: pass norm='pre'")
+    if timm_args["attn_layer"] is not _USUAL["attn_layer"]:
+        raise LinsightError("attn_layer=: the host makes its own layers, of the mechanism that attention= names")
+    asked = {_OF_MODEL.get(key, key): value for key, value in timm_args.items() if key not in ("device", "dtype")}
+    refuse_for_block(choice, {**asked, "cpe": cpe}, _USUAL)
+    refuse_unbiased(choices, timm_args["qkv_bias"])
     if widths is not None:
         dim, num_heads = widths[depth], heads_of(widths[depth], dim, num_heads)
     shared = {key: timm_args[key] for key in ("mlp_ratio", "drop_path", "device", "dtype")}
@@ -131,16 +146,20 @@ def make_block(
 def host_arguments(
     choices: list[Choice],
     grid: tuple[int, int],
+    given: Mapping[str, Any],
     *,
     cpe: bool = False,
     norm: str = "pre",
     steps: Steps | None = None,
 ) -> dict[str, Any]:
-    """Arguments that make timm's VisionTransformer the host; `grid` is that of its image size."""
+    """Arguments that make timm's VisionTransformer the host, beside those `given`; `grid` is that of its image size."""
+    for name, value in _ALWAYS.items():
+        if given.get(name, value) != value:
+            raise LinsightError(f"{name}={given[name]}: this host takes images of any size, leave it out")
+    if "block_fn" in given:
+        raise LinsightError("block_fn=: the host makes its own blocks, of the mechanism that attention= names")
     widths = None if steps is None else block_widths(steps)
     return {
         "block_fn": functools.partial(make_block, choices=choices, grid=grid, cpe=cpe, norm=norm, widths=widths),
-        "dynamic_img_size": True,
-        # without it, timm asserts divisible sizes, which makes a compiled graph for each
-        "dynamic_img_pad": True,
+        **_ALWAYS,
     }

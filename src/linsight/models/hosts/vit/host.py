@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from linsight.attention import Rename, recast
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, LayoutLike
+from linsight.ops import Grid, Layout, LayoutLike, traced
 
+from ...parts.images import check_images
 from ...parts.siamese import Merge, Pair
 from ...parts.stepsnet import Steps, block_widths, check_last, opened, widened
 from ...plan import plan
@@ -79,8 +80,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
         depth = depth if steps is None else len(block_widths(steps))
         (choices,) = plan(attention, [depth], attention_options)
         (height, width), (down, right) = to_2tuple(img_size), to_2tuple(patch_size)
-        ours = host_arguments(choices, (height // down, width // right), cpe=cpe, norm=norm, steps=steps)
-        super().__init__(img_size, patch_size, *timm_args, depth=depth, **ours, **timm_kwargs)
+        ours = host_arguments(choices, (height // down, width // right), timm_kwargs, cpe=cpe, norm=norm, steps=steps)
+        super().__init__(img_size, patch_size, *timm_args, depth=depth, **{**timm_kwargs, **ours})
         self._set_streams(norm, steps)
         if self.num_prefix_tokens:
             refuse_prefix(choices, "pass class_token=False, global_pool='avg'")
@@ -219,8 +220,15 @@ class VisionTransformer(timm_vit.VisionTransformer):
         found: list[Any] = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
         return found if intermediates_only else (self.norm(x), found)
 
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """timm's, which cannot view the tokens of an empty batch: it sees one image more."""
+        if traced() or x.shape[0]:
+            return super()._pos_embed(x)
+        return super()._pos_embed(torch.cat([x, x.new_zeros(1, *x.shape[1:])]))[:0]
+
     def _embed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Grid]:
         _refuse_masks(attn_mask, is_causal)
+        check_images(self, x)
         x = self.patch_embed(x)  # (B, h, w, C)
         grid = Grid(x.shape[1], x.shape[2], self.num_prefix_tokens)
         return self.norm_pre(self._pos_embed(x)), grid
