@@ -4,10 +4,10 @@
     python benchmarks/how_fast.py --device cuda --parts operators,deit --docs docs
 
 Three parts. Operators: all mechanisms that stream, beside PyTorch's softmax attention, from 14x14 to 112x112 tokens.
-Pyramids: linear Swin-T and MLLA-T beside timm's Swin-T. DeiT: InLine-DeiT-T beside timm's DeiT-T from 224 to 1344
-pixels, in float32 and bf16, and beside its own floor: the same model in which the values go straight from the
-projection to the output projection, with no mixing, no generator and no dynamic convolution. Under 20 minutes on two
-CPU cores.
+Pyramids: linear Swin-T and MLLA-T, plain and fused, beside timm's Swin-T. DeiT: InLine-DeiT-T, plain and fused,
+beside timm's DeiT-T from 224 to 1344 pixels, in float32 and bf16, and beside its own floor: the same model in which the
+values go straight from the projection to the output projection, with no mixing, no generator and no dynamic
+convolution. Under 20 minutes on two CPU cores.
 """
 
 import argparse
@@ -28,10 +28,12 @@ from linsight.attention import Attention, Capabilities, Core, Tokens, list_atten
 from linsight.bench import STEPS, Done, Group, Plan, Setting, Subject
 from linsight.bench.rows import digits
 from linsight.errors import LinsightError, UnknownNameError
+from linsight.fuse import fuse
 from linsight.ops import Layout
 from linsight.runtime.files import write_text
 
 FLOOR = Subject("model", "inline_deit_tiny", "floor")
+FUSED = Subject("model", "inline_deit_tiny", "fused")
 INLINE, SOFTMAX = Subject("model", "inline_deit_tiny"), Subject("model", "deit_tiny_patch16_224")
 PYRAMIDS = ("inline_swin_tiny", "focused_swin_tiny", "agent_swin_tiny", "mlla_tiny")
 BLOCK = re.compile(r"(<!-- generated: how fast -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -51,10 +53,12 @@ class Floor(Core):
 
 
 def build(subject: Subject, size: tuple[int, int], device: str | torch.device) -> nn.Module:
-    """As `linsight bench` does, and the floor."""
-    if subject != FLOOR:
+    """As `linsight bench` does, and besides fused models and the floor."""
+    if subject.attention not in ("fused", "floor"):
         return room.build(subject, size, device)
     model = room.build(subject._replace(attention=""), size, device)
+    if subject.attention == "fused":
+        return fuse(model, inplace=True)
     for module in model.modules():
         if isinstance(module, Attention):
             module.core = Floor(module.num_heads)
@@ -71,15 +75,17 @@ def plans(options: argparse.Namespace) -> dict[str, list[Plan]]:
     entries = (entry for entry in list_attentions(stream=True) if entry.kind == "core")
     streaming = tuple(Subject("operator", entry.name) for entry in entries)
     operators = Group(streaming, Subject("operator", "softmax"))
-    pyramids = Group(
-        tuple(Subject("model", name) for name in PYRAMIDS), Subject("model", "swin_tiny_patch4_window7_224")
-    )
-    deit = Group((INLINE, FLOOR), SOFTMAX)
+    swin = Subject("model", "swin_tiny_patch4_window7_224")
+    plain, fused = (tuple(Subject("model", name, form) for name in PYRAMIDS) for form in ("", "fused"))
+    deit = Group((INLINE, FUSED, FLOOR), SOFTMAX)
     images = [(side, side, 1) for side in (224, 448, 896, 1344)]
     both = tuple(STEPS)
     return {
         "operators": [plan(operators, [(side, side, 1) for side in (14, 28, 56, 112)], both)],
-        "pyramids": [plan(pyramids, [(224, 224, 4)], both)],
+        "pyramids": [
+            plan(Group((*plain, *fused), swin), [(224, 224, 4)], ("infer",)),
+            plan(Group(plain, swin), [(224, 224, 4)], ("train",)),
+        ],
         "deit": [
             *(plan(deit, images, ("infer",), amp) for amp in ("off", "bf16")),
             plan(deit, [images[0], images[-1]], ("infer",), compiled=True),
@@ -111,11 +117,11 @@ def by_size(rows: list[dict[str, Any]], step: str) -> str:
 
 
 def beside_floor(done: Done) -> Iterator[list[str]]:
-    """Of one size: the model beside its floor, and beside softmax the other way round."""
-    ours, floor, softmax = (done.sides[subject] for subject in (INLINE, FLOOR, SOFTMAX))
-    found = [room.ratios(ours, floor), room.ratios(softmax, ours)]
+    """One size: the model and its fused form beside the floor, and softmax beside the fused form."""
+    plain, fused, floor, softmax = (done.sides[subject] for subject in (INLINE, FUSED, FLOOR, SOFTMAX))
+    found = [room.ratios(plain, floor), room.ratios(fused, floor), room.ratios(softmax, fused)]
     shown = [room.spread(values, ".2f") if values else "-" for values in found]
-    memory = [side.facts.get("peak_mb") for side in (ours, softmax)]
+    memory = [side.facts.get("peak_mb") for side in (fused, softmax)]
     megabytes = ["-" if value is None else f"{value:.0f}" for value in memory]
     yield [str(done.cell.height), precision(done), *shown, *megabytes]
 
@@ -155,7 +161,15 @@ def run(options: argparse.Namespace) -> str:
                 room.write_plot(options.docs / picture, done.rows, f"{facts['device']}, {done.facts['precision']}")
                 text.append(f"![{name}]({picture})")
         if floors:
-            names = ["pixels", "precision", "model / floor", "softmax / model", "MB", "MB, softmax"]
+            names = [
+                "pixels",
+                "precision",
+                "plain / floor",
+                "fused / floor",
+                "softmax / fused",
+                "MB, fused",
+                "MB, softmax",
+            ]
             text += ["### InLine-DeiT-T beside its floor, and beside softmax", markdown(names, floors)]
     known = {key: value for key, value in facts.items() if value not in (None, False) and key != "precision"}
     told = ", ".join(f"{key} {value}" for key, value in known.items())

@@ -63,6 +63,6 @@ def test_the_page_keeps_its_words(tmp_path, monkeypatch, capsys):
     text = page.read_text()
     assert text.startswith("Before.\n<!-- generated") and text.endswith("<!-- end -->\nAfter.\n")
     assert "old" not in text and "| `m` | 8 |" in text and "device cpu: x" in text and "--parts pyramids" in text
-    assert (tmp_path / "a.csv").read_text().count("\n") == 2
+    assert (tmp_path / "a.csv").read_text().count("\n") == 3  # of two plans
     assert how_fast.main(["--parts", "pyramid"]) == 2 and "did you mean 'pyramids'" in capsys.readouterr().err
     assert how_fast.main(["--docs", str(tmp_path / "none")]) == 2
