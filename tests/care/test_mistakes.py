@@ -22,7 +22,9 @@ def refused(call, *words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("sides", [(-1, 4), (2.5, 4), (4, -1), (4, 4, -1), (4, 4, 0.5), ("4", 4), (None, 4), (4, True - 2)])
+@pytest.mark.parametrize(
+    "sides", [(-1, 4), (2.5, 4), (4, -1), (4, 4, -1), (4, 4, 0.5), ("4", 4), (None, 4), (4, True - 2)]
+)
 def test_grids_are_whole_numbers(sides):
     refused(lambda: Grid(*sides), "whole numbers")
     refused(lambda: as_layout(sides))
@@ -35,7 +37,8 @@ def test_a_grid_is_still_a_named_tuple():
 
 
 @pytest.mark.parametrize(
-    ("dim", "heads"), [(0, 1), (16, 0), (-16, 2), (16, -2), (16.0, 2), (16, 2.0), ("16", 2), (16, 3), (None, 2), (True, 1)]
+    ("dim", "heads"),
+    [(0, 1), (16, 0), (-16, 2), (16, -2), (16.0, 2), (16, 2.0), ("16", 2), (16, 3), (None, 2), (True, 1)],
 )
 def test_sizes_of_layers(dim, heads):
     refused(lambda: create_attention("inline", dim, heads))
