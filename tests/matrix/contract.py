@@ -83,7 +83,6 @@ def bad_arguments_are_one_line(subject: Subject) -> None:
             lambda lies=lies: layer(x, lies)
             for lies in (None, 6, (6,), (-2, -3), (2.0, 3), Grid(2, 3, 1), Layout((2, 3)))
         ),
-        lambda: layer(x),
         lambda: layer.double()(x, grid),
         *(lambda n=n: create(subject.name, *n) for n in ((8, 3), (8, 0), (0, 1), (-8, 2), (8, -2), (8.0, 2), (8, 2.0))),
         lambda: create(subject.name, 8, 2, grid=(0, 3)),

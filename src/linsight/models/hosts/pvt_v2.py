@@ -50,7 +50,10 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
     attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
     attention_options: keyword arguments of that mechanism.
     img_size: what position tables are made for, of mechanisms that have some; any size works.
+    sr_ratios: timm's, of the keys of mechanisms of quadratic cost.
     """
+
+    stages: nn.Sequential
 
     def __init__(
         self,
