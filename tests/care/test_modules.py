@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils._pytree import tree_map
 
 import linsight
 from linsight.convert import MultiheadAttention
+from linsight.models.hosts.dyn_perceiver import DynamicPerceiver, Latents, Network
+from linsight.models.hosts.steps_resnet import StepsResNet
 from linsight.ops import Grid
 from matrix import subjects
 from test_hosts import SMALL, build
@@ -52,9 +55,12 @@ def adapted(attention):
 
 
 def others():
-    names = ("dynp_reg400m_t32", "steps_resnet18")
-    models = [pytest.param(lambda n=n: linsight.create_model(n, num_classes=7), id=n) for n in names]
-    return [pytest.param(lambda n=n: adapted(n), id=f"torch-{n}") for n in ("softmax", "agent")] + models
+    models = {
+        "dyn_perceiver": lambda: DynamicPerceiver(Network("resnet18", 0.125), Latents(16, (0.3,) * 4), num_classes=7),
+        "steps_resnet": lambda: StepsResNet("basic", [[(8, 1), (16, 1)]] * 4, num_classes=7),
+    }
+    models |= {f"torch-{name}": lambda name=name: adapted(name) for name in ("softmax", "agent")}
+    return [pytest.param(make, id=name) for name, make in models.items()]
 
 
 def hosts():
@@ -72,7 +78,10 @@ makes = pytest.mark.parametrize("make", [*layers(), *hosts(), *others()])
 
 def run(module, seed=0):
     if hasattr(module, "in_chans"):
-        return module(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)))
+        x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+        if isinstance(module, DynamicPerceiver):
+            return torch.cat([found.logits for found in module.exits(x)], dim=1)
+        return module(x)
     return module(torch.randn(2, GRID.tokens, 16, generator=torch.Generator().manual_seed(seed)), GRID)
 
 
@@ -121,13 +130,14 @@ def test_hooks_fire_and_what_they_give_is_used(make):
 
             def hook(module, args, out, fired=fired):
                 fired.append(module)
-                return out + torch.randn_like(out) if isinstance(out, torch.Tensor) else None
+                return tree_map(lambda tensor: tensor + torch.randn_like(tensor), out)
 
             handle = module.register_forward_hook(hook)
             after = run(model)
             handle.remove()
             assert fired, f"{name} is not called"
-            assert not torch.equal(after, before) or getattr(model, "has_class_token", False), f"{name} is not used"
+            unread = getattr(model, "has_class_token", False) or getattr(model, "class_token", False)
+            assert not torch.equal(after, before) or unread, f"{name} is not used"
 
 
 @pytest.mark.parametrize("way", ["pruned", "lora"])

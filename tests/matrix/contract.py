@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from linsight import create_attention, fuse
-from linsight.attention import FLAGS, list_attentions, run_rounds
+from linsight.attention import FLAGS, create_block, list_attentions, run_rounds
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, tiles
 
@@ -72,25 +73,51 @@ def incapable_says_who_can(subject: Subject) -> None:
 
 
 def bad_arguments_are_one_line(subject: Subject) -> None:
-    """Wrong token counts, heads, options and values."""
-    layer = subject.layer(8)
-    mistakes = [
-        lambda: layer(torch.randn(1, 7, 8), Grid(2, 3)),
-        lambda: layer(torch.randn(6, 8), Grid(2, 3)),
-        lambda: layer(torch.randn(1, 6, 8), Grid(2, 3, 1)),
-        lambda: create_attention(subject.name, 8, 3),
-        lambda: create_attention(subject.name, 8, 0),
-        lambda: create_attention(subject.name, 8, 2, no_such_option=1),
-        lambda: create_attention(subject.name, 8, 2, projections="kqv"),
+    """Wrong tokens, layouts, what comes beside them, sizes, options and values."""
+    layer, grid, x = subject.layer(8), Grid(2, 3), torch.randn(2, 6, 8)
+    create = create_block if subject.entry.kind == "block" else create_attention
+    sizes = torch.tensor([[2, 3], [2, 2]])
+    mistakes: list[Callable[[], Any]] = [
+        *(lambda x=x: layer(x, grid) for x in (x[:, :5], x[0], x[None], x[..., :4], x.half(), x.long(), x.to("meta"))),
+        *(
+            lambda lies=lies: layer(x, lies)
+            for lies in (None, 6, (6,), (-2, -3), (2.0, 3), Grid(2, 3, 1), Layout((2, 3)))
+        ),
+        lambda: layer.double()(x, grid),
+        *(lambda n=n: create(subject.name, *n) for n in ((8, 3), (8, 0), (0, 1), (-8, 2), (8, -2), (8.0, 2), (8, 2.0))),
+        lambda: create(subject.name, 8, 2, grid=(0, 3)),
+        lambda: create(subject.name, 8, 2, no_such_option=1),
     ]
+    if subject.entry.kind != "block":
+        mistakes += [lambda: create(subject.name, 8, 2, projections="kqv")]
+    if subject.entry.kind == "core":
+        mistakes += [
+            lambda: layer(x),
+            lambda: layer(x, grid, context_layout=grid),
+            lambda: layer(x, grid, context=x),
+            lambda: layer(x, grid, residual=x[:, :5]),
+        ]
+    if subject.can.keep:
+        kept = (torch.ones(2, 6), torch.ones(2, 6).long(), torch.ones(2, 5).bool(), torch.ones(6).bool())
+        mistakes += [lambda keep=keep: layer(x, grid, keep=keep) for keep in kept]
+    if subject.can.sizes:
+        wrong = (sizes.float(), sizes[:1], sizes + 1, sizes - 2, sizes.tolist())
+        mistakes += [lambda given=given: layer(x, Layout(grid, given)) for given in wrong]
+    if subject.can.cross:
+        contexts = (x[:1], x[..., :4], x.half(), x[:, :5])
+        mistakes += [lambda given=given: layer(x, grid, context=given, context_layout=grid) for given in contexts]
+    if subject.can.score_bias:
+        biases = (torch.zeros(2, 2, 6, 5), torch.zeros(2, 3, 6, 6), torch.zeros(3, 1, 6, 6), torch.zeros(6, 6).long())
+        mistakes += [lambda given=given: layer(x, grid, score_bias=given) for given in biases]
     mistakes += [
-        lambda option=option: create_attention(subject.name, 8, 2, **{option.name: "no such value"})
+        lambda option=option: create(subject.name, 8, 2, **{option.name: "no such value"})
         for option in subject.entry.options
         if option.choices
     ]
-    for mistake in mistakes:
+    for i, mistake in enumerate(mistakes):
+        layer.float()
         with pytest.raises(LinsightError) as caught:
-            mistake()
+            pytest.fail(f"mistake {i} is accepted: {mistake()}")
         assert "\n" not in str(caught.value)
 
 

@@ -1,6 +1,7 @@
 """Layers, cores and blocks by the name of their mechanism."""
 
 import inspect
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -16,7 +17,7 @@ from .projections import PROJECTIONS
 from .registry import mechanism
 
 # Those of `Attention`, and what their values may be.
-_LAYER_OPTIONS = {
+_LAYER_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "qkv_bias": (lambda value: isinstance(value, bool), "True or False"),
     "proj_bias": (lambda value: isinstance(value, bool), "True or False"),
     "proj_drop": (lambda value: isinstance(value, int | float) and 0 <= value <= 1, "a rate from 0 to 1"),
@@ -151,7 +152,7 @@ def create_block(
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_size(dim: int, num_heads: int, *grids: tuple[int, int] | None) -> None:

@@ -123,7 +123,10 @@ def build(entry: Variant | Architecture, *, pretrained: bool = False, **kwargs: 
     """The model of a row of a table, with its published weights where they are asked for and can be fetched."""
     if pretrained:
         _check_fetched(entry, kwargs.get("attention"))
-    model = _build_variant(entry, **kwargs) if isinstance(entry, Variant) else _build_architecture(entry, **kwargs)
+    try:
+        model = _build_variant(entry, **kwargs) if isinstance(entry, Variant) else _build_architecture(entry, **kwargs)
+    except AssertionError as error:  # timm's, of arguments that do not go together
+        raise LinsightError(f"'{entry.name}' cannot be built so: {error}") from error
     if pretrained:
         classes = DEFAULT_CFG["num_classes"]
         _LOADERS[0](model, entry.weights, head=kwargs.get("num_classes", classes) == classes)

@@ -10,7 +10,7 @@ from torch import nn
 from linsight.attention import Block, Core, Layer, create_attention, create_block, is_block, mechanism
 from linsight.errors import CapabilityError, LinsightError
 
-from .plan import Choice
+from .plan import Choice, named
 
 NO_DROPPED_SCORES = "no mechanism here drops scores: pass attn_drop_rate=0, perhaps proj_drop_rate= in its place"
 # What hosts ask of a layer that nobody asked of them.
@@ -52,7 +52,7 @@ def make_block(choice: Choice, dim: int, num_heads: int, **shared: Any) -> Block
 
 
 def refuse_for_block(choice: Choice, asked: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
-    """Raise where what is `asked` of blocks is other than `usual`, and `choice` is a whole block without a use for it."""
+    """Raise where what is `asked` of blocks is not `usual`, and `choice` is a whole block that does not take it."""
     if not is_block(choice.name):
         return
     takes = mechanism(choice.name).factory.takes  # type: ignore[attr-defined]
@@ -71,13 +71,10 @@ def refuse_idle(idle: Mapping[str, str], given: Mapping[str, Any]) -> None:
             raise LinsightError(f"{name}={given[name]} has no effect: {why}")
 
 
-def refuse_unbiased(choices: Iterable[Choice], qkv_bias: bool) -> None:
-    """Raise where a host is asked for no bias by `qkv_bias`, and no mechanism would have one."""
-    names = [choice.name for choice in choices]
-    if not qkv_bias and names and not any(getattr(mechanism(name).factory, "qkv_bias", True) for name in names):
-        raise LinsightError(
-            f"qkv_bias={qkv_bias} has no effect: '{names[0]}' has no such bias in any case, leave it out"
-        )
+def refuse_unbiased(attention: str, qkv_bias: bool) -> None:
+    """Raise where a host is asked for no bias by `qkv_bias`, and no mechanism of `attention` would have one."""
+    if not qkv_bias and not any(getattr(kind.factory, "qkv_bias", True) for kind in named(attention)):
+        raise LinsightError(f"qkv_bias={qkv_bias} has no effect: '{attention}' has no such bias, leave it out")
 
 
 def refuse_prefix(choices: Iterable[Choice], way: str) -> None:

@@ -20,7 +20,7 @@ from linsight.errors import LinsightError
 
 def traced() -> bool:
     """True while a graph is made, where to compare sizes would be a guard on them, or freeze them."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 class Grid(NamedTuple):
@@ -47,7 +47,7 @@ def _new_grid(cls: type[Grid], height: int, width: int, prefix: int = 0) -> Grid
                 raise LinsightError(
                     f"Grid({height}, {width}, {prefix}): height, width and prefix are whole numbers, 0 or more"
                 )
-    return tuple.__new__(cls, (height, width, prefix))  # type: ignore[type-var]
+    return tuple.__new__(cls, (height, width, prefix))
 
 
 Grid.__new__ = _new_grid  # type: ignore[method-assign,assignment]  # a named tuple may not define its own

@@ -223,7 +223,7 @@ class PyramidVisionTransformer(Pyramid):
         """The map after a stage; of the last one also its tokens, the class token first, where there is one."""
         if not isinstance(stage, PVTStage) or not stage.prefix:
             return super().run_stage(stage, x)
-        return stage(x, both=True)  # type: ignore[no-any-return]
+        return stage(x, both=True)
 
     def norm_features(self, x: Tensor) -> Tensor:
         """The final norm, of a map `(B, C, h, w)` or, with a class token, of tokens `(B, 1 + h*w, C)`."""

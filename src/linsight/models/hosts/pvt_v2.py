@@ -8,7 +8,6 @@ of a mechanism of quadratic cost are reduced by a strided convolution (8, 4, 2, 
 Any image size: strides round upwards, and nothing is padded to a multiple.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from linsight.attention import Block, recast
+from linsight.errors import UnknownNameError
 
 from ..parts.images import CheckedImages
 from ..plan import Choice, named, plan
@@ -50,7 +50,10 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
     attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
     attention_options: keyword arguments of that mechanism.
     img_size: what position tables are made for, of mechanisms that have some; any size works.
+    sr_ratios: timm's, of the keys of mechanisms of quadratic cost.
     """
+
+    stages: nn.Sequential
 
     def __init__(
         self,
@@ -62,17 +65,28 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
         **timm_kwargs: Any,
     ) -> None:
         choices = plan(attention, depths, attention_options)
-        refuse_idle(self.idle(attention, timm_kwargs), timm_kwargs)
-        refuse_unbiased(itertools.chain(*choices), timm_kwargs.get("qkv_bias", True))
+        self.check(attention, timm_kwargs)
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
         self.put(choices, to_2tuple(img_size))
+
+    @classmethod
+    def check(cls, attention: str, given: Mapping[str, Any]) -> None:
+        """Raise for arguments that could not be honoured."""
+        refuse_idle(cls.idle(attention, given), given)
+        refuse_unbiased(attention, given.get("qkv_bias", True))
+        if given.get("global_pool", "avg") not in ("avg", ""):
+            raise UnknownNameError("global_pool", given["global_pool"], ("avg",))
 
     @staticmethod
     def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
         """Arguments that have no effect beside others, and why."""
-        if any(kind.quadratic for kind in named(attention)):
-            return {}
-        return {"sr_ratios": f"'{attention}' reads all keys, a mechanism of quadratic cost those of a reduced grid"}
+        kinds = named(attention)
+        found: dict[str, str] = {}
+        if not any(kind.quadratic for kind in kinds):
+            found["sr_ratios"] = f"'{attention}' reads all keys; those of quadratic cost read a coarser grid"
+        if all(kind.kind == "block" for kind in kinds):
+            found["linear"] = f"'{attention}' has neither reduced keys nor the host's MLP"
+        return found
 
     @classmethod
     def adopt(

@@ -19,7 +19,6 @@ A compiled or exported graph with windows serves all sizes that leave several in
 one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -177,21 +176,27 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
         steps: Sequence[Steps] | None = None,
         **timm_kwargs: Any,
     ) -> None:
-        given = {"attention_window": attention_window, "dense_windows": dense_windows or None}
-        given = {name: value for name, value in given.items() if value is not None}
-        refuse_idle(self.idle(attention, given), given)
-        if timm_kwargs.get("strict_img_size") or timm_kwargs.get("dynamic_img_size") is False:
-            raise LinsightError("this host takes images of any size: leave strict_img_size and dynamic_img_size out")
+        ours = {"attention_window": attention_window, "dense_windows": dense_windows or None}
+        self.check(attention, timm_kwargs | {name: value for name, value in ours.items() if value is not None})
         if steps is not None:
             depths = [len(block_widths(row)) for row in steps]
         choices = plan(attention, depths, attention_options)
-        refuse_unbiased(itertools.chain(*choices), timm_kwargs.get("qkv_bias", True))
         if dense_windows:
             timm_kwargs["always_partition"] = True
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
         for stage, row in zip(self.layers, steps or (), strict=steps is not None):
             narrow(stage.blocks, row, timm_kwargs.get("norm_layer", nn.LayerNorm))
         self.put(choices, attention_window, dense_windows)
+
+    @classmethod
+    def check(cls, attention: str, given: Mapping[str, Any]) -> None:
+        """Raise for arguments that could not be honoured."""
+        refuse_idle(cls.idle(attention, given), given)
+        refuse_unbiased(attention, given.get("qkv_bias", True))
+        if given.get("strict_img_size") or given.get("dynamic_img_size") is False:
+            raise LinsightError("this host takes images of any size: leave strict_img_size and dynamic_img_size out")
+        if given.get("embed_layer", PatchEmbed) is not PatchEmbed:
+            raise LinsightError("embed_layer=: the host pads images to whole patches by its own, leave it out")
 
     @staticmethod
     def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:

@@ -18,13 +18,10 @@ from ..parts.stepsnet import block_widths
 from ..plan import plan
 from ..registry import TIMM_HOSTS
 
-# Makes a model of timm one of ours: the model, a choice for each block, the size of images, arguments of the host.
-Adopt = Callable[..., nn.Module]
-
 
 def add_timm_host(
     module: str,
-    adopt: Adopt,
+    host: Any,
     depths: Callable[[Any], Sequence[int]],
     *,
     sized: bool = True,
@@ -33,6 +30,7 @@ def add_timm_host(
 ) -> None:
     """Let `create_model` take the models that the timm module `module` defines.
 
+    host: the class, whose `adopt` makes such a model one of ours, of a choice for each block and the size of images.
     depths: the blocks of each stage of such a model.  sized: whether timm's class takes `img_size`.
     extra: names of arguments of the host that timm's class lacks.  always: arguments that the host needs.
     """
@@ -42,10 +40,11 @@ def add_timm_host(
     ) -> nn.Module:
         features, indices = _features(kwargs)
         size = kwargs.get("img_size") if sized else kwargs.pop("img_size", None)
+        host.check(attention, kwargs)
         given = {key: kwargs.pop(key) for key in extra if key in kwargs}
         model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
         blocks, size = depths(model), size or model.pretrained_cfg["input_size"][-2:]
-        model = adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
+        model = host.adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
         if not features:
             return model
         wrapped = FeatureGetterNet(model, indices or tuple(range(len(blocks))))
@@ -57,14 +56,14 @@ def add_timm_host(
 
 add_timm_host(
     "timm.models.swin_transformer",
-    SwinTransformer.adopt,
+    SwinTransformer,
     depths=lambda model: [len(stage.blocks) for stage in model.layers],
     extra=("attention_window",),
     strict_img_size=False,
 )
 add_timm_host(
     "timm.models.pvt_v2",
-    PyramidVisionTransformerV2.adopt,
+    PyramidVisionTransformerV2,
     depths=lambda model: [len(stage.blocks) for stage in model.stages],
     sized=False,
 )

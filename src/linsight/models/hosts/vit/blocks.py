@@ -38,7 +38,9 @@ def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
     class Layer(nn.Module):
         def __new__(cls, dim: int, num_heads: int, **timm_args: Any) -> Any:
             if timm_args.get("qk_norm") or timm_args.get("scale_norm"):
-                raise LinsightError("the ViT host has no query/key normalisation: pass qk_norm=False")
+                raise LinsightError(
+                    "the ViT host has no norms inside attention: pass qk_norm=False, scale_attn_norm=False"
+                )
             if timm_args.get("attn_drop"):
                 raise LinsightError(f"attn_drop_rate={timm_args['attn_drop']}: {NO_DROPPED_SCORES}")
             shared = {key: timm_args[key] for key in ("qkv_bias", "proj_bias", "proj_drop", "device", "dtype")}
@@ -130,7 +132,7 @@ def make_block(
         raise LinsightError("attn_layer=: the host makes its own layers, of the mechanism that attention= names")
     asked = {_OF_MODEL.get(key, key): value for key, value in timm_args.items() if key not in ("device", "dtype")}
     refuse_for_block(choice, {**asked, "cpe": cpe}, _USUAL)
-    refuse_unbiased(choices, timm_args["qkv_bias"])
+    refuse_unbiased("/".join(dict.fromkeys(one.name for one in choices)), timm_args["qkv_bias"])
     if widths is not None:
         dim, num_heads = widths[depth], heads_of(widths[depth], dim, num_heads)
     shared = {key: timm_args[key] for key in ("mlp_ratio", "drop_path", "device", "dtype")}

@@ -36,7 +36,7 @@ from ...parts.images import check_images
 from ...parts.siamese import Merge, Pair
 from ...parts.stepsnet import Steps, block_widths, check_last, opened, widened
 from ...plan import plan
-from ...seams import asked_no_weight_decay, refuse_prefix, set_grid
+from ...seams import asked_no_weight_decay, refuse_for_block, refuse_prefix, set_grid
 from ...steps import StreamPlan
 from .batches import classify, embed_packed, embed_padded
 from .blocks import host_arguments
@@ -80,6 +80,9 @@ class VisionTransformer(timm_vit.VisionTransformer):
         depth = depth if steps is None else len(block_widths(steps))
         (choices,) = plan(attention, [depth], attention_options)
         (height, width), (down, right) = to_2tuple(img_size), to_2tuple(patch_size)
+        if timm_kwargs.get("fix_init"):
+            for choice in choices:
+                refuse_for_block(choice, {"fix_init": True}, {})
         ours = host_arguments(choices, (height // down, width // right), timm_kwargs, cpe=cpe, norm=norm, steps=steps)
         super().__init__(img_size, patch_size, *timm_args, depth=depth, **{**timm_kwargs, **ours})
         self._set_streams(norm, steps)
