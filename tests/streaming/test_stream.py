@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import linsight
+from linsight.attention import is_block
 
 from .hosts import PLAIN, SMALL, STREAMING, close, image, small, whole
 
@@ -20,7 +21,7 @@ def same_as_dense(model, picture, tile):
 
 @pytest.mark.parametrize("attention", STREAMING)
 def test_every_mechanism_in_a_vit(attention):
-    model = small("vit_tiny", attention, cpe=True)
+    model = small("vit_tiny", attention, cpe=not is_block(attention))
 
     @few
     @given(st.integers(9, 40), st.integers(9, 40), st.integers(12, 36))
