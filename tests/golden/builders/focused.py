@@ -18,7 +18,8 @@ def focused_op(spec: dict[str, Any]) -> Run:
         branch = Branch(create_core("focused", dim, num_heads, **options), dim)
         return Run(branch, lambda: branch(x.movedim(0, 2), grid, x[0]))
     if config["host"] != "swin":
-        options |= {"projections": "q_kv", "reduction": config["sr_ratio"], "pool": 7 if config.get("linear") else 0}
+        coarser = {"pool": 7} if config.get("linear") else {"reduction": config["sr_ratio"]}
+        options |= {"projections": "q_kv", **coarser}
     layer = linsight.create_attention("focused", dim, num_heads, **options)
     return Run(layer, lambda: layer(x, grid), REDUCTION)
 

@@ -30,9 +30,8 @@ def block(spec: dict[str, Any]) -> Run:
     shared = {"attention": attention, "attention_options": options, "img_size": (4 * grid.height, 4 * grid.width)}
     if config["host"] == "swin":
         window = config["window_size"]
-        model = SwinTransformer(
-            embed_dim=dim, depths=[2], num_heads=[num_heads], window_size=window, attention_window=window, **shared
-        )
+        name = "window_size" if attention == "softmax" else "attention_window"
+        model = SwinTransformer(embed_dim=dim, depths=[2], num_heads=[num_heads], **{name: window}, **shared)
         second = model.layers[0].blocks[1]  # the shifted one
         assert max(second.shift) == config["shift_size"]
         return Run(second, lambda: second(x, grid))
@@ -41,8 +40,8 @@ def block(spec: dict[str, Any]) -> Run:
             depths=[1],
             embed_dims=[dim],
             num_heads=num_heads,
-            sr_ratios=config["sr_ratio"],
             mlp_ratios=hidden / dim,
+            **({"sr_ratios": config["sr_ratio"]} if attention == "softmax" else {}),
             **shared,
         )
         first = model.stages[0].blocks[0]
