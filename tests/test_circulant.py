@@ -48,7 +48,7 @@ def test_the_layer_is_its_definition(size):
 
 
 def test_heads_have_no_effect_and_projections_no_bias():
-    one, four = (linsight.create_attention("circulant", 8, heads, qkv_bias=True) for heads in (1, 4))
+    one, four = (linsight.create_attention("circulant", 8, heads) for heads in (1, 4))
     assert one.qkv.bias is None
     four.load_state_dict(one.state_dict())
     x = torch.randn(2, 12, 8)

@@ -8,7 +8,7 @@ always given, never deduced from N.
 import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate
-from numbers import Integral
+from numbers import Integral, Number
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -43,10 +43,9 @@ class Grid(NamedTuple):
 def _new_grid(cls: type[Grid], height: int, width: int, prefix: int = 0) -> Grid:
     if not traced():
         for side in (height, width, prefix):
-            if (type(side) is not int and not isinstance(side, Integral | torch.SymInt)) or side < 0:
-                raise LinsightError(
-                    f"Grid({height}, {width}, {prefix}): height, width and prefix are whole numbers, 0 or more"
-                )
+            # torch's pytrees put things of their own into named tuples: what is no number is refused by a layer.
+            if isinstance(side, Number) and (not isinstance(side, Integral) or int(side) < 0):
+                raise LinsightError(f"Grid({height}, {width}, {prefix}): these are whole numbers, 0 or more")
     return tuple.__new__(cls, (height, width, prefix))
 
 
