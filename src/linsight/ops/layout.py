@@ -40,11 +40,15 @@ class Grid(NamedTuple):
         return self.prefix + self.height * self.width
 
 
+def _is_whole(side: object) -> bool:
+    return isinstance(side, Integral) and int(side) >= 0
+
+
 def _new_grid(cls: type[Grid], height: int, width: int, prefix: int = 0) -> Grid:
     if not traced():
         for side in (height, width, prefix):
             # torch's pytrees put things of their own into named tuples: what is no number is refused by a layer.
-            if isinstance(side, Number) and (not isinstance(side, Integral) or int(side) < 0):
+            if side < 0 if type(side) is int else isinstance(side, Number) and not _is_whole(side):
                 raise LinsightError(f"Grid({height}, {width}, {prefix}): these are whole numbers, 0 or more")
     return tuple.__new__(cls, (height, width, prefix))
 
