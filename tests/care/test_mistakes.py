@@ -22,12 +22,10 @@ def refused(call, *words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "sides", [(-1, 4), (2.5, 4), (4, -1), (4, 4, -1), (4, 4, 0.5), ("4", 4), (None, 4), (4, True - 2)]
-)
+@pytest.mark.parametrize("sides", [(-1, 4), (2.5, 4), (4, -1), (4, 4, -1), (4, 4, 0.5), (4, True - 2)])
 def test_grids_are_whole_numbers(sides):
     refused(lambda: Grid(*sides), "whole numbers")
-    refused(lambda: as_layout(sides))
+    refused(lambda: as_layout(sides), "whole numbers")
 
 
 def test_a_grid_is_still_a_named_tuple():
@@ -60,7 +58,6 @@ def test_sizes_of_layers(dim, heads):
         ({"reduction": 0}, "reduction"),
         ({"reduction": 1.5}, "reduction"),
         ({"pool": -1}, "pool"),
-        ({"pool": 2, "reduction": 2}, "one of them"),
     ],
 )
 def test_options_of_layers(options, word):
@@ -74,6 +71,8 @@ LAYOUTS = {
     "one side": (24,),
     "four sides": (4, 6, 0, 0),
     "no tokens": Grid(0, 6),
+    "words in a grid": Grid("4", 6),
+    "nothing in a grid": Grid(4, None),
     "a bare pair inside": Layout((4, 6)),
     "floats": Layout(Grid(4, 6), torch.tensor([[4.0, 6.0], [4.0, 6.0]])),
     "one size": Layout(Grid(4, 6), torch.tensor([[4, 6]])),

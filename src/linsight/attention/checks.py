@@ -1,5 +1,6 @@
 """The check at the door of every layer and block: one line for each mistake that a caller can make."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -87,7 +88,11 @@ def check_kind(x: Tensor, weight: Any, name: str = "x", owner: str = "layer") ->
 
 def _check_layout(layout: Layout) -> None:
     for grid in layout.grids or (layout.grid,):
-        if not isinstance(grid, Grid) or not grid.height * grid.width:
+        if (
+            not isinstance(grid, Grid)
+            or not all(isinstance(side, Integral | torch.SymInt) for side in grid)
+            or 0 in grid[:2]
+        ):
             raise LinsightError(f"a layout of {grid!r:.60}: pass a Grid(height, width) of at least one token")
 
 

@@ -44,7 +44,7 @@ def create_attention(
     them: without it they have none. It does not limit the sizes that the layer works on. `index` is the place
     of the layer's block in a model, from 0, for mechanisms that differ from block to block. `options` are
     those of the mechanism (`linsight info NAME`) and of `Attention`: qkv_bias, proj_bias, proj_drop,
-    projections, reduction (PVT's, of keys and values) and pool (PVTv2's).
+    projections, reduction (PVT's, of keys and values) and pool (PVTv2's, in its place).
 
     >>> layer = create_attention("inline", 64, 4)
     >>> layer(torch.randn(2, 1 + 6 * 10, 64), Grid(6, 10, prefix=1)).shape
@@ -63,8 +63,6 @@ def create_attention(
         fits, words = _LAYER_OPTIONS[key]
         if not fits(value):
             raise LinsightError(f"{key}={value!r} must be {words}")
-    if layer.get("reduction", 1) > 1 and layer.get("pool", 0):
-        raise LinsightError(f"pool={layer['pool']} takes the place of reduction={layer['reduction']}: pass one of them")
     entry.check_options(options)
     if entry.kind == "layer":
         for key in sorted(layer.keys() - inspect.signature(entry.factory.__init__).parameters):

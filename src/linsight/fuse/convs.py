@@ -15,7 +15,7 @@ from .form import form_of
 
 
 def is_final(module: nn.Module) -> bool:
-    """True where the weight is a parameter in full precision: not pruned or parametrized, so made in each call."""
+    """True for a weight that is a parameter in full precision: pruning and parametrizations make it in each call."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dtype == accumulator(weight.dtype)
 

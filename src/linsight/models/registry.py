@@ -20,6 +20,7 @@ from linsight.errors import LinsightError, UnknownNameError
 
 from .parts.dense import DenseFeatures
 from .rows import Architecture, Host, Variant
+from .seams import refuse_idle
 
 # The evaluation of the published repositories: a square resize, then the centre crop.
 DEFAULT_CFG: dict[str, Any] = {
@@ -158,9 +159,9 @@ def _build_variant(variant: Variant, **kwargs: Any) -> nn.Module:
         kwargs.pop("features_only", None)
     maps = {"out_indices": kwargs.pop("out_indices")} if variant.dense and "out_indices" in kwargs else {}
     check_known(variant.name, host.model_cls, kwargs)
-    args = {"img_size": cfg["input_size"][-2:], **host.args, **variant.args}
-    idle: Any = getattr(host.model_cls, "idle", lambda *_: ())
-    dropped = idle(attention, {**args, **kwargs})  # of what the table has; what the caller gives, the class refuses
+    args = {"img_size": cfg["input_size"][-2:], **host.args, **variant.args, **kwargs}
+    if hasattr(host.model_cls, "idle"):
+        refuse_idle(host.model_cls.idle(attention, args), kwargs)
     model = build_model_with_cfg(
         host.model_cls,
         variant.name,
@@ -169,7 +170,7 @@ def _build_variant(variant: Variant, **kwargs: Any) -> nn.Module:
         feature_cfg=dict(host.feature_cfg),
         attention=attention,
         attention_options=options,
-        **{**{name: value for name, value in args.items() if name not in dropped}, **kwargs},
+        **args,
     )
     return DenseFeatures(model, normed=variant.dense == "normed", **maps) if variant.dense else model
 

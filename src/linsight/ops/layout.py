@@ -8,7 +8,7 @@ always given, never deduced from N.
 import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate
-from numbers import Integral
+from numbers import Integral, Number
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -40,15 +40,16 @@ class Grid(NamedTuple):
         return self.prefix + self.height * self.width
 
 
+def _is_whole(side: object) -> bool:
+    return isinstance(side, Integral) and int(side) >= 0
+
+
 def _new_grid(cls: type[Grid], height: int, width: int, prefix: int = 0) -> Grid:
     if not traced():
         for side in (height, width, prefix):
-            if type(side).__module__.startswith("torch"):  # stands for a number in a graph
-                continue
-            if (type(side) is not int and not isinstance(side, Integral)) or side < 0:
-                raise LinsightError(
-                    f"Grid({height}, {width}, {prefix}): height, width and prefix are whole numbers, 0 or more"
-                )
+            # torch's pytrees put things of their own into named tuples: what is no number is refused by a layer.
+            if side < 0 if type(side) is int else isinstance(side, Number) and not _is_whole(side):
+                raise LinsightError(f"Grid({height}, {width}, {prefix}): these are whole numbers, 0 or more")
     return tuple.__new__(cls, (height, width, prefix))
 
 

@@ -26,7 +26,7 @@ from ..parts.images import CheckedImages
 from ..plan import Choice, named, plan
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
-from ..seams import asked_no_weight_decay, in_place_of, make_layer, refuse_idle, refuse_unbiased, set_grid
+from ..seams import asked_no_weight_decay, in_place_of, make_layer, refuse_unbiased, set_grid
 from ..steps import StreamPlan
 from ..timm.steps import pvt_v2_plan
 
@@ -69,17 +69,16 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
         self.put(choices, to_2tuple(img_size))
 
-    @classmethod
-    def check(cls, attention: str, given: Mapping[str, Any]) -> None:
+    @staticmethod
+    def check(attention: str, given: Mapping[str, Any]) -> None:
         """Raise for arguments that could not be honoured."""
-        refuse_idle(cls.idle(attention, given), given)
         refuse_unbiased(attention, given.get("qkv_bias", True))
         if given.get("global_pool", "avg") not in ("avg", ""):
             raise UnknownNameError("global_pool", given["global_pool"], ("avg",))
 
     @staticmethod
     def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
-        """Arguments that have no effect beside others, and why."""
+        """Arguments that have no effect with these mechanisms, and why: for `create_model` to refuse."""
         kinds = named(attention)
         found: dict[str, str] = {}
         if not any(kind.quadratic for kind in kinds):

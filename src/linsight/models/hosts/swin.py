@@ -42,7 +42,7 @@ from ..parts.windows import WindowAttention
 from ..plan import Choice, named, plan
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
-from ..seams import asked_no_weight_decay, in_place_of, make_layer, refuse_idle, refuse_unbiased
+from ..seams import asked_no_weight_decay, in_place_of, make_layer, refuse_unbiased
 from ..steps import StreamPlan
 from ..timm.steps import swin_plan
 
@@ -176,8 +176,7 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
         steps: Sequence[Steps] | None = None,
         **timm_kwargs: Any,
     ) -> None:
-        ours = {"attention_window": attention_window, "dense_windows": dense_windows or None}
-        self.check(attention, timm_kwargs | {name: value for name, value in ours.items() if value is not None})
+        self.check(attention, timm_kwargs)
         if steps is not None:
             depths = [len(block_widths(row)) for row in steps]
         choices = plan(attention, depths, attention_options)
@@ -188,10 +187,9 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
             narrow(stage.blocks, row, timm_kwargs.get("norm_layer", nn.LayerNorm))
         self.put(choices, attention_window, dense_windows)
 
-    @classmethod
-    def check(cls, attention: str, given: Mapping[str, Any]) -> None:
+    @staticmethod
+    def check(attention: str, given: Mapping[str, Any]) -> None:
         """Raise for arguments that could not be honoured."""
-        refuse_idle(cls.idle(attention, given), given)
         refuse_unbiased(attention, given.get("qkv_bias", True))
         if given.get("strict_img_size") or given.get("dynamic_img_size") is False:
             raise LinsightError("this host takes images of any size: leave strict_img_size and dynamic_img_size out")
@@ -200,7 +198,7 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
 
     @staticmethod
     def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
-        """Arguments that have no effect beside others, and why."""
+        """Arguments that have no effect with these mechanisms, and why: for `create_model` to refuse."""
         found: dict[str, str] = {}
         kinds = named(attention)
         if arguments.get("attention_window") is None and not any(kind.quadratic for kind in kinds):

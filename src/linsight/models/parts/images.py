@@ -2,25 +2,25 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from linsight.attention import check_kind
 from linsight.errors import LinsightError
 from linsight.ops import traced
 
 
-def check_images(model: nn.Module, x: Tensor) -> None:
+def check_images(model: Any, x: Tensor) -> None:
     """Raise a LinsightError unless `x` is `(B, in_chans, H, W)` with the model's dtype, on its device."""
     if traced():
         return
-    channels: Any = model.in_chans
+    channels = model.in_chans
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.shape[2] * x.shape[3]:
         said = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise LinsightError(f"images are {said}: this model takes (batch, {channels}, height, width)")
     check_kind(x, next(model.parameters(), None), "images", "model")
 
 
-class CheckedImages(nn.Module):
+class CheckedImages:
     """A class of timm behind this one sees images that were looked at."""
 
     def forward_features(self, x: Tensor, *others: Any, **named: Any) -> Any:

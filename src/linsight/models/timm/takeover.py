@@ -17,6 +17,7 @@ from ..hosts.vit.blocks import host_arguments
 from ..parts.stepsnet import block_widths
 from ..plan import plan
 from ..registry import TIMM_HOSTS
+from ..seams import refuse_idle
 
 
 def add_timm_host(
@@ -41,6 +42,7 @@ def add_timm_host(
         features, indices = _features(kwargs)
         size = kwargs.get("img_size") if sized else kwargs.pop("img_size", None)
         host.check(attention, kwargs)
+        refuse_idle(host.idle(attention, kwargs), kwargs)
         given = {key: kwargs.pop(key) for key in extra if key in kwargs}
         model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
         blocks, size = depths(model), size or model.pretrained_cfg["input_size"][-2:]
