@@ -23,12 +23,12 @@ def test_options(subject, check):
     check(subject)
 
 
-def rest_is_full(subjects, checks):
-    """Pairs, of which those whose subject is not the first of its kind are for `pytest -m full`."""
+def rest_is_full(subjects, checks, kind="sort"):
+    """Pairs, of which those whose subject is not the first of its kind, or InLine, are for `pytest -m full`."""
     kinds, pairs = set(), []
-    for subject in subjects:
-        marks = [pytest.mark.full] if subject.sort in kinds else []
-        kinds.add(subject.sort)
+    for subject in sorted(subjects, key=lambda subject: subject.name != "inline"):
+        marks = [pytest.mark.full] if getattr(subject, kind) in kinds else []
+        kinds.add(getattr(subject, kind))
         pairs += [pytest.param(subject, check, marks=marks) for check in checks]
     return pairs
 
@@ -43,7 +43,7 @@ def test_slowly(subject, check):
 
 
 FUSED = [
-    *itertools.product(matrix.subjects(), fused.VARIANT_CHECKS),
+    *rest_is_full(matrix.subjects(), fused.VARIANT_CHECKS, "family"),
     *rest_is_full(matrix.subjects(), fused.CHECKS),
     *(
         pytest.param(subject, check, marks=pytest.mark.full)

@@ -32,7 +32,12 @@ class Subject(NamedTuple):
     @property
     def sort(self) -> tuple[Any, ...]:
         """What mechanisms of one kind have in common."""
-        return self.entry.kind, self.entry.can("stream"), self.entry.structure.cost
+        return self.entry.kind, self.entry.can("stream")
+
+    @property
+    def family(self) -> type:
+        """The class that a mechanism shares its operators with."""
+        return self.entry.factory.__mro__[1]
 
     @property
     def local(self) -> bool:
