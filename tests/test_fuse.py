@@ -14,6 +14,7 @@ from linsight import Grid, create_attention
 from linsight.attention import TokenConv
 from linsight.errors import CheckpointError, LinsightError
 from linsight.fuse import fused, is_fused
+from linsight.fuse.blocks import add_into
 from linsight.ops import Layout
 from matrix.subject import close
 from test_hosts import SMALL, build
@@ -149,6 +150,25 @@ def test_hooks_fire_in_the_plain_model():
     with torch.no_grad():
         model(torch.randn(1, 3, 40, 40))
     assert set(seen) == convolutions
+
+
+@pytest.mark.parametrize("make", [linsight.fuse, fused, reparameterize_model], ids=["fuse", "view", "timm"])
+def test_hooks_of_the_plain_model_go_on(make):
+    """What they saw or gave is not written over, and what they are at is not left out."""
+    model, x, seen = small("vit_tiny"), torch.randn(1, 3, 32, 32), []
+    block = model.blocks[0]
+    given = torch.randn_like(block(torch.randn(1, 17, block.norm1.weight.shape[0]), Grid(4, 4, 1)))
+    block.mlp.register_forward_hook(lambda *_: given)
+    block.mlp.act.register_forward_hook(lambda module, args, out: seen.append((args[0], args[0].clone())))
+    kept = given.clone()
+    with torch.no_grad():
+        close(make(model)(x), model(x), 1e-5)
+    assert torch.equal(given, kept) and len(seen) == 2 and all(torch.equal(*pair) for pair in seen)
+
+
+def test_branches_that_are_expanded_are_added():
+    x, branch = torch.randn(2, 3, 4), torch.randn(2, 1, 4).expand(2, 3, 4)
+    assert torch.equal(add_into(x, branch), x + branch)
 
 
 def test_former_names_warn():

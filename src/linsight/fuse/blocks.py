@@ -19,7 +19,9 @@ from .form import form_of
 
 def add_into(x: Tensor, branch: Tensor) -> Tensor:
     """x + branch, written over the branch, which a linear map has just made."""
-    if branch.requires_grad or x.requires_grad or x.dtype != branch.dtype or x.shape != branch.shape:
+    if torch.compiler.is_compiling() or branch.requires_grad or x.requires_grad or x.dtype != branch.dtype:
+        return x + branch
+    if x.shape != branch.shape or 0 in branch.stride():  # expanded: many places are one in memory
         return x + branch
     return branch.add_(x)
 

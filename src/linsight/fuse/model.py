@@ -9,13 +9,14 @@ from linsight.attention import INFERENCE_FORMS
 
 from .blocks import BLOCK_FORMS
 from .convs import CONV_FORMS
-from .form import Inference, inner_fused, mark
+from .form import Inference, inner_fused, mark, unless_watched
 from .inline import LAYER_FORMS
 from .tables import TABLE_FORMS
 
 M = TypeVar("M", bound=nn.Module)
 
-INFERENCE_FORMS.update({**BLOCK_FORMS, **CONV_FORMS, **LAYER_FORMS, **TABLE_FORMS})
+for _kind, _form in {**BLOCK_FORMS, **CONV_FORMS, **LAYER_FORMS, **TABLE_FORMS}.items():
+    INFERENCE_FORMS[_kind] = unless_watched(_form)
 
 
 def fuse(model: M, inplace: bool = False) -> M:
@@ -26,7 +27,7 @@ def fuse(model: M, inplace: bool = False) -> M:
     weights are loaded before fusing, and exported before it; to train a fused model is refused.
 
     Args:
-        model: a model or a layer, whose weights are final.
+        model: a model or a layer, whose weights are final. Where it has hooks, it stays plain.
         inplace: change `model` itself, instead of a copy.
     """
     final = (model if inplace else copy.deepcopy(model)).eval().requires_grad_(False)

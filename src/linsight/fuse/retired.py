@@ -1,10 +1,11 @@
 """Names that `linsight.ops` had when plain forms were quick by themselves, for who still uses them."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linsight.ops import MOVED, accumulator, autocasts
 
+from .form import watched
 from .inline import add_products
 
 SMALL = 2**17
@@ -15,11 +16,6 @@ def unrecorded(compiled: bool = False) -> bool:
     if torch.is_grad_enabled():
         return False
     return (compiled and not torch.compiler.is_exporting()) if torch.compiler.is_compiling() else True
-
-
-def watched(*modules: nn.Module) -> bool:
-    """True where a hook sees what goes in or comes out."""
-    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
 
 
 def foldable(x: Tensor, weight: Tensor, compiled: bool = False) -> bool:
