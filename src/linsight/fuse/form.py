@@ -34,9 +34,7 @@ def watched(*modules: nn.Module) -> bool:
 
 
 def unless_watched(form: Form) -> Form:
-    """The same `form`, but for modules that somebody watches inside: what is seen there is neither left out nor
-    written over.
-    """
+    """A `form` that leaves plain what somebody watches inside, so that nothing seen is left out or written over."""
     return lambda module: parts_fused(module) if watched(*module.modules()) else form(module)
 
 
