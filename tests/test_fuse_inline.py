@@ -13,6 +13,7 @@ from linsight.attention.mechanisms.inline import InLine
 from linsight.errors import LinsightError
 from linsight.fuse import inline as forms
 from linsight.ops import Grid, Layout
+from linsight.ops.cpu import halves
 from matrix.subject import close
 
 GRID = Grid(5, 7, 1)
@@ -69,6 +70,30 @@ def test_means_far_from_zero_cost_nothing(grid):
     assert (folded - truth).abs().max() <= 2 * (plain - truth).abs().max()
 
 
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("mean", [0, 30])
+@pytest.mark.parametrize("local", [True, False], ids=["local", "global"])
+def test_native_bfloat16_has_the_error_of_plain(folds, monkeypatch, autocast, mean, local):
+    """Products of bfloat16 numbers added up in float32; torch computes the same, slowly, where they are not native."""
+    torch.manual_seed(0)
+    grid = Grid(19, 23, 1)
+    mixing, x = create_attention("inline", 64, 2, local=local).eval(), torch.randn(2, grid.tokens, 64) + mean
+    if not autocast:
+        mixing, x = mixing.bfloat16(), x.bfloat16()
+    fused, found = linsight.fuse(mixing), []
+    with torch.no_grad():
+        truth = copy.deepcopy(mixing).double()(x.double(), grid)
+        for native in (False, True):
+            monkeypatch.setattr(halves, "is_native", lambda native=native: native)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found.append(fused(x, grid))
+        fused(x[:, :25], Grid(4, 6, 1))  # fewer tokens than channels
+    assert folds == ["of_many"]
+    assert found[1].dtype == found[0].dtype == torch.bfloat16
+    plain, folded = ((out - truth).abs().max() for out in found)
+    assert folded <= 2 * plain
+
+
 def test_dropout_of_the_projection_does_nothing_in_inference():
     mixing, x = layer(proj_drop=0.5), torch.randn(1, GRID.tokens, 16)
     close(linsight.fuse(mixing.train())(x, GRID), mixing.eval()(x, GRID), 1e-5)
@@ -101,7 +126,8 @@ def test_what_is_another_formula_is_not_folded(folds, change):
     assert folds == []
 
 
-def test_what_the_algebra_does_not_hold_for_is_not_folded(folds):
+def test_what_the_algebra_does_not_hold_for_is_not_folded(folds, monkeypatch):
+    monkeypatch.setattr(halves, "is_native", lambda: False)
     fused, x = linsight.fuse(layer()), torch.randn(2, GRID.tokens, 16)
     with torch.no_grad():
         fused(x, GRID, keep=torch.rand(2, GRID.tokens) > 0.5)

@@ -1,7 +1,7 @@
 """InLine's layer, its projections folded into the covariance.
 
 The formula of `linsight.attention.mechanisms.inline` in two other orders, for a CPU: of many tokens, without queries
-and keys; of one small image, in the fewest calls.
+and keys, in bfloat16 too where that is native; of one small image, in the fewest calls.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from linsight.attention import PROJECTIONS, Attention, check_beside, entered
 from linsight.attention.mechanisms.inline import InLine
-from linsight.ops import Layout, LayoutLike, accumulator, as_layout, autocasts, dynamic_depthwise_conv
+from linsight.ops import Layout, LayoutLike, accumulator, as_layout, autocasts, dynamic_depthwise_conv, full_precision
+from linsight.ops.cpu import halves
 
 from .form import form_of
 
@@ -33,6 +34,10 @@ class Linear(NamedTuple):
         biases = [None] * len(weights) if self.bias is None else self.bias.split(width)
         return list(map(Linear, weights, biases))
 
+    def to(self, dtype: torch.dtype) -> "Linear":
+        """The map in another dtype."""
+        return Linear(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
 
 class FoldedInLine(Attention):
     """InLine's layer without queries and keys; where that does not pay, as of masked tokens, the plain one."""
@@ -40,7 +45,8 @@ class FoldedInLine(Attention):
     def forward(self, x: Tensor, layout: LayoutLike | None = None, **beside: Any) -> Tensor:
         """Mix the tokens `x` `(B, P + H*W, C)`; see `Attention.forward`."""
         residual = beside.pop("residual", None)
-        if layout is None or any(value is not None for value in beside.values()) or not self._pays(x, residual):
+        dtype = None if layout is None or any(map(_given, beside.values())) else self._pays_in(x, residual)
+        if layout is None or dtype is None:
             return super().forward(x, layout, residual=residual, **beside)
         lies = as_layout(layout)
         if lies.sizes is not None or lies.is_packed:
@@ -49,24 +55,36 @@ class FoldedInLine(Attention):
         check_beside(x, lies, residual=residual)
         maps = (getattr(self, projection.name) for projection in PROJECTIONS[self.layout_name])
         linears = [Linear(linear.weight, linear.bias) for linear in maps]
-        form = of_few if is_few(x) else of_many
-        return form(self.core, x, linears, Linear(self.proj.weight, self.proj.bias), lies, residual)  # type: ignore[arg-type]
+        form = of_few if dtype == accumulator(dtype) and is_few(x) else of_many
+        return form(self.core, x, linears, Linear(self.proj.weight, self.proj.bias), lies, residual, dtype)  # type: ignore[arg-type]
 
-    def _pays(self, x: Tensor, residual: Tensor | None) -> bool:
-        """On a CPU in full precision, of as many tokens as channels, or of one small image.
+    def _pays_in(self, x: Tensor, residual: Tensor | None) -> torch.dtype | None:
+        """The dtype of products with which folding pays, or None.
 
-        In a compiled graph, of four times as many, if that is known; not in an exported one.
+        On a CPU in full precision, of as many tokens as channels, or of one small image; in a compiled graph, of four
+        times as many, if that is known; not in an exported one. In bfloat16 where the CPU multiplies that natively.
         """
-        if not x.is_cpu or x.requires_grad or x.dtype != self.proj.weight.dtype or x.dtype != accumulator(x.dtype):
-            return False
+        if not x.is_cpu or x.requires_grad or x.ndim != 3 or (residual is not None and residual.requires_grad):
+            return None
         if "forward" in vars(self.core):  # tiles and ranks ask the core for its rounds
-            return False
-        if x.ndim != 3 or autocasts(x) or (residual is not None and residual.requires_grad):
-            return False
+            return None
         batch, n, width = x.shape
+        dtype = torch.get_autocast_dtype("cpu") if autocasts(x) else x.dtype
+        if dtype == torch.bfloat16:
+            known = self.proj.weight.dtype in (dtype, torch.float32) and (autocasts(x) or x.dtype == dtype)
+            pays = known and halves.is_native() and batch > 0 and n >= width and not torch.compiler.is_compiling()
+            return dtype if pays else None
+        if autocasts(x) or x.dtype != self.proj.weight.dtype or dtype != accumulator(dtype):
+            return None
         if torch.compiler.is_compiling():
-            return not torch.compiler.is_exporting() and statically_known_true(n >= 4 * width)
-        return batch > 0 and (n >= width or is_few(x))
+            pays = not torch.compiler.is_exporting() and statically_known_true(n >= 4 * width)
+        else:
+            pays = batch > 0 and (n >= width or is_few(x))
+        return dtype if pays else None
+
+
+def _given(value: Any) -> bool:
+    return value is not None
 
 
 def is_few(x: Tensor) -> bool:
@@ -76,9 +94,15 @@ def is_few(x: Tensor) -> bool:
 
 
 def of_many(
-    core: InLine, x: Tensor, linears: list[Linear], proj: Linear, layout: Layout, residual: Tensor | None
+    core: InLine,
+    x: Tensor,
+    linears: list[Linear],
+    proj: Linear,
+    layout: Layout,
+    residual: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The layer without queries and keys, which only enter products.
+    """The layer without queries and keys, which only enter products; those with tokens in `dtype`.
 
     Of one head, with W_q, W_k, W_v, W_p its rows, or columns, of the layer's maps:
 
@@ -88,26 +112,36 @@ def of_many(
     so a layer costs four products of its tokens with C x C matrices, as its linear maps alone do.
     """
     batch, n, width = x.shape
-    heads, prefix = core.num_heads, layout.prefix
-    to_q, to_k, to_v = (linear for several in linears for linear in several.split(width))
-    mean = x.mean(dim=1, keepdim=True)
-    centred, mean_v = x - mean, F.linear(mean, *to_v)
-    v = F.linear(centred, to_v.weight)
-    cross = (v.transpose(1, 2) @ centred).view(batch, heads, -1, width)  # (B, H, E, C)
-    k = to_k.weight.view(heads, -1, width)
-    cov = k @ cross.mT  # (B, H, D, E), times n; scaled where it enters a sum
-    scale = k.shape[1] ** -0.5 / n
-    matrix = (cov @ proj.weight.view(-1, heads, cov.shape[-1]).permute(1, 2, 0)).flatten(1, 2)  # (B, H * D, C)
-    shift = F.linear(mean_v, *proj).baddbmm_(F.linear(mean, *to_q), matrix, alpha=scale)
-    out = torch.baddbmm(shift, centred, to_q.weight.mT @ matrix, alpha=scale)
-    if core.generator is not None:
-        local = dynamic_depthwise_conv(v.add_(mean_v)[:, prefix:], layout.grid[:2], _kernels(core, mean, residual))
-        out[:, prefix:].baddbmm_(local, proj.weight.mT.expand(batch, -1, -1))
+    heads, prefix, wide = core.num_heads, layout.prefix, accumulator(dtype)
+    with full_precision(x):
+        to_q, to_k, to_v = (linear.to(wide) for several in linears for linear in several.split(width))
+        proj = proj.to(wide)
+        mean = x.mean(dim=1, keepdim=True, dtype=wide)
+        centred, mean_v = (x - mean).to(dtype), F.linear(mean, *to_v)
+        v = F.linear(centred, to_v.weight.to(dtype))
+        cross = v.mT @ centred if dtype == wide else halves.outer_sum(v, centred)
+        cross = cross.view(batch, heads, -1, width)  # (B, H, E, C)
+        k = to_k.weight.view(heads, -1, width)
+        cov = k @ cross.mT  # (B, H, D, E), times n; scaled where it enters a sum
+        scale = k.shape[1] ** -0.5 / n
+        matrix = (cov @ proj.weight.view(-1, heads, cov.shape[-1]).permute(1, 2, 0)).flatten(1, 2)  # (B, H * D, C)
+        shift = F.linear(mean_v, *proj).baddbmm_(F.linear(mean, *to_q), matrix, alpha=scale)
+        out = torch.baddbmm(shift.to(dtype), centred, (to_q.weight.mT @ matrix).to(dtype), alpha=scale)
+        if core.generator is not None:
+            kernels = _kernels(core, mean, residual).to(dtype)
+            local = dynamic_depthwise_conv(v.add_(mean_v)[:, prefix:], layout.grid[:2], kernels)
+            out[:, prefix:].baddbmm_(local, proj.weight.mT.to(dtype).expand(batch, -1, -1))
     return out
 
 
 def of_few(
-    core: InLine, x: Tensor, linears: list[Linear], proj: Linear, layout: Layout, residual: Tensor | None
+    core: InLine,
+    x: Tensor,
+    linears: list[Linear],
+    proj: Linear,
+    layout: Layout,
+    residual: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The formula, of one image, in the fewest calls, each of which takes longer than what it computes."""
     _, n, width = x.shape
