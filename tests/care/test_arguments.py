@@ -99,7 +99,7 @@ TRIED = {
 }
 TOGETHER = {"pool_include_prefix": {"global_pool": "avg"}, "class_token": {"global_pool": "avg"}}
 TOGETHER["fc_norm"] = {"global_pool": "token"}
-# Of mechanisms that see the whole grid, or know no heads: what the host gives to others.
+# Of mechanisms that see the whole grid, or know no heads: what the host gives to others, so that all may be compared.
 IDLE = {"inline": {"window_size"}, "weightformer": {"window_size", "num_heads"}}
 DRAWN = {"weight_init", "fix_init"}  # of these, the initial weights tell
 OF_TOKENS = {"class_token", "fc_norm", "no_embed_class", "pool_include_prefix", "reg_tokens"}
@@ -220,6 +220,12 @@ def test_windows_of_the_mechanism():
     refused(lambda: build("swin_tiny", "softmax", attention_window=4), "attention_window=4", "softmax")
     refused(lambda: build("swin_tiny", "inline", dense_windows=True), "dense_windows")
     build("swin_tiny", "inline,softmax,softmax,softmax", attention_window=4)
+
+
+def test_what_two_arguments_say():
+    refused(lambda: build("swin_tiny", "inline", steps=[[(32, 1)], [(64, 1)]], depths=(1, 1)), "depths", "steps=")
+    refused(lambda: linsight.create_model("vit_tiny", steps=[(96, 1), (192, 1)], depth=2), "depth", "steps=")
+    refused(lambda: linsight.create_attention("agent", 16, 2, reduction=2, pool=2), "reduction=2", "pool=2")
 
 
 def test_networks_of_dynamic_perceiver():

@@ -82,6 +82,8 @@ class Attention(Layer):
         self.num_heads: int = core.num_heads  # type: ignore[assignment]
         self.layout_name = projections or ("q_kv" if reducing else core.projections)
         layout = PROJECTIONS[self.layout_name]
+        if reduction > 1 and pool > 0:
+            raise LinsightError(f"reduction={reduction} and pool={pool}: keys are reduced one way, pass one of them")
         if reducing and any("q" in projection.parts and len(projection.parts) > 1 for projection in layout):
             raise LinsightError("a reduction needs keys and values projected apart from queries: projections='q_kv'")
         for projection in layout:
