@@ -77,6 +77,12 @@ def test_batch_norm_is_a_part_of_the_convolution():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+@pytest.mark.parametrize("thing", [None, "inline_deit_tiny", {}], ids=repr)
+def test_takes_modules_only(thing):
+    with pytest.raises(linsight.LinsightError, match=r"torch\.nn\.Module: a \w+ came"):
+        linsight.fuse(thing)
+
+
 def test_half_precision_folds_nothing():
     """Weights would be rounded once more."""
     model, x = small("mlla_pyramid_tiny").bfloat16(), torch.randn(1, 3, 40, 40).bfloat16()

@@ -7,6 +7,7 @@
 
 from .attention import create_attention, list_attentions
 from .checkpoints import export_published, load_published
+from .errors import LinsightError
 from .fuse import fuse
 from .models import create_model, load_pretrained_with
 from .ops import Grid, Layout
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Grid",
     "Layout",
+    "LinsightError",
     "__version__",
     "create_attention",
     "create_model",

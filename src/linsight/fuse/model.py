@@ -6,6 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from linsight.attention import INFERENCE_FORMS
+from linsight.errors import LinsightError
 
 from .blocks import BLOCK_FORMS
 from .convs import CONV_FORMS
@@ -29,7 +30,12 @@ def fuse(model: M, inplace: bool = False) -> M:
     Args:
         model: a model or a layer, whose weights are final. Where it has hooks, it stays plain.
         inplace: change `model` itself, instead of a copy.
+
+    Raises:
+        LinsightError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise LinsightError(f"fuse takes a model or a layer, a torch.nn.Module: a {type(model).__name__} came")
     final = (model if inplace else copy.deepcopy(model)).eval().requires_grad_(False)
     found = fused(final)
     if found is not final and type(final) not in INFERENCE_FORMS:
