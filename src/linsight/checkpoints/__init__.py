@@ -2,5 +2,6 @@
 
 from ._load import export_published, load_published
 from .report import LoadReport, Mismatch
+from .unwrap import table_grids
 
-__all__ = ["LoadReport", "Mismatch", "export_published", "load_published"]
+__all__ = ["LoadReport", "Mismatch", "export_published", "load_published", "table_grids"]
