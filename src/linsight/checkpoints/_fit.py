@@ -126,7 +126,7 @@ def _table(
             return tensor, UNTOLD if tensor.ndim == target.ndim and alike[0] == alike[1] else ""
     fitted = grids.fit(key, tensor, old)
     if fitted is None or fitted.tensor.shape != target.shape:
-        told = f"no table of a grid of {shape_text(old)}" if old and old != own else ""
+        told = f"its rows are not those of {shape_text(old)}, as told" if old and old != own else ""
         return tensor, told
     if fitted.old != fitted.new:
         line = f"{shape_text(fitted.old)} to {shape_text(fitted.new)}"

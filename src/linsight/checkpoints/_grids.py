@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from linsight.errors import CheckpointError, LinsightError
@@ -89,7 +89,7 @@ class Grids:
         moved = self._at[kind, sides]
         block: Any = moved.get_submodule(key.rpartition(".")[0].rpartition(".")[0])
         if key.endswith("relative_position_bias_table") and hasattr(block, "input_resolution"):
-            return _pair(block.input_resolution)
+            return self.own(key) if getattr(block, "dense", False) else _pair(block.input_resolution)
         return _grid(moved, key)
 
 
@@ -148,7 +148,7 @@ def _to_size(model: Any, size: Sides) -> None:
     """Move a copy to images of `size`."""
     if not hasattr(model, "set_input_size"):
         raise CheckpointError(
-            f"a {type(model).__name__} has no size of images: pass from_grid=(height, width), in tokens"
+            f"'{type(model).__name__}' has no size of images: pass from_grid=(height, width), in tokens"
         )
     try:
         model.set_input_size(size)
@@ -169,8 +169,8 @@ def _to_grid(model: Any, grid: Sides) -> None:
 
 def _stride(model: Any) -> Sides:
     """Height and width of the pixels of a token of the first grid."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return _pair(patch) if patch else _pair(int(model.feature_info[0]["reduction"]))
+    embed = getattr(model, "patch_embed", None)
+    return _pair(embed.patch_size if isinstance(embed, PatchEmbed) else int(model.feature_info[0]["reduction"]))
 
 
 def _pair(sides: Any) -> Sides:

@@ -66,7 +66,7 @@ def load_published(
     if size and grid:
         raise CheckpointError(f"from_size={from_size} and from_grid={from_grid} say the same: pass one of them")
     if not isinstance(source, str | Path | Mapping):
-        raise CheckpointError(f"a {type(source).__name__} is no source: pass a path, an address or a state dict")
+        raise CheckpointError(f"'{type(source).__name__}' is no source: pass a path, an address or a state dict")
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else read(source)
     found = unwrap(content, name, ema=ema, prefer_ema=_prefers_ema(model))

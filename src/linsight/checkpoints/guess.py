@@ -58,8 +58,9 @@ def _table_clues(model: nn.Module, rows: list[Mismatch]) -> Iterator[str]:
     untold = sum(row.problem == UNTOLD for row in rows)
     if untold:
         size = ["from_size=(height, width) of the images"] if hasattr(model, "set_input_size") else []
-        ways = " or ".join([*size, "from_grid=(height, width) in tokens"])
-        yield f"the grid of {untold} tables is not told: pass {ways} that they were made for"
+        ways = ", or ".join([*size, "from_grid=(height, width) in tokens"])
+        tables = "a position table lies on a grid" if untold == 1 else f"{untold} position tables lie on grids"
+        yield f"{tables} that the file does not tell: pass {ways}, that it was made for"
     rules = key_map(model)
     yield from filter(None, (stem_clue(model, to_ours(row.key, rules), *row[1:3]) for row in rows))
 

@@ -326,7 +326,7 @@ def _trained(source: str, checkpoint: str | None, from_size: str | None = None) 
             raise typer.BadParameter("--from-size goes with --checkpoint: a run tells the size of its images")
         return load_trained(source)
     sides = check(dataclasses.replace(Recipe(), from_size=parse("from_size", from_size or ""))).from_size
-    return load_named(source, checkpoint, from_size=(sides * 2)[:2] or None)
+    return load_named(source, checkpoint, from_size=(sides * 2)[:2] or None)  # type: ignore[arg-type]
 
 
 def _print_facts(rows: list[list[str]]) -> None:

@@ -78,7 +78,7 @@ def start_from(model: nn.Module, source: str, *, partial: bool = False, from_siz
     """
     path = pathlib.Path(source)
     source = str(path / WEIGHTS) if path.is_dir() else source
-    size = (from_size * 2)[:2] or None
+    size: Any = (from_size * 2)[:2] or None
     report = load_published(model, source, strict=False, from_size=size)
     if report.mismatched and not partial:
         return load_published(model, source, head=False, from_size=size)
