@@ -194,6 +194,16 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
+def averaged(recipe: Recipe, in_chans: int) -> dict[str, tuple[float, ...]]:
+    """The fields mean and std of `recipe` for images of `in_chans` channels: each channel has the average of its own.
+
+    Empty where they are for that many already.
+    """
+    values = {name: getattr(recipe, name) for name in ("mean", "std")}
+    other = {name: numbers for name, numbers in values.items() if len(numbers) not in (0, in_chans)}
+    return {name: (round(sum(numbers) / len(numbers), 6),) * in_chans for name, numbers in other.items()}
+
+
 _POSITIVE = ("epochs", "batch_size", "lr", "crop_pct", "aug_repeats", "new_lr_scale")
 _SHARES = {"val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing"}
 _SHARES |= {"drop_path", "ema", "mesa_start"}

@@ -110,6 +110,15 @@ def load_published(
     )
 
 
+def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, object], *, head: bool = True) -> LoadReport:
+    """Fill a model that `create_model` was asked for with `pretrained=True`: errors name it."""
+    try:
+        return load_published(model, source, head=head)
+    except CheckpointError as error:
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", type(model).__name__)
+        raise CheckpointError(f"the weights of '{name}': {error}") from error
+
+
 def export_published(model: nn.Module, path: str | Path | None = None) -> dict[str, Tensor]:
     """A copy of the state of a model, or of a single layer, under its published keys and in their shapes.
 

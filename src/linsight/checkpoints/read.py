@@ -88,7 +88,8 @@ def _download(url: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
-            raise CheckpointError(f"{url} could not be downloaded: {error}") from None
+            way = "fetch it elsewhere, and pass the path of the file"
+            raise CheckpointError(f"{url} could not be downloaded: {error}; {way}") from None
     return path
 
 

@@ -44,6 +44,7 @@ def register(app: typer.Typer) -> None:
 
 def _train(**options: Any) -> None:
     from linsight.train import Interrupted, resolve, resume, suggest, train
+    from linsight.train.chosen import told_channels
     from linsight.train.progress import reporter
 
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
@@ -60,7 +61,10 @@ def _train(**options: Any) -> None:
             if name is None:
                 name = suggest(overrides)
                 report.note(f"recipe {name}: {RECIPES[name].about.partition('. ')[0]}")
-            summary = train(resolve(name, overrides), out=out, name=name, report=report)
+            recipe = resolve(name, overrides)
+            if told := told_channels(name, recipe):
+                report.note(told)
+            summary = train(recipe, out=out, name=name, report=report)
     except Interrupted as stopped:
         typer.echo(f"linsight: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
