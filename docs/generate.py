@@ -63,6 +63,7 @@ weights come with linsight, and none were at hand: what reads them is tested wit
 with any mechanism (`--attention`); `linsight train --recipe NAME` trains one.
 """
 
+_UNKNOWN = "not known: look in the repository"
 WEIGHTS_HEAD = """## Where published weights are
 
 `create_model(NAME, pretrained=True)` fetches those that have the address of a file. The others are a download by hand,

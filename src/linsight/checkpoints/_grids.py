@@ -19,7 +19,7 @@ Sides = tuple[int, int]
 
 
 class Made(NamedTuple):
-    """What is known of the model that a file was made by.
+    """The model that a file was made by, as far as it is known.
 
     tables: the grid of each table, by its key in the file.  size: height and width of its images.
     asked: the same, and `grid` that of its first stage, as the caller says it; they come before the file's own.
