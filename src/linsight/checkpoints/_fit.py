@@ -1,6 +1,7 @@
 """Where the tensors of a checkpoint go in a model; nothing is copied here."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from ._projections import Entry, regroup
 from ._stem import adapt_stem
 from .keys import is_constant, key_map, to_ours
 from .report import Mismatch, shape_text
+from .unwrap import clean_state, unwrapped_key
 
 UNTOLD = "on which grid it lies is not told"
 _UNTOLD = Made()
@@ -46,7 +48,7 @@ def fit(
     modules on purpose, as timm's `features_only` makes it.  made: what is known of the grids of tables in the file.
     """
     grids = Grids(model, made)
-    own = model.state_dict()
+    own = clean_state(model)
     # A file in our own layout is as welcome as a published one.
     entries = max((convert(model, tensors, named=n) for n in (True, False)), key=lambda e: len(e.keys() & own.keys()))
     done = Fitted()
@@ -80,7 +82,7 @@ def convert(model: nn.Module, tensors: Mapping[str, Tensor], *, named: bool) -> 
         entries[ours if ours not in entries else f"{ours}, again"] = Entry(key, tensor)
     for path, layer in model.named_modules():
         if isinstance(layer, Attention):
-            regroup(entries, f"{path}." if path else "", layer.layout_name)
+            regroup(entries, unwrapped_key(f"{path}.") if path else "", layer.layout_name)
     return entries
 
 
@@ -123,9 +125,14 @@ def _table(
         old = grids.old(key, source, tensor)
         if old is None:
             alike = [shape[:-2] + shape[-1:] for shape in (tensor.shape, target.shape)]  # but for the rows
-            return tensor, UNTOLD if tensor.ndim == target.ndim and alike[0] == alike[1] else ""
+            if tensor.ndim != target.ndim or alike[0] != alike[1]:
+                return tensor, ""
+            more = abs(tensor.shape[-2] - target.shape[-2])
+            return tensor, "another number of prefix tokens" if 0 < more < 3 and math.prod(own) > 3 else UNTOLD
     fitted = grids.fit(key, tensor, old)
     if fitted is None or fitted.tensor.shape != target.shape:
+        if fitted is not None:
+            return tensor, ""
         told = f"its rows are not those of {shape_text(old)}, as told" if old and old != own else ""
         return tensor, told
     if fitted.old != fitted.new:

@@ -61,7 +61,7 @@ def fold(tensors: Mapping[str, Tensor], own: Collection[str], source: str) -> tu
             del done[name]
         done[key] = whole
         counts[kind] = counts.get(kind, 0) + 1
-    return done, [f"{count} weights made whole: {kind}" for kind, count in counts.items()]
+    return done, [f"{kind} (weights made whole: {count})" for kind, count in counts.items()]
 
 
 def _folded(parts: Mapping[str, Tensor]) -> tuple[str, Tensor] | None:

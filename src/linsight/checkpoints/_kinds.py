@@ -37,7 +37,7 @@ _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 def about_file(path: Path, head: bytes) -> str:
-    """What a file that begins with `head` is, where it is neither safetensors nor PyTorch's."""
+    """The kind of a file that begins with `head`, where it is neither safetensors nor PyTorch's."""
     for kind in _KINDS:
         if head[kind.place :].startswith(kind.start):
             return kind.about
@@ -56,7 +56,7 @@ def about_file(path: Path, head: bytes) -> str:
 
 
 def about_archive(path: Path) -> str:
-    """What a zip archive is that PyTorch does not read."""
+    """The kind of a zip archive that PyTorch does not read."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -75,7 +75,7 @@ def about_archive(path: Path) -> str:
 
 
 def about_folder(path: Path) -> str:
-    """What to pass in the place of a folder."""
+    """A line on a folder, with the file to pass in its place."""
     names = sorted(file.name for file in path.iterdir() if file.suffix in _WEIGHTS)
     way = f"pass a file in it, as '{path / names[0]}'" if names else "pass a file of weights"
     return f"cannot be read: it is a folder; {way}"
@@ -101,7 +101,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
 
 
 def about_address(source: str) -> str:
-    """What to do with an address that is not of the web; empty for a path."""
+    """The way from an address that is not of the web to a file; empty for a path."""
     found = _SCHEME.match(source)
     if not found or Path(source).exists():
         return ""

@@ -25,7 +25,7 @@ from .guess import describe
 from .keys import key_map, to_published
 from .read import read
 from .report import LoadReport, shortened, table
-from .unwrap import beneath, shared_prefix, unwrap
+from .unwrap import beneath, clean_state, shared_prefix, unwrap, unwrapped_key
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def load_published(
     content = source if isinstance(source, Mapping) else read(source)
     found = unwrap(content, name, ema=ema, prefer_ema=_prefers_ema(model))
     inner = _unfused(model)
-    own = inner.state_dict()
+    own = clean_state(inner)
     if any(tensor.is_meta for tensor in own.values()):
         raise CheckpointError("the model is on the meta device: give it memory first, model.to_empty(device='cpu')")
     rules = key_map(inner)
@@ -87,7 +87,8 @@ def load_published(
     infinite = _infinite(fitted.ready)
     if infinite:
         _LOG.warning("%s has values that are nan or infinite: %s", name, shortened(infinite, ", "))
-    inner.load_state_dict(fitted.ready, strict=False)
+    names = {unwrapped_key(key): key for key in inner.state_dict()}
+    inner.load_state_dict({names[key]: tensor for key, tensor in fitted.ready.items()}, strict=False)
     for module in inner.modules():  # fill what `to_empty` left without values, by timm's convention
         rebuild = getattr(module, "init_non_persistent_buffers", None)
         if rebuild is not None:
@@ -127,11 +128,11 @@ def export_published(model: nn.Module, path: str | Path | None = None) -> dict[s
     path: where to write it too, a file of safetensors, which tells them as well.
     """
     inner = _unfused(model)
-    own = inner.state_dict()
+    own = clean_state(inner)
     entries = {key: Entry(key, tensor) for key, tensor in own.items()}
     for name, layer in inner.named_modules():
         if isinstance(layer, Attention):
-            regroup(entries, f"{name}." if name else "", published_projections(layer))
+            regroup(entries, unwrapped_key(f"{name}.") if name else "", published_projections(layer))
     rules, grids = key_map(inner), Grids(inner, Made())
     state: OrderedDict[str, Tensor] = OrderedDict()
     tables = {}

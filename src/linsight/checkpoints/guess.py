@@ -39,7 +39,16 @@ def describe(model: nn.Module, tensors: Mapping[str, Tensor], fitted: Fitted, ma
         name = guess(model, tensors, made) if len(rows) > len(fitted.ready) / 10 else ""
         if name:
             clues.append(f"it fits '{name}'")
+        if any(key.endswith(("_orig", "_mask")) or "parametrizations." in key for key in _missing(rows)):
+            clues.append("the model is pruned or parametrized: load weights before that")
+        elif len(fitted.ready) >= len(rows) and any(row.problem != UNTOLD and row not in heads for row in rows):
+            clues.append(f"strict=False loads the {len(fitted.ready)} that fit")
     return "; ".join(clues)
+
+
+def _missing(rows: list[Mismatch]) -> Iterator[str]:
+    """The keys of the model that the checkpoint lacks."""
+    return (row.key for row in rows if not row.checkpoint)
 
 
 def _head_clues(heads: list[Mismatch]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from linsight.attention.on_grid import GRIDS
 from linsight.errors import CheckpointError
@@ -116,7 +116,7 @@ def _size_in(content: Mapping[str, Any]) -> tuple[int, int] | None:
     data = config.get("DATA") if isinstance(config, Mapping) else None
     for record, name in ((args, "input_size"), (args, "img_size"), (data, "IMG_SIZE")):
         if isinstance(record, Mapping):
-            value = record.get(name)
+            value = {**record, **vars(record)}.get(name) if hasattr(record, "__dict__") else record.get(name)
             sides = as_sides(value[-2:] if isinstance(value, list | tuple) else value)
             if sides is not None:
                 return sides
@@ -136,6 +136,11 @@ def as_sides(value: Any) -> tuple[int, int] | None:
 def unwrapped_key(key: str) -> str:
     """`key` without the modules that compilation, FSDP and activation checkpoints put around others."""
     return _AROUND.sub("", key)
+
+
+def clean_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of `model`, by the keys that it has without such modules."""
+    return {unwrapped_key(key): tensor for key, tensor in model.state_dict().items()}
 
 
 def beneath(found: Unwrapped, wanted: Collection[str], source: str) -> tuple[Unwrapped, tuple[str, ...]]:
