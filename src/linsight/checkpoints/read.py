@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -143,7 +144,9 @@ def _record(text: str) -> dict[str, Any]:
 
 def _pickled(path: Path, *, mmap: bool) -> Mapping[str, Any]:
     try:
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
+        stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of old formats and of what is then refused
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         offender = _OFFENDER.search(str(error))
