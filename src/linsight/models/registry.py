@@ -168,8 +168,8 @@ def _check_fetched(entry: Variant | Architecture, attention: str | None = None) 
         return
     if source.weights.startswith("timm, as "):
         raise LinsightError(
-            f"the weights of '{entry.name}' are in {source.weights}: create that model, or load a file of its weights "
-            f"with linsight.load_published(model, path){code}"
+            f"no file of weights is known for '{entry.name}': load one with linsight.load_published(model, path), or "
+            f"create the model that has them in {source.weights}{code}"
         )
     known = f"the weights of '{entry.name}' are in {source.weights}, which linsight cannot fetch from{code}"
     if not source.weights:
