@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 
 import linsight
 from linsight import catalogue, export_published, load_published
+from linsight.checkpoints import load_pretrained
 from linsight.checkpoints.read import read
 from linsight.errors import LinsightError
 from linsight.models.timm import fetch
@@ -205,6 +206,18 @@ def test_a_run_and_a_model_by_name_take_a_size(tmp_path):
     full = linsight.create_model("wfm_tiny", device="meta")  # without tables, to be quick
     save_file({key: torch.zeros(tensor.shape) for key, tensor in full.state_dict().items()}, tmp_path / "b.safetensors")
     assert load_named("wfm_tiny", str(tmp_path / "b.safetensors"), from_size=OLD).recipe.img_size == (224, 224)
+
+
+def test_what_timm_saved_with_a_model_tells_its_size():
+    """As `timm.models.save_for_hf` leaves it: weights that tell nothing, beside the arguments of their model."""
+    source = mixed(tiny(img_size=OLD))
+    for size in (OLD, (128, 64)):
+        model = tiny(img_size=size)
+        model.pretrained_model_args = {"img_size": list(OLD), "depth": 1}
+        load_pretrained(model, plain(source.state_dict()))
+        same(model, moved(source, size), size)
+    model.pretrained_model_args = {}
+    refused(lambda: load_pretrained(model, plain(source.state_dict())), "inline_deit_tiny", "from_size")
 
 
 def test_a_run_keeps_its_oblong_grid(tmp_path):

@@ -5,6 +5,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save as to_bytes
 from timm.models._features import FeatureGetterNet
@@ -112,11 +113,17 @@ def load_published(
 
 
 def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, object], *, head: bool = True) -> LoadReport:
-    """Fill a model that `create_model` was asked for with `pretrained=True`: errors name it."""
+    """Fill a model that `create_model` was asked for with `pretrained=True`: errors name it.
+
+    Of weights that timm saved with a model, its arguments tell the size of images: timm leaves them on the new model.
+    """
+    cfg: Any = getattr(_inner(model), "pretrained_cfg", None) or {}
+    saved: Any = getattr(_inner(model), "pretrained_model_args", None) or {}
+    size = saved and (saved.get("img_size") or cfg.get("input_size", (None,))[-2:])
     try:
-        return load_published(model, source, head=head)
+        return load_published(model, source, head=head, from_size=size or None)
     except CheckpointError as error:
-        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", type(model).__name__)
+        name = cfg.get("architecture", type(model).__name__)
         raise CheckpointError(f"the weights of '{name}': {error}") from error
 
 

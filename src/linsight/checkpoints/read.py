@@ -144,7 +144,7 @@ def _record(text: str) -> dict[str, Any]:
 
 def _pickled(path: Path, *, mmap: bool) -> Mapping[str, Any]:
     try:
-        stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+        stand_ins: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of old formats and of what is then refused
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
