@@ -59,9 +59,17 @@ Figures in the tables are published ones, none of our own training: parameters, 
 size given, are those of the published code; top-1 is what the authors report on ImageNet-1K, "about" where it is read
 off a plot, "EMA" where it is that of averaged weights, which `load_published` then prefers; "-" is not published. No
 weights come with linsight, and none were at hand: what reads them is tested with files made in each published format.
-`linsight info NAME` counts a model anew, with any mechanism (`--attention`), and tells where its authors put the
-weights, if that is known; `linsight train --recipe NAME` trains one.
+[Where published weights are](#where-published-weights-are) is at the end. `linsight info NAME` counts a model anew,
+with any mechanism (`--attention`); `linsight train --recipe NAME` trains one.
 """
+
+_UNKNOWN = "not known: look in the repository"
+WEIGHTS_HEAD = """## Where published weights are
+
+`create_model(NAME, pretrained=True)` fetches those that have the address of a file. The others are a download by hand,
+then `load_published(model, path)`: any wrapper and key layout of these repositories is read, for another image size,
+other channels or, with `head=False`, other classes too. `load_published(model, path, strict=False)` takes what fits of
+weights of another mechanism, as softmax weights to start from."""
 
 USAGE = """import timm
 import torch
@@ -154,7 +162,38 @@ def models() -> str:
     chapters += [_architecture_chapter(doc, family) for doc, family in alone.items()]
     count = f"{len(VARIANTS)} variants in {len(HOSTS)} hosts of {len(families)} families"
     modules = ", ".join(f"`{name}`" for name in sorted(TIMM_HOSTS))
-    return "\n".join([MODELS_HEAD.format(count=count, modules=modules, usage=USAGE), *chapters])
+    return "\n".join([MODELS_HEAD.format(count=count, modules=modules, usage=USAGE), *chapters, weights()])
+
+
+def weights() -> str:
+    """The chapter on published weights: a row for each paper that tells a repository or weights."""
+    papers: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in catalogue.list_models():
+        if row["code"]:
+            papers.setdefault((_paper(row), row["code"]), []).append(row)
+    body = [
+        [
+            paper,
+            f"[{code}](https://github.com/{code})",
+            "; ".join(map(_place, _by_place(rows).items())) or "not known: look in the repository",
+        ]
+        for (paper, code), rows in papers.items()
+    ]
+    return "\n\n".join([WEIGHTS_HEAD, _table(["paper", "code of its authors", "weights"], body)]) + "\n"
+
+
+def _by_place(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        if row["weights"]:
+            places.setdefault(row["weights"], []).append(row["name"])
+    return places
+
+
+def _place(item: tuple[str, list[str]]) -> str:
+    place, names = item
+    shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    return f"{shown}: {place}"
 
 
 def _host_chapter(doc: str, rows: list[dict[str, Any]]) -> str:

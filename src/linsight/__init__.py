@@ -6,14 +6,14 @@
 """
 
 from .attention import create_attention, list_attentions
-from .checkpoints import export_published, load_published
+from .checkpoints import export_published, load_pretrained, load_published
 from .errors import LinsightError
 from .fuse import fuse
 from .models import create_model, load_pretrained_with
 from .ops import Grid, Layout
 from .streaming import stream
 
-load_pretrained_with(load_published)
+load_pretrained_with(load_pretrained)
 
 __version__ = "0.1.0"
 

@@ -1,11 +1,12 @@
 """The catalogue as plain data: mechanisms, models, and what they cost. The CLI and the documentation show it."""
 
 import inspect
+import re
 from typing import Any
 
 import torch
 
-from linsight.attention import FLAGS, Mechanism, create_attention, create_block, list_attentions, mechanism
+from linsight.attention import FLAGS, Mechanism, Paper, create_attention, create_block, list_attentions, mechanism
 from linsight.bench.counting import count_macs, count_parameters
 from linsight.errors import UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention, default_config
@@ -65,7 +66,7 @@ def model_info(name: str, attention: str | None = None) -> dict[str, Any]:
     size = model.pretrained_cfg["input_size"]  # type: ignore[index]
     row = _model_row(name)
     if attention not in (None, row["attention"]):  # another model than the published one
-        row |= {"attention": attention, "published": {}, "weights": "", "code": ""}
+        row |= {"attention": attention, "published": {}, "weights": "", "code": "", "paper": {}}
     row["params"] = count_parameters(model)
     row["gmacs"] = count_macs(model, torch.empty(1, *size, device="meta")) / 1e9
     if isinstance(model, DynamicPerceiver):
@@ -87,18 +88,13 @@ def _cost(entry: Mechanism, grid: Grid) -> dict[str, Any]:
 
 
 def _mechanism_row(entry: Mechanism) -> dict[str, Any]:
-    paper = entry.paper
     return {
         "name": entry.name,
         "kind": entry.kind,
         "summary": (inspect.getdoc(entry.factory) or "").partition("\n")[0],
         "formula": entry.formula,
         "complexity": entry.complexity,
-        "paper": {
-            "title": paper.title,
-            "venue": paper.venue,
-            "url": f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else "",
-        },
+        "paper": _paper_row(entry.paper),
         "capabilities": {flag: entry.can(flag) for flag in FLAGS},
         "cost": entry.structure.cost.value,
     }
@@ -115,6 +111,20 @@ def _model_row(name: str) -> dict[str, Any]:
         "attention": default_attention(name) if host else "",
         "image_size": "x".join(map(str, default_config(name)["input_size"][-2:])),
         "published": dict(entry.published),
-        "weights": getattr(entry, "weights", ""),
-        "code": getattr(entry, "code", ""),
+        "paper": _paper(entry),
+        "weights": entry.weights,
+        "code": entry.code,
     }
+
+
+def _paper(entry: Any) -> dict[str, str]:
+    """The paper of a model, or else of its mechanism, the first of several."""
+    paper = entry.paper
+    if paper is None and hasattr(entry, "attention"):
+        paper = mechanism(re.split("[,:/]", entry.attention)[0]).paper
+    return _paper_row(paper) if paper else {}
+
+
+def _paper_row(paper: Paper) -> dict[str, str]:
+    url = f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else ""
+    return {"title": paper.title, "venue": paper.venue, "url": url}

@@ -37,6 +37,7 @@ class Recipe:
     drop_path: float = _field(_MODEL, 0.0, "stochastic depth of the last block")
     init: str | None = _field(_MODEL, None, "weights to start from, published or one's own: a run, a file, an address")
     init_partial: bool = _field(_MODEL, False, "what init lacks stays as initialised, as with another mechanism")
+    from_size: tuple[int, ...] = _field(_MODEL, (), "size of the images that init was made for, if it does not tell")
 
     data: str = _field(_DATA, "digits", "a folder, a tar, Parquet files, 'digits', or a name of timm's: torch/cifar10")
     data_dir: str | None = _field(_DATA, None, "where the data of a torch/ or hfds/ name is kept")
@@ -193,6 +194,16 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
+def averaged(recipe: Recipe, in_chans: int) -> dict[str, tuple[float, ...]]:
+    """The fields mean and std of `recipe` for images of `in_chans` channels: each channel has the average of its own.
+
+    Empty where they are for that many already.
+    """
+    values = {name: getattr(recipe, name) for name in ("mean", "std")}
+    other = {name: numbers for name, numbers in values.items() if len(numbers) not in (0, in_chans)}
+    return {name: (round(sum(numbers) / len(numbers), 6),) * in_chans for name, numbers in other.items()}
+
+
 _POSITIVE = ("epochs", "batch_size", "lr", "crop_pct", "aug_repeats", "new_lr_scale")
 _SHARES = {"val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing"}
 _SHARES |= {"drop_path", "ema", "mesa_start"}
@@ -215,6 +226,7 @@ def check(recipe: Recipe) -> Recipe:
         raise UnknownNameError("optimiser (opt)", recipe.opt, list_optimizers())
     for name, lengths in (
         ("img_size", (0, 1, 2)),
+        ("from_size", (0, 1, 2)),
         ("scale", (2,)),
         ("ratio", (2,)),
         ("mean", (0, recipe.in_chans)),

@@ -114,14 +114,16 @@ def test_info_shows_what_is_published(run, monkeypatch, name, published):
     [
         ("wfm_tiny", "https://huggingface.co/RuizeHe/weightformer-t/resolve/main/model.safetensors"),
         ("focused_pvt_v2_b0", "the repository LeapLabTHU/FLatten-Transformer"),
-        ("inline_pvt_tiny", ""),
+        ("inline_pvt_tiny", "the README of LeapLabTHU/InLine"),
+        ("agent_pvt_tiny", ""),
     ],
 )
 def test_info_shows_where_weights_are(run, monkeypatch, name, place):
     monkeypatch.setattr("linsight.catalogue.count_macs", lambda *_: 0)  # which takes seconds
     shown = dict(line.strip().split(maxsplit=1) for line in run("info", name)[1].splitlines() if " " in line.strip())
     assert shown.get("weights", "") == place
-    assert shown["code"].startswith("of its authors") and "LeapLabTHU/" in shown["code"]
+    assert shown["code"].startswith("of its authors") and "https://github.com/LeapLabTHU/" in shown["code"]
+    assert "https://arxiv.org/abs/" in shown["paper"]
     assert "LeapLabTHU/" not in run("info", name, "--attention", "softmax")[1]
 
 

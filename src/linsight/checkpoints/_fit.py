@@ -3,20 +3,22 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from linsight.attention import Attention
-from linsight.models import fit_bias_table
-from linsight.ops import FittedTable
 
+from ._grids import Grids, Made
 from ._projections import Entry, regroup
+from ._stem import adapt_stem
 from .keys import is_constant, key_map, to_ours
 from .report import Mismatch, shape_text
+from .unwrap import clean_state, unwrapped_key
+
+UNTOLD = "on which grid it lies is not told"
+_UNTOLD = Made()
 
 
 @dataclasses.dataclass
@@ -28,17 +30,25 @@ class Fitted:
     dropped: list[str] = dataclasses.field(default_factory=list)
     kept: list[str] = dataclasses.field(default_factory=list)
     problems: list[Mismatch] = dataclasses.field(default_factory=list)
+    adapted: list[str] = dataclasses.field(default_factory=list)
 
 
 def fit(
-    model: nn.Module, tensors: Mapping[str, Tensor], *, head: bool = True, resize: bool = True, pruned: bool = False
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    head: bool = True,
+    resize: bool = True,
+    pruned: bool = False,
+    made: Made = _UNTOLD,
 ) -> Fitted:
     """Match `tensors`, by published keys or ours, with the state of `model`.
 
     head: False leaves the classifier alone.  resize: resample position tables.  pruned: the model lacks
-    modules on purpose, as timm's `features_only` makes it.
+    modules on purpose, as timm's `features_only` makes it.  made: what is known of the grids of tables in the file.
     """
-    own = model.state_dict()
+    grids = Grids(model, made)
+    own = clean_state(model)
     # A file in our own layout is as welcome as a published one.
     entries = max((convert(model, tensors, named=n) for n in (True, False)), key=lambda e: len(e.keys() & own.keys()))
     done = Fitted()
@@ -49,7 +59,7 @@ def fit(
             if entry:
                 done.dropped.append(f"{entry.key} (head=False)")
         elif entry is not None:
-            _place(model, key, entry, target, resize, done)
+            _place(grids, key, entry, target, resize, done)
         elif is_constant(key):
             done.kept.append(key)
         else:
@@ -72,7 +82,7 @@ def convert(model: nn.Module, tensors: Mapping[str, Tensor], *, named: bool) -> 
         entries[ours if ours not in entries else f"{ours}, again"] = Entry(key, tensor)
     for path, layer in model.named_modules():
         if isinstance(layer, Attention):
-            regroup(entries, f"{path}." if path else "", layer.layout_name)
+            regroup(entries, unwrapped_key(f"{path}.") if path else "", layer.layout_name)
     return entries
 
 
@@ -82,7 +92,7 @@ def in_classifier(model: nn.Module, key: str) -> bool:
     return key.startswith(tuple(f"{name}." for name in ([names] if isinstance(names, str) else names)))
 
 
-def _place(model: nn.Module, key: str, entry: Entry, target: Tensor, resize: bool, done: Fitted) -> None:
+def _place(grids: Grids, key: str, entry: Entry, target: Tensor, resize: bool, done: Fitted) -> None:
     tensor = entry.tensor
     row = Mismatch(entry.key, shape_text(tensor.shape), shape_text(target.shape), "another shape")
     if tensor.layout != torch.strided or tensor.is_floating_point() != target.is_floating_point():
@@ -91,18 +101,46 @@ def _place(model: nn.Module, key: str, entry: Entry, target: Tensor, resize: boo
         return
     if tensor.shape != target.shape and _without_ones(tensor) == _without_ones(target):
         tensor = tensor.reshape(target.shape)  # a 1x1 convolution is a linear map
-    fitted = fit_table(model, key, tensor) if tensor.shape != target.shape else None
-    if fitted is not None and fitted.tensor.shape == target.shape:
-        grids = [shape_text(grid) for grid in (fitted.old, fitted.new)]
-        if resize:
-            tensor = fitted.tensor
-            done.resized.append(f"{entry.key} from {grids[0]} to {grids[1]}")
-        else:
-            row = row._replace(problem=f"a table of {grids[0]} for {grids[1]}: pass resize=True")
+    adapted = adapt_stem(grids.model, key, tensor, target)
+    if adapted is not None:
+        tensor, how = adapted
+        done.adapted.append(f"{entry.key} {how}")
+    elif grids.own(key) is not None or tensor.shape != target.shape:
+        tensor, problem = _table(grids, key, entry.key, tensor, target, resize, done)
+        if problem:
+            done.problems.append(row._replace(problem=problem))
+            return
     if tensor.shape == target.shape:
         done.ready[key] = tensor
     else:
         done.problems.append(row)
+
+
+def _table(
+    grids: Grids, key: str, source: str, tensor: Tensor, target: Tensor, resize: bool, done: Fitted
+) -> tuple[Tensor, str]:
+    """A position table on the grid of the model, or else itself and what is wrong with it, if that is known."""
+    own, old = grids.own(key), None
+    if own is not None:
+        old = grids.old(key, source, tensor)
+        if old is None:
+            alike = [shape[:-2] + shape[-1:] for shape in (tensor.shape, target.shape)]  # but for the rows
+            if tensor.ndim != target.ndim or alike[0] != alike[1]:
+                return tensor, ""
+            more = abs(tensor.shape[-2] - target.shape[-2])
+            return tensor, "another number of prefix tokens" if 0 < more < 3 and math.prod(own) > 3 else UNTOLD
+    fitted = grids.fit(key, tensor, old)
+    if fitted is None or fitted.tensor.shape != target.shape:
+        if fitted is not None:
+            return tensor, ""
+        told = f"its rows are not those of {shape_text(old)}, as told" if old and old != own else ""
+        return tensor, told
+    if fitted.old != fitted.new:
+        line = f"{shape_text(fitted.old)} to {shape_text(fitted.new)}"
+        if not resize:
+            return tensor, f"a table of {line.replace(' to ', ' for ')}: pass resize=True"
+        done.resized.append(f"{source} from {line}")
+    return fitted.tensor, ""
 
 
 def _without_ones(tensor: Tensor) -> tuple[int, ...]:
@@ -110,35 +148,6 @@ def _without_ones(tensor: Tensor) -> tuple[int, ...]:
     while shape and shape[-1] == 1:
         shape.pop()
     return tuple(shape)
-
-
-def fit_table(model: nn.Module, key: str, table: Tensor) -> FittedTable | None:
-    """A position table of another size as its owner resamples it: the innermost module on `key` that knows it."""
-    path = key.split(".")
-    for depth in range(len(path) - 1, -1, -1):
-        owner: Any = model.get_submodule(".".join(path[:depth]))
-        name = ".".join(path[depth:])
-        fit = getattr(owner, "fit_table", None)
-        fitted = fit(name, table) if fit else _fit_of_timm(owner, name, table)
-        if fitted is not None:
-            return fitted
-    return None
-
-
-def _fit_of_timm(owner: Any, name: str, table: Tensor) -> FittedTable | None:
-    """A position table as `fit_table` brings it to timm's own models."""
-    if name == "relative_position_bias_table" and table.ndim == 2 and hasattr(owner, "window_size"):
-        return fit_bias_table(table, owner.window_size)
-    grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
-    if name != "pos_embed" or not grid or table.ndim != 3:
-        return None
-    prefix = owner.pos_embed.shape[1] - math.prod(grid)  # which has no place on the grid
-    if not prefix and math.isqrt(table.shape[1]) ** 2 == table.shape[1] - 1:
-        table = table[:, 1:]  # the row of a class token, for a model without one
-    side = math.isqrt(max(table.shape[1] - prefix, 0))
-    if not side or side * side != table.shape[1] - prefix:
-        return None
-    return FittedTable(resample_abs_pos_embed(table, list(grid), [side, side], prefix), (side, side), tuple(grid))
 
 
 def _reason_to_drop(model: nn.Module, key: str, head: bool, pruned: bool) -> str:

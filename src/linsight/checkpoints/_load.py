@@ -1,23 +1,34 @@
 """`load_published` and `export_published`: a model or a layer, and the keys and shapes that it was published in."""
 
+import json
+import logging
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from safetensors.torch import save as to_bytes
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from linsight.attention import Attention
+from linsight.attention.on_grid import GRIDS
 from linsight.errors import CheckpointError
 from linsight.fuse import is_fused
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
+from linsight.runtime.files import replacing
 
-from ._fit import Fitted, fit
+from ._fit import fit
+from ._folded import fold, refuse_adapters
+from ._grids import Grids, Made, check_sides
 from ._projections import Entry, published_projections, regroup
 from .guess import describe
 from .keys import key_map, to_published
 from .read import read
-from .report import LoadReport, table
-from .unwrap import shared_prefix, unwrap
+from .report import LoadReport, shortened, table
+from .unwrap import beneath, clean_state, shared_prefix, unwrap, unwrapped_key
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_published(
@@ -28,8 +39,14 @@ def load_published(
     head: bool = True,
     resize: bool = True,
     ema: bool | None = None,
+    from_size: int | tuple[int, int] | None = None,
+    from_grid: int | tuple[int, int] | None = None,
 ) -> LoadReport:
     """Fill a model, or a single layer, from a published checkpoint. All is checked before anything is copied.
+
+    Position tables are resampled from the grid that they were made for, which the number of their rows does not tell.
+    Files of linsight and of most training scripts record it; published models are for square images. Where nothing
+    tells it, `from_size` or `from_grid` does.
 
     Args:
         model: a model or layer of linsight, or any module whose keys match; wrapped ones (compiled, DDP) too.
@@ -40,39 +57,115 @@ def load_published(
         resize: resample position tables to the model's grid.
         ema: the averaged weights (True) or the trained ones (False); None for what was published as the
             variant's result, which is the trained ones unless it says otherwise.
+        from_size: height and width of the images that the weights were made for, or the side of square ones.
+        from_grid: the same in tokens of the first grid, or of that of a layer.
 
     Raises:
         CheckpointError: the source cannot be read safely, or does not fit the model.
     """
+    size, grid = check_sides("from_size", from_size), check_sides("from_grid", from_grid)
+    if size and grid:
+        raise CheckpointError(f"from_size={from_size} and from_grid={from_grid} say the same: pass one of them")
+    if not isinstance(source, str | Path | Mapping):
+        raise CheckpointError(f"'{type(source).__name__}' is no source: pass a path, an address or a state dict")
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else read(source)
     found = unwrap(content, name, ema=ema, prefer_ema=_prefers_ema(model))
     inner = _unfused(model)
-    if any(tensor.is_meta for tensor in inner.state_dict().values()):
+    own = clean_state(inner)
+    if any(tensor.is_meta for tensor in own.values()):
         raise CheckpointError("the model is on the meta device: give it memory first, model.to_empty(device='cpu')")
+    rules = key_map(inner)
+    found, beside = beneath(found, {*own, *(to_published(key, own[key], rules)[0] for key in own)}, name)
+    refuse_adapters([*found.tensors, *found.others], own, name)
+    tensors, folded = fold(found.tensors, own, name)
+    made = Made(found.tables, found.size, size, grid)
     pruned = any(isinstance(module, FeatureGetterNet) for module in model.modules())
-    fitted = fit(inner, found.tensors, head=head, resize=resize, pruned=pruned)
+    fitted = fit(inner, tensors, head=head, resize=resize, pruned=pruned, made=made)
     if fitted.problems and (strict or not fitted.ready):
-        summary = describe(inner, found.tensors, fitted)
+        summary = describe(inner, tensors, fitted, made)
         raise CheckpointError(f"{name} does not fit the model: {summary}\n{table(fitted.problems)}")
-    inner.load_state_dict(fitted.ready, strict=False)
+    infinite = _infinite(fitted.ready)
+    if infinite:
+        _LOG.warning("%s has values that are nan or infinite: %s", name, shortened(infinite, ", "))
+    names = {unwrapped_key(key): key for key in inner.state_dict()}
+    inner.load_state_dict({names[key]: tensor for key, tensor in fitted.ready.items()}, strict=False)
     for module in inner.modules():  # fill what `to_empty` left without values, by timm's convention
         rebuild = getattr(module, "init_non_persistent_buffers", None)
         if rebuild is not None:
             rebuild()
-    return _report(name, found.wrapper, found.others, fitted)
+    return LoadReport(
+        source=name,
+        wrapper=found.wrapper,
+        loaded=tuple(fitted.ready),
+        resized=tuple(fitted.resized),
+        dropped=(
+            *fitted.dropped,
+            *(f"{key} (beside the model)" for key in beside),
+            *(f"{key} (not a tensor)" for key in found.others),
+        ),
+        kept=tuple(fitted.kept),
+        mismatched=tuple(fitted.problems),
+        adapted=(*folded, *fitted.adapted),
+        converted=_converted(fitted.ready, own),
+        infinite=infinite,
+    )
 
 
-def export_published(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state of a model, or of a single layer, under its published keys and in their shapes."""
+def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, object], *, head: bool = True) -> LoadReport:
+    """Fill a model that `create_model` was asked for with `pretrained=True`: errors name it.
+
+    Of weights that timm saved with a model, its arguments tell the size of images: timm leaves them on the new model.
+    """
+    cfg: Any = getattr(_inner(model), "pretrained_cfg", None) or {}
+    saved: Any = getattr(_inner(model), "pretrained_model_args", None) or {}
+    size = saved and (saved.get("img_size") or cfg.get("input_size", (None,))[-2:])
+    try:
+        return load_published(model, source, head=head, from_size=size or None)
+    except CheckpointError as error:
+        name = cfg.get("architecture", type(model).__name__)
+        raise CheckpointError(f"the weights of '{name}': {error}") from error
+
+
+def export_published(model: nn.Module, path: str | Path | None = None) -> dict[str, Tensor]:
+    """A copy of the state of a model, or of a single layer, under its published keys and in their shapes.
+
+    It tells the grids of its tables in its metadata, which `torch.save` keeps and `load_published` reads.
+
+    path: where to write it too, a file of safetensors, which tells them as well.
+    """
     inner = _unfused(model)
-    entries = {key: Entry(key, tensor) for key, tensor in inner.state_dict().items()}
-    for path, layer in inner.named_modules():
+    own = clean_state(inner)
+    entries = {key: Entry(key, tensor) for key, tensor in own.items()}
+    for name, layer in inner.named_modules():
         if isinstance(layer, Attention):
-            regroup(entries, f"{path}." if path else "", published_projections(layer))
-    rules = key_map(inner)
-    renamed = (to_published(key, entry.tensor, rules) for key, entry in entries.items())
-    return {key: tensor.detach().clone() for key, tensor in renamed}
+            regroup(entries, unwrapped_key(f"{name}.") if name else "", published_projections(layer))
+    rules, grids = key_map(inner), Grids(inner, Made())
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    tables = {}
+    for key, entry in entries.items():
+        published, tensor = to_published(key, entry.tensor, rules)
+        state[published] = tensor.detach().clone()
+        if key in own and (grid := grids.own(key)):
+            tables[published] = grid
+    state._metadata = {"": {"version": 1, GRIDS: tables}}  # type: ignore[attr-defined]
+    if path is not None:
+        about = {"format": "pt", "linsight": json.dumps({GRIDS: tables})}
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(to_bytes({key: tensor.contiguous() for key, tensor in state.items()}, about))
+    return state
+
+
+def _infinite(ready: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The tensors that hold values that are nan or infinite, and how many."""
+    counts = {key: int((~t.isfinite()).sum()) for key, t in ready.items() if t.is_floating_point()}
+    return tuple(f"{key} ({count} of {ready[key].numel()})" for key, count in counts.items() if count)
+
+
+def _converted(ready: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """How many tensors are of another precision than those of the model."""
+    pairs = Counter((t.dtype, own[key].dtype) for key, t in ready.items() if t.dtype != own[key].dtype)
+    return tuple(f"{count} tensors from {old} to {new}".replace("torch.", "") for (old, new), count in pairs.items())
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -91,15 +184,3 @@ def _prefers_ema(model: nn.Module) -> bool:
     name = (getattr(_inner(model), "pretrained_cfg", None) or {}).get("architecture", "")
     known = VARIANTS.get(name) or HOSTS.get(name) or ARCHITECTURES.get(name)
     return bool(known and known.published.get("ema", False))
-
-
-def _report(name: str, wrapper: str, others: tuple[str, ...], fitted: Fitted) -> LoadReport:
-    return LoadReport(
-        source=name,
-        wrapper=wrapper,
-        loaded=tuple(fitted.ready),
-        resized=tuple(fitted.resized),
-        dropped=(*fitted.dropped, *(f"{key} (not a tensor)" for key in others)),
-        kept=tuple(fitted.kept),
-        mismatched=tuple(fitted.problems),
-    )

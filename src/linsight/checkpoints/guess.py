@@ -11,7 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, Architecture, Host, create_model
 
-from ._fit import Fitted, fit, in_classifier
+from ._fit import UNTOLD, Fitted, fit, in_classifier
+from ._grids import Made
+from ._stem import stem_clue
 from .keys import key_map, to_ours
 from .report import Mismatch
 
@@ -19,21 +21,34 @@ from .report import Mismatch
 FILLING = ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
 
 
-def describe(model: nn.Module, tensors: Mapping[str, Tensor], fitted: Fitted) -> str:
+def describe(model: nn.Module, tensors: Mapping[str, Tensor], fitted: Fitted, made: Made) -> str:
     """How much does not fit, why, and which model it is from."""
     rows, rules = fitted.problems, key_map(model)
     heads = [row for row in rows if in_classifier(model, row.key) or in_classifier(model, to_ours(row.key, rules))]
-    clues = [f"{len(rows)} of {len(rows) + len(fitted.ready)} tensors differ", *_head_clues(heads)]
+    clues = [
+        f"{len(rows)} of {len(rows) + len(fitted.ready)} tensors differ",
+        *_head_clues(heads),
+        *_table_clues(model, rows),
+    ]
     if len(heads) < len(rows):
         vectors = [row for row in rows if row.checkpoint.isdecimal() and row.model.isdecimal() and row not in heads]
         if vectors:
             given, wanted = Counter((row.checkpoint, row.model) for row in vectors).most_common(1)[0][0]
             clues.append(f"width {given} in the checkpoint, {wanted} in the model")
         # Few that differ are another fault.
-        name = guess(model, tensors) if len(rows) > len(fitted.ready) / 10 else ""
+        name = guess(model, tensors, made) if len(rows) > len(fitted.ready) / 10 else ""
         if name:
             clues.append(f"it fits '{name}'")
+        if any(key.endswith(("_orig", "_mask")) or "parametrizations." in key for key in _missing(rows)):
+            clues.append("the model is pruned or parametrized: load weights before that")
+        elif len(fitted.ready) >= len(rows) and any(row.problem != UNTOLD and row not in heads for row in rows):
+            clues.append(f"strict=False loads the {len(fitted.ready)} that fit")
     return "; ".join(clues)
+
+
+def _missing(rows: list[Mismatch]) -> Iterator[str]:
+    """The keys of the model that the checkpoint lacks."""
+    return (row.key for row in rows if not row.checkpoint)
 
 
 def _head_clues(heads: list[Mismatch]) -> list[str]:
@@ -47,7 +62,19 @@ def _head_clues(heads: list[Mismatch]) -> list[str]:
     return [] if given == wanted else [f"{given} classes in the checkpoint, {wanted} in the model: {way}"]
 
 
-def guess(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+def _table_clues(model: nn.Module, rows: list[Mismatch]) -> Iterator[str]:
+    """The way out for tables of an unknown grid, and for the first convolution."""
+    untold = sum(row.problem == UNTOLD for row in rows)
+    if untold:
+        size = ["from_size=(height, width) of the images"] if hasattr(model, "set_input_size") else []
+        ways = ", or ".join([*size, "from_grid=(height, width) in tokens"])
+        tables = "a position table lies on a grid" if untold == 1 else f"{untold} position tables lie on grids"
+        yield f"{tables} that the file does not tell: pass {ways}, that it was made for"
+    rules = key_map(model)
+    yield from filter(None, (stem_clue(model, to_ours(row.key, rules), *row[1:3]) for row in rows))
+
+
+def guess(model: nn.Module, tensors: Mapping[str, Tensor], made: Made) -> str:
     """A registered model that the checkpoint fits, but for its head, best without a resized table; empty if none."""
     config = getattr(model, "pretrained_cfg", None)
     if not config:  # a single layer
@@ -57,7 +84,7 @@ def guess(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
         if row.name != config.get("architecture") and row.model_cls not in strangers:
             with _Unfilled():
                 candidate = create_model(row.name, device="meta")
-            fitted = fit(candidate, tensors, head=False)
+            fitted = fit(candidate, tensors, head=False, made=made)
             if fitted.ready and not fitted.problems:
                 if not fitted.resized:
                     return row.name

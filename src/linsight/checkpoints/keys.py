@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from linsight.attention import Attention, Core, Rename
 from linsight.models import published_keys
 
+from .unwrap import unwrapped_key
+
 # Not the mechanism's but the layer's own: PVT's spatial reduction.
 REDUCTION = (Rename("sr.", "reduction.sr."), Rename("norm.", "reduction.norm."))
 # Published buffers that follow from shapes alone, and counters that no result depends on; models have their own.
@@ -49,7 +51,9 @@ def key_map(model: nn.Module) -> list[Rules]:
     found = []
     inside = {id(getattr(module, "core", None)) for module in model.modules()}
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
+        if "_orig_mod" in module._modules:  # torch.compile's, which tells the rules of what it holds
+            continue
+        prefix = unwrapped_key(f"{path}.") if path else ""
         renames = published_keys(module)
         core = getattr(module, "core", None)
         if isinstance(core, Core):  # its rules are those of what it stands in

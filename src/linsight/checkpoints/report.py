@@ -27,6 +27,9 @@ class LoadReport:
     dropped: keys of the file that were left out, with the reason.
     kept: keys of the model that were left as they are.
     mismatched: what did not fit; empty unless `strict=False`.
+    adapted: first convolutions for images of other channels, and weights that were made whole of their parts.
+    converted: tensors that were of another precision than the model.
+    infinite: keys of the model whose new values are not all finite, and how many of them are nan or infinite.
     """
 
     source: str
@@ -36,14 +39,18 @@ class LoadReport:
     dropped: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
+    adapted: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
+    infinite: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f", entry '{self.wrapper}'" if self.wrapper else ""
         lines = [f"loaded {len(self.loaded)} tensors from {self.source}{where}"]
-        for name in ("resized", "dropped", "kept"):
+        titles = {"infinite": "nan or infinite"}
+        for name in ("resized", "adapted", "converted", "infinite", "dropped", "kept"):
             found: tuple[str, ...] = getattr(self, name)
             if found:
-                lines.append(f"{name}: {shortened(found, ', ')}")
+                lines.append(f"{titles.get(name, name)}: {shortened(found, ', ')}")
         if self.mismatched:
             lines.append(table(self.mismatched))
         return "\n".join(lines)

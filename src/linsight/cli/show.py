@@ -134,8 +134,9 @@ def _model(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]
         ("multiply-adds", f"{found['gmacs']:.2f} G for one image"),
         ("to its exits", ", ".join(f"{cost:.3f} G" for cost in found.get("exit_gmacs", ()))),
         ("published", _figures(found)),
+        ("paper", ", ".join(filter(None, found["paper"].values()))),
         ("weights", found["weights"]),
-        ("code of its authors", found["code"]),
+        ("code of its authors", found["code"] and f"https://github.com/{found['code']}"),
         ("recipe", recipe.about if recipe else ""),
     ]
     return lines, []

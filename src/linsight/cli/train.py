@@ -44,6 +44,7 @@ def register(app: typer.Typer) -> None:
 
 def _train(**options: Any) -> None:
     from linsight.train import Interrupted, resolve, resume, suggest, train
+    from linsight.train.chosen import told_channels
     from linsight.train.progress import reporter
 
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
@@ -60,7 +61,10 @@ def _train(**options: Any) -> None:
             if name is None:
                 name = suggest(overrides)
                 report.note(f"recipe {name}: {RECIPES[name].about.partition('. ')[0]}")
-            summary = train(resolve(name, overrides), out=out, name=name, report=report)
+            recipe = resolve(name, overrides)
+            if told := told_channels(name, recipe):
+                report.note(told)
+            summary = train(recipe, out=out, name=name, report=report)
     except Interrupted as stopped:
         typer.echo(f"linsight: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
@@ -120,12 +124,16 @@ _STREAM: dict[str, Any] = {"rich_help_panel": "Streaming"}
 _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 _Device = Annotated[str, typer.Option(help=FIELDS["device"].metadata["help"])]
 _Amp = Annotated[str, typer.Option(help=FIELDS["amp"].metadata["help"])]
+_From = Annotated[
+    str | None, typer.Option(metavar="N,N", help="size of the images --checkpoint was made for, if it does not tell")
+]
 _Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=FIELDS["on_bad_image"].metadata["help"])]
 
 
 def evaluate(
     source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
+    from_size: _From = None,
     data: Annotated[str | None, typer.Option(help="what to evaluate on; none: the run's own data")] = None,
     data_dir: Annotated[str | None, typer.Option(help=FIELDS["data_dir"].metadata["help"])] = None,
     split: Annotated[str | None, typer.Option(help="the split; none: validation, else test, else all")] = None,
@@ -157,11 +165,11 @@ def evaluate(
         "on_bad_image": on_bad_image,
     }
     if budget is not None:
-        _evaluate_exits(_trained(source, checkpoint), budget, out, as_json, images)
+        _evaluate_exits(_trained(source, checkpoint, from_size), budget, out, as_json, images)
         return
     if out is not None:
         raise typer.BadParameter("--out goes with --budget")
-    result = run(_trained(source, checkpoint), **images)
+    result = run(_trained(source, checkpoint, from_size), **images)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -216,6 +224,7 @@ def predict(
     source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
     images: Annotated[list[str], typer.Argument(help="image files, and folders of them")],
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
+    from_size: _From = None,
     top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
     device: _Device = "auto",
     amp: _Amp = "auto",
@@ -251,11 +260,13 @@ def predict(
     given = {name: value for name, value in given.items() if value is not None}
     if streamed:
         given |= {"device": device, "amp": amp}
-        _predict_stream(_trained(source, checkpoint), images, given, output, out, top, on_bad_image, as_json)
+        _predict_stream(_trained(source, checkpoint, from_size), images, given, output, out, top, on_bad_image, as_json)
         return
     for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
         raise typer.BadParameter(f"--{name} goes with --stream")
-    done, bad = run(_trained(source, checkpoint), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image)
+    done, bad = run(
+        _trained(source, checkpoint, from_size), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image
+    )
     _tell_classes(done, bad, as_json)
 
 
@@ -309,11 +320,17 @@ def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
     _tell_bad(bad)
 
 
-def _trained(source: str, checkpoint: str | None) -> Any:
+def _trained(source: str, checkpoint: str | None, from_size: str | None = None) -> Any:
+    from linsight.recipe import check, parse
     from linsight.train import load_trained
     from linsight.train.model import load_named
 
-    return load_trained(source) if checkpoint is None else load_named(source, checkpoint)
+    if checkpoint is None:
+        if from_size is not None:
+            raise typer.BadParameter("--from-size goes with --checkpoint: a run tells the size of its images")
+        return load_trained(source)
+    sides = check(dataclasses.replace(Recipe(), from_size=parse("from_size", from_size or ""))).from_size
+    return load_named(source, checkpoint, from_size=(sides * 2)[:2] or None)  # type: ignore[arg-type]
 
 
 def _print_facts(rows: list[list[str]]) -> None:

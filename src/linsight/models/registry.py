@@ -10,17 +10,20 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, is_model, list_models, model_entrypoint, register_model
 from torch import nn
 
+from linsight.attention import Paper
 from linsight.errors import LinsightError, UnknownNameError
 
 from .parts.dense import DenseFeatures
 from .rows import Architecture, Host, Variant
 from .seams import refuse_idle
+from .timm.fetch import place_of
 
 # The evaluation of the published repositories: a square resize, then the centre crop.
 DEFAULT_CFG: dict[str, Any] = {
@@ -42,6 +45,8 @@ ARCHITECTURES: dict[str, Architecture] = {}
 TIMM_HOSTS: dict[str, Callable[..., nn.Module]] = {}
 _REGISTERED: set[str] = set()  # in timm, by us
 _LOADERS: list[Callable[..., Any]] = []  # what reads weights is of a room above
+_NONE: Mapping[str, str] = MappingProxyType({})
+_Row = TypeVar("_Row", Variant, Architecture)
 
 
 def load_pretrained_with(load: Callable[..., Any]) -> None:
@@ -57,21 +62,36 @@ def add_hosts(*hosts: Host) -> None:
             _register_variant(Variant(host.name, host.name, "softmax"))
 
 
-def add_variants(*variants: Variant, code: str = "") -> None:
+def credit_hosts(model_cls: type[nn.Module], paper: Paper, code: str, timm: Mapping[str, str] = _NONE) -> None:
+    """Say where the hosts of a class are from.
+
+    code: the repository of their authors.  timm: by our names, those of the models that timm has with their weights.
+    """
+    for name, host in HOSTS.items():
+        if host.model_cls is model_cls:
+            weights = f"timm, as {timm[name]}" if name in timm else ""
+            HOSTS[name] = dataclasses.replace(host, paper=paper, code=code, weights=weights)
+
+
+def add_variants(*variants: Variant, code: str = "", paper: Paper | None = None) -> None:
     """Make variants known to `create_model` and register them in timm, under names that timm lacks.
 
-    code: the repository of their authors.
+    code: the repository of their authors.  paper: theirs, where it is not that of their mechanism.
     """
-    for variant in (dataclasses.replace(variant, code=code or variant.code) for variant in variants):
+    for variant in (_credited(variant, code, paper) for variant in variants):
         _refuse_taken(variant.name, VARIANTS)
         VARIANTS[variant.name] = variant
         if not is_model(variant.name):
             _register_variant(variant)
 
 
-def add_architectures(*architectures: Architecture, code: str = "") -> None:
-    """Make models that take no mechanism known to `create_model` and register them in timm; `code` as above."""
-    for entry in (dataclasses.replace(entry, code=code or entry.code) for entry in architectures):
+def _credited(entry: _Row, code: str, paper: Paper | None) -> _Row:
+    return dataclasses.replace(entry, code=code or entry.code, paper=paper or entry.paper)
+
+
+def add_architectures(*architectures: Architecture, code: str = "", paper: Paper | None = None) -> None:
+    """Make models that take no mechanism known to `create_model` and register them in timm; the rest as above."""
+    for entry in (_credited(entry, code, paper) for entry in architectures):
         _refuse_taken(entry.name, ARCHITECTURES)
         ARCHITECTURES[entry.name] = entry
         if not is_model(entry.name):
@@ -136,15 +156,29 @@ def build(entry: Variant | Architecture, *, pretrained: bool = False, **kwargs: 
 
 def _check_fetched(entry: Variant | Architecture, attention: str | None = None) -> None:
     """Raise, naming the way out, unless the published weights of a model can be fetched."""
-    if attention not in (None, getattr(entry, "attention", None)):
-        raise LinsightError(f"the weights of '{entry.name}' are those of another mechanism: pass pretrained=False")
-    if entry.weights.startswith("https://"):
+    source: Any = HOSTS.get(entry.name, entry)  # a host, with softmax
+    code = f" (code of its authors: https://github.com/{source.code})" if source.code else ""
+    own = getattr(entry, "attention", None)
+    if attention not in (None, own):
+        raise LinsightError(
+            f"the weights of '{entry.name}' are those of another mechanism: pass pretrained=False; of a file of theirs"
+            f"{_at(source.weights)}, linsight.load_published(model, path, strict=False) keeps what both have{code}"
+        )
+    if source.weights.startswith("https://"):
         return
-    known = f"the weights of '{entry.name}' are in {entry.weights}, which linsight cannot fetch from"
-    if not entry.weights:
-        code = f" (code of its authors: {entry.code})" if entry.code else ""
+    if source.weights.startswith("timm, as "):
+        raise LinsightError(
+            f"no file of weights is known for '{entry.name}': load one with linsight.load_published(model, path), or "
+            f"create the model that has them in {source.weights}{code}"
+        )
+    known = f"the weights of '{entry.name}' are in {source.weights}, which linsight cannot fetch from{code}"
+    if not source.weights:
         known = f"no address of weights is known for '{entry.name}'{code}"
     raise LinsightError(f"{known}: load a published file with linsight.load_published(model, path)")
+
+
+def _at(place: str) -> str:
+    return f" ({place})" if place else ""
 
 
 def _build_variant(variant: Variant, **kwargs: Any) -> nn.Module:
@@ -255,7 +289,10 @@ def create_model(
                 f"'{name}' is a model of timm without a linsight host; hosts: {', '.join(sorted(HOSTS))}"
             )
         if pretrained and attention not in (None, "softmax"):
-            raise LinsightError(f"the weights of '{name}' are those of softmax attention: pass pretrained=False")
+            raise LinsightError(
+                f"the weights of '{name}' are those of softmax attention: pass pretrained=False; of a file of theirs "
+                f"({place_of(name)}), linsight.load_published(model, path, strict=False) keeps what both have, as qkv"
+            )
         return adopt(name, attention or default_attention(name), attention_options, pretrained=pretrained, **kwargs)
     raise UnknownNameError(
         "model", name, {*VARIANTS, *ARCHITECTURES, *HOSTS, *list_models()}, "'linsight list' shows ours"

@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from linsight.attention import Paper
+
 # How timm's `features_only` wraps a host of four stages.
 FOUR_MAPS: Mapping[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 # The published rule for the decay of averages: 0.9996 ** (batch of all GPUs / 4096).
@@ -60,6 +62,7 @@ class Host:
     cfg: timm's pretrained_cfg entries beyond the defaults below.
     feature_cfg: how timm's `features_only` wraps it.
     published: figures of the host with softmax, as of a variant.
+    paper, code, weights: as of a variant; `credit_hosts` tells them.
     """
 
     name: str
@@ -68,6 +71,9 @@ class Host:
     cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     feature_cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    paper: Paper | None = None
+    weights: str = ""
+    code: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +86,8 @@ class Variant:
         of its own.
     training: how its authors trained it.
     weights: where they put its weights: the address of the file, or else the place; empty where none is known.
-    code: their repository.
+    code: their repository, as OWNER/NAME of GitHub.
+    paper: where it was published, if not with its mechanism.
     """
 
     name: str
@@ -94,13 +101,14 @@ class Variant:
     training: tuple[Training, ...] = ()
     weights: str = ""
     code: str = ""
+    paper: Paper | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """A named model whose layers are its own: it takes no mechanism.
 
-    model_cls: the class.  args: its arguments.  cfg, published, training, weights, code: as of a variant.
+    model_cls: the class.  args: its arguments.  cfg, published, training, weights, code, paper: as of a variant.
     feature_cfg: how timm's `features_only` wraps it; None: it gives no maps.
     """
 
@@ -113,6 +121,7 @@ class Architecture:
     training: tuple[Training, ...] = ()
     weights: str = ""
     code: str = ""
+    paper: Paper | None = None
 
 
 def figures(top1: float | None, params: float, gmacs: float, **more: Any) -> dict[str, Any]:

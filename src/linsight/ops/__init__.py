@@ -36,7 +36,7 @@ from .maps import FEATURE_MAPS
 from .neighbourhood import AxisWindow, axis_window, neighbourhood_attention
 from .packing import Groups, each_grid, pack, unpack
 from .pooled import gather_pooled, gather_state, pool_tokens, read_pooled
-from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
+from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import Turn, check_rotary, rotate
 from .states import (
     LogSumExp,
@@ -93,6 +93,7 @@ __all__ = [
     "depthwise_conv",
     "dynamic_depthwise_conv",
     "each_grid",
+    "fit_grid",
     "fit_square",
     "focus",
     "forms",

@@ -133,10 +133,15 @@ class FittedTable(NamedTuple):
     new: tuple[int, int]
 
 
+def fit_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: Mode) -> FittedTable | None:
+    """A table `(1, h*w, C)` of the grid `old`, for the grid `new`; None where it has other rows, or is no table."""
+    if table.ndim != 3 or len(table) != 1 or table.shape[1] != old[0] * old[1]:
+        return None
+    resampled = table_for(table, old, Tile.whole(Grid(*new)), mode)
+    return FittedTable(resampled.to(table.dtype), old, new)
+
+
 def fit_square(table: Tensor, new: tuple[int, int], mode: Mode) -> FittedTable | None:
     """A table `(1, n, C)` of a square grid, for the grid `new`; None where n is no square, or it is no table."""
-    side = math.isqrt(table.shape[1]) if table.ndim == 3 and len(table) == 1 else 0
-    if not side or side * side != table.shape[1]:
-        return None
-    resampled = table_for(table, (side, side), Tile.whole(Grid(*new)), mode)
-    return FittedTable(resampled.to(table.dtype), (side, side), new)
+    side = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
+    return fit_grid(table, (side, side), new, mode) if side else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
-from linsight.recipe import DATA_FIELDS, Recipe, check, parse
+from linsight.recipe import DATA_FIELDS, Recipe, averaged, check, parse
 
 from .datasets import open_data
 from .recipes import RECIPES
@@ -28,7 +28,18 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
     for head, dependent in (("model", "model_args"), ("attention", "attention_options")):
         if head in given and given[head] != getattr(RECIPES[name].recipe, head):
             given.setdefault(dependent, {})
+    given = {**averaged(RECIPES[name].recipe, given.get("in_chans", RECIPES[name].recipe.in_chans)), **given}
     return check(dataclasses.replace(RECIPES[name].recipe, **given))
+
+
+def told_channels(name: str, recipe: Recipe) -> str:
+    """A line where `resolve` averaged the mean and std of the recipe `name` for other channels; or nothing."""
+    own = RECIPES[name].recipe
+    made = [field for field, numbers in averaged(own, recipe.in_chans).items() if getattr(recipe, field) == numbers]
+    if not made:
+        return ""
+    numbers = " and ".join(f"{field} {getattr(recipe, field)[0]:g}" for field in made)
+    return f"in_chans={recipe.in_chans}: {numbers}, the average of the {len(own.mean)} channels of recipe {name}"
 
 
 def suggest(overrides: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ class Trainer:
         model = build(recipe, len(data.classes))
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
-            filled = start_from(model, recipe.init, partial=recipe.init_partial)
+            filled = start_from(model, recipe.init, partial=recipe.init_partial, from_size=recipe.from_size)
             report.note(str(filled))
             new = left_new(model, filled)
             if new:

@@ -11,7 +11,7 @@ from safetensors.torch import save as to_bytes
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from linsight.checkpoints import LoadReport, load_published
+from linsight.checkpoints import LoadReport, load_published, table_grids
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_model
 from linsight.recipe import FIELDS, Recipe, check, parse
@@ -22,7 +22,7 @@ WEIGHTS = "best.safetensors"
 _KEPT = [
     name
     for name, field in FIELDS.items()
-    if (field.metadata["group"] == "Model" and not name.startswith("init"))
+    if (field.metadata["group"] == "Model" and not name.startswith(("init", "from")))
     or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop")
 ]
 
@@ -67,18 +67,22 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
 
 
-def start_from(model: nn.Module, source: str, *, partial: bool = False) -> LoadReport:
+def start_from(model: nn.Module, source: str, *, partial: bool = False, from_size: tuple[int, ...] = ()) -> LoadReport:
     """Fill a model from other weights; a classifier of another number of classes stays as it is.
 
     partial: so does all else that the weights lack, or have in another shape.
+    from_size: side, or height and width, of the images they were made for, where the file does not tell.
 
     Raises:
         CheckpointError: they cannot be read safely, or are of another model.
     """
     path = pathlib.Path(source)
     source = str(path / WEIGHTS) if path.is_dir() else source
-    report = load_published(model, source, strict=False)
-    return load_published(model, source, head=False) if report.mismatched and not partial else report
+    size: Any = (from_size * 2)[:2] or None
+    report = load_published(model, source, strict=False, from_size=size)
+    if report.mismatched and not partial:
+        return load_published(model, source, head=False, from_size=size)
+    return report
 
 
 def left_new(model: nn.Module, report: LoadReport) -> list[str]:
@@ -102,6 +106,7 @@ def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
 def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> None:
     """Write weights as safetensors, with the recipe's part that rebuilds the model in the metadata."""
     about = {"recipe": {name: getattr(recipe, name) for name in _KEPT}, "classes": classes, **facts}
+    about["grids"] = table_grids(state)  # of its position tables, which their rows do not tell
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
@@ -155,14 +160,16 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     model.load_state_dict(state)
 
 
-def load_named(name: str, checkpoint: str) -> Trained:
+def load_named(name: str, checkpoint: str, *, from_size: tuple[int, int] | None = None) -> Trained:
     """The model called `name` with published weights, prepared for as its pretrained_cfg says.
+
+    from_size: as of `load_published`.
 
     A thousand classes are taken for those of ImageNet-1K, by their WordNet ids; others are called by
     their index.
     """
     model = create_model(name)
-    load_published(model, checkpoint)
+    load_published(model, checkpoint, from_size=from_size)
     cfg: Any = model.pretrained_cfg
     recipe = Recipe(
         model=name,

@@ -26,10 +26,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import Features, FittedTable, Grid, Tile, accumulator, fit_square, focus, pad_prefix, table_for
+from linsight.ops import (
+    Features,
+    FittedTable,
+    Grid,
+    Tile,
+    accumulator,
+    fit_grid,
+    fit_square,
+    focus,
+    pad_prefix,
+    table_for,
+)
 
 from ..capabilities import Capabilities, Structure
 from ..core import Rename
+from ..on_grid import OnGrid
 from ..parts.kernel import KernelCore, KernelMeans
 from ..parts.token_conv import TokenConv, convolved_values, grid_values
 from ..registry import Paper, register
@@ -47,7 +59,7 @@ from ..tokens import Tokens, split_heads
     complexity="O(N d^2)",
     paper=Paper("FLatten Transformer: Vision Transformer using Focused Linear Attention", "2308.00442", "ICCV 2023"),
 )
-class Focused(KernelCore):
+class Focused(OnGrid, KernelCore):
     """Linear attention with a norm-preserving power map and a depthwise convolution of v.
 
     Args:
@@ -119,6 +131,12 @@ class Focused(KernelCore):
         self.positions = nn.Parameter(table.to(self.positions.dtype), self.positions.requires_grad)
         self.size = (grid[0], grid[1])
 
-    def fit_table(self, name: str, table: Tensor) -> FittedTable | None:
-        """A published table of another size, resampled to ours."""
-        return fit_square(table, self.size, "bicubic") if name == "positions" and self.positions is not None else None
+    def table_grids(self) -> dict[str, tuple[int, int]]:
+        """The grid of the positions."""
+        return {} if self.positions is None else {"positions": self.size}
+
+    def fit_table(self, name: str, table: Tensor, old: tuple[int, int] | None = None) -> FittedTable | None:
+        """A published table of the grid `old`, of a square one where that is None, resampled to ours."""
+        if name != "positions" or self.positions is None:
+            return None
+        return fit_grid(table, old, self.size, "bicubic") if old else fit_square(table, self.size, "bicubic")

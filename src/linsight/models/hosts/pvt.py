@@ -17,9 +17,9 @@ import torch
 from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from linsight.attention import Rename
+from linsight.attention import OnGrid, Rename
 from linsight.errors import UnknownNameError
-from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
+from linsight.ops import FittedTable, Grid, Tile, fit_grid, fit_square, table_for
 
 from ..parts.convs import ConvEmbed
 from ..parts.pyramid import Pyramid
@@ -30,7 +30,7 @@ from ..rows import FOUR_MAPS, Host, figures
 from ..seams import make_layer, refuse_prefix
 
 
-class PVTStage(Stage):
+class PVTStage(OnGrid, Stage):
     """A stage with a position table, and perhaps a class token in front."""
 
     def __init__(
@@ -83,12 +83,23 @@ class PVTStage(Stage):
         self.pos_embed = nn.Parameter(torch.cat([first, moved], dim=1).detach(), self.pos_embed.requires_grad)
         self.size = grid
 
-    def fit_table(self, name: str, table: Tensor) -> FittedTable | None:
-        """A published table of another size, resampled to ours; bicubic, as InLine's own loader does."""
-        if name != "pos_embed":
+    def table_grids(self) -> dict[str, tuple[int, int]]:
+        """The grid of the position table."""
+        return {"pos_embed": self.size}
+
+    def fit_table(self, name: str, table: Tensor, old: tuple[int, int] | None = None) -> FittedTable | None:
+        """A published table of the grid `old`, of a square one where that is None, resampled to ours.
+
+        From a square bicubic, as InLine's own loader does, which reads no other; else as `set_grid`.
+        """
+        if name != "pos_embed" or table.ndim != 3:
             return None
-        fitted = fit_square(table[:, self.prefix :], self.size, "bicubic")
-        return fitted and fitted._replace(tensor=torch.cat([table[:, : self.prefix], fitted.tensor], dim=1))
+        first, places = table[:, : self.prefix], table[:, self.prefix :]
+        if old and old[0] != old[1]:
+            fitted = fit_grid(places, old, self.size, "bilinear")
+        else:
+            fitted = fit_grid(places, old, self.size, "bicubic") if old else fit_square(places, self.size, "bicubic")
+        return fitted and fitted._replace(tensor=torch.cat([first, fitted.tensor], dim=1))
 
 
 class CarriedNorm(nn.Module):

@@ -65,9 +65,11 @@ class SwinBlock(Fusable):
         self.norm1, self.attn, self.drop_path1 = theirs.norm1, attn, theirs.drop_path1
         self.norm2, self.mlp, self.drop_path2 = theirs.norm2, theirs.mlp, theirs.drop_path2
         self.window, self.shift, self.dense = window, shift, dense
+        self.input_resolution = theirs.input_resolution
 
     def set_size(self, grid: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:
         """Move tables to another grid or, where the host's windows are used, to another window."""
+        self.input_resolution = grid
         if isinstance(self.attn, WindowAttention):
             self.window = window if self.dense else within(window, grid)
             self.attn.set_window(self.window)

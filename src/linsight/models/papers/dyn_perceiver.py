@@ -6,6 +6,8 @@ Names: the network, its width, and the number of latents, as in `dynp_mobilenetv
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from linsight.attention import Paper
+
 from ..hosts.dyn_perceiver import DynamicPerceiver, Latents, Network
 from ..registry import add_architectures
 from ..rows import Architecture, Training, figures, trained
@@ -13,6 +15,7 @@ from ..rows import Architecture, Training, figures, trained
 _CODE = "LeapLabTHU/Dynamic_Perceiver"
 
 _HEADS = ("head_early", "head_att", "head_cnn", "head_merge", "feedback_att", "feedback_merge")
+PAPER = Paper("Dynamic Perceiver for Efficient Visual Recognition", "2306.11248", "ICCV 2023")
 CFG: Mapping[str, Any] = {"classifier": _HEADS, "first_conv": "stem.0", "crop_mode": "center"}
 _CFG_MOBILENET = {**CFG, "first_conv": "stem.0.0"}
 
@@ -108,4 +111,4 @@ def _figures(row: _Row) -> dict[str, Any]:
     return known
 
 
-add_architectures(*(model for row in _ROWS for model in _models(row)), code=_CODE)
+add_architectures(*(model for row in _ROWS for model in _models(row)), code=_CODE, paper=PAPER)

@@ -1,11 +1,13 @@
 """InLine (arXiv 2412.06590) in the four hosts it was published in."""
 
+import dataclasses
 from typing import Any
 
 from ..hosts.cswin import stages
 from ..registry import add_variants
 from ..rows import AVERAGED, Training, Variant, figures, trained
 
+_CODE = "LeapLabTHU/InLine"
 Figures = dict[str, Any]
 
 
@@ -33,7 +35,13 @@ def _cswin(size: str, args: Any, known: Figures, training: Training) -> Variant:
 # The first two blocks of the third stage in the base sizes of Swin.
 _MIXED = "inline,inline,inline:2/softmax,softmax"
 
-add_variants(
+
+def _linked(variant: Variant) -> Variant:
+    """With the place of its weights: those for images of 384 pixels are not published."""
+    return variant if variant.name.endswith("_384") else dataclasses.replace(variant, weights=f"the README of {_CODE}")
+
+
+_VARIANTS = (
     _deit("tiny", 192, 224, figures(74.5, 6.48, 1.11), trained("imagenet", 512, 0.1)),
     _deit("small", 320, 288, figures(80.2, 16.73, 4.97), trained("imagenet", 128, 0.1)),
     _deit("base", 384, 448, figures(82.3, 23.80, 17.17), trained("imagenet", 64, 0.1)),
@@ -59,5 +67,5 @@ add_variants(
         figures(85.7, 73.41, 46.22),
         trained("cswin_384", 32, 0.7, start="the weights of inline_cswin_base, at 384 pixels", **AVERAGED),
     ),
-    code="LeapLabTHU/InLine",
 )
+add_variants(*map(_linked, _VARIANTS), code=_CODE)

@@ -3,7 +3,7 @@
 from ..hosts.dyn_perceiver import DynamicPerceiver, Latents, Network
 from ..registry import add_architectures, add_variants
 from ..rows import Architecture, Variant
-from .dyn_perceiver import CFG
+from .dyn_perceiver import CFG, PAPER
 
 add_variants(
     Variant("inline_compact_pico", "compact_pico", "inline"),
@@ -19,5 +19,6 @@ add_architectures(
             "latents": Latents(32, (1 / 3, 1 / 3, 2 / 9, 1 / 3), mlp_ratio=2, pool=4),
         },
         {**CFG, "input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bilinear"},
+        paper=PAPER,
     )
 )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from linsight.attention import Paper
+
 from ..registry import add_variants
 from ..rows import Variant, figures, trained
 
@@ -22,4 +24,5 @@ add_variants(
     _deit("tiny", figures(73.6, 5.737, 1.25)),
     _deit("small", figures(81.3, 22.089, 4.60)),
     code="Qwen-Applications/SiameseNorm",
+    paper=Paper("SiameseNorm: Breaking the Barrier to Reconciling Pre/Post-Norm", "2602.08064", "ICML 2026"),
 )

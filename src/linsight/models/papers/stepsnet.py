@@ -5,11 +5,14 @@ are: the widths here are ours, multiples of the width of a head (64 in DeiT, 32 
 parameters and multiply-adds. No published figure is claimed for them.
 """
 
+from linsight.attention import Paper
+
 from ..hosts.steps_resnet import StepsResNet
 from ..parts.stepsnet import Steps
 from ..registry import add_architectures, add_variants
 from ..rows import Architecture, Variant, figures, trained
 
+_PAPER = Paper("Step by Step Network", "2511.14329")
 _RESNET_CFG = {"first_conv": "conv1", "classifier": "fc"}
 _DEEP = (
     [(64, 2)],
@@ -40,7 +43,8 @@ add_architectures(
             (34, "basic", _DEEP, 76.0, 21.796, 3.663),
             (50, "bottleneck", _DEEP, 79.9, 25.567, 4.088),
         )
-    )
+    ),
+    paper=_PAPER,
 )
 
 _HOST = "recipe not published, so that of its host, unverified"
@@ -61,7 +65,8 @@ add_variants(
             training=(trained("deit", 128, 0.1, note=_HOST),),
         )
         for size, steps in _DEIT.items()
-    )
+    ),
+    paper=_PAPER,
 )
 
 
@@ -83,4 +88,5 @@ add_variants(
     _swin("tiny", 0.2, 96, (96, 128, 192, 256, 384), 4, (96, 128, 192, 256, 384, 544, 768)),
     _swin("small", 0.3, 96, (96, 128, 192, 256, 384), 16, (96, 128, 192, 256, 384, 544, 768)),
     _swin("base", 0.5, 128, (128, 192, 256, 352, 512), 16, (128, 192, 256, 352, 512, 704, 1024)),
+    paper=_PAPER,
 )

@@ -3,16 +3,16 @@
 import math
 from typing import Any
 
-from timm.layers import resize_rel_pos_bias_table_simple, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Attention
+from linsight.attention import Attention, OnGrid
 from linsight.ops import FittedTable, LayoutLike
 
 
-class WindowAttention(Attention):
+class WindowAttention(OnGrid, Attention):
     """Attention in a window, with Swin's relative position bias: a table `((2h-1) * (2w-1), heads)` for the scores."""
 
     relative_position_index: Tensor
@@ -36,9 +36,13 @@ class WindowAttention(Attention):
         bias = bias.unflatten(0, (area, area)).permute(2, 0, 1)[None]  # (1, heads, area, area)
         return super().forward(x, layout, score_bias=bias if score_bias is None else bias + score_bias, **kwargs)
 
-    def fit_table(self, name: str, table: Tensor) -> FittedTable | None:
-        """A published table of another window, resampled to ours."""
-        return fit_bias_table(table, self.window) if name == "relative_position_bias_table" else None
+    def table_grids(self) -> dict[str, tuple[int, int]]:
+        """The window of the bias table."""
+        return {"relative_position_bias_table": self.window}
+
+    def fit_table(self, name: str, table: Tensor, old: tuple[int, int] | None = None) -> FittedTable | None:
+        """A published table of another window, in a grid of `old` where that is told, resampled to ours."""
+        return fit_bias_table(table, self.window, old) if name == "relative_position_bias_table" else None
 
     def set_window(self, window: tuple[int, int]) -> None:
         """Resample the table to another window, for good; bicubic, as published tables are."""
@@ -51,13 +55,22 @@ class WindowAttention(Attention):
             self.init_non_persistent_buffers()
 
 
-def fit_bias_table(table: Tensor, window: tuple[int, int]) -> FittedTable | None:
-    """A bias table `(places, heads)` of a square window, for another window; bicubic, as published."""
-    side = math.isqrt(len(table))
-    if table.ndim != 2 or side * side != len(table) or side % 2 == 0:
+def fit_bias_table(table: Tensor, window: tuple[int, int], grid: tuple[int, int] | None = None) -> FittedTable | None:
+    """A bias table `(places, heads)` of a square window, for another window; bicubic, as published.
+
+    grid: that of the stage it was made for, which cuts a window where that reaches beyond; the window itself is one.
+    """
+    if table.ndim != 2:
         return None
-    resized = resize_rel_pos_bias_table_simple(table, window, (_places(window), table.shape[1]))
-    return FittedTable(resized, ((side + 1) // 2, (side + 1) // 2), window)
+    side = (math.isqrt(len(table)) + 1) // 2
+    cuts = ((min(n, grid[0]), min(n, grid[1])) for n in range(1, max(grid) + 1)) if grid else [(side, side)]
+    old = next((cut for cut in cuts if _places(cut) == len(table)), None)
+    if old is None:
+        return None
+    sides = [2 * n - 1 for n in old], [2 * n - 1 for n in window]
+    rows = table.detach().T.unflatten(1, sides[0])[None].float()
+    resized = F.interpolate(rows, sides[1], mode="bicubic", align_corners=False)[0].flatten(1).T
+    return FittedTable(table if old == window else resized.to(table.dtype), old, window)
 
 
 def _places(window: tuple[int, int]) -> int:

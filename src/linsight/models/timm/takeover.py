@@ -18,6 +18,7 @@ from ..parts.stepsnet import block_widths
 from ..plan import plan
 from ..registry import TIMM_HOSTS
 from ..seams import refuse_idle
+from .fetch import create_fetched
 
 
 def add_timm_host(
@@ -44,7 +45,7 @@ def add_timm_host(
         host.check(attention, kwargs)
         refuse_idle(host.idle(attention, kwargs), kwargs)
         given = {key: kwargs.pop(key) for key in extra if key in kwargs}
-        model = timm.create_model(name, pretrained=pretrained, **{**always, **kwargs})
+        model: Any = create_fetched(name, pretrained=pretrained, **{**always, **kwargs})
         blocks, size = depths(model), size or model.pretrained_cfg["input_size"][-2:]
         model = host.adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
         if not features:
@@ -94,7 +95,7 @@ def _timm_vit(
     features, indices = _features(kwargs)
     ours = host_arguments(choices, plain.patch_embed.grid_size, kwargs, **extra)
     extra.pop("cpe", None)
-    model = VisionTransformer.adopt(timm.create_model(name, pretrained=pretrained, **{**kwargs, **ours}), **extra)
+    model = VisionTransformer.adopt(create_fetched(name, pretrained=pretrained, **{**kwargs, **ours}), **extra)
     if not features:
         return model
     wrapped = FeatureGetterNet(model, indices or 3)

@@ -28,7 +28,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from linsight.attention import Rename, recast
+from linsight.attention import OnGrid, Rename, recast
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, LayoutLike, traced
 
@@ -51,7 +51,7 @@ _SIAMESE = (
 )
 
 
-class VisionTransformer(timm_vit.VisionTransformer):
+class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
     """timm's VisionTransformer, all its arguments, and
 
     attention: a mechanism, or `"inline:4/softmax"` for the first 4 blocks and the rest.
@@ -127,6 +127,10 @@ class VisionTransformer(timm_vit.VisionTransformer):
     def published(self) -> tuple[Rename, ...]:
         """Published names of what is outside the blocks."""
         return (_INIT_NORM,) if self.norm_pair is None else (_INIT_NORM, *_SIAMESE)
+
+    def table_grids(self) -> dict[str, tuple[int, int]]:
+        """The grid of the position table."""
+        return {} if self.pos_embed is None else {"pos_embed": self.patch_embed.grid_size}
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """timm's, with the class token at the published standard deviation of 0.02."""
