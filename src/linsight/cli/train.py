@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from linsight.errors import UnknownNameError
 from linsight.recipe import FIELDS, HINTS, Recipe
+from linsight.runtime.files import to_json
 from linsight.train.recipes import RECIPES
 
 from .show import make_table, terminal
@@ -163,7 +163,7 @@ def evaluate(
         raise typer.BadParameter("--out goes with --budget")
     result = run(_trained(source, checkpoint), **images)
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
     _print_facts(
@@ -187,7 +187,7 @@ def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, i
         raise typer.BadParameter(f"--budget {budget} is no number of G multiply-adds, and not 'all'") from None
     result = evaluate_exits(trained, limit, out=out, **images)
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     shown = [*result["exits"], *(result["settings"] if limit is None else [result["chosen"]])]
     columns = ["setting", *(f"T{k}" for k in (1, 2, 3)), *(f"% at exit {k}" for k in (1, 2, 3, 4)), "GMACs", "top-1 %"]
@@ -291,14 +291,14 @@ def _predict_stream(
         typer.echo(f"linsight: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
     if as_json:
-        typer.echo(json.dumps({"file": images[0], "output": output, "out": out, "shape": shape}))
+        typer.echo(to_json({"file": images[0], "output": output, "out": out, "shape": shape}))
     else:
         _print_facts([[output, f"{' x '.join(map(str, shape))}, float32"], ["file", out]])
 
 
 def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
+        typer.echo(to_json({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
         return
     rows = [
         ["" if rank else entry.file, label, f"{100 * value:.1f} %"]
