@@ -138,7 +138,7 @@ def test_tiff_files_that_are_not_read(tmp_path, monkeypatch):
     one_line(path, "not an image")
     tifffile.imwrite(path, photo(6), photometric="minisblack", planarconfig="contig")
     one_line(path, "6 channels")
-    tifffile.imwrite(path, photo(1, np.uint16)[..., 0], photometric="logluv")
+    tifffile.imwrite(path, photo(3, np.uint16), photometric="logluv")
     one_line(path, "colours", "LOGLUV")
     tifffile.imwrite(path, np.stack([photo()[..., 0]] * 3), photometric="minisblack", metadata={"axes": "CYX"})
     one_line(path, "pictures for channels", "CYX")

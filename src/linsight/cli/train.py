@@ -121,6 +121,7 @@ _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 _Device = Annotated[str, typer.Option(help=FIELDS["device"].metadata["help"])]
 _Amp = Annotated[str, typer.Option(help=FIELDS["amp"].metadata["help"])]
 _Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=FIELDS["on_bad_image"].metadata["help"])]
+_Fill = Annotated[float | None, typer.Option(help=FIELDS["fill"].metadata["help"])]
 
 
 def evaluate(
@@ -134,6 +135,7 @@ def evaluate(
     device: _Device = "auto",
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
+    fill: _Fill = None,
     budget: Annotated[
         str | None,
         typer.Option(metavar="GMACS|all", help="of a model with exits: mean operations of an image; all: the curve"),
@@ -155,6 +157,7 @@ def evaluate(
         "device": device,
         "amp": amp,
         "on_bad_image": on_bad_image,
+        "fill": fill,
     }
     if budget is not None:
         _evaluate_exits(_trained(source, checkpoint), budget, out, as_json, images)
@@ -175,6 +178,7 @@ def evaluate(
             ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
         ]
     )
+    _tell(result["notes"])
     _tell_bad(result["bad"])
 
 
@@ -220,6 +224,7 @@ def predict(
     device: _Device = "auto",
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
+    fill: _Fill = None,
     as_json: _Json = False,
     streamed: Annotated[
         bool, typer.Option("--stream", help="at full resolution, tile by tile: files of any size", **_STREAM)
@@ -231,6 +236,10 @@ def predict(
     dtype: Annotated[
         str | None, typer.Option(metavar="float32|bfloat16", help="of the maps; none: float32", **_STREAM)
     ] = None,
+    level: Annotated[
+        int | None, typer.Option(min=0, help="of the pyramid of a slide or a TIFF; none: 0, the full size", **_STREAM)
+    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="or the level near so many microns a pixel", **_STREAM)] = None,
     output: Annotated[
         str | None,
         typer.Option(metavar="classes|features|map", help="what to give; none: classes", **_STREAM),
@@ -247,15 +256,27 @@ def predict(
     from linsight.train import predict as run
 
     check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
-    given = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
+    given: dict[str, Any] = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
+    given |= {"level": level, "mpp": mpp}
     given = {name: value for name, value in given.items() if value is not None}
     if streamed:
-        given |= {"device": device, "amp": amp}
+        given |= {"device": device, "amp": amp, "fill": fill}
         _predict_stream(_trained(source, checkpoint), images, given, output, out, top, on_bad_image, as_json)
         return
     for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
         raise typer.BadParameter(f"--{name} goes with --stream")
-    done, bad = run(_trained(source, checkpoint), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image)
+    notes: list[str] = []
+    done, bad = run(
+        _trained(source, checkpoint),
+        images,
+        top=top,
+        device=device,
+        amp=amp,
+        on_bad_image=on_bad_image,
+        fill=fill,
+        note=notes.append,
+    )
+    _tell(notes)
     _tell_classes(done, bad, as_json)
 
 
@@ -281,12 +302,15 @@ def _predict_stream(
         raise typer.BadParameter("--resume needs --scratch, the folder of the stopped run")
     if out is not None and len(images) > 1:
         raise typer.BadParameter(f"--out is for one image, and {len(images)} are given: give one at a time")
-    tiling = Tiling(**given, progress=tile_reporter(Console(stderr=True)))
+    tiling, notes = Tiling(**given, progress=tile_reporter(Console(stderr=True))), list[str]()
     try:
         if out is None:
-            _tell_classes(*predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image), as_json)
+            done = predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image, note=notes.append)
+            _tell(notes)
+            _tell_classes(*done, as_json)
             return
-        shape = save_stream(trained, images[0], out, tiling, output=output)  # type: ignore[arg-type]
+        shape = save_stream(trained, images[0], out, tiling, output=output, note=notes.append)  # type: ignore[arg-type]
+        _tell(notes)
     except Interrupted as stopped:
         typer.echo(f"linsight: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
@@ -318,6 +342,11 @@ def _trained(source: str, checkpoint: str | None) -> Any:
 
 def _print_facts(rows: list[list[str]]) -> None:
     terminal().print(make_table("", ["", ""], rows, header=False))
+
+
+def _tell(notes: list[str]) -> None:
+    for line in notes:
+        typer.echo(f"linsight: {line}", err=True)
 
 
 def _tell_bad(bad: list[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from linsight.data import opened
+from linsight.data import Picture, opened
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 from linsight.fuse import fused
 from linsight.models import HOSTS, Sample, StreamPlan, Streams
@@ -55,6 +55,7 @@ def stream(
     mpp: float | None = None,
     fill: float | None = None,
     report: Report | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Tensor:
     """Run `model` over an image of any size, tile by tile and layer by layer, exact to rounding.
 
@@ -81,6 +82,7 @@ def stream(
         mpp: or the level that is nearest to so many microns a pixel.
         fill: the value of pixels that are no number, in the image's own units; None: they are refused.
         report: called as `report(done, total)` after each tile of each pass.
+        note: called with a line about a file that is not read as it is, as of several frames the first.
 
     Raises:
         CapabilityError: the host tells no steps, or a mechanism in it has no states that merge; before any work.
@@ -109,6 +111,9 @@ def stream(
     reader = opened(image, channels, level=level, mpp=mpp, fill=fill, any_range=plain)
     with reader as (pixels, name), torch.inference_mode():
         source = Source(pixels, mean, std, name, fill)
+        if note is not None and isinstance(pixels, Picture):
+            for line in pixels.notes:
+                note(f"{name} has {line}")
         layers = _layers(plan, source.size, tile)
         store = Memory(dtype) if scratch is None else Scratch(scratch, dtype, resume)
         run = _Run(model, plan, source, store, layers, report or (lambda done, total: None))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linsight.errors import UnknownNameError
+from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import create_model
 from linsight.recipe import DATA_FIELDS, Recipe, check, parse
 
@@ -47,7 +47,7 @@ def suggest(overrides: Mapping[str, Any]) -> str:
     for index in range(min(len(source), 10)):  # the first ones may be damaged
         try:
             return _for_size(source.image(index, "RGB").size)
-        except (OSError, SyntaxError, ValueError):
+        except LinsightError:
             continue
     return "photos"
 

@@ -23,7 +23,7 @@ _KEPT = [
     name
     for name, field in FIELDS.items()
     if (field.metadata["group"] == "Model" and not name.startswith("init"))
-    or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop")
+    or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop", "fill")
 ]
 
 
