@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from linsight.data import left_out
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.recipe import check
@@ -14,7 +15,7 @@ from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
 from ._feeds import refuse
-from ._sources import Source, images_under
+from ._sources import Source, sorted_out
 from .evaluation import probabilities
 from .images import Normalise, Samples, eval_transform, loader, told
 from .model import Trained, image_size
@@ -56,12 +57,13 @@ def predict(
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise LinsightError(f"no such image or folder: '{path}'")
-        found, others = images_under(path) if path.is_dir() else ([path], [])
+        found, others = sorted_out(path) if path.is_dir() else ([path], [])
+        line = left_out(others)
         if not found:
-            raise LinsightError("; ".join((f"no image in the folder '{path}'", *others)))
+            raise LinsightError(f"no image in the folder '{path}'{line and f': {line}'}")
         files += found
-        for line in others:
-            note(line)
+        if line:
+            note(f"'{path}': {line}")
     recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
     if fill is not None:
         recipe = check(dataclasses.replace(recipe, fill=fill))

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers import create_reader
 
-from linsight.data import Decoded, decode, is_picture, left_out
+from linsight.data import Decoded, decode, is_picture
 from linsight.errors import ImageError, LinsightError, MissingExtraError, UnknownNameError
 
 _LABELS = ("label", "labels", "fine_label", "class")
@@ -136,11 +136,13 @@ def digits() -> Source:
     return Arrays(images, bunch.target.tolist(), tuple(map(str, range(10))), "digits")
 
 
-def images_under(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
-    """The image files in a folder and its subfolders, in order, and a line for what was left out.
+def images_under(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The image files in a folder and its subfolders, in order; hidden ones are left alone."""
+    return sorted_out(folder)[0]
 
-    Hidden ones are left alone.
-    """
+
+def sorted_out(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """The image files in a folder and its subfolders, in order, and the other files; hidden ones are left alone."""
     found: list[pathlib.Path] = []
     others: list[pathlib.Path] = []
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -148,19 +150,19 @@ def images_under(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
         for name in sorted(files):
             if not name.startswith("."):
                 (found if is_picture(name) else others).append(pathlib.Path(root, name))
-    return found, [line] if (line := left_out(others)) else []
+    return found, others
 
 
 def class_folders(folder: pathlib.Path) -> Source:
     """A folder with a subfolder for each class."""
     if not any(folder.iterdir()):
         raise LinsightError(f"the data folder '{folder}' is empty")
-    if not images_under(folder)[0]:
+    if not images_under(folder):
         raise LinsightError(f"no image in '{folder}' or below it: it should have a folder of images for each class")
     for root, folders, _ in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = pathlib.Path(root)
-        if not folders and not images_under(here)[0]:
+        if not folders and not images_under(here):
             raise LinsightError(f"the class folder '{here}' has no image: add some, or remove the folder")
     reader = create_reader("", root=str(folder))
     names = _names(reader.class_to_idx)
