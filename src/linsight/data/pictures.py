@@ -136,7 +136,7 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
 def _eight_bits(pixels: Any, white: float, mode: str) -> Image.Image:
     """Pixels `(h, w, channels)` as an image of Pillow's."""
     if pixels.dtype != np.uint8:
-        pixels = np.rint(pixels * (255 / white)).clip(0, 255).astype(np.uint8)
+        pixels = np.rint(pixels.astype(np.float32) * (255 / white)).clip(0, 255).astype(np.uint8)
     height, width, _ = pixels.shape
     return Image.frombytes(mode, (width, height), np.ascontiguousarray(pixels).tobytes())
 

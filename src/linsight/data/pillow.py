@@ -1,6 +1,9 @@
 """Pictures that Pillow opens: decoded whole, upright, in a mode whose channels are told."""
 
+import contextlib
+import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -60,7 +63,8 @@ class Pillow:
         self.notes: tuple[str, ...] = (FRAMES,) if several else ()
         kind, bits = image.format, _bits(image)
         orientation = _orientation(image)
-        image.load()
+        with _libtiff_silent() if kind == "TIFF" else contextlib.nullcontext():
+            image.load()
         orientation = 1 if kind == "TIFF" else orientation  # Pillow has turned it
         image = _plain(image)
         if orientation in _TRANSPOSE:
@@ -87,6 +91,23 @@ class Pillow:
     def close(self) -> None:
         """See `Reader`."""
         self.image.close()
+
+
+@contextlib.contextmanager
+def _libtiff_silent() -> Iterator[None]:
+    """While entered, nothing reaches standard error: libtiff writes there, in C, what its errors say too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # this process has none
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _plain(image: Image.Image) -> Image.Image:

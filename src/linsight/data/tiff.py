@@ -1,6 +1,7 @@
 """TIFF files: the tiles or strips that a slice needs, one at a time."""
 
 import contextlib
+import math
 import os
 import re
 from collections import OrderedDict
@@ -100,6 +101,11 @@ class Tiff:
         self.nodata = page.nodata if page.dtype.kind == "f" and _NODATA in page.tags else None
         strip = (min(page.rowsperstrip, page.imagelength), page.imagewidth)
         self.segment = (page.tilelength, page.tilewidth) if page.is_tiled else strip
+        parts = self.planes * math.prod(
+            -(-side // max(1, own)) for side, own in zip(self.shape[:2], self.segment, strict=True)
+        )
+        if len(page.dataoffsets) != parts:
+            raise ImageError(f"{name}: damaged: {len(page.dataoffsets)} segments, and its size has {parts}")
         self.mapped: Any = None
         self.kept: OrderedDict[int, Any] = OrderedDict()
         if page.is_memmappable and isinstance(source, str | os.PathLike):

@@ -95,7 +95,7 @@ def prepare(
     workers: int | None,
     on_bad_image: str,
     data_dir: str | None,
-    fill: float | None,
+    fill: float | None = None,
 ) -> Evaluation:
     """Get ready to evaluate on `data`, by default on what the run was evaluated on."""
     recipe = trained.recipe
