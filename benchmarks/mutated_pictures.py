@@ -313,7 +313,9 @@ def generate(count: int, seed: int) -> Iterator[Case]:
     for number in range(count):
         kind = kinds[number % len(kinds)]
         suffix, write = KINDS[kind]
-        data, damage = bytearray(write(draw)), draw.choice(DAMAGES)
+        with warnings.catch_warnings():  # that a format is to be given up
+            warnings.simplefilter("ignore")
+            data, damage = bytearray(write(draw)), draw.choice(DAMAGES)
         damage(data, draw)
         words = [damage.__name__]
         if draw.random() < 0.15:

@@ -85,7 +85,7 @@ def test_tiff_files_of_other_colours(tmp_path):
         same(path, np.repeat(expected, 3, axis=2))
     colours = np.random.default_rng(1).integers(0, 65535, (3, 256), dtype=np.uint16)
     tifffile.imwrite(path, grey[..., 0], photometric="palette", colormap=colours, tile=(16, 16))
-    same(path, np.moveaxis(colours[:, grey[..., 0]], 0, -1))
+    same(path, np.moveaxis(colours[:, grey[..., 0]] >> 8, 0, -1).astype(np.uint8))
 
 
 def test_only_the_segments_that_are_asked_for_are_read(tmp_path, monkeypatch):

@@ -95,6 +95,8 @@ class Tiff:
             raise OtherKind(f"{name}: has colours that are not read here ({colour}): save it as RGB")
         self.planes = page.samplesperpixel if page.planarconfig == 2 else 1
         self.shape = (page.imagelength, page.imagewidth, page.samplesperpixel if self.palette is None else 3)
+        if self.palette is not None:  # of 16 bits, which are 8, once shifted and once repeated
+            self.palette = (self.palette >> 8).astype(np.uint8)
         self.dtype = page.dtype if self.palette is None else self.palette.dtype
         extra = page.extrasamples
         self.alpha = _ALPHA.get(int(extra[0]), "") if len(extra) == 1 and self.shape[2] in (2, 4) else ""

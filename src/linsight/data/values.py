@@ -9,7 +9,7 @@ import numpy as np
 from linsight.errors import ImageError, LinsightError
 
 _WHITE = {"b1": 1.0, "u1": 255.0, "u2": 65535.0}
-_SLACK = 0.5 / 255  # half a level of 8 bits: rounding, where values were computed
+SLACK = 0.5 / 255  # half a level of 8 bits: rounding, where values were computed
 _BAND = 2**24  # values that are looked at together
 
 
@@ -34,15 +34,19 @@ def known_white(dtype: np.dtype[Any], name: str) -> float | None:
 def white_of(dtype: np.dtype[Any], extent: Extent, name: str) -> float:
     """White in a type of many ranges, by the values of one image.
 
-    Floats are of 0 to 1 or of 0 to 255; whole numbers, where none is above 255, of 0 to 255, else of 0 to 65535.
+    Floats are of 0 to 1, or, where one is above 2, of 0 to 255; whole numbers, where none is above 255, of 0 to 255,
+    else of 0 to 65535.
 
     Raises:
         ImageError: the values are in none of these ranges.
     """
-    for white in (1.0, 255.0) if dtype.kind == "f" else (255.0, 65535.0):
-        slack = white * _SLACK if dtype.kind == "f" else 0.0
-        if -slack <= extent.low and extent.high <= white + slack:
-            return white
+    low, high = extent
+    if dtype.kind == "f":
+        # just above 1 is neither: 0 to 1 that was resized with overshoot, most likely
+        if low >= -SLACK and (high <= 1 + SLACK or 2 <= high <= 255 * (1 + SLACK)):
+            return 1.0 if high < 2 else 255.0
+    elif low >= 0 and high <= 65535:
+        return 255.0 if high <= 255 else 65535.0
     ranges = "0 to 1 or 0 to 255" if dtype.kind == "f" else "0 to 255 or 0 to 65535"
     raise ImageError(
         f"{name}: values of {extent.low:g} to {extent.high:g} ({dtype}), and pixels are of {ranges}: scale them first"

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from linsight.data.pictures import Picture, first_line
-from linsight.data.values import check_fill, known_white, no_number, place_of, survey, white_of
+from linsight.data.values import SLACK, check_fill, known_white, no_number, place_of, survey, white_of
 from linsight.errors import ImageError, LinsightError
 
 _PLAIN = ((0.0,), (1.0,))
-_SLACK = 0.5 / 255  # half a level of 8 bits
 
 
 class Source:
@@ -124,7 +123,7 @@ class Source:
                 raise no_number(self.name, count, place_of(there, rows[0], columns[0]), where)
             pixels = pixels.where(good, self.fill)
         low, high = float(pixels.min()), float(pixels.max())
-        if not self.any_range and (low < -_SLACK or high > 1 + _SLACK):
+        if not self.any_range and (low < -SLACK or high > 1 + SLACK):
             raise self._unreadable(
                 rows,
                 columns,

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from linsight.data import left_out
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.recipe import check
@@ -15,7 +14,7 @@ from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
 from ._feeds import refuse
-from ._sources import Source, sorted_out
+from ._sources import Source, images_under
 from .evaluation import probabilities
 from .images import Normalise, Samples, eval_transform, loader, told
 from .model import Trained, image_size
@@ -54,16 +53,16 @@ def predict(
             bad image where those are refused; or the model gives what is no number.
     """
     files: list[pathlib.Path] = []
+    aside: list[str] = []
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise LinsightError(f"no such image or folder: '{path}'")
-        found, others = sorted_out(path) if path.is_dir() else ([path], [])
-        line = left_out(others)
+        found = images_under(path, aside) if path.is_dir() else [path]
         if not found:
-            raise LinsightError(f"no image in the folder '{path}'{line and f': {line}'}")
+            raise LinsightError(f"no image in the folder '{path}'{''.join(f' ({line})' for line in aside[-1:])}")
         files += found
-        if line:
-            note(f"'{path}': {line}")
+    for line in aside:
+        note(line)
     recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
     if fill is not None:
         recipe = check(dataclasses.replace(recipe, fill=fill))

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers import create_reader
 
-from linsight.data import Decoded, decode, is_picture
+from linsight.data import Decoded, decode, is_picture, left_out
 from linsight.errors import ImageError, LinsightError, MissingExtraError, UnknownNameError
 
 _LABELS = ("label", "labels", "fine_label", "class")
@@ -136,21 +136,24 @@ def digits() -> Source:
     return Arrays(images, bunch.target.tolist(), tuple(map(str, range(10))), "digits")
 
 
-def images_under(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The image files in a folder and its subfolders, in order; hidden ones are left alone."""
-    return sorted_out(folder)[0]
+def images_under(folder: pathlib.Path, aside: list[str] | None = None) -> list[pathlib.Path]:
+    """The image files in a folder and its subfolders, in order; a line on what was left out is added to `aside`.
 
-
-def sorted_out(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """The image files in a folder and its subfolders, in order, and the other files; hidden ones are left alone."""
+    Hidden ones are left alone.
+    """
     found: list[pathlib.Path] = []
-    others: list[pathlib.Path] = []
+    others: list[str] = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith("."):
-                (found if is_picture(name) else others).append(pathlib.Path(root, name))
-    return found, others
+                if is_picture(name):
+                    found.append(pathlib.Path(root, name))
+                else:
+                    others.append(name)
+    if aside is not None and others:
+        aside.append(f"in '{folder}': {left_out(others)}")
+    return found
 
 
 def class_folders(folder: pathlib.Path) -> Source:
