@@ -431,21 +431,21 @@ def stderr() -> Iterator[_Words]:
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Raise TimeoutError after SECONDS, where the system has alarms."""
-    if not hasattr(signal, "SIGALRM"):
+    """Raise TimeoutError after SECONDS of the processor's time, where the system has such alarms."""
+    if not hasattr(signal, "SIGPROF"):
         yield
         return
 
     def late(number: int, frame: Any) -> None:
         raise TimeoutError(f"longer than {SECONDS} seconds")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def limit_memory() -> None:

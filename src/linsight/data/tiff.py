@@ -21,6 +21,7 @@ KEPT = 2**28  # bytes of decoded segments: strips are as wide as the image, and 
 _MICRONS = {2: 25400.0, 3: 10000.0}  # of an inch and of a centimetre, the units of a resolution
 _ALPHA = {1: "premultiplied", 2: "straight"}
 _ORIENTATION, _NODATA = 274, 42113
+_JPEG = (6, 7, 33007)  # compressions
 
 
 class OtherKind(ImageError):
@@ -90,7 +91,7 @@ class Tiff:
         self.palette, self.inverted = page.colormap if colour == "PALETTE" else None, colour == "MINISWHITE"
         if bits not in (8, 16, 32, 64) or page.dtype is None or page.dtype.kind not in "uif":
             raise OtherKind(f"{name}: has {bits} bits a sample: save it with 8 or 16")
-        jpeg = colour == "YCBCR" and page.compression in (6, 7, 33007)
+        jpeg = colour == "YCBCR" and page.compression in _JPEG
         if colour not in ("MINISBLACK", "MINISWHITE", "RGB", "PALETTE") and not jpeg:
             raise OtherKind(f"{name}: has colours that are not read here ({colour}): save it as RGB")
         self.planes = page.samplesperpixel if page.planarconfig == 2 else 1
@@ -170,6 +171,8 @@ class Tiff:
             data = file.read(count)
             if len(data) < count:
                 raise ImageError("the file ends before its pixels do")
+            if page.compression in _JPEG and (size := _jpeg_size(data)) and math.prod(size) > math.prod(self.segment):
+                raise ImageError(f"damaged: a segment that says it has {size[1]} x {size[0]} pixels")
         part, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
         part = np.full(shape, page.nodata, page.dtype)[0] if part is None else part[0]
         self.kept[index] = part
@@ -182,3 +185,14 @@ class Tiff:
         self.mapped = None
         self.kept.clear()
         self.file.close()
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width that a JPEG stream says it has; a decoder would take the memory for them at their word."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        kind = data[place + 1]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # tables, and what is reserved
+            return int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return None
