@@ -1,5 +1,6 @@
 """Pictures at every door of the command line: what is read, filled, left out, noted and refused."""
 
+import dataclasses
 import json
 import tarfile
 
@@ -10,7 +11,18 @@ import torch
 from PIL import Image
 from small import TINY, colours
 
-from linsight.train import Recipe, load_trained, open_data, resolve, train
+from linsight.errors import LinsightError
+from linsight.train import (
+    Recipe,
+    Tiling,
+    Trained,
+    load_trained,
+    open_data,
+    predict,
+    predict_stream,
+    resolve,
+    train,
+)
 from linsight.train.images import decode
 from linsight.train.model import build, save
 from linsight.train.progress import Silent
@@ -164,6 +176,25 @@ def test_training_says_it_once(tmp_path, cache):
     assert [line for line in report.lines if "frames" in line] == [
         "1 image has several frames, of which the first is read"
     ]
+
+
+def test_models_of_four_channels(linsight, tmp_path):
+    four = {"mean": (0.5,) * 4, "std": (0.5,) * 4}
+    bands = np.random.default_rng(0).integers(0, 255, (24, 24, 4), dtype=np.uint8)
+    Image.fromarray(bands).save(tmp_path / "a.png")
+    recipe = Recipe(model="vit_tiny", attention="inline", model_args=MODEL, img_size=(24, 24), in_chans=4, **four)
+    torch.manual_seed(0)
+    model = Trained(build(recipe, 3).eval(), dataclasses.replace(recipe, crop_pct=1.0), tuple("abc"), tmp_path)
+    where = {"device": "cpu", "amp": "off"}
+    (whole,), _ = predict(model, [tmp_path / "a.png"], **where)
+    (stream,), _ = predict_stream(model, [tmp_path / "a.png"], Tiling(**where))
+    assert whole.probabilities == pytest.approx(stream.probabilities, abs=1e-6)
+    picture().save(tmp_path / "b.png")
+    with pytest.raises(LinsightError, match="has 3 channels a pixel, and the model takes 4"):
+        predict(model, [tmp_path / "b.png"], **where)
+    recipe = dataclasses.replace(recipe, in_chans=6, mean=(0.5,) * 6, std=(0.5,) * 6)
+    with pytest.raises(LinsightError, match=r"in_chans=6: .*--stream"):
+        predict(dataclasses.replace(model, recipe=recipe), [tmp_path / "a.png"], **where)
 
 
 def test_levels(weights, linsight, tmp_path):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
-from linsight.recipe import check
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
@@ -65,7 +65,8 @@ def predict(
         note(line)
     recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
     if fill is not None:
-        recipe = check(dataclasses.replace(recipe, fill=fill))
+        check_fill(fill)
+        recipe = dataclasses.replace(recipe, fill=fill)
     where = pick_device(device)
     dtype, _ = pick_dtype(amp, where)
     model = fused(trained.model.to(where).eval())

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linsight.errors import LinsightError, UnknownNameError
+from linsight.errors import UnknownNameError
 from linsight.models import create_model
 from linsight.recipe import DATA_FIELDS, Recipe, check, parse
 
 from .datasets import open_data
+from .images import decode
 from .recipes import RECIPES
 
 
@@ -45,10 +46,9 @@ def suggest(overrides: Mapping[str, Any]) -> str:
     data = {name: value for name, value in overrides.items() if name in DATA_FIELDS}
     source = open_data(resolve("photos", data)).train
     for index in range(min(len(source), 10)):  # the first ones may be damaged
-        try:
-            return _for_size(source.image(index, "RGB").size)
-        except LinsightError:
-            continue
+        image = decode(source, index, "RGB")
+        if not isinstance(image, str):
+            return _for_size(image.size)
     return "photos"
 
 

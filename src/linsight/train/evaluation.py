@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
-from linsight.recipe import Recipe, check, parse
+from linsight.recipe import Recipe, parse
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
@@ -113,7 +114,8 @@ def prepare(
         source = open_evaluation(recipe, split, trained.classes, in_order=not trained.run)
     recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
     if fill is not None:
-        recipe = check(dataclasses.replace(recipe, fill=fill))
+        check_fill(fill)
+        recipe = dataclasses.replace(recipe, fill=fill)
     where = pick_device(device)
     dtype, precision = pick_dtype(amp, where)
     model = fused(trained.model.to(where).eval())

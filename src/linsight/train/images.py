@@ -52,6 +52,8 @@ class Samples(Dataset[Any]):
         seed: int,
         fill: float | None = None,
     ) -> None:
+        if in_chans not in _MODES:
+            raise LinsightError(f"in_chans={in_chans}: pictures are decoded whole in 1, 3 or 4 channels; use --stream")
         self.source, self.transform, self.mode, self.seed = source, transform, _MODES[in_chans], seed
         self.fill = fill
 
