@@ -30,11 +30,11 @@ import numpy as np
 import timm
 import torch
 from _script import exit_status
-from PIL import Image
 from torch import Tensor, nn
 
 import linsight
 from linsight.bench import Setting, Side, Worker, run_facts, write_rows
+from linsight.data import decode
 from linsight.errors import LinsightError
 from linsight.runtime.figures import require_matplotlib
 
@@ -186,7 +186,7 @@ def photographs(folder: Path | None, most: int = 64) -> list[np.ndarray]:
         paths = paths[:: max(1, len(paths) // most)]
     if not paths:
         raise LinsightError(f"'{folder}' has no photographs: name a folder with .jpg or .png files in it")
-    return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return [np.asarray(decode(path, "RGB", str(path)).image) for path in paths]
 
 
 def make_picture(path: Path, side: int, photos: list[np.ndarray]) -> None:

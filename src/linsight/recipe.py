@@ -49,6 +49,7 @@ class Recipe:
     on_bad_image: str = _field(
         _DATA, "skip", "an unreadable image is left out and counted, or ends the run", ("skip", "refuse")
     )
+    fill: float | None = _field(_DATA, None, "the value of pixels that are no number; none: such images are bad")
     workers: int | None = _field(_DATA, None, "processes that read images; none: chosen by the number of cores")
     cache: bool = _field(_DATA, False, "keep decoded images in memory")
 

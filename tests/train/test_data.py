@@ -188,7 +188,7 @@ def test_bad_images_are_left_out_of_a_batch_by_name(folder):
     batch = collate([samples[0, i] for i in range(60)])
     assert batch.images.shape == (58, 3, 8, 8) and batch.images.dtype == torch.uint8
     assert len(batch.bad) == 2 and "3.png: " in batch.bad[0] and "4.png: not an image" in batch.bad[1]
-    kept, bad = cached(data, 3)
+    kept, bad, _ = cached(data, 3)
     assert len(kept) == 58 and bad == batch.bad
     assert kept.targets == batch.targets.tolist()
     assert collate([batch.bad[0]]).images.numel() == 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 import shlex
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linsight.errors import LinsightError, UnknownNameError
+from linsight.runtime.files import to_json
 from linsight.runtime.signals import terminable
 
 from .show import Json, make_table, print_json, terminal
@@ -180,7 +180,7 @@ def _finish(done: "Done", files: _Files, as_json: bool) -> None:
 
     files.close(done)
     if as_json:
-        print(json.dumps([{**row, **done.facts} for row in done.rows], indent=2))
+        print(to_json([{**row, **done.facts} for row in done.rows], indent=2))
         return
     head, body = table(done.rows)
     console = terminal()

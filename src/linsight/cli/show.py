@@ -1,10 +1,11 @@
 """`linsight list | info | doctor`: what there is, what it costs, and what runs here. Tables, or `--json`."""
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from linsight.runtime.files import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -195,4 +196,4 @@ def terminal() -> "Console":
 
 def print_json(found: Any) -> None:
     """Print `found` as indented JSON."""
-    print(json.dumps(found, indent=2))
+    print(to_json(found, indent=2))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from linsight.errors import UnknownNameError
 from linsight.recipe import FIELDS, HINTS, Recipe
+from linsight.runtime.files import to_json
 from linsight.train.recipes import RECIPES
 
 from .show import make_table, terminal
@@ -128,6 +128,7 @@ _From = Annotated[
     str | None, typer.Option(metavar="N,N", help="size of the images --checkpoint was made for, if it does not tell")
 ]
 _Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=FIELDS["on_bad_image"].metadata["help"])]
+_Fill = Annotated[float | None, typer.Option(help=FIELDS["fill"].metadata["help"])]
 
 
 def evaluate(
@@ -142,6 +143,7 @@ def evaluate(
     device: _Device = "auto",
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
+    fill: _Fill = None,
     budget: Annotated[
         str | None,
         typer.Option(metavar="GMACS|all", help="of a model with exits: mean operations of an image; all: the curve"),
@@ -163,6 +165,7 @@ def evaluate(
         "device": device,
         "amp": amp,
         "on_bad_image": on_bad_image,
+        "fill": fill,
     }
     if budget is not None:
         _evaluate_exits(_trained(source, checkpoint, from_size), budget, out, as_json, images)
@@ -171,7 +174,7 @@ def evaluate(
         raise typer.BadParameter("--out goes with --budget")
     result = run(_trained(source, checkpoint, from_size), **images)
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
     _print_facts(
@@ -183,6 +186,7 @@ def evaluate(
             ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
         ]
     )
+    _tell(result["notes"])
     _tell_bad(result["bad"])
 
 
@@ -195,7 +199,7 @@ def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, i
         raise typer.BadParameter(f"--budget {budget} is no number of G multiply-adds, and not 'all'") from None
     result = evaluate_exits(trained, limit, out=out, **images)
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     shown = [*result["exits"], *(result["settings"] if limit is None else [result["chosen"]])]
     columns = ["setting", *(f"T{k}" for k in (1, 2, 3)), *(f"% at exit {k}" for k in (1, 2, 3, 4)), "GMACs", "top-1 %"]
@@ -229,6 +233,7 @@ def predict(
     device: _Device = "auto",
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
+    fill: _Fill = None,
     as_json: _Json = False,
     streamed: Annotated[
         bool, typer.Option("--stream", help="at full resolution, tile by tile: files of any size", **_STREAM)
@@ -240,6 +245,10 @@ def predict(
     dtype: Annotated[
         str | None, typer.Option(metavar="float32|bfloat16", help="of the maps; none: float32", **_STREAM)
     ] = None,
+    level: Annotated[
+        int | None, typer.Option(min=0, help="of the pyramid of a slide or a TIFF; none: 0, the full size", **_STREAM)
+    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="or the level near so many microns a pixel", **_STREAM)] = None,
     output: Annotated[
         str | None,
         typer.Option(metavar="classes|features|map", help="what to give; none: classes", **_STREAM),
@@ -256,17 +265,27 @@ def predict(
     from linsight.train import predict as run
 
     check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
-    given = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
+    given: dict[str, Any] = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
+    given |= {"level": level, "mpp": mpp}
     given = {name: value for name, value in given.items() if value is not None}
     if streamed:
-        given |= {"device": device, "amp": amp}
+        given |= {"device": device, "amp": amp, "fill": fill}
         _predict_stream(_trained(source, checkpoint, from_size), images, given, output, out, top, on_bad_image, as_json)
         return
     for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
         raise typer.BadParameter(f"--{name} goes with --stream")
+    notes: list[str] = []
     done, bad = run(
-        _trained(source, checkpoint, from_size), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image
+        _trained(source, checkpoint, from_size),
+        images,
+        top=top,
+        device=device,
+        amp=amp,
+        on_bad_image=on_bad_image,
+        fill=fill,
+        note=notes.append,
     )
+    _tell(notes)
     _tell_classes(done, bad, as_json)
 
 
@@ -292,24 +311,27 @@ def _predict_stream(
         raise typer.BadParameter("--resume needs --scratch, the folder of the stopped run")
     if out is not None and len(images) > 1:
         raise typer.BadParameter(f"--out is for one image, and {len(images)} are given: give one at a time")
-    tiling = Tiling(**given, progress=tile_reporter(Console(stderr=True)))
+    tiling, notes = Tiling(**given, progress=tile_reporter(Console(stderr=True))), list[str]()
     try:
         if out is None:
-            _tell_classes(*predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image), as_json)
+            done = predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image, note=notes.append)
+            _tell(notes)
+            _tell_classes(*done, as_json)
             return
-        shape = save_stream(trained, images[0], out, tiling, output=output)  # type: ignore[arg-type]
+        shape = save_stream(trained, images[0], out, tiling, output=output, note=notes.append)  # type: ignore[arg-type]
+        _tell(notes)
     except Interrupted as stopped:
         typer.echo(f"linsight: {stopped}", err=True)
         raise typer.Exit(stopped.code) from None
     if as_json:
-        typer.echo(json.dumps({"file": images[0], "output": output, "out": out, "shape": shape}))
+        typer.echo(to_json({"file": images[0], "output": output, "out": out, "shape": shape}))
     else:
         _print_facts([[output, f"{' x '.join(map(str, shape))}, float32"], ["file", out]])
 
 
 def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
+        typer.echo(to_json({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
         return
     rows = [
         ["" if rank else entry.file, label, f"{100 * value:.1f} %"]
@@ -335,6 +357,11 @@ def _trained(source: str, checkpoint: str | None, from_size: str | None = None) 
 
 def _print_facts(rows: list[list[str]]) -> None:
     terminal().print(make_table("", ["", ""], rows, header=False))
+
+
+def _tell(notes: list[str]) -> None:
+    for line in notes:
+        typer.echo(f"linsight: {line}", err=True)
 
 
 def _tell_bad(bad: list[str]) -> None:

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from linsight.errors import LinsightError
+
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -27,6 +29,14 @@ def write_text(path: pathlib.Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON, which has no word for what is no number: a LinsightError where there is one."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise LinsightError(f"a value that is no number cannot be written as JSON ({error})") from error
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` in one move."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")

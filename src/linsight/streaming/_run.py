@@ -9,12 +9,13 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from linsight.data import Picture, opened
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 from linsight.fuse import fused
 from linsight.models import HOSTS, Sample, StreamPlan, Streams
 from linsight.ops import Grid, Tile, accumulator, tiles
+from linsight.runtime.finite import require_finite
 
-from .files import opened
 from .source import Source
 from .store import Canvas, Memory, Scratch, fingerprint
 from .tiled import TiledBlock
@@ -50,7 +51,11 @@ def stream(
     dtype: torch.dtype = torch.float32,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    level: int | None = None,
+    mpp: float | None = None,
+    fill: float | None = None,
     report: Report | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Tensor:
     """Run `model` over an image of any size, tile by tile and layer by layer, exact to rounding.
 
@@ -60,7 +65,10 @@ def stream(
     Args:
         model: a host with mechanisms that stream, in evaluation mode.
         image: `(H, W, C)` or `(C, H, W)`, anything that has a shape and can be sliced: a memory map, a tensor, zarr;
-            or the path of a file: .npy, TIFF, a whole slide, or what Pillow opens.
+            or the path of a file: .npy, TIFF, a whole slide, or what Pillow opens. White is 255 in uint8, 65535 in
+            uint16, 1 in floats and in bool. Other whole numbers are of 0 to 255 where none is above that, else of 0 to
+            65535; they are all looked at first. In a file, floats may be of 0 to 255, too. What is in no such range,
+            and int8, is refused.
         tile: side of a tile in pixels. Larger ones are quicker and need more memory.
         output: "logits" `(1, classes)`, "features" `(1, C)` before the classifier, or "map" `(h, w, C)`, the last
             map after the last norm.
@@ -68,12 +76,18 @@ def stream(
             leaves `map.npy` there, and gives it memory-mapped.
         resume: go on with a stopped run in `scratch`, from the last step that it finished.
         dtype: that of the maps, float32 or bfloat16; a tile is computed in the model's own.
-        mean, std: what pixels, whole numbers first brought to 0 to 1, are normalised by; None: those of the model.
+        mean, std: what pixels, brought to 0 to 1, are normalised by; None: those of the model. With a mean of 0 and a
+            deviation of 1, floats in arrays and .npy files may be of any range: they are normalised already.
+        level: which level of a pyramid is read, of a slide or a TIFF file; None: the first, of full size.
+        mpp: or the level that is nearest to so many microns a pixel.
+        fill: the value of pixels that are no number, in the image's own units; None: they are refused.
         report: called as `report(done, total)` after each tile of each pass.
+        note: called with a line about a file that is not read as it is, as of several frames the first.
 
     Raises:
         CapabilityError: the host tells no steps, or a mechanism in it has no states that merge; before any work.
-        LinsightError: the maps do not fit; as an ImageError, the image or a part of it cannot be read.
+        LinsightError: the maps do not fit, there is no such level, or the model gives what is no number; as an
+            ImageError, the image or a part of it cannot be read, or has values in no range, or that are no number.
         MissingExtraError: the file needs a package that is not installed.
     """
     if output not in OUTPUTS:
@@ -93,8 +107,13 @@ def stream(
         raise CapabilityError("this model pools in a way that does not stream: take output='map', or global_pool='avg'")
     channels = next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))  # the stem's
     mean, std = (_statistic(model, key, given, channels) for key, given in (("mean", mean), ("std", std)))
-    with opened(image, channels) as (pixels, name), torch.inference_mode():
-        source = Source(pixels, mean, std, name)
+    plain = set(mean) == {0.0} and set(std) == {1.0}
+    reader = opened(image, channels, level=level, mpp=mpp, fill=fill, any_range=plain)
+    with reader as (pixels, name), torch.inference_mode():
+        source = Source(pixels, mean, std, name, fill)
+        if note is not None and isinstance(pixels, Picture):
+            for line in pixels.notes:
+                note(f"{name} has {line}")
         layers = _layers(plan, source.size, tile)
         store = Memory(dtype) if scratch is None else Scratch(scratch, dtype, resume)
         run = _Run(model, plan, source, store, layers, report or (lambda done, total: None))
@@ -269,7 +288,7 @@ class _Run:
         final: Canvas | None = None
         total: Tensor | None = None
         for tile in layer.cut:
-            x = plan.norm(canvas.read(tile, self.like))
+            x = require_finite(plan.norm(canvas.read(tile, self.like)), self.source.name)
             if output == "map":
                 final = final or self.store.output((*shape, x.shape[-1]))
                 final.write(tile, x)
@@ -285,4 +304,4 @@ class _Run:
         assert total is not None and plan.head is not None
         mean = (total / (shape[0] * shape[1])).to(self.like)
         first = mean[:, :0] if prefix is None else plan.norm(prefix)
-        return plan.head(first, mean, output == "features")
+        return require_finite(plan.head(first, mean, output == "features"), self.source.name)

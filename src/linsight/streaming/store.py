@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 from linsight.ops import Tile
-from linsight.runtime.files import write_text
+from linsight.runtime.files import to_json, write_text
 from linsight.runtime.memory import free_memory, in_words
 
 STATE = "stream.json"
@@ -167,7 +167,7 @@ class Scratch:
         }
         try:
             _sync(path)  # the map is on the disk before the state that tells of it
-            write_text(self.folder / STATE, json.dumps(state))
+            write_text(self.folder / STATE, to_json(state))
         except OSError as error:
             raise LinsightError(f"the state cannot be written to '{self.folder}': {error.strerror}") from error
         self._last = path

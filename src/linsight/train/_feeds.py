@@ -10,7 +10,7 @@ from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 
 from .datasets import Data
-from .images import Batch, Samples, cached, eval_transform, loader, train_transform
+from .images import Batch, Samples, cached, eval_transform, loader, told, train_transform
 from .random import Batches
 
 
@@ -36,9 +36,11 @@ def open_feeds(
     if recipe.cache:
         if len(train) > 5000:
             note("reading all images into memory")
-        train, bad = cached(train, recipe.in_chans)
-        val, more = cached(val, recipe.in_chans)
-        lost = bad + more
+        train, bad, notes = cached(train, recipe.in_chans, recipe.fill)
+        val, more_bad, more_notes = cached(val, recipe.in_chans, recipe.fill)
+        lost = bad + more_bad
+        for line in told(notes + more_notes):
+            note(line)
         refuse(recipe, lost)
         for source in (train, val):
             if not len(source):
@@ -47,8 +49,8 @@ def open_feeds(
     pin = device.type == "cuda"
     order = Batches(len(train), recipe.batch_size, seed=recipe.seed, shuffle=True, repeats=recipe.aug_repeats)
     once = Batches(len(val), recipe.batch_size, shuffle=False)
-    samples = Samples(train, train_transform(recipe, size), recipe.in_chans, recipe.seed)
-    val_samples = Samples(val, eval_transform(recipe, size), recipe.in_chans, recipe.seed)
+    samples = Samples(train, train_transform(recipe, size), recipe.in_chans, recipe.seed, recipe.fill)
+    val_samples = Samples(val, eval_transform(recipe, size), recipe.in_chans, recipe.seed, recipe.fill)
     return Feeds(
         order,
         loader(samples, order, workers=workers, pin=pin),

@@ -2,19 +2,21 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
+from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.runtime.device import pick_device, pick_dtype
+from linsight.runtime.finite import require_finite
 
 from ._feeds import refuse
-from ._sources import images_under
+from ._sources import Source, images_under
 from .evaluation import probabilities
-from .images import Normalise, Samples, eval_transform, loader
+from .images import Normalise, Samples, eval_transform, loader, told
 from .model import Trained, image_size
 from .random import Batches
 
@@ -37,38 +39,56 @@ def predict(
     device: str = "auto",
     amp: str = "auto",
     on_bad_image: str = "skip",
+    fill: float | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Prediction], list[str]]:
     """Predictions for image files and for all images in folders; and a line for each that could not be read.
 
+    Args:
+        fill: the value of pixels that are no number; None: that of the training, if it had one.
+        note: called with a line about what was left out, or not read as it is.
+
     Raises:
         LinsightError: a path that does not exist, a folder without images, no readable image at all, or a
-            bad image where those are refused.
+            bad image where those are refused; or the model gives what is no number.
     """
     files: list[pathlib.Path] = []
+    aside: list[str] = []
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise LinsightError(f"no such image or folder: '{path}'")
-        found = images_under(path) if path.is_dir() else [path]
+        found = images_under(path, aside) if path.is_dir() else [path]
         if not found:
-            raise LinsightError(f"no image in the folder '{path}'")
+            raise LinsightError(f"no image in the folder '{path}'{''.join(f' ({line})' for line in aside[-1:])}")
         files += found
+    for line in aside:
+        note(line)
     recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
+    if fill is not None:
+        check_fill(fill)
+        recipe = dataclasses.replace(recipe, fill=fill)
     where = pick_device(device)
     dtype, _ = pick_dtype(amp, where)
     model = fused(trained.model.to(where).eval())
     source = _Files(files, trained.classes)
-    samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
+    samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0, recipe.fill)
     normalise = Normalise(recipe, where)
     done: list[Prediction] = []
     bad: list[str] = []
+    notes: list[str] = []
     for batch in loader(samples, Batches(len(files), batch_size, shuffle=False), workers=0, pin=False):
         bad += batch.bad
+        notes += batch.notes
         refuse(recipe, batch.bad)
         if not len(batch.images):
             continue
-        best = probabilities(model, batch.images, normalise, dtype).sort(descending=True)
+        names = ", ".join(f"'{files[target]}'" for target in batch.targets[:1].tolist())
+        some = f"{names} or another of {len(batch.images)} images" if len(batch.images) > 1 else names
+        best = require_finite(probabilities(model, batch.images, normalise, dtype), some).sort(descending=True)
         for target, values, indices in zip(batch.targets.tolist(), *best, strict=True):
             done.append(likeliest(trained, files[target], values, indices, top))
+    for line in told(notes):
+        note(line)
     if not done:
         raise LinsightError(f"no image could be read: {bad[0]}")
     return done, bad
@@ -82,7 +102,7 @@ def likeliest(trained: Trained, file: pathlib.Path, values: Tensor, indices: Ten
     return Prediction(str(file), classes, tuple(values[:top].tolist()))
 
 
-class _Files:
+class _Files(Source):
     """Image files as a source, whose targets are their own indices."""
 
     def __init__(self, files: Sequence[pathlib.Path], classes: tuple[str, ...]) -> None:
@@ -91,9 +111,8 @@ class _Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def image(self, index: int, mode: str) -> Image.Image:
-        with Image.open(self.files[index]) as image:
-            return image.convert(mode)
+    def stored(self, index: int) -> Any:
+        return self.files[index]
 
     def name(self, index: int) -> str:
         return str(self.files[index])

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
-from timm.data.readers import create_reader, get_img_extensions
+from timm.data.readers import create_reader
 
-from linsight.errors import LinsightError, MissingExtraError, UnknownNameError
+from linsight.data import Decoded, decode, is_picture, left_out
+from linsight.errors import ImageError, LinsightError, MissingExtraError, UnknownNameError
 
 _LABELS = ("label", "labels", "fine_label", "class")
 
@@ -24,16 +25,26 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int, mode: str) -> Image.Image:
-        """The image, decoded, in a mode of Pillow."""
+    def stored(self, index: int) -> Any:
+        """The image as it is kept: a path, an open file, an array, or an image of Pillow's."""
         ...
 
     def name(self, index: int) -> str:
         """The name of the image in a message."""
         ...
 
+    def image(self, index: int, mode: str) -> Image.Image:
+        """The image, decoded, in a mode of `linsight.data.pictures.MODES`."""
+        return self.decoded(index, mode).image
 
-class Arrays:
+    def decoded(self, index: int, mode: str, fill: float | None = None) -> Decoded:
+        """The image, and what is to be told of it; raises an ImageError where there is none. fill: as of `decode`."""
+        stored = self.stored(index)
+        with stored if hasattr(stored, "read") else contextlib.nullcontext():
+            return decode(stored, mode, self.name(index), fill)
+
+
+class Arrays(Source):
     """Images in memory, `(H, W)` or `(H, W, 3)` of uint8."""
 
     def __init__(self, images: Sequence[Any], targets: list[int], classes: tuple[str, ...], label: str) -> None:
@@ -42,16 +53,16 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def image(self, index: int, mode: str) -> Image.Image:
+    def stored(self, index: int) -> Any:
         """See `Source`."""
-        return Image.fromarray(self.images[index]).convert(mode)
+        return self.images[index]
 
     def name(self, index: int) -> str:
         """See `Source`."""
         return f"{self.label}[{index}]"
 
 
-class Reading:
+class Reading(Source):
     """A reader of timm: folders, tars, Hugging Face data sets."""
 
     def __init__(self, reader: Any, targets: list[int], classes: tuple[str, ...]) -> None:
@@ -60,14 +71,12 @@ class Reading:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def image(self, index: int, mode: str) -> Image.Image:
+    def stored(self, index: int) -> Any:
         """See `Source`."""
         try:
-            file, _ = self.reader[index]
+            return self.reader[index][0]
         except (AssertionError, TypeError) as error:  # timm's way with a row that has no image
-            raise OSError("no image there") from error
-        with file:
-            return Image.open(file).convert(mode)
+            raise ImageError(f"{self.name(index)}: no image there") from error
 
     def name(self, index: int) -> str:
         """See `Source`."""
@@ -77,7 +86,7 @@ class Reading:
             return f"image {index}"
 
 
-class Pairs:
+class Pairs(Source):
     """A data set of torchvision: pairs of image and class."""
 
     def __init__(self, dataset: Any, targets: list[int], classes: tuple[str, ...]) -> None:
@@ -86,16 +95,16 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def image(self, index: int, mode: str) -> Image.Image:
+    def stored(self, index: int) -> Any:
         """See `Source`."""
-        return self.dataset[index][0].convert(mode)
+        return self.dataset[index][0]
 
     def name(self, index: int) -> str:
         """See `Source`."""
         return f"{type(self.dataset).__name__}[{index}]"
 
 
-class Part:
+class Part(Source):
     """Some images of a source, under its classes or, by name, under those of another."""
 
     def __init__(self, whole: Source, indices: Sequence[int], classes: tuple[str, ...] = ()) -> None:
@@ -107,9 +116,9 @@ class Part:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def image(self, index: int, mode: str) -> Image.Image:
+    def stored(self, index: int) -> Any:
         """See `Source`."""
-        return self.whole.image(self.indices[index], mode)
+        return self.whole.stored(self.indices[index])
 
     def name(self, index: int) -> str:
         """See `Source`."""
@@ -127,17 +136,23 @@ def digits() -> Source:
     return Arrays(images, bunch.target.tolist(), tuple(map(str, range(10))), "digits")
 
 
-def images_under(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The image files in a folder and its subfolders, in order; hidden ones are left alone."""
-    extensions = get_img_extensions(as_set=True)
-    found = []
+def images_under(folder: pathlib.Path, aside: list[str] | None = None) -> list[pathlib.Path]:
+    """The image files in a folder and its subfolders, in order; a line on what was left out is added to `aside`.
+
+    Hidden ones are left alone.
+    """
+    found: list[pathlib.Path] = []
+    others: list[str] = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            pathlib.Path(root, name)
-            for name in sorted(files)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions
-        ]
+        for name in sorted(files):
+            if not name.startswith("."):
+                if is_picture(name):
+                    found.append(pathlib.Path(root, name))
+                else:
+                    others.append(name)
+    if aside is not None and others:
+        aside.append(f"in '{folder}': {left_out(others)}")
     return found
 
 
@@ -166,8 +181,7 @@ def tar(path: pathlib.Path) -> Source:
 
     try:
         with tarfile.open(path) as file:
-            extensions = get_img_extensions(as_set=True)
-            if not any(os.path.splitext(member.name)[1].lower() in extensions for member in file):
+            if not any(is_picture(member.name) for member in file):
                 raise LinsightError(f"no image in '{path}': it should have a folder of images for each class")
         reader = create_reader("", root=str(path))
     except (tarfile.TarError, EOFError, OSError) as error:

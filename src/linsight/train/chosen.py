@@ -9,6 +9,7 @@ from linsight.models import create_model
 from linsight.recipe import DATA_FIELDS, Recipe, averaged, check, parse
 
 from .datasets import open_data
+from .images import decode
 from .recipes import RECIPES
 
 
@@ -56,10 +57,9 @@ def suggest(overrides: Mapping[str, Any]) -> str:
     data = {name: value for name, value in overrides.items() if name in DATA_FIELDS}
     source = open_data(resolve("photos", data)).train
     for index in range(min(len(source), 10)):  # the first ones may be damaged
-        try:
-            return _for_size(source.image(index, "RGB").size)
-        except (OSError, SyntaxError, ValueError):
-            continue
+        image = decode(source, index, "RGB")
+        if not isinstance(image, str):
+            return _for_size(image.size)
     return "photos"
 
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.recipe import Recipe, parse
 from linsight.runtime.device import autocast, pick_device, pick_dtype
+from linsight.runtime.finite import require_finite
 
 from ._feeds import default_workers, refuse
 from .datasets import open_data, open_evaluation
-from .images import Batch, Normalise, Samples, eval_transform, loader
+from .images import Batch, Normalise, Samples, eval_transform, loader, told
 from .model import Trained, image_size
 from .random import Batches
 from .run import CONFIG
@@ -36,16 +38,27 @@ def evaluate(
     workers: int | None = None,
     on_bad_image: str = "skip",
     data_dir: str | None = None,
+    fill: float | None = None,
 ) -> dict[str, Any]:
     """Top-1 and top-5 in percent, loss and speed on `data`, by default on what the run was evaluated on.
 
+    `notes` in it are lines about what was left out, or not read as it is. fill: the value of pixels that are no number;
+    None: that of the training, if it had one.
+
     Raises:
-        LinsightError: no such data, classes that the model does not know, or a bad image where those are refused.
+        LinsightError: no such data, classes that the model does not know, or a bad image where those are refused; or
+            the model gives what is no number.
     """
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir)
-    recipe = given.recipe
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill)
+    recipe, notes = given.recipe, list[str]()
+
+    def after_batch(batch: Batch) -> None:
+        refuse(recipe, batch.bad)
+        notes.extend(batch.notes)
+
     started = time.perf_counter()
-    scores = score(given.model, given.feed, given.normalise, given.dtype, lambda batch: refuse(recipe, batch.bad))
+    scores = score(given.model, given.feed, given.normalise, given.dtype, after_batch)
+    require_finite(torch.tensor(scores.loss), f"images of '{recipe.data}'")
     seconds = time.perf_counter() - started
     return {
         "data": recipe.data,
@@ -55,6 +68,7 @@ def evaluate(
         "loss": scores.loss,
         "skipped": len(scores.bad),
         "bad": scores.bad,
+        "notes": told(notes),
         "images_per_second": round(scores.images / seconds, 1),
         "device": str(given.normalise.device),
         "precision": given.precision,
@@ -82,6 +96,7 @@ def prepare(
     workers: int | None,
     on_bad_image: str,
     data_dir: str | None,
+    fill: float | None = None,
 ) -> Evaluation:
     """Get ready to evaluate on `data`, by default on what the run was evaluated on."""
     recipe = trained.recipe
@@ -98,10 +113,13 @@ def prepare(
     else:
         source = open_evaluation(recipe, split, trained.classes, in_order=not trained.run)
     recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
+    if fill is not None:
+        check_fill(fill)
+        recipe = dataclasses.replace(recipe, fill=fill)
     where = pick_device(device)
     dtype, precision = pick_dtype(amp, where)
     model = fused(trained.model.to(where).eval())
-    samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
+    samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0, recipe.fill)
     batches = Batches(len(source), batch_size, shuffle=False)
     count = min(default_workers() if workers is None else workers, len(batches))
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda")

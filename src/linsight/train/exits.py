@@ -14,6 +14,7 @@ from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.runtime.device import autocast
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.files import write_json, write_text
+from linsight.runtime.finite import require_finite
 
 from ._feeds import refuse
 from ._figures import exits as draw
@@ -37,6 +38,7 @@ def evaluate_exits(
     workers: int | None = None,
     on_bad_image: str = "skip",
     data_dir: str | None = None,
+    fill: float | None = None,
     out: str | pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Accuracy against mean operations, of all settings and of the best one for `budget` G multiply-adds an image.
@@ -54,7 +56,7 @@ def evaluate_exits(
         )
     folder = pathlib.Path(out) if out is not None else trained.path.parent if trained.run else pathlib.Path()
     require_matplotlib(f"drawing {_PNG}")
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir)
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill)
     scored, targets, bad = collect(given)
     first, second = (torch.tensor(part, dtype=torch.long) for part in hold_out(targets, 0.5))
     if not (len(first) and len(second)):
@@ -99,6 +101,8 @@ def collect(given: Evaluation) -> tuple[Scored, list[int], list[str]]:
             continue
         with autocast(given.normalise.device, given.dtype):
             logits = [found.logits.float().cpu() for found in model.exits(given.normalise(batch.images))]
+        for found in logits:
+            require_finite(found, f"images of '{given.recipe.data}'")
         best = [exit.softmax(1).max(1) for exit in logits]
         confidences.append(torch.stack([values for values, _ in best], 1))
         correct.append(torch.stack([indices == batch.targets for _, indices in best], 1))

@@ -1,90 +1,121 @@
 """From sources to batches: decoding, augmentation, what happens to a bad image, and normalising on the device."""
 
+import collections
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from linsight.data import Decoded
+from linsight.data.pictures import MODES, first_line
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 
 from ._sources import Arrays, Source
 from .random import Batches, seed_sample
 
-_MODES = {1: "L", 3: "RGB"}
-# Errors of Pillow for files that are damaged, no images, or bombs.
-_BAD = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_MODES = {channels: mode for mode, channels in MODES.items()}
 
 
 class Batch(NamedTuple):
-    """`images` `(B, C, H, W)` of uint8, `targets` `(B,)`; `bad` names what could not be read and why."""
+    """`images` `(B, C, H, W)` of uint8, `targets` `(B,)`; `bad` names what could not be read and why.
+
+    notes: what is to be told of images that were not read as they are, once for each.
+    """
 
     images: Tensor
     targets: Tensor
     bad: list[str]
+    notes: tuple[str, ...] = ()
 
 
 class Samples(Dataset[Any]):
-    """Transformed images of a source. The randomness of one depends on the seed and its item only: `(epoch, index)`,
-    and the number of the copy where an epoch has several.
+    """Transformed images of a source, with their classes and with what is to be told of them, or a line about why not.
+
+    The randomness of one depends on the seed and its item only: `(epoch, index)`, and the number of the copy where an
+    epoch has several. fill: the value of pixels that are no number.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], in_chans: int, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Image.Image], Tensor],
+        in_chans: int,
+        seed: int,
+        fill: float | None = None,
+    ) -> None:
+        if in_chans not in _MODES:
+            raise LinsightError(f"in_chans={in_chans}: pictures are decoded whole in 1, 3 or 4 channels; use --stream")
         self.source, self.transform, self.mode, self.seed = source, transform, _MODES[in_chans], seed
+        self.fill = fill
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int] | str:
+    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int, tuple[str, ...]] | str:
         index = item[1]
-        image = decode(self.source, index, self.mode)
-        if isinstance(image, str):
-            return image
+        found = _decoded(self.source, index, self.mode, self.fill)
+        if isinstance(found, str):
+            return found
         seed_sample(self.seed, *item)
-        return self.transform(image), self.source.targets[index]
+        return self.transform(found.image), self.source.targets[index], found.notes
 
 
-def decode(source: Source, index: int, mode: str) -> Image.Image | str:
-    """The image in `mode`, or one line about why there is none."""
+def decode(source: Source, index: int, mode: str, fill: float | None = None) -> Image.Image | str:
+    """The image in `mode`, or one line about why there is none. fill: the value of pixels that are no number."""
+    found = _decoded(source, index, mode, fill)
+    return found if isinstance(found, str) else found.image
+
+
+def _decoded(source: Source, index: int, mode: str, fill: float | None) -> Decoded | str:
     try:
-        return source.image(index, mode)
-    except _BAD as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
-        return f"{source.name(index)}: {reason}"
+        return source.decoded(index, mode, fill)
+    except LinsightError as error:
+        return str(error)
+    except Exception as error:  # of whatever holds the images, as a disk that is gone
+        return f"{source.name(index)}: cannot be read: {first_line(error)}"
 
 
-def cached(source: Source, in_chans: int) -> tuple[Source, list[str]]:
-    """A source decoded into memory, without its bad images, and what was wrong with those."""
+def cached(source: Source, in_chans: int, fill: float | None = None) -> tuple[Source, list[str], list[str]]:
+    """A source decoded into memory, without its bad images; what was wrong with those, and notes about the others."""
     if isinstance(source, Arrays):
-        return source, []
-    images, targets, bad = [], [], []
+        return source, [], []
+    images, targets, bad, notes = [], [], [], list[str]()
     for index, target in enumerate(source.targets):
-        image = decode(source, index, _MODES[in_chans])
-        if isinstance(image, str):
-            bad.append(image)
+        found = _decoded(source, index, _MODES[in_chans], fill)
+        if isinstance(found, str):
+            bad.append(found)
         else:
-            images.append(np.asarray(image))
+            images.append(np.asarray(found.image))
             targets.append(target)
+            notes += found.notes
     # one block of memory is shared by forked workers, thousands of small objects are not
     same = len({image.shape for image in images}) == 1
     block: Sequence[Any] = list(np.stack(images)) if same else images
-    return Arrays(block, targets, source.classes, "cached image "), bad
+    return Arrays(block, targets, source.classes, "cached image "), bad, notes
 
 
-def collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
+def collate(samples: list[tuple[Tensor, int, tuple[str, ...]] | str]) -> Batch:
     """A batch of the good samples."""
     bad = [sample for sample in samples if isinstance(sample, str)]
     good = [sample for sample in samples if not isinstance(sample, str)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
-    return Batch(images, torch.tensor([target for _, target in good], dtype=torch.long), bad)
+    images = torch.stack([image for image, *_ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    targets = torch.tensor([target for _, target, _ in good], dtype=torch.long)
+    return Batch(images, targets, bad, tuple(note for *_, notes in good for note in notes))
+
+
+def told(notes: Iterable[str]) -> list[str]:
+    """A line for each kind of note, with its count."""
+    counts = collections.Counter(notes)
+    return [f"{count} image{'s have' if count > 1 else ' has'} {note}" for note, count in counts.items()]
 
 
 def statistics(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -19,7 +19,7 @@ from . import _figures
 from ._feeds import open_feeds, refuse
 from .datasets import Data, open_data
 from .evaluation import probabilities, score
-from .images import Batch
+from .images import Batch, told
 from .learner import Learner
 from .model import WEIGHTS, build, count_of, image_size, left_new, load_trained, save, start_from
 from .progress import Silent
@@ -95,6 +95,7 @@ class Trainer:
             recipe, model, device, self.dtype, classes=len(data.classes), updates=self.steps, new=new
         )
         self.epoch = self.step = 0
+        self.notes, self.told = list[str](), False
         self.best: tuple[float, int] = (-1.0, 0)
         self.seconds = 0.0
         self._reset_sums()
@@ -136,6 +137,7 @@ class Trainer:
         for batch in self.feeds.train:
             refuse(self.recipe, batch.bad)
             self.bad += batch.bad
+            self.notes += batch.notes
             # after the batch: without worker processes, it was drawn from the generators of this one
             seed_step(self.recipe.seed, self.epoch, self.step)
             self._update(batch)
@@ -213,6 +215,9 @@ class Trainer:
             )
         self.run.record(row)
         self.report.epoch(row, learner.epochs)
+        for line in [] if self.told else told(self.notes):
+            self.report.note(line)
+        self.notes, self.told = [], True  # the images are the same in every epoch
         if bad:
             self.report.note(f"skipped {len(bad)} unreadable images: {'; '.join(bad[:3])}{' ...' if bad[3:] else ''}")
         self.epoch, self.step = self.epoch + 1, 0
@@ -222,6 +227,7 @@ class Trainer:
     def after_val_batch(self, batch: Batch) -> None:
         """Refuse a bad image where those are refused; stop, with the state saved, if that was asked."""
         refuse(self.recipe, batch.bad)
+        self.notes += batch.notes
         if self.stop.code:
             self._save()
             self._interrupt()
@@ -266,14 +272,14 @@ class Trainer:
         good = [item for item in items if not isinstance(item, str)]
         if not good:
             return
-        images = torch.stack([image for image, _ in good])
+        images = torch.stack([image for image, *_ in good])
         guesses = probabilities(model, images, self.learner.normalise, self.dtype).argmax(-1).tolist()
         names = dict(enumerate(self.data.classes))
         _figures.predictions(
             self.run.path / "predictions.png",
             images,
             [names.get(guess, str(guess)) for guess in guesses],
-            [names[target] for _, target in good],
+            [names[target] for _, target, _ in good],
         )
 
     def _save(self) -> None:

@@ -15,7 +15,7 @@ from linsight.checkpoints import LoadReport, load_published, table_grids
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_model
 from linsight.recipe import FIELDS, Recipe, check, parse
-from linsight.runtime.files import replacing
+from linsight.runtime.files import replacing, to_json
 
 WEIGHTS = "best.safetensors"
 # The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
@@ -23,7 +23,7 @@ _KEPT = [
     name
     for name, field in FIELDS.items()
     if (field.metadata["group"] == "Model" and not name.startswith(("init", "from")))
-    or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop")
+    or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop", "fill")
 ]
 
 
@@ -111,7 +111,7 @@ def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: 
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
     with replacing(path) as temporary:
-        temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": json.dumps(about)}))
+        temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)}))
 
 
 def load_trained(source: str | pathlib.Path) -> Trained:

@@ -16,7 +16,7 @@ import torchvision
 import linsight
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import RESUMABLE, Recipe, check, parse
-from linsight.runtime.files import replacing, write_json, write_text
+from linsight.runtime.files import replacing, to_json, write_json, write_text
 
 CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"
 
@@ -71,7 +71,7 @@ class Run:
     def describe(self, data: dict[str, Any]) -> None:
         """Write the configuration of a new run; check that a resumed one still has the same data."""
         if self.data is not None:
-            for key, value in json.loads(json.dumps(data)).items():
+            for key, value in json.loads(to_json(data)).items():
                 if self.data.get(key) != value:
                     raise LinsightError(f"the data of '{self.path}' has changed ({key}): it cannot be resumed")
             return
@@ -98,7 +98,7 @@ class Run:
     def record(self, row: dict[str, Any]) -> None:
         """Add the metrics of an epoch."""
         self.rows.append(row)
-        write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in self.rows))
+        write_text(self.path / METRICS, "".join(to_json(entry) + "\n" for entry in self.rows))
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write the summary: the run is finished."""

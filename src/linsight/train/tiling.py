@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +27,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How images are streamed; `tile`, `scratch`, `resume` and `dtype` are those of `linsight.stream`.
+    """How images are streamed; `tile` to `fill` are those of `linsight.stream`.
 
+    fill: None is that of the training, if it had one.
     device, amp: as of `predict`.
     progress: told of every tile; the base class says nothing.
     """
@@ -37,6 +38,9 @@ class Tiling:
     scratch: str | os.PathLike[str] | None = None
     resume: bool = False
     dtype: str = "float32"
+    level: int | None = None
+    mpp: float | None = None
+    fill: float | None = None
     device: str = "auto"
     amp: str = "auto"
     progress: Tiles = dataclasses.field(default_factory=Tiles)
@@ -49,8 +53,9 @@ def predict_stream(
     *,
     top: int = 5,
     on_bad_image: str = "skip",
+    note: Callable[[str], None] | None = None,
 ) -> tuple[list[Prediction], list[str]]:
-    """`predict` for image files of any size, which are neither resized nor cropped.
+    """`predict` for image files of any size, which are neither resized nor cropped. note: as of `predict`.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the message says how to go on.
@@ -66,7 +71,7 @@ def predict_stream(
     bad: list[str] = []
     for file in files:
         try:
-            logits = _streamed(trained, file, "logits", tiling, more=file is not files[-1])
+            logits = _streamed(trained, file, "logits", tiling, note, more=file is not files[-1])
         except ImageError as error:
             if on_bad_image == "refuse":
                 raise
@@ -85,6 +90,7 @@ def save_stream(
     tiling: Tiling,
     *,
     output: Literal["features", "map"],
+    note: Callable[[str], None] | None = None,
 ) -> tuple[int, ...]:
     """Write the features `(1, C)` or the last map `(h, w, C)` of an image file to `out`, a .npy; their shape.
 
@@ -100,7 +106,7 @@ def save_stream(
         raise LinsightError(f"'{out}' is a folder: name a file in it")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise LinsightError(f"'{out}' cannot be written: '{out.parent}' is no folder that can be written to")
-    found = _streamed(trained, file, output, tiling)
+    found = _streamed(trained, file, output, tiling, note)
     shape, kept = tuple(found.shape), None
     try:
         with replacing(out) as temporary:
@@ -123,7 +129,14 @@ def _check_file(file: pathlib.Path) -> None:
         raise LinsightError(f"'{file}' is a folder: a stream takes image files")
 
 
-def _streamed(trained: Trained, file: pathlib.Path, output: Any, tiling: Tiling, more: bool = False) -> Tensor:
+def _streamed(
+    trained: Trained,
+    file: pathlib.Path,
+    output: Any,
+    tiling: Tiling,
+    note: Callable[[str], None] | None,
+    more: bool = False,
+) -> Tensor:
     """The output of `linsight.stream` for a file. more: others follow, so a stop with the last tile is one, too."""
     if tiling.dtype not in _DTYPES:
         raise UnknownNameError("dtype", tiling.dtype, _DTYPES)
@@ -151,7 +164,11 @@ def _streamed(trained: Trained, file: pathlib.Path, output: Any, tiling: Tiling,
                 dtype=_DTYPES[tiling.dtype],
                 mean=mean,
                 std=std,
+                level=tiling.level,
+                mpp=tiling.mpp,
+                fill=trained.recipe.fill if tiling.fill is None else tiling.fill,
                 report=report,
+                note=note,
             )
         except KeyboardInterrupt:
             if not stop.code:
