@@ -23,6 +23,7 @@ NAMES = Path(__file__).with_name("public_names.txt")
 FLOORS = (
     ("errors",),
     ("recipe", "runtime"),
+    ("data",),
     ("ops",),
     ("attention",),
     ("models",),

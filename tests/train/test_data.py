@@ -80,7 +80,6 @@ def test_tars_are_read_alone_and_by_split(tmp_path, folder):
     split = open_data(recipe(tmp_path / "tars"))
     assert (len(split.train), len(split.val)) == (60, 60)
     assert split.train.image(0, "RGB").size == (12, 10)
-    split.train.reader.tar_state.tf.close()  # timm keeps it open
 
 
 def test_parquet_files_are_read_by_the_types_of_their_columns(tmp_path):

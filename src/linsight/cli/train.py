@@ -176,6 +176,8 @@ def evaluate(
         ]
     )
     _tell_bad(result["bad"])
+    for note in result["notes"]:
+        typer.echo(f"linsight: {note}", err=True)
 
 
 def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, images: dict[str, Any]) -> None:

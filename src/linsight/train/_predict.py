@@ -38,20 +38,19 @@ def predict(
     amp: str = "auto",
     on_bad_image: str = "skip",
 ) -> tuple[list[Prediction], list[str]]:
-    """Predictions for image files and for all images in folders; and a line for each that could not be read.
+    """Predictions for image files and for all images in folders; and a line for each that could not be read,
+    and for each kind of file that was left out.
 
     Raises:
         LinsightError: a path that does not exist, a folder without images, no readable image at all, or a
             bad image where those are refused.
     """
     files: list[pathlib.Path] = []
+    aside: list[str] = []
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise LinsightError(f"no such image or folder: '{path}'")
-        found = images_under(path) if path.is_dir() else [path]
-        if not found:
-            raise LinsightError(f"no image in the folder '{path}'")
-        files += found
+        files += images_under(path, aside) if path.is_dir() else [path]
     recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
     where = pick_device(device)
     dtype, _ = pick_dtype(amp, where)
@@ -71,7 +70,7 @@ def predict(
             done.append(likeliest(trained, files[target], values, indices, top))
     if not done:
         raise LinsightError(f"no image could be read: {bad[0]}")
-    return done, bad
+    return done, bad + aside
 
 
 def likeliest(trained: Trained, file: pathlib.Path, values: Tensor, indices: Tensor, top: int) -> Prediction:
@@ -84,6 +83,8 @@ def likeliest(trained: Trained, file: pathlib.Path, values: Tensor, indices: Ten
 
 class _Files:
     """Image files as a source, whose targets are their own indices."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, files: Sequence[pathlib.Path], classes: tuple[str, ...]) -> None:
         self.files, self.classes, self.targets = files, classes, list(range(len(files)))
