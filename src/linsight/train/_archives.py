@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from linsight.errors import LinsightError
 
-from ._trees import Tree, shown, some, sort_tree
+from ._trees import Tree, count, shown, some, sort_tree
 
 # The endings of archives, and how compressed files begin: these cannot be read from their middle.
 SUFFIXES = (".tar", ".zip", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst")
@@ -66,9 +66,10 @@ class Archive:
 
     def tree(self) -> Tree:
         """The names of its files and folders."""
-        tree = sort_tree(self.path, self.members, self.folders, packed=True)
+        tree = sort_tree(self.path, self.members, self.folders)
         if self.lost:
-            tree.notes.append(f"{len(self.lost)} links to nothing in the archive left out: {some(self.lost)}")
+            links = count(len(self.lost), "link", "links")
+            tree.notes.append(f"{links} to no file of the archive left out: {some(self.lost)}")
         return tree
 
     def open(self, name: str) -> BinaryIO:
@@ -121,7 +122,7 @@ class Archive:
                 elif member.isdir():
                     self.folders.add(name)
                 elif member.islnk():
-                    links[name] = posixpath.normpath(member.linkname.lstrip("/"))
+                    links[name] = posixpath.normpath(member.linkname).lstrip("/")
                 elif member.issym():
                     links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
             end = file.offset

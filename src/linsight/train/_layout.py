@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from linsight.errors import LinsightError
 
-from ._trees import Tree, shown, some
+from ._trees import Tree, count, shown, some
 
 # What data sets call their splits, in any case; as Hugging Face reads file names.
 _WORDS = {
@@ -45,13 +45,11 @@ def words(name: str) -> list[str]:
 
 def unwrapped(tree: Tree) -> Tree:
     """The tree inside folders that hold no more than one folder, as archives have; a split is not entered."""
-    wraps: list[str] = []
     while True:
         tops = {name.partition("/")[0] for name in [*tree.folders, *tree.pictures]}
         top = next(iter(tops)) if len(tops) == 1 else ""
         if not top or role(top) or not tree.pictures or any(name.count("/") < 2 for name in tree.pictures):
             break
-        wraps.append(top)
         start = len(top) + 1
         tree = Tree(
             tree.label,
@@ -59,10 +57,10 @@ def unwrapped(tree: Tree) -> Tree:
             [name.removeprefix(f"{top}/") for name in tree.others],
             {name[start:] for name in tree.folders if name != top},
             tree.notes,
-            packed=True,
+            f"{tree.inside}{top}/",
         )
-    if wraps:
-        tree.notes.append(f"{shown(tree.label)} is read from its folder {shown('/'.join(wraps))}")
+    if tree.inside:
+        tree.notes.append(f"{shown(tree.label)} is read from its folder {shown(tree.inside[:-1])}")
     return tree
 
 
@@ -108,21 +106,23 @@ def body(tree: Tree, top: str = "") -> Body:
             raise LinsightError(f"the data folder {where} is empty")
         raise LinsightError(
             f"no image in {where} or below it: it should have a folder of images for each class"
-            + (f" ({rest[0]})" if rest else "")
+            + (f" ({rest})" if rest else "")
         )
     owners = [name[start:].rpartition("/")[0].partition("/")[0] for name in pictures]
     folders = {name[start:].partition("/")[0] for name in tree.folders if not top or name.startswith(f"{top}/")}
     _check_strays(where, tree.label, pictures, owners, folders)
     if hollow := sorted(folders - set(owners)):
         place = f"{top}/{hollow[0]}" if top else hollow[0]
-        rest = f" ({', '.join(tree.left_out(place))})" if tree.left_out(place) else ""
+        why = f" ({tree.left_out(place)})" if tree.left_out(place) else ""
         raise LinsightError(
-            f"the class folder {shown(f'{tree.label}/{place}')} has no image{rest}: add some, or remove the folder"
+            f"the class folder {shown(f'{tree.label}/{place}')} has no image{why}: add some, or remove the folder"
         )
     _check_inner_splits(where, [name[start:] for name in pictures], folders)
     classes = sort_classes(where, folders)
     place_of = {folder: classes.index(plain(folder)) for folder in folders}
-    return Body(pictures, [place_of[owner] for owner in owners], classes, tuple(tree.left_out(top)))
+    return Body(
+        pictures, [place_of[owner] for owner in owners], classes, tuple(filter(None, [tree.left_out(top), *tree.notes]))
+    )
 
 
 def sort_classes(where: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -162,8 +162,8 @@ def _check_strays(where: str, label: str, pictures: list[str], owners: list[str]
         return
     if len(strays) == len(pictures):
         raise LinsightError(
-            f"the {len(pictures)} images of {where} lie directly in it ({some(strays)}): put them into a folder for "
-            "each class"
+            f"{where} has no class folder, but {count(len(pictures), 'image', 'images')} directly in it "
+            f"({some(strays)}): put them into a folder for each class"
         )
     more = f" (nor are {len(strays) - 1} more)" if strays[1:] else ""
     raise LinsightError(

@@ -12,7 +12,7 @@ from ._archives import SUFFIXES, Archive
 from ._layout import body, role, splits, unwrapped
 from ._parquet import check_files, hugging_face, hugging_face_splits, parquet, split_files
 from ._sources import Source
-from ._trees import Tree, shown, some, walk
+from ._trees import Tree, count, shown, some, walk
 
 _ITERABLE = ("hfids", "tfds", "wds")
 
@@ -114,7 +114,7 @@ class Pictures:
         """See `Place`."""
         found = body(self.tree, split or "")
         if self.packed is not None:
-            return sources.archive(self.packed, found)
+            return sources.archive(self.packed, self.tree.inside, found)
         return sources.folder(pathlib.Path(self.tree.label), found)
 
 
@@ -134,7 +134,9 @@ class Archives:
         tree = _tree_of(packed)
         tops = {name.partition("/")[0] for name in tree.pictures}
         inner = tops.pop() if len(tops) == 1 else ""  # train.tar with all in train/
-        return sources.archive(packed, body(tree, inner if inner and role(inner) == role(split or "") else ""))
+        return sources.archive(
+            packed, tree.inside, body(tree, inner if inner and role(inner) == role(split or "") else "")
+        )
 
 
 def locate(recipe: Recipe) -> Place:
@@ -180,7 +182,8 @@ def _of_folder(path: pathlib.Path, recipe: Recipe) -> Place:
     tables = [name for name in tree.others if name.lower().endswith(".parquet")]
     if tables and tree.pictures:
         raise LinsightError(
-            f"{shown(path)} has {len(tree.pictures)} images and {len(tables)} Parquet files: give the folder of the "
+            f"{shown(path)} has {count(len(tree.pictures), 'image', 'images')} and "
+            f"{count(len(tables), 'Parquet file', 'Parquet files')}: give the folder of the "
             f"ones or the others as the data, or move {some(tables)} out"
         )
     if tables:

@@ -132,7 +132,7 @@ def images_under(folder: pathlib.Path, aside: list[str] | None = None) -> list[p
         LinsightError: there are none.
     """
     tree = walk(folder)
-    rest = [f"in {shown(folder)}: {line}" for line in tree.left_out()]
+    rest = [f"in {shown(folder)}: {line}" for line in (tree.left_out(), *tree.notes) if line]
     if not tree.pictures:
         raise LinsightError(f"no image in the folder {shown(folder)}{f' ({rest[0]})' if rest else ''}")
     if aside is not None:
@@ -145,9 +145,9 @@ def folder(place: pathlib.Path, body: Body) -> Source:
     return Reading(_Files(place, body.pictures), body.targets, body.classes, body.notes)
 
 
-def archive(packed: Archive, body: Body) -> Source:
-    """The images of a tar or a zip, as its layout says."""
-    return Reading(_Members(packed, body.pictures), body.targets, body.classes, body.notes)
+def archive(packed: Archive, inside: str, body: Body) -> Source:
+    """The images of a tar or a zip below `inside`, as its layout says."""
+    return Reading(_Members(packed, [inside + name for name in body.pictures]), body.targets, body.classes, body.notes)
 
 
 def torchvision(name: str, data_dir: str | None, split: str) -> Source:

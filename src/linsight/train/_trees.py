@@ -41,7 +41,7 @@ class Tree:
     pictures, others: files that are images by their extension, and those that are not.
     folders: all folders, those without files too.
     notes: what was left out, for a reason other than its extension.
-    packed: True for an archive.
+    inside: the folder of an archive that it is the tree of, with a "/" behind it.
     """
 
     label: str
@@ -49,12 +49,11 @@ class Tree:
     others: list[str]
     folders: set[str]
     notes: list[str] = dataclasses.field(default_factory=list)
-    packed: bool = False
+    inside: str = ""
 
-    def left_out(self, top: str = "") -> list[str]:
-        """A line that counts what is no image below the folder `top`, where there is something, and the notes."""
-        line = left_out(name for name in self.others if name.startswith(top and f"{top}/"))
-        return [line, *self.notes] if line else list(self.notes)
+    def left_out(self, top: str = "") -> str:
+        """A line that counts what is no image below the folder `top`, "" where there is nothing."""
+        return left_out(name for name in self.others if name.startswith(top and f"{top}/"))
 
 
 def hidden(name: str) -> bool:
@@ -62,7 +61,7 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _SYSTEM
 
 
-def sort_tree(label: str, names: Iterable[str], folders: Iterable[str], packed: bool = False) -> Tree:
+def sort_tree(label: str, names: Iterable[str], folders: Iterable[str]) -> Tree:
     """A tree of the files `names`, in the order of their numbers, and of `folders`; hidden ones are left out."""
     pictures: list[str] = []
     others: list[str] = []
@@ -77,7 +76,7 @@ def sort_tree(label: str, names: Iterable[str], folders: Iterable[str], packed: 
         while (folder := folder.rpartition("/")[0]) and folder not in found:
             found.add(folder)
     found = {folder for folder in found if folder and not any(map(hidden, folder.split("/")))}
-    return Tree(label, sorted(pictures, key=_in_order), sorted(others), found, packed=packed)
+    return Tree(label, sorted(pictures, key=_in_order), sorted(others), found)
 
 
 def walk(folder: str | pathlib.Path) -> Tree:
@@ -91,8 +90,8 @@ def walk(folder: str | pathlib.Path) -> Tree:
         found[kind].append(name)
     tree = sort_tree(str(folder), found["file"], found["folder"])
     tree.notes += [
-        f"{len(found[kind])} {things if len(found[kind]) > 1 else thing} left out: {some(found[kind])}"
-        for kind, (thing, things) in _LEFT_OUT.items()
+        f"{count(len(found[kind]), *things)} left out: {some(found[kind])}"
+        for kind, things in _LEFT_OUT.items()
         if found[kind]
     ]
     return tree
@@ -102,6 +101,11 @@ def shown(name: object) -> str:
     """A name in quotes, on one line: what cannot be printed is written as in Python."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
     return f"'{text}'"
+
+
+def count(number: int, one: str, several: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {one if number == 1 else several}"
 
 
 def some(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from linsight.recipe import Recipe
 from ._layout import alike, plain, role
 from ._places import Digits, Pictures, Place, locate
 from ._sources import Part, Source
-from ._trees import shown, some
+from ._trees import count, shown, some
 from .random import hold_out
 
 _EVALUATION = ("validation", "test")
@@ -187,8 +187,8 @@ def _held_out(whole: Source, recipe: Recipe) -> tuple[Source, Source]:
     left = {whole.targets[index] for index in train}
     if scarce := [whole.classes[target] for target in sorted(set(whole.targets) - left)]:
         raise LinsightError(
-            f"{len(scarce)} of the {len(whole.classes)} classes of {shown(recipe.data)} have too few images to hold "
-            f"one out ({some(scarce)}): add some, or give it a val folder"
+            f"{count(len(scarce), 'class', 'classes')} of {shown(recipe.data)} with too few images to hold one out "
+            f"({some(scarce)}): add some, or give it a val folder"
         )
     return Part(whole, train), Part(whole, val)
 
