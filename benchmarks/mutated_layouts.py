@@ -315,7 +315,7 @@ def agree(given: Counts, read: Counts | None) -> bool:
 
 
 def judge(place: Path, root: Path, links: bool, seen: list[str]) -> str:
-    """What the product makes of data: an answer, a line, or what is wrong; that goes to `seen`, too."""
+    """The kind of thing that the product makes of data; one that is wrong is told in `seen`, too."""
     try:
         data = open_data(resolve("photos", {"data": str(place)}))
     except LinsightError as error:

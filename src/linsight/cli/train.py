@@ -176,8 +176,7 @@ def evaluate(
         ]
     )
     _tell_bad(result["bad"])
-    for note in result["notes"]:
-        typer.echo(f"linsight: {note}", err=True)
+    _tell(result["notes"])
 
 
 def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, images: dict[str, Any]) -> None:
@@ -257,7 +256,17 @@ def predict(
         return
     for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
         raise typer.BadParameter(f"--{name} goes with --stream")
-    done, bad = run(_trained(source, checkpoint), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image)
+    notes: list[str] = []
+    done, bad = run(
+        _trained(source, checkpoint),
+        images,
+        top=top,
+        device=device,
+        amp=amp,
+        on_bad_image=on_bad_image,
+        note=notes.append,
+    )
+    _tell(notes)
     _tell_classes(done, bad, as_json)
 
 
@@ -320,6 +329,11 @@ def _trained(source: str, checkpoint: str | None) -> Any:
 
 def _print_facts(rows: list[list[str]]) -> None:
     terminal().print(make_table("", ["", ""], rows, header=False))
+
+
+def _tell(notes: list[str]) -> None:
+    for line in notes:
+        typer.echo(f"linsight: {line}", err=True)
 
 
 def _tell_bad(bad: list[str]) -> None:

@@ -33,7 +33,7 @@ class Body(NamedTuple):
 
 
 def role(name: str) -> str | None:
-    """What a split of this name is for, train, validation or test; None where it is none."""
+    """The purpose of a split of this name, train, validation or test; None where it is none."""
     found = _NAMED.fullmatch(name.strip().casefold())
     return _ROLES[found[1]] if found else None
 
@@ -119,7 +119,8 @@ def body(tree: Tree, top: str = "") -> Body:
         )
     _check_inner_splits(where, [name[start:] for name in pictures], folders)
     classes = sort_classes(where, folders)
-    place_of = {folder: classes.index(plain(folder)) for folder in folders}
+    number = {name: index for index, name in enumerate(classes)}
+    place_of = {folder: number[plain(folder)] for folder in folders}
     return Body(
         pictures, [place_of[owner] for owner in owners], classes, tuple(filter(None, [tree.left_out(top), *tree.notes]))
     )
@@ -176,8 +177,8 @@ def _check_inner_splits(where: str, pictures: list[str], folders: set[str]) -> N
     if all(map(role, folders)):
         raise LinsightError(f"{where} has splits in it ({some(sorted(folders))}), not classes: which of them is meant?")
     inner: dict[str, str] = {}
-    for name in pictures:
-        owner, *below = name.split("/")[:-1]
+    for path in sorted({name.rpartition("/")[0] for name in pictures}):
+        owner, *below = path.split("/")
         for folder in below:
             if role(folder):
                 inner.setdefault(folder, owner)

@@ -184,7 +184,7 @@ def _source(name: str, table: Any, folder: str, image_key: str | None, label_key
 
 
 def _text(label: Any) -> str:
-    """What a label is called; "" where a row has none."""
+    """The name of a class by its label; "" where a row has none."""
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return ""
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)

@@ -1,5 +1,6 @@
 """Places that a user may call data: each knows its splits, and opens one of them."""
 
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -78,16 +79,17 @@ class Hub:
 
 
 class Parquet:
-    """Parquet files, `names` below `folder`."""
+    """Parquet files below `folder`, by split: all in "" where there is none."""
 
     exact = True
 
-    def __init__(self, label: str, folder: pathlib.Path, names: list[str], recipe: Recipe) -> None:
-        self.label, self.folder, self.recipe = label, folder, recipe
-        self.files, missing = split_files(label, names)
-        self.notes = tuple(missing)
-        self.splits: Sequence[str] = [split for split in self.files if split]
-        check_files(label, [folder / name for name in names])
+    def __init__(
+        self, label: str, folder: pathlib.Path, files: Mapping[str, list[str]], notes: list[str], recipe: Recipe
+    ) -> None:
+        self.label, self.folder, self.files, self.recipe = label, folder, files, recipe
+        self.notes: tuple[str, ...] = tuple(notes)
+        self.splits: Sequence[str] = [split for split in files if split]
+        check_files(label, [folder / name for names in files.values() for name in names])
 
     def open(self, split: str | None) -> Source:
         """See `Place`."""
@@ -149,15 +151,16 @@ def locate(recipe: Recipe) -> Place:
     if data == "digits":
         return Digits()
     prefix, slash, rest = data.partition("/")
-    path = pathlib.Path(data).expanduser()
-    if slash and not path.exists():
+    there = os.path.exists(os.path.expanduser(data))
+    path = pathlib.Path(os.path.expanduser(data))  # as it is, where there is no such user
+    if slash and not there:
         if prefix in _ITERABLE:
             raise LinsightError(f"'{data}' is read as a stream: use data in random access (a folder, a tar, hfds/)")
         if prefix == "torch":
             return Torchvision(data, recipe.data_dir)
         if prefix == "hfds":
-            return _of_path(pathlib.Path(rest), recipe) if pathlib.Path(rest).exists() else Hub(rest, recipe)
-    if not path.exists():
+            return _of_path(pathlib.Path(rest), recipe) if os.path.exists(rest) else Hub(rest, recipe)
+    if not there or "\0" in data:
         raise LinsightError(f"no such data folder: {shown(data)}")
     return _of_path(path, recipe)
 
@@ -165,8 +168,10 @@ def locate(recipe: Recipe) -> Place:
 def _of_path(path: pathlib.Path, recipe: Recipe) -> Place:
     if path.is_dir():
         return _of_folder(path, recipe)
+    if not path.is_file():
+        raise LinsightError(f"{shown(path)} is no file and no folder, but a pipe or a device")
     if path.suffix.lower() == ".parquet":
-        return Parquet(str(path), path.parent, [path.name], recipe)
+        return Parquet(str(path), path.parent, {"": [path.name]}, [], recipe)
     if path.suffix.lower() not in SUFFIXES:
         raise LinsightError(
             f"{shown(path)} is no data: give a folder, a .tar, .zip or .parquet, or a name: torch/cifar10"
@@ -187,7 +192,7 @@ def _of_folder(path: pathlib.Path, recipe: Recipe) -> Place:
             f"ones or the others as the data, or move {some(tables)} out"
         )
     if tables:
-        return Parquet(str(path), path, tables, recipe)
+        return Parquet(str(path), path, *split_files(str(path), tables), recipe)
     packed = [name for name in tree.others if "/" not in name and name.lower().endswith(SUFFIXES)]
     if packed and not tree.pictures:
         return _of_archives(path, packed)

@@ -1,8 +1,9 @@
 """The classes that a trained model sees in image files."""
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 from torch import Tensor
@@ -13,6 +14,7 @@ from linsight.runtime.device import pick_device, pick_dtype
 
 from ._feeds import refuse
 from ._sources import images_under
+from ._trees import shown
 from .evaluation import probabilities
 from .images import Normalise, Samples, eval_transform, loader
 from .model import Trained, image_size
@@ -37,9 +39,12 @@ def predict(
     device: str = "auto",
     amp: str = "auto",
     on_bad_image: str = "skip",
+    note: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Prediction], list[str]]:
-    """Predictions for image files and for all images in folders; and a line for each that could not be read,
-    and for each kind of file that was left out.
+    """Predictions for image files and for all images in folders; and a line for each that could not be read.
+
+    Args:
+        note: called with a line about what was left out, or not read as it is.
 
     Raises:
         LinsightError: a path that does not exist, a folder without images, no readable image at all, or a
@@ -48,9 +53,14 @@ def predict(
     files: list[pathlib.Path] = []
     aside: list[str] = []
     for path in map(pathlib.Path, paths):
-        if not path.exists():
-            raise LinsightError(f"no such image or folder: '{path}'")
-        files += images_under(path, aside) if path.is_dir() else [path]
+        if not os.path.exists(path):
+            raise LinsightError(f"no such image or folder: {shown(path)}")
+        found = images_under(path, aside) if path.is_dir() else [path]
+        if not found:
+            raise LinsightError(f"no image in the folder {shown(path)}{''.join(f' ({line})' for line in aside[-1:])}")
+        files += found
+    for line in aside:
+        note(line)
     recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
     where = pick_device(device)
     dtype, _ = pick_dtype(amp, where)
@@ -70,7 +80,7 @@ def predict(
             done.append(likeliest(trained, files[target], values, indices, top))
     if not done:
         raise LinsightError(f"no image could be read: {bad[0]}")
-    return done, bad + aside
+    return done, bad
 
 
 def likeliest(trained: Trained, file: pathlib.Path, values: Tensor, indices: Tensor, top: int) -> Prediction:
@@ -97,4 +107,4 @@ class _Files:
             return image.convert(mode)
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return shown(self.files[index])[1:-1]

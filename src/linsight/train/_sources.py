@@ -128,15 +128,11 @@ def digits() -> Source:
 def images_under(folder: pathlib.Path, aside: list[str] | None = None) -> list[pathlib.Path]:
     """The image files in a folder and its subfolders, in order; lines on what was left out are added to `aside`.
 
-    Raises:
-        LinsightError: there are none.
+    Hidden ones are left alone.
     """
     tree = walk(folder)
-    rest = [f"in {shown(folder)}: {line}" for line in (tree.left_out(), *tree.notes) if line]
-    if not tree.pictures:
-        raise LinsightError(f"no image in the folder {shown(folder)}{f' ({rest[0]})' if rest else ''}")
     if aside is not None:
-        aside += rest
+        aside += [f"in {shown(folder)}: {line}" for line in (tree.left_out(), *tree.notes) if line]
     return [folder / name for name in tree.pictures]
 
 

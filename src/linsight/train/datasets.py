@@ -182,7 +182,7 @@ def _called(recipe: Recipe, split: str | None) -> str:
 
 
 def _held_out(whole: Source, recipe: Recipe) -> tuple[Source, Source]:
-    """What is trained on, and a share of each class that is held out."""
+    """The images to train on, and a share of each class, held out."""
     train, val = hold_out(whole.targets, recipe.val_fraction)
     left = {whole.targets[index] for index in train}
     if scarce := [whole.classes[target] for target in sorted(set(whole.targets) - left)]:
