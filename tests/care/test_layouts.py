@@ -267,6 +267,33 @@ def test_parquet_that_cannot_be_used_is_one_line(tmp_path, case):
     refused(lambda: data(tmp_path / "d", data_dir=str(tmp_path / "cache")), word)
 
 
+def test_parquet_files_of_a_split_are_alike(tmp_path):
+    def write(name, labels, names=None, column="label"):
+        path = tmp_path / "d" / name
+        path.parent.mkdir(exist_ok=True)
+        kind = datasets.ClassLabel(names=names) if names else None
+        features = datasets.Features({"image": datasets.Value("binary"), column: kind}) if names else None
+        datasets.Dataset.from_dict({"image": [PNG] * len(labels), column: labels}, features=features).to_parquet(path)
+
+    def read():
+        return data(tmp_path / "d", data_dir=str(tmp_path / "cache"))
+
+    write("train-1.parquet", ["a", "b"])
+    for other in (
+        {"labels": [1, 2]},
+        {"labels": ["a", "b"], "column": "kind"},
+        {"labels": [0, 1], "names": ["a", "b"]},
+    ):
+        write("train-2.parquet", **other)
+        refused(read, "differ in their columns", "train-2.parquet")
+    write("train-1.parquet", [0, 1, 0, 1], ["x", "y"])
+    write("train-2.parquet", [0, 1, 0, 1], ["y", "x"])
+    refused(read, "differ in their columns 'label'")
+    (tmp_path / "d" / "train-2.parquet").rename(tmp_path / "d" / "val.parquet")
+    assert mutated_layouts.answer(read()) == {"x": (2, 2), "y": (2, 2)}
+    assert (read().train.targets, read().val.targets) == ([0, 1, 0, 1], [1, 0, 1, 0])
+
+
 def test_damaged_parquet_is_one_line(tmp_path, capfd):
     path = tmp_path / "d" / "train.parquet"
     table(path, image=[PNG] * 9, label=list("abc") * 3)

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import io
+import json
 import math
 import pathlib
 import re
@@ -37,8 +38,10 @@ class Rows:
 
     def filename(self, index: int) -> str:
         """The file that a row is of, or the row's number."""
-        image = self.rows[index][self.key] or {}
-        return image.get("path") or f"row {index}"
+        with contextlib.suppress(OSError, ValueError):
+            if path := (self.rows[index][self.key] or {}).get("path"):
+                return str(path)
+        return f"row {index}"
 
 
 def split_files(label: str, names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -87,26 +90,43 @@ def split_files(label: str, names: Sequence[str]) -> tuple[dict[str, list[str]],
 
 
 def check_files(label: str, paths: Sequence[pathlib.Path]) -> None:
-    """Raise a LinsightError for a file that is no Parquet, without rows, or with other columns than the first."""
+    """Check the files of a split, of which the first would speak for all.
+
+    Raises:
+        LinsightError: a file that is no Parquet, is damaged or without rows; other columns than the first has, text
+            where that has numbers, or classes in another order.
+    """
     import_datasets()
     import pyarrow
     from pyarrow import parquet
 
-    first: Any = None
+    first: dict[str, str] | None = None
     for path in paths:
         try:
             with parquet.ParquetFile(path) as file:
-                columns, rows = set(file.schema_arrow.names), file.metadata.num_rows
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+                kinds, rows = _kinds(file.schema_arrow), file.metadata.num_rows
+        except (pyarrow.ArrowException, OSError, ValueError, LookupError, ArithmeticError) as error:
             raise LinsightError(f"{shown(path)} is no readable Parquet file: {first_line(error)}") from error
         if not rows:
             raise LinsightError(f"{shown(path)} has no row")
-        first = first or columns
-        if columns != first:
+        first = first or kinds
+        odd = sorted(name for name in first.keys() | kinds.keys() if first.get(name) != kinds.get(name))
+        if odd:
             raise LinsightError(
-                f"the Parquet files of {shown(label)} have different columns: {some(sorted(columns ^ first))} is not "
-                f"in all of them, see {shown(path)}"
+                f"the Parquet files of {shown(label)} differ in their columns {some(odd)}: write them alike, "
+                f"{shown(path)} and {shown(paths[0].name)}"
             )
+
+
+def _kinds(schema: Any) -> dict[str, str]:
+    """The kind of each column: text or not, and the names of classes."""
+    kinds = {name: "text" if "string" in str(schema.field(name).type) else "other" for name in schema.names}
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        for name, feature in features.items():
+            if name in kinds and "names" in feature:
+                kinds[name] = str(feature["names"])
+    return kinds
 
 
 def parquet(
@@ -121,26 +141,21 @@ def parquet(
     hf = import_datasets()
     files = [glob.escape(str(path.absolute())) for path in paths]
     name = split.partition("[")[0]
-    with _quiet(hf):
-        table = _of_hub(
-            label, lambda: hf.load_dataset("parquet", data_files={name: files}, split=split, cache_dir=cache)
-        )
+    table = _of_hub(label, lambda: hf.load_dataset("parquet", data_files={name: files}, split=split, cache_dir=cache))
     return _source(label, table, str(paths[0].parent), image_key, label_key)
 
 
 def hugging_face(name: str, cache: str | None, split: str, image_key: str | None, label_key: str | None) -> Source:
     """A data set of Hugging Face as a source: the columns are found by their types."""
     hf = import_datasets()
-    with _quiet(hf):
-        table = _of_hub(name, lambda: hf.load_dataset(name, split=split, cache_dir=cache))
+    table = _of_hub(name, lambda: hf.load_dataset(name, split=split, cache_dir=cache))
     return _source(name, table, "", image_key, label_key)
 
 
 def hugging_face_splits(name: str) -> list[str]:
     """The names of the splits of a data set of Hugging Face."""
     hf = import_datasets()
-    with _quiet(hf):
-        return [str(split) for split in _of_hub(name, lambda: hf.get_dataset_split_names(name))]
+    return [str(split) for split in _of_hub(name, lambda: hf.get_dataset_split_names(name))]
 
 
 def import_datasets() -> Any:
@@ -169,7 +184,7 @@ def _source(name: str, table: Any, folder: str, image_key: str | None, label_key
         raise LinsightError(
             f"the column {shown(image_key)} of {shown(name)} has no image a row: name another, image_key="
         )
-    labels = table.select_columns(label_key)[:][label_key]
+    labels = _of_hub(name, lambda: table.select_columns(label_key)[:][label_key])
     if isinstance(kinds[label_key], hf.ClassLabel):
         classes = tuple(map(plain, kinds[label_key].names))
         targets = [-1 if label is None else label for label in labels]
@@ -178,8 +193,7 @@ def _source(name: str, table: Any, folder: str, image_key: str | None, label_key
         classes = sort_classes(shown(name), set(said) - {""})
         place = {label: index for index, label in enumerate(classes)}
         targets = [place.get(plain(label), -1) for label in said]
-    with _quiet(hf):
-        images = _of_hub(name, lambda: table.select_columns(image_key).cast_column(image_key, hf.Image(decode=False)))
+    images = _of_hub(name, lambda: table.select_columns(image_key).cast_column(image_key, hf.Image(decode=False)))
     return Reading(Rows(images, image_key, folder), targets, classes)
 
 
@@ -192,13 +206,12 @@ def _text(label: Any) -> str:
 
 def _of_hub(name: str, read: Any) -> Any:
     hf = import_datasets()
-    import pyarrow
-
-    try:
-        return read()
-    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException, hf.exceptions.DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, hf.exceptions.DatasetGenerationError) else None
-        raise LinsightError(f"cannot read the data set {shown(name)}: {first_line(cause or error)}") from error
+    with _quiet(hf):
+        try:
+            return read()
+        except Exception as error:  # of a damaged file, or an odd one, it raises anything
+            cause = error.__cause__ if isinstance(error, hf.exceptions.DatasetGenerationError) else None
+            raise LinsightError(f"cannot read the data set {shown(name)}: {first_line(cause or error)}") from error
 
 
 @contextlib.contextmanager

@@ -89,7 +89,8 @@ class Parquet:
         self.label, self.folder, self.files, self.recipe = label, folder, files, recipe
         self.notes: tuple[str, ...] = tuple(notes)
         self.splits: Sequence[str] = [split for split in files if split]
-        check_files(label, [folder / name for names in files.values() for name in names])
+        for names in files.values():
+            check_files(label, [folder / name for name in names])
 
     def open(self, split: str | None) -> Source:
         """See `Place`."""
