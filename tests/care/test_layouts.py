@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import sys
 import tarfile
 import zipfile
@@ -61,6 +62,9 @@ def test_the_first_folder_is_the_class_in_folders_and_in_archives(tmp_path):
         for path in root.rglob("*.png"):
             file.write(path, path.relative_to(root))
     assert found == [counts(root)] * 3 and counts(tmp_path / "d.zip") == counts(root)
+    zipped = data(tmp_path / "d.zip").train
+    for source in (zipped, pickle.loads(pickle.dumps(zipped))):  # before and after it was read, for other processes
+        assert source.image(0, "RGB").getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("train", ["Train", "TRAINING", "training_set", "train2017"])
@@ -69,6 +73,9 @@ def test_splits_are_known_in_any_spelling_and_never_pooled(tmp_path, train, val)
     root = put(tmp_path / "d", *(f"{split}/{name}*{n}" for split, n in ((train, 3), (val, 2)) for name in "ab"))
     assert counts(root) == {"a": (3, 2), "b": (3, 2)}
     assert counts(packed(root, tmp_path / "d.tar", "data")) == counts(root)
+    assert (
+        len(open_evaluation(resolve("photos", {"data": str(root)}), "test" if "est" in val else "val", ("a", "b"))) == 4
+    )
 
 
 AMBIGUOUS = {
@@ -117,11 +124,14 @@ def test_what_systems_leave_behind_is_no_class_and_no_image(tmp_path):
 def test_what_is_left_out_is_counted_once(tmp_path):
     root = put(tmp_path / "d", *(f"{s}/{c}*2" for s in ("train", "val") for c in "ab"))
     put(root, *(f"train/a/{n}.txt" for n in range(12)), "train/b/x", "val/a/y.csv")
-    lines = data(root).notes
-    assert lines == (
+    (root / "val" / "b" / "gone.png").symlink_to("nowhere")
+    lines = (
         "13 files of other kinds left out: .txt 12, without extension 1",
-        "val: 1 file of another kind left out: .csv 1",
+        "1 file of another kind left out: .csv 1",
     )
+    gone = "1 broken link left out: 'val/b/gone.png'"
+    assert data(root).notes == (gone, lines[0], f"val: {lines[1]}")
+    assert open_evaluation(resolve("photos", {"data": str(root)}), None, ("b", "a")).notes == (gone, lines[1])
 
 
 def test_links_are_followed_once_and_broken_ones_are_said(tmp_path):
@@ -166,6 +176,7 @@ def test_named_splits_leave_others_alone(tmp_path):
     root = put(tmp_path / "d", *(f"fold{k}/{name}*{k}" for k in (1, 2, 3) for name in "ab"))
     assert counts(root, train_split="fold3", val_split="fold1") == {"a": (3, 1), "b": (3, 1)}
     assert "beside" in data(root, train_split="fold3", val_split="fold1").notes[0]
+    assert open_evaluation(resolve("photos", {"data": str(root)}), "fold2", ("b", "a")).targets == [1, 1, 0, 0]
     refused(lambda: data(root, val_split="test"), "unknown split", "test")
 
 

@@ -121,9 +121,7 @@ def body(tree: Tree, top: str = "") -> Body:
     classes = sort_classes(where, folders)
     number = {name: index for index, name in enumerate(classes)}
     place_of = {folder: number[plain(folder)] for folder in folders}
-    return Body(
-        pictures, [place_of[owner] for owner in owners], classes, tuple(filter(None, [tree.left_out(top), *tree.notes]))
-    )
+    return Body(pictures, [place_of[owner] for owner in owners], classes, tuple(filter(None, [tree.left_out(top)])))
 
 
 def sort_classes(where: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -207,5 +205,5 @@ def _check_disguised(tree: Tree, tops: list[str]) -> None:
         if len(found) > 1:
             raise LinsightError(
                 f"{some(sorted(found.values()))} in {shown(tree.label)} look like splits: call them train and test, "
-                "or name them with train_split= and val_split="
+                "or name them with train_split= and val_split=; if all are classes, put them into a folder 'train'"
             )

@@ -111,7 +111,7 @@ class Pictures:
         named = [name for name in (recipe.train_split, recipe.val_split) if name and name != "train"]
         found, beside = splits(tree, named)
         self.splits: Sequence[str] = found
-        self.notes: tuple[str, ...] = (beside,) if beside else ()
+        self.notes: tuple[str, ...] = tuple(filter(None, [beside, *tree.notes]))
 
     def open(self, split: str | None) -> Source:
         """See `Place`."""

@@ -57,7 +57,7 @@ def open_data(recipe: Recipe) -> Data:
         if recipe.val_split is None and role(val_split) == "test":
             notes.append(f"{data} has no validation split: evaluated on {val_split}")
         val = _checked(place.open(val_split), _called(recipe, val_split))
-        notes += [f"{val_split}: {note}" for note in val.notes if note not in train.notes]
+        notes += [f"{val_split}: {note}" for note in val.notes]
         val = _same_classes(train, val, (str(train_split), val_split), recipe, notes)
     notes += [f"{data} has the classes {shown(one)} and {shown(two)}" for one, two in alike(train.classes)]
     for source, name in ((train, "to train on"), (val, "to evaluate on")):
@@ -75,14 +75,13 @@ def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...],
     A folder may lack some of the classes; it may not have others, unless they are taken `in_order`,
     as many as there are of the model's.
     """
+    recipe = dataclasses.replace(recipe, val_split=split or recipe.val_split)
     place = locate(recipe)
     if place.splits:
-        wanted = split or recipe.val_split
-        name = _pick(place, wanted, recipe) if wanted else _evaluated(place, recipe)
+        name = _pick(place, recipe.val_split, recipe) if recipe.val_split else _evaluated(place, recipe)
         if name is None:
             raise LinsightError(
-                f"{shown(recipe.data)} has no split to evaluate on among {', '.join(place.splits)}: "
-                "name one with val_split="
+                f"{shown(recipe.data)} has no split to evaluate on among {some(place.splits)}: name one with val_split="
             )
         source = place.open(name)
     elif split is not None:
@@ -91,7 +90,9 @@ def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...],
         source = place.open(None)
         if isinstance(place, Digits):  # its held-out part is its test split
             source = Part(source, hold_out(source.targets, recipe.val_fraction)[1])
-    return under(_checked(source, recipe.data), classes, recipe.data, in_order)
+    found = under(_checked(source, recipe.data), classes, recipe.data, in_order)
+    found.notes = (*place.notes, *found.notes)
+    return found
 
 
 def under(source: Source, classes: tuple[str, ...], data: str, in_order: bool = False) -> Source:
