@@ -39,7 +39,9 @@ class Recipe:
     init_partial: bool = _field(_MODEL, False, "what init lacks stays as initialised, as with another mechanism")
     from_size: tuple[int, ...] = _field(_MODEL, (), "size of the images that init was made for, if it does not tell")
 
-    data: str = _field(_DATA, "digits", "a folder, a tar, Parquet files, 'digits', or a name of timm's: torch/cifar10")
+    data: str = _field(
+        _DATA, "digits", "a folder, a tar or zip, Parquet files, 'digits', or a name of timm's: torch/cifar10"
+    )
     data_dir: str | None = _field(_DATA, None, "where the data of a torch/ or hfds/ name is kept")
     train_split: str = _field(_DATA, "train", "the split trained on")
     val_split: str | None = _field(_DATA, None, "the split evaluated; none: validation, else test, else held out")

@@ -51,8 +51,13 @@ def test_train_eval_and_predict_work_together(run, folder, linsight, tmp_path):
     assert code == 0 and err == "" and out.count("0.png") > 3 and "%" in out
 
     extra = colours(tmp_path / "more", {"green": 3, "red": 2})
-    code, out, _ = linsight("eval", run, "--data", extra)
-    assert code == 0 and "5 of" in out
+    (extra / "red" / "notes.txt").write_text("no image")
+    (extra / "red" / ".hidden.png").write_text("no image")
+    code, out, err = linsight("eval", run, "--data", extra)
+    assert code == 0 and "5 of" in out and err == "linsight: 1 file of another kind left out: .txt 1\n"
+    (extra / "red" / "caf\udce9.png").write_bytes((extra / "red" / "0.png").read_bytes())
+    code, out, err = linsight("predict", run, extra)
+    assert code == 0 and "caf\\udce9.png" in out and "1 file of another kind left out: .txt 1" in err
 
 
 def test_damaged_images_are_skipped_with_a_line_or_refused(run, folder, linsight, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import shutil
 import tarfile
@@ -10,9 +11,12 @@ from PIL import Image
 from small import TINY, colours, truncate
 
 from linsight.errors import LinsightError
-from linsight.train import open_data, resolve
+from linsight.runtime.files import write_json
+from linsight.train import Trained, open_data, resolve
 from linsight.train.datasets import open_evaluation
+from linsight.train.evaluation import prepare
 from linsight.train.images import Samples, cached, collate, decode, eval_transform, train_transform
+from linsight.train.model import build
 from linsight.train.random import key
 
 
@@ -80,7 +84,6 @@ def test_tars_are_read_alone_and_by_split(tmp_path, folder):
     split = open_data(recipe(tmp_path / "tars"))
     assert (len(split.train), len(split.val)) == (60, 60)
     assert split.train.image(0, "RGB").size == (12, 10)
-    split.train.reader.tar_state.tf.close()  # timm keeps it open
 
 
 def test_parquet_files_are_read_by_the_types_of_their_columns(tmp_path):
@@ -178,6 +181,21 @@ def test_evaluation_takes_a_folder_with_some_of_the_classes_only(folder):
         open_evaluation(recipe(folder), None, ("blue", "red"))
     # weights that do not name their classes take as many in their order
     assert set(open_evaluation(recipe(folder), None, ("0", "1"), in_order=True).targets) == {0, 1}
+
+
+def test_a_run_is_evaluated_by_the_names_of_its_classes(folder, tmp_path):
+    chosen = recipe(folder)
+    write_json(tmp_path / "config.json", {"recipe": dataclasses.asdict(chosen)})
+    trained = Trained(build(chosen, 3), chosen, ("red", "blue", "green"), tmp_path / "best.safetensors")
+    for given in (None, str(folder)):
+        prepared = prepare(trained, given, None, 60, "cpu", "off", 0, "skip", None)
+        source = prepared.feed.dataset.source
+        assert {trained.classes[source.targets[i]] for i in range(len(source))} == {"blue", "green", "red"}
+        assert all(source.name(i).startswith(trained.classes[source.targets[i]]) for i in range(len(source)))
+        assert torch.cat([batch.targets for batch in prepared.feed]).tolist() == source.targets
+    (folder / "red").rename(folder / "rot")
+    with pytest.raises(LinsightError, match="the class 'rot', which the model was not trained on: it knows 'red'"):
+        prepare(trained, None, None, 60, "cpu", "off", 0, "skip", None)
 
 
 def test_bad_images_are_left_out_of_a_batch_by_name(folder):

@@ -1,6 +1,5 @@
 """`load_published` and `export_published`: a model or a layer, and the keys and shapes that it was published in."""
 
-import json
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from linsight.attention.on_grid import GRIDS
 from linsight.errors import CheckpointError
 from linsight.fuse import is_fused
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
-from linsight.runtime.files import replacing
+from linsight.runtime.files import replacing, to_json
 
 from ._fit import fit
 from ._folded import fold, refuse_adapters
@@ -150,7 +149,7 @@ def export_published(model: nn.Module, path: str | Path | None = None) -> dict[s
             tables[published] = grid
     state._metadata = {"": {"version": 1, GRIDS: tables}}  # type: ignore[attr-defined]
     if path is not None:
-        about = {"format": "pt", "linsight": json.dumps({GRIDS: tables})}
+        about = {"format": "pt", "linsight": to_json({GRIDS: tables})}
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(to_bytes({key: tensor.contiguous() for key, tensor in state.items()}, about))
     return state

@@ -183,7 +183,8 @@ def make_table(title: str, columns: list[str], rows: list[list[str]], *, header:
     for i, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=header and i == 0)  # names stay whole
     for row in rows:
-        table.add_row(*map(Text, row))  # Text: square brackets are no markup
+        # Text: square brackets are no markup; a name of a file may have bytes that are no text
+        table.add_row(*(Text(cell.encode("utf-8", "backslashreplace").decode()) for cell in row))
     return table
 
 

@@ -1,6 +1,7 @@
 """The classes that a trained model sees in image files."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from linsight.runtime.finite import require_finite
 
 from ._feeds import refuse
 from ._sources import Source, images_under
+from ._trees import shown
 from .evaluation import probabilities
 from .images import Normalise, Samples, eval_transform, loader, told
 from .model import Trained, image_size
@@ -55,11 +57,11 @@ def predict(
     files: list[pathlib.Path] = []
     aside: list[str] = []
     for path in map(pathlib.Path, paths):
-        if not path.exists():
-            raise LinsightError(f"no such image or folder: '{path}'")
+        if not os.path.exists(path):
+            raise LinsightError(f"no such image or folder: {shown(path)}")
         found = images_under(path, aside) if path.is_dir() else [path]
         if not found:
-            raise LinsightError(f"no image in the folder '{path}'{''.join(f' ({line})' for line in aside[-1:])}")
+            raise LinsightError(f"no image in the folder {shown(path)}{''.join(f' ({line})' for line in aside[-1:])}")
         files += found
     for line in aside:
         note(line)
@@ -105,6 +107,8 @@ def likeliest(trained: Trained, file: pathlib.Path, values: Tensor, indices: Ten
 class _Files(Source):
     """Image files as a source, whose targets are their own indices."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, files: Sequence[pathlib.Path], classes: tuple[str, ...]) -> None:
         self.files, self.classes, self.targets = files, classes, list(range(len(files)))
 
@@ -115,4 +119,4 @@ class _Files(Source):
         return self.files[index]
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return shown(self.files[index])[1:-1]

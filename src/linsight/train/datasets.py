@@ -1,17 +1,18 @@
 """`open_data`: from what a user calls the data to a training and an evaluation source that agree."""
 
 import dataclasses
-import pathlib
+from collections.abc import Sequence
 
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.recipe import Recipe
 
-from . import _sources as sources
+from ._layout import alike, plain, role
+from ._places import Digits, Pictures, Place, locate
 from ._sources import Part, Source
+from ._trees import count, shown, some
 from .random import hold_out
 
-_EVALUATION = ("validation", "val", "valid", "test", "eval")
-_ITERABLE = ("hfids", "tfds", "wds")
+_EVALUATION = ("validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,38 +28,45 @@ class Data:
 def open_data(recipe: Recipe) -> Data:
     """The two sources of a recipe, with the same classes.
 
+    The first folder below a split is the class of an image, in folders and in archives; names of splits are known in
+    any case. What is ambiguous is refused.
+
     Raises:
         LinsightError: nothing there, a class without images, labels that are missing, or splits whose
             classes differ.
     """
-    place = _locate(recipe.data)
-    splits = _splits(place, recipe)
-    notes: list[str] = []
-    train_split = _pick(splits, (recipe.train_split,), recipe.data) if splits else None
-    if splits is None or (recipe.val_split is None and not set(_EVALUATION) & set(splits)):
-        whole = _checked(_open(place, train_split, recipe), recipe.data)
-        train_indices, val_indices = hold_out(whole.targets, recipe.val_fraction)
-        if len(set(map(whole.targets.__getitem__, train_indices))) < len(set(whole.targets)):
-            raise LinsightError(f"a class of '{recipe.data}' has too few images to hold one out: give it a val folder")
-        if place[0] != "digits":
-            held = f"{len(val_indices)} of its {len(whole)} images are held out"
-            notes.append(f"'{recipe.data}' has no split to evaluate on: {held}")
-        train: Source = Part(whole, train_indices)
-        val: Source = Part(whole, val_indices)
-    else:
-        val_split = _pick(splits, (recipe.val_split,) if recipe.val_split else _EVALUATION, recipe.data)
-        if recipe.val_split is None and val_split == "test":
-            notes.append(f"'{recipe.data}' has no validation split: evaluated on test")
-        train = _checked(_open(place, train_split, recipe), f"{recipe.data}, split {train_split}")
-        val = _checked(_open(place, val_split, recipe), f"{recipe.data}, split {val_split}")
+    place, data = locate(recipe), shown(recipe.data)
+    train_split = _pick(place, recipe.train_split, recipe)
+    val_split = _pick(place, recipe.val_split, recipe) if recipe.val_split else _evaluated(place, recipe)
+    notes = list(place.notes)
+    train = _checked(place.open(train_split), _called(recipe, train_split))
+    notes += train.notes
     if len(train.classes) < 2:
-        raise LinsightError(f"'{recipe.data}' has one class only ('{train.classes[0]}'): there is nothing to learn")
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise LinsightError(f"the splits of '{recipe.data}' have different classes: '{odd[0]}' is in one of them only")
+        way = ""
+        if isinstance(place, Pictures):
+            inner = "/".join([recipe.data, *filter(None, [train_split]), train.classes[0]])
+            way = f"; the first folder is the class: if the folders in it are the classes, give {shown(inner)}"
+        only = shown(train.classes[0])
+        raise LinsightError(f"{data} has one class only ({only}): there is nothing to learn{way}")
+    if val_split is None:
+        train, val = _held_out(train, recipe)
+        if not isinstance(place, Digits):
+            held = f"{len(val)} of its {len(train) + len(val)} images are held out"
+            notes.append(f"{data} has no split to evaluate on: {held}")
+    else:
+        if recipe.val_split is None and role(val_split) == "test":
+            notes.append(f"{data} has no validation split: evaluated on {val_split}")
+        val = _checked(place.open(val_split), _called(recipe, val_split))
+        notes += [f"{val_split}: {note}" for note in val.notes]
+        val = _same_classes(train, val, (str(train_split), val_split), recipe, notes)
+    notes += [f"{data} has the classes {shown(one)} and {shown(two)}" for one, two in alike(train.classes)]
+    for source, name in ((train, "to train on"), (val, "to evaluate on")):
+        there = set(source.targets)
+        if none := [name for index, name in enumerate(source.classes) if index not in there]:
+            notes.append(f"{data} has no image {name} of {len(none)} of {len(train.classes)} classes: {some(none)}")
     if recipe.num_classes is not None and recipe.num_classes < len(train.classes):
-        raise LinsightError(f"num_classes={recipe.num_classes}, but '{recipe.data}' has {len(train.classes)} classes")
-    return Data(train, val, train.classes, tuple(notes))
+        raise LinsightError(f"num_classes={recipe.num_classes}, but {data} has {len(train.classes)} classes")
+    return Data(train, val, train.classes, tuple(dict.fromkeys(notes)))
 
 
 def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...], in_order: bool = False) -> Source:
@@ -67,107 +75,145 @@ def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...],
     A folder may lack some of the classes; it may not have others, unless they are taken `in_order`,
     as many as there are of the model's.
     """
-    place = _locate(recipe.data)
-    splits = _splits(place, recipe)
-    if splits is not None:
-        names = (split or recipe.val_split,) if split or recipe.val_split else _EVALUATION
-        source = _open(place, _pick(splits, names, recipe.data), recipe)
+    recipe = dataclasses.replace(recipe, val_split=split or recipe.val_split)
+    place = locate(recipe)
+    if place.splits:
+        name = _pick(place, recipe.val_split, recipe) if recipe.val_split else _evaluated(place, recipe)
+        if name is None:
+            raise LinsightError(
+                f"{shown(recipe.data)} has no split to evaluate on among {some(place.splits)}: name one with val_split="
+            )
+        source = place.open(name)
     elif split is not None:
-        raise UnknownNameError(f"split of '{recipe.data}'", split, ())
+        raise UnknownNameError(f"split of {shown(recipe.data)}", split, ())
     else:
-        source = _open(place, None, recipe)
-        if place[0] == "digits":  # its held-out part is its test split
+        source = place.open(None)
+        if isinstance(place, Digits):  # its held-out part is its test split
             source = Part(source, hold_out(source.targets, recipe.val_fraction)[1])
-    source = _checked(source, recipe.data)
+    found = under(_checked(source, recipe.data), classes, recipe.data, in_order)
+    found.notes = (*place.notes, *found.notes)
+    return found
+
+
+def under(source: Source, classes: tuple[str, ...], data: str, in_order: bool = False) -> Source:
+    """A source under the classes of a model, which are found by their names, whatever the order.
+
+    in_order: for classes of which no name is the model's: those that are numbers are taken for places, and others, as
+        many as there are of the model's, in their order.
+
+    Raises:
+        LinsightError: images of a class that the model was not trained on.
+    """
     if source.classes == classes:
         return source
-    if in_order and len(source.classes) == len(classes) and not set(source.classes) & set(classes):
-        return source
-    other = next((name for name in source.classes if name not in classes), None)
-    if other is not None:
-        raise LinsightError(f"'{recipe.data}' has the class '{other}', which the model was not trained on")
+    known = set(map(plain, classes))
+    used = set(source.targets)
+    others = [name for index, name in enumerate(source.classes) if index in used and plain(name) not in known]
+    if others and in_order and not set(map(plain, source.classes)) & known:
+        if all(name.isdecimal() and int(name) < len(classes) for name in source.classes):
+            return _taken(source, [classes[int(name)] for name in source.classes], classes)
+        if len(source.classes) == len(classes):
+            return _taken(source, classes, classes)
+    if others:
+        more = f" ({len(others)} such classes)" if others[1:] else ""
+        raise LinsightError(
+            f"{shown(data)} has the class {shown(others[0])}, which the model was not trained on{more}: it knows "
+            f"{some(classes)}"
+        )
     return Part(source, range(len(source)), classes)
 
 
-def _locate(data: str) -> tuple[str, str]:
-    """The kind of the data, and its name or path."""
-    if data == "digits":
-        return "digits", data
-    prefix, slash, rest = data.partition("/")
-    path = pathlib.Path(data).expanduser()
-    if slash and not path.exists():
-        if prefix in _ITERABLE:
-            raise LinsightError(f"'{data}' is read as a stream: use data in random access (a folder, a tar, hfds/)")
-        if prefix == "torch":
-            return "torch", data
-        if prefix == "hfds":
-            return "hfds", rest
-    if not path.exists():
-        raise LinsightError(f"no such data folder: '{data}'")
-    if path.is_file():
-        if path.suffix != ".tar":
-            raise LinsightError(f"'{data}' is no data: give a folder, a .tar, or a name such as torch/cifar10")
-        return "tar", str(path)
-    if (path / "train.tar").exists():
-        return "tars", str(path)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        raise LinsightError(f"'{data}' was written by save_to_disk: write it with to_parquet instead")
-    if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
-        return "hfds", str(path)
-    return "folder", str(path)
+def _taken(source: Source, names: Sequence[str], classes: tuple[str, ...]) -> Source:
+    """A source whose classes are called otherwise, under those of a model."""
+    called = Part(source, range(len(source)))
+    called.classes = tuple(names)
+    part = Part(called, range(len(source)), classes)
+    part.notes = (*source.notes, f"the class {shown(source.classes[0])} is taken for {shown(names[0])}, and so on")
+    return part
 
 
-def _splits(place: tuple[str, str], recipe: Recipe) -> list[str] | None:
-    """The names of the splits, None where there is only one body of images."""
-    kind, path = place
-    if kind == "torch":
-        return ["train", "validation", "test"]
-    if kind == "hfds":
-        names = sources.hugging_face_splits(path)
-        return names if _base(recipe.train_split) in names else None
-    if kind == "tars":
-        return [file.stem for file in sorted(pathlib.Path(path).glob("*.tar"))]
-    if kind == "folder":
-        names = [folder.name for folder in sorted(pathlib.Path(path).iterdir()) if folder.is_dir()]
-        known = {recipe.train_split, recipe.val_split, *_EVALUATION}
-        return [name for name in names if name in known] if recipe.train_split in names else None
+def _pick(place: Place, wanted: str, recipe: Recipe) -> str | None:
+    """The split that a user calls `wanted`; None where there are no splits, and none was named."""
+    base = wanted.partition("[")[0] if place.exact else wanted  # train of train[:10%]
+    rest = wanted[len(base) :]
+    if not place.splits:
+        if base in ("train", ""):
+            return wanted if rest else None
+        raise UnknownNameError(f"split of {shown(recipe.data)}", wanted, ())
+    usual = wanted == "train"
+    if base in place.splits and (place.exact or not usual):
+        return wanted
+    found = [name for name in place.splits if name.casefold() == base.casefold() and not usual]
+    if not found and role(base):
+        found = [name for name in place.splits if role(name) == role(base)]
+    if len(found) > 1:
+        raise _several(found, "train_split" if usual else "val_split", recipe)
+    if not found:
+        if usual:
+            raise LinsightError(
+                f"{shown(recipe.data)} has the split{'s' * (len(place.splits) > 1)} {some(place.splits)}, and none to "
+                "train on: name it with train_split="
+            )
+        raise UnknownNameError(f"split of {shown(recipe.data)}", wanted, place.splits)
+    return found[0] + rest
+
+
+def _evaluated(place: Place, recipe: Recipe) -> str | None:
+    """The split to evaluate on where a user names none: validation, else test."""
+    for purpose in _EVALUATION:
+        found = [name for name in place.splits if role(name) == purpose]
+        if place.exact and purpose in found:
+            return purpose
+        if len(found) > 1:
+            raise _several(found, "val_split", recipe)
+        if found:
+            return found[0]
     return None
 
 
-def _base(split: str) -> str:
-    """The split that a part is of, in Hugging Face's words: train of train[:10%]."""
-    return split.partition("[")[0]
+def _several(found: list[str], field: str, recipe: Recipe) -> LinsightError:
+    return LinsightError(
+        f"{shown(recipe.data)} has the splits {some(found)}, which are for one purpose: name one with {field}=, or "
+        "move the others out"
+    )
 
 
-def _pick(splits: list[str], wanted: tuple[str | None, ...], data: str) -> str:
-    for name in wanted:
-        if name and _base(name) in splits:
-            return name
-    if len(wanted) == 1:
-        raise UnknownNameError(f"split of '{data}'", str(wanted[0]), splits)
-    raise LinsightError(f"'{data}' has no split to evaluate on among {', '.join(splits)}: name one with val_split=")
+def _called(recipe: Recipe, split: str | None) -> str:
+    return f"{recipe.data}, split {split}" if split else recipe.data
 
 
-def _open(place: tuple[str, str], split: str | None, recipe: Recipe) -> Source:
-    kind, path = place
-    if kind == "digits":
-        return sources.digits()
-    if kind == "torch":
-        return sources.torchvision(path, recipe.data_dir, split or "train")
-    if kind == "hfds":
-        split = split or sources.hugging_face_splits(path)[0]
-        return sources.hugging_face(path, recipe.data_dir, split, recipe.image_key, recipe.label_key)
-    if kind == "tar":
-        return sources.tar(pathlib.Path(path))
-    if kind == "tars":
-        return sources.tar(pathlib.Path(path, f"{split or 'train'}.tar"))
-    return sources.class_folders(pathlib.Path(path, split) if split else pathlib.Path(path))
+def _held_out(whole: Source, recipe: Recipe) -> tuple[Source, Source]:
+    """The images to train on, and a share of each class, held out."""
+    train, val = hold_out(whole.targets, recipe.val_fraction)
+    left = {whole.targets[index] for index in train}
+    if scarce := [whole.classes[target] for target in sorted(set(whole.targets) - left)]:
+        raise LinsightError(
+            f"{count(len(scarce), 'class', 'classes')} of {shown(recipe.data)} with too few images to hold one out "
+            f"({some(scarce)}): add some, or give it a val folder"
+        )
+    return Part(whole, train), Part(whole, val)
+
+
+def _same_classes(train: Source, val: Source, splits: tuple[str, str], recipe: Recipe, notes: list[str]) -> Source:
+    """The source `val` under the classes of `train`, of which it may lack some."""
+    if train.classes == val.classes:
+        return val
+    known = set(train.classes)
+    if others := [name for name in val.classes if name not in known]:
+        lacking = [name for name in train.classes if name not in val.classes]
+        odd = sorted(others + lacking)
+        sides = [f"{split}: {some(names)}" for split, names in zip(splits, (lacking, others), strict=True) if names]
+        raise LinsightError(
+            f"the splits of {shown(recipe.data)} have different classes: {shown(odd[0])} is in one of them only "
+            f"({'; '.join(sides)}): give them the same folders"
+        )
+    return Part(val, range(len(val)), train.classes)
 
 
 def _checked(source: Source, name: str) -> Source:
     if not len(source):
-        raise LinsightError(f"'{name}' has no image")
+        raise LinsightError(f"{shown(name)} has no image")
     for index, target in enumerate(source.targets):
         if not 0 <= target < len(source.classes):
-            raise LinsightError(f"'{source.name(index)}' of '{name}' has no label")
+            raise LinsightError(f"{shown(source.name(index))} of {shown(name)} has no label")
     return source

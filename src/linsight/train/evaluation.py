@@ -18,7 +18,7 @@ from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
 from ._feeds import default_workers, refuse
-from .datasets import open_data, open_evaluation
+from .datasets import open_data, open_evaluation, under
 from .images import Batch, Normalise, Samples, eval_transform, loader, told
 from .model import Trained, image_size
 from .random import Batches
@@ -68,7 +68,7 @@ def evaluate(
         "loss": scores.loss,
         "skipped": len(scores.bad),
         "bad": scores.bad,
-        "notes": told(notes),
+        "notes": [*given.notes, *told(notes)],
         "images_per_second": round(scores.images / seconds, 1),
         "device": str(given.normalise.device),
         "precision": given.precision,
@@ -76,7 +76,7 @@ def evaluate(
 
 
 class Evaluation(NamedTuple):
-    """A model on its device, and the images to evaluate it on."""
+    """A model on its device, and the images to evaluate it on. `notes` are what a user should hear of these."""
 
     recipe: Recipe
     model: nn.Module
@@ -84,6 +84,7 @@ class Evaluation(NamedTuple):
     normalise: Normalise
     dtype: torch.dtype | None
     precision: str
+    notes: tuple[str, ...]
 
 
 def prepare(
@@ -109,7 +110,7 @@ def prepare(
     else:
         raise LinsightError(f"'{trained.path}' is not in a run folder: say what to evaluate on with --data")
     if data is None and split is None:  # the very images, held out or not, that the run was evaluated on
-        source = open_data(recipe).val
+        source = under(open_data(recipe).val, trained.classes, recipe.data)
     else:
         source = open_evaluation(recipe, split, trained.classes, in_order=not trained.run)
     recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
@@ -123,7 +124,7 @@ def prepare(
     batches = Batches(len(source), batch_size, shuffle=False)
     count = min(default_workers() if workers is None else workers, len(batches))
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
-    return Evaluation(recipe, model, feed, Normalise(recipe, where), dtype, precision)
+    return Evaluation(recipe, model, feed, Normalise(recipe, where), dtype, precision, source.notes)
 
 
 class Scores(NamedTuple):
