@@ -6,8 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-# How timm's `features_only` wraps a host of four stages.
-FOUR_MAPS: Mapping[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+from .parts.dense import Features
+
+# How `features_only` wraps a host of four stages.
+FOUR_MAPS: Mapping[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": Features}
 # The published rule for the decay of averages: 0.9996 ** (batch of all GPUs / 4096).
 AVERAGED: Mapping[str, Any] = {"ema": 0.9996, "ema_base_batch": 4096}
 
@@ -60,6 +62,7 @@ class Host:
     cfg: timm's pretrained_cfg entries beyond the defaults below.
     feature_cfg: how timm's `features_only` wraps it.
     published: figures of the host with softmax, as of a variant.
+    stride: by what the last map is smaller than an image; 0 where there is a sequence.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Host:
     cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     feature_cfg: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stride: int = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,395 @@
+"""Models do what timm's own tests ask of its models: forward, backward, configuration, features, saving.
+
+All of it is generated from the registry. Shapes and gradients are looked at on the meta device, which holds no numbers.
+"""
+
+import functools
+import json
+
+import pytest
+import timm
+import torch
+from timm.models import FeatureInfo, get_arch_pretrained_cfgs, group_parameters, save_for_hf
+from timm.optim import param_groups_layer_decay
+
+import linsight
+from linsight.errors import LinsightError
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, Variant
+from linsight.models.registry import ON_HOST, build
+
+OURS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("linsight")]
+DENSE = {name for name, variant in VARIANTS.items() if variant.dense}
+EXITS = {name for name in ARCHITECTURES if name.startswith("dynp")}
+# One of each class of model, and of each form that a class has; pytest -m full takes them all.
+SMALL = {
+    "inline_compact_pico",
+    "inline_deit_tiny",
+    "siamese_deit_tiny",
+    "wfm_tiny",
+    "pvt_tiny",
+    "inline_pvt_tiny",
+    "focused_pvt_v2_b0",
+    "inline_swin_tiny",
+    "steps_swin_tiny",
+    "agent_cswin_tiny",
+    "mlla_tiny",
+    "h_vittt_tiny",
+    "steps_resnet18",
+    "dynp_resnet18_025_t32_cifar",
+    "agent_pvt_tiny_dense",
+    "mlla_tiny_dense",
+    ON_HOST,
+}
+
+
+def sweep(names):
+    """Those of `names`, of which the large ones are for `pytest -m full`."""
+    return [pytest.param(name, marks=[] if name in SMALL else [pytest.mark.full]) for name in sorted(names)]
+
+
+every = pytest.mark.parametrize("name", sweep(OURS))
+classifiers = pytest.mark.parametrize("name", sweep({*OURS} - DENSE))
+hosts = pytest.mark.parametrize("name", sweep({*OURS} - DENSE - EXITS))
+featured = pytest.mark.parametrize("name", sweep({*OURS} - EXITS))
+
+
+def create(name, **arguments):
+    """A model without numbers."""
+    with torch.device("meta"):
+        return timm.create_model(name, **arguments)
+
+
+def images(model, count=1, most=224):
+    channels, *size = model.default_cfg["input_size"]
+    return torch.empty(count, channels, *(min(side, most) for side in size), device="meta")
+
+
+def whole(outputs):
+    return torch.cat(list(outputs)) if isinstance(outputs, tuple) else outputs
+
+
+@every
+def test_backward(name):
+    """Every parameter gets a gradient."""
+    model = create(name, num_classes=42).train()
+    outputs = model(images(model, count=2, most=128))
+    if name not in DENSE:
+        assert whole(outputs).shape[-1] == 42
+    sum(part.mean() for part in (outputs if isinstance(outputs, list | tuple) else [outputs])).backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+@classifiers
+def test_default_cfg(name):
+    """The configuration says what the model is, and the head can be taken off."""
+    model = create(name).eval()
+    cfg, state = model.default_cfg, model.state_dict()
+    registered = timm.get_pretrained_cfg(name)
+    assert registered.architecture == name and registered.to_dict() == cfg
+    x = images(model, most=512)
+    features = model.forward_features(x)
+    before = model.forward_head(features, pre_logits=True)
+    assert before.shape == (1, model.head_hidden_size) and model.num_classes == 1000
+    if isinstance(features, torch.Tensor):
+        axis = 1 if features.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW" else -1
+        assert features.shape[axis] == model.num_features
+        sides = [side for i, side in enumerate(features.shape) if i not in (0, axis % features.ndim)]
+        assert (tuple(sides) if features.ndim == 4 else None) == cfg["pool_size"]
+    for key in ("classifier", "first_conv"):
+        names = cfg[key] if isinstance(cfg[key], tuple | list) else [cfg[key]]
+        assert all(any(found.startswith(f"{one}.") for found in state) for one in names)
+    model.reset_classifier(0)
+    assert model(x).shape == before.shape
+    bare = create(name, num_classes=0).eval()
+    assert bare(x).shape == before.shape and bare.num_classes == 0
+    if isinstance(features, torch.Tensor):
+        model.reset_classifier(0, "")
+        assert model(x).shape == features.shape
+    if cfg["pool_size"]:
+        assert create(name, num_classes=0, global_pool="").eval()(x).shape == features.shape
+
+
+@hosts
+def test_features(name):
+    """Maps have the channels and strides that are told, and all that is there takes part."""
+    model = create(name, features_only=True)
+    check_maps(model, images(model))
+    count = len(create(name).feature_info)
+    for indices in ((count - 1, 0), (-1,), 1):
+        model = create(name, features_only=True, out_indices=indices)
+        maps = check_maps(model, images(model))
+        assert len(maps) == (1 if indices == 1 else len(indices))
+        assert model.feature_info.out_indices == sorted(model.feature_info.out_indices)
+        sum(part.mean() for part in maps).backward()
+        assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+def check_maps(model, x):
+    maps = model(x)
+    told = zip(model.feature_info.channels(), model.feature_info.reduction(), maps, strict=True)
+    for channels, reduction, part in told:
+        assert part.shape[1] == channels
+        for side, of in zip(part.shape[2:], x.shape[2:], strict=True):
+            assert of // reduction <= side <= -(-of // reduction) + 1
+    return maps
+
+
+@hosts
+def test_forward_intermediates(name):
+    model = create(name).eval()
+    info, x = FeatureInfo(model.feature_info, len(model.feature_info)), images(model)
+    final, maps = model.forward_intermediates(x, output_fmt="NCHW")
+    assert [part.shape[1] for part in maps] == info.channels()
+    assert final.shape == model.forward_features(x).shape
+    modules = dict(model.named_modules())
+    assert all(module in modules for module in info.module_name())
+    (last,) = model.forward_intermediates(x, indices=[-1], norm=True, intermediates_only=True)
+    assert last.shape == maps[-1].shape
+    _, (first,) = model.forward_intermediates(x, indices=[0], stop_early=True)
+    assert first.shape == maps[0].shape
+    assert model.prune_intermediate_layers([0]) == [0]
+    (again,) = model.forward_intermediates(x, indices=[0], intermediates_only=True)
+    assert again.shape == first.shape
+
+
+@every
+def test_groups_of_layers(name):
+    """Layer decay tells the layers apart, and what should not decay exists."""
+    for model in (create(name), *([] if name in DENSE | EXITS else [create(name, features_only=True)])):
+        parameters = dict(model.named_parameters())
+        if not hasattr(model, "group_matcher"):  # timm's wrapper of a ResNet
+            continue
+        groups = group_parameters(model, model.group_matcher())
+        assert sorted(key for group in groups.values() for key in group) == sorted(parameters)
+        assert len(groups) > 2 and 1 < len(group_parameters(model, model.group_matcher(coarse=True))) <= len(groups)
+        rates = {group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.75)}
+        assert len(rates) > 2
+        if hasattr(model, "no_weight_decay"):
+            assert set(model.no_weight_decay()) <= set(parameters) | {"dist_token", "reg_token"} | {
+                f"model.{key}" for key in ("dist_token", "reg_token", "cls_token", "pos_embed")
+            }
+
+
+@every
+def test_checkpointing_and_sizes(name):
+    model = create(name)
+    model.set_grad_checkpointing()
+    model.set_grad_checkpointing(False)
+    model.set_input_size(64)
+    assert timm.data.resolve_model_data_config(model)["input_size"][1:] == (64, 64)
+    assert callable(timm.data.create_transform(**timm.data.resolve_model_data_config(create(name))))
+
+
+def test_timm_lists_them_with_facts():
+    assert {*VARIANTS, *ARCHITECTURES} <= {*OURS} and {*HOSTS} <= {*timm.list_models()}
+    assert [name for name in timm.list_models("inline*") if name in VARIANTS] == timm.list_models("inline*")
+    loaded = {name for name in timm.list_models(pretrained=True) if name in OURS}
+    assert loaded == {name for name, entry in VARIANTS.items() if entry.weights.startswith("https://")} != set()
+    assert timm.models.is_model_pretrained("wfm_tiny") and not timm.models.is_model_pretrained("inline_swin_tiny")
+    for name in OURS:
+        assert timm.is_model(name) and timm.get_pretrained_cfg_value(name, "input_size")
+        assert [*get_arch_pretrained_cfgs(name)] == [name]
+        assert callable(timm.model_entrypoint(name)) and timm.model_entrypoint(name).__name__ == name
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+        timm.create_model("inline_swin_tiny.in1k")
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TINY_SWIN = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
+TINY_PVT = {"img_size": 64, "stages": [(8, 1, 1, 2.0, 4), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 1)]}
+TINY_PVT_V2 = {"embed_dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
+AGENTS = {"agents": [9, 4, 9, 4], "agent_grid": (4, 3)}
+SAVED = {
+    "variant": ("inline_compact_pico", {}),
+    "other mechanism": (
+        "vit_tiny",
+        {"attention": "inline:1/softmax", "attention_options": {"feature_map": "relu"}, **TINY_VIT},
+    ),
+    "tuple for all stages": ("pvt_tiny", {"attention": "agent", "attention_options": AGENTS, **TINY_PVT}),
+    "windows": ("swin_tiny", {"attention": "inline", "attention_window": (4, 2), **TINY_SWIN}),
+    "name of timm": ("deit_tiny_patch16_224", {"attention": "inline", **TINY_VIT}),
+    "pvt_v2": ("pvt_v2_b0", {"attention": "focused", **TINY_PVT_V2}),
+    "steps": ("steps_resnet18", {"stages": [[[8, 1]], [[16, 1]], [[8, 1], [16, 1]], [[16, 1]]]}),
+    "siamese": ("siamese_deit_tiny", TINY_VIT),
+    "dense": ("mlla_tiny_dense", {"stages": [(8, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)], "out_indices": (2, 0)}),
+    "exits": ("dynp_resnet18_025_t32_cifar", {"in_chans": 1}),
+}
+
+
+def same(model, other, size=64):
+    assert type(other) is type(model)
+    assert [*other.state_dict()] == [*model.state_dict()]
+    assert all(torch.equal(mine, model.state_dict()[key]) for key, mine in other.state_dict().items())
+    x = torch.randn(1, model.in_chans, size, size)
+    with torch.no_grad():
+        ours, theirs = (m.eval()(x) for m in (model, other))
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("safe", [True, False])
+def test_saved_models_come_back(kind, safe, tmp_path):
+    name, arguments = SAVED[kind]
+    model = linsight.create_model(name, num_classes=7, **arguments)
+    torch.nn.init.normal_(next(model.parameters()))
+    save_for_hf(model, tmp_path, safe_serialization=safe)
+    same(model, timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+    if safe:
+        fresh = linsight.create_model(f"local-dir:{tmp_path}")
+        assert type(fresh) is type(model) and fresh.state_dict().keys() == model.state_dict().keys()
+    file = tmp_path / ("model.safetensors" if safe else "pytorch_model.bin")
+    own = json.loads((tmp_path / "config.json").read_text())
+    sources = [{"file": str(file)}] if safe else [{"state_dict": model.state_dict()}]
+    for source in sources:
+        overlay = {**source, "num_classes": own["num_classes"]}
+        again = timm.create_model(
+            own["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, **own["model_args"]
+        )
+        same(model, again)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", OURS)
+def test_every_model_comes_back(name, tmp_path):
+    model = timm.create_model(name, num_classes=7)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert type(other) is type(model) and str(other) == str(model)
+    assert [*other.state_dict()] == [*model.state_dict()]
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in other.state_dict().items())
+
+
+def test_changes_after_construction_are_saved(tmp_path):
+    model = linsight.create_model("pvt_tiny", **TINY_PVT)
+    model.reset_classifier(3, "avg")
+    model.set_input_size((96, 64))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert other.global_pool == "avg" and other.class_token
+    same(model, other)
+
+
+def test_another_head_and_the_published_names_are_taken(tmp_path):
+    model = linsight.create_model("vit_tiny", attention="inline", num_classes=7, **TINY_VIT)
+    save_for_hf(model, tmp_path, safe_serialization="both")
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
+    assert other.head.out_features == 3 and torch.equal(other.pos_embed, model.pos_embed)
+    torch.save({"model": linsight.export_published(model)}, tmp_path / "authors.pth")
+    again = timm.create_model(
+        "vit_tiny",
+        attention="inline",
+        num_classes=7,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "authors.pth"), "num_classes": 7},
+        **TINY_VIT,
+    )
+    same(model, again)
+    larger = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=48)
+    assert larger.pos_embed.shape[1] == 37
+
+
+# -- mistakes, and what is told ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny", TINY_VIT),
+        ("deit_tiny_patch16_224", TINY_VIT),
+        ("swin_tiny", TINY_SWIN),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64}),
+        ("pvt_tiny", TINY_PVT),
+        ("pvt_v2_b0", TINY_PVT_V2),
+        ("compact_pico", {}),
+        ("steps_resnet18", {}),
+        ("mlla_tiny_dense", {}),
+    ],
+)
+def test_places_of_maps(name, arguments):
+    """Sorted, and told so; one line for places that are not there, named twice, or none."""
+
+    def maps(indices):
+        with torch.device("meta"):
+            model = linsight.create_model(name, features_only=True, out_indices=indices, **arguments)
+            return model, model(torch.empty(1, 3, 64, 64))
+
+    count = len(maps(1)[0].feature_info)
+    for asked, places in (((-1, 0), [0, count - 1]), (1, [count - 1]), ([count - 1], [count - 1])):
+        model, found = maps(asked)
+        assert list(model.feature_info.out_indices) == places
+        assert [part.shape[1] for part in found] == model.feature_info.channels()
+    for wrong, said in (
+        ((0, 0), "twice"),
+        ((0, -count), "twice"),
+        ((99,), "there is no map 99"),
+        ((-99,), "there is no map -99"),
+        ((), "name no map"),
+        (99, "the last 99"),
+        (0, "the last 0"),
+        ("02", "no places"),
+        ((0.5,), "no places"),
+    ):
+        with pytest.raises(LinsightError, match=said) as caught:
+            maps(wrong)
+        assert "\n" not in str(caught.value)
+
+
+POOLS = {
+    "vit_tiny": (TINY_VIT, ("token", "avg", "max", "avgmax", "map")),
+    "swin_tiny": (TINY_SWIN, ("avg", "max", "avgmax", "catavgmax")),
+    "pvt_tiny": (TINY_PVT, ("token", "avg", "max", "avgmax", "catavgmax")),
+    "inline_pvt_tiny": (TINY_PVT, ("avg", "max", "avgmax", "catavgmax")),
+    "pvt_v2_b0": (TINY_PVT_V2, ("avg",)),
+    "mlla_tiny": ({}, ("avg", "max", "avgmax", "catavgmax")),
+    "compact_pico": ({}, ("avg", "max", "avgmax")),
+    "steps_resnet18": ({}, ("avg", "max", "avgmax", "catavgmax")),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_ways_to_pool(name):
+    arguments, pools = POOLS[name]
+    x = torch.empty(2, 3, 64, 64, device="meta")
+    with torch.device("meta"):
+        make = functools.partial(linsight.create_model, name, **arguments)
+        for pool in pools:
+            model = make(global_pool=pool, num_classes=5)
+            assert model(x).shape == (2, 5)
+            assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size)
+        kept = make(num_classes=5)
+        for pool in set(pools) - {"map"}:
+            kept.reset_classifier(4, pool)
+            assert kept(x).shape == (2, 4)
+        kept.reset_classifier(0, "")
+        assert kept(x).shape == kept.forward_features(x).shape
+        for call in (lambda: make(global_pool="median"), lambda: kept.reset_classifier(3, "median")):
+            with pytest.raises(LinsightError, match=r"global_pool='median' is not one of .*'avg'.*''") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+
+
+def test_pvt_pools_its_tokens():
+    """Of the class token in front, or of the map behind it."""
+    model, x = linsight.create_model("pvt_tiny", num_classes=0, **TINY_PVT).eval(), torch.randn(2, 3, 64, 64)
+    tokens = model.forward_features(x)
+    rest = tokens[:, 1:]
+    wanted = {"token": tokens[:, 0], "avg": rest.mean(1), "max": rest.amax(1), "": tokens}
+    wanted["avgmax"] = 0.5 * (wanted["avg"] + wanted["max"])
+    wanted["catavgmax"] = torch.cat([wanted["avg"], wanted["max"]], 1)
+    for pool, features in wanted.items():
+        model.reset_classifier(0, pool)
+        torch.testing.assert_close(model(x), features)
+
+
+def test_dense_backbones_have_layers():
+    """Layer decay reaches them: the norms of the maps are as the head, the stem is the least."""
+    dense = build(Variant("toy", "swin_tiny", "inline", dense="normed"), device="meta", **TINY_SWIN)
+    inner = build(Variant("toy", "swin_tiny", "inline"), device="meta", **TINY_SWIN)
+    ours, theirs = (group_parameters(m, m.group_matcher(), reverse=True) for m in (dense, inner))
+    shared = {key: layer for key, layer in theirs.items() if f"model.{key}" in ours}
+    assert {key: ours[f"model.{key}"] for key in shared} == shared
+    assert {layer for key, layer in ours.items() if key.startswith("norm")} == {max(ours.values())}
