@@ -77,10 +77,11 @@ class Mechanism:
         given = {"grid": grid, "index": index, "query_grid": query_grid}
         return {key: value for key, value in given.items() if key in takes and value is not None}
 
-    def takes(self, name: str, value: Any) -> bool:
-        """True where `value` is of the type of the option `name`, a list as a tuple, as JSON gives it."""
+    def takes(self, name: str, value: list[Any]) -> bool:
+        """True where a list is one value of the option `name`: a tuple, as JSON gives it."""
         hint = typing.get_type_hints(self.factory.__init__).get(name)
-        return hint is not None and _fits(value, hint)
+        kinds = (hint, *typing.get_args(hint))
+        return any(typing.get_origin(kind) is tuple and _fits(value, kind) for kind in kinds)
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise unless every option is one of ours and has one of its values."""

@@ -150,9 +150,11 @@ def build(
     published = cfg.get("url") == _config(entry).get("url") and not any(map(cfg.get, _OTHER_SOURCES))
     if pretrained and published:
         _check_fetched(entry, kwargs.get("attention"))
-    make = _build_variant if isinstance(entry, Variant) else _build_architecture
     with refusals_in_one_line(entry.name):
-        model = make(entry, cfg, **kwargs)  # type: ignore[operator]
+        if isinstance(entry, Variant):
+            model = _build_variant(entry, cfg, **kwargs)
+        else:
+            model = _build_architecture(entry, cfg, **kwargs)
     if pretrained and published:
         classes = DEFAULT_CFG["num_classes"]
         _LOADERS[0](model, entry.weights, head=kwargs.get("num_classes", classes) == classes)

@@ -19,7 +19,7 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from linsight.attention import Rename
-from linsight.errors import UnknownNameError
+from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import FittedTable, Grid, Tile, fit_square, table_for
 
 from ..parts.convs import ConvEmbed
@@ -168,6 +168,7 @@ class PyramidVisionTransformer(Pyramid):
             raise UnknownNameError("final_norm", final_norm, ("applied", "absent", "carried"))
         self.class_token = global_pool == "token" if class_token is None else class_token
         self.output_fmt = "NLC" if self.class_token else "NCHW"
+        check_pool(global_pool, ("token", *POOLS))
         self.check_head(num_classes, global_pool)
         if self.class_token:
             depths = [size.depth for size in sizes]
@@ -190,10 +191,10 @@ class PyramidVisionTransformer(Pyramid):
         }
         self.norm = norms[final_norm]()
         pool = "avg" if global_pool == "token" else global_pool
-        self.head = ClassifierHead(width, num_classes, pool, drop_rate=drop_rate, **factory)
+        head = ClassifierHead(width, num_classes, pool, drop_rate=drop_rate, **factory)
         if global_pool == "token":
-            self.head.global_pool = Token()
-        self.head_hidden_size = self.head.num_features
+            head.global_pool = Token()
+        self.head, self.head_hidden_size = head, head.num_features
         self.apply(init_linear)
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvEmbed:
@@ -237,10 +238,12 @@ class PyramidVisionTransformer(Pyramid):
 
     def check_head(self, num_classes: int, global_pool: str) -> None:
         """Raise unless the head can pool so, and then give classes; of tokens that are not pooled, each has some."""
-        if not self.class_token:
-            super().check_head(num_classes, global_pool)
-        elif global_pool != "token":
+        if self.class_token:
             check_pool(global_pool, ("token", *POOLS))
+        elif global_pool == "token":
+            raise LinsightError("global_pool='token' reads a class token: pass class_token=True, or pool the map, 'avg'")
+        else:
+            super().check_head(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, for `num_classes` classes, or none (0), on the class token or the last map pooled so."""

@@ -302,8 +302,8 @@ class PlainPyramid(Pyramid):
         )
         self.check_head(num_classes, global_pool)
         self.norm = self.make_norm(self.num_features, **factory)
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate=drop_rate, **factory)
-        self.head_hidden_size = self.head.num_features
+        head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate=drop_rate, **factory)
+        self.head, self.head_hidden_size = head, head.num_features
         self.apply(init_linear)
 
     def make_norm(self, dim: int, **factory: Any) -> nn.Module:
