@@ -237,8 +237,7 @@ def same(model, other, size=64):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("kind", SAVED)
-@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(("kind", "safe"), [*((kind, True) for kind in SAVED), ("dense", False), ("pvt_v2", False)])
 def test_saved_models_come_back(kind, safe, tmp_path):
     name, arguments = SAVED[kind]
     model = linsight.create_model(name, num_classes=7, **arguments)
@@ -298,6 +297,29 @@ def test_another_head_and_the_published_names_are_taken(tmp_path):
     same(model, again)
     larger = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=48)
     assert larger.pos_embed.shape[1] == 37
+
+
+def test_maps_of_saved_weights(tmp_path):
+    """A backbone takes what it needs of a classifier's weights."""
+    model = linsight.create_model("swin_tiny", attention="inline", num_classes=7, **TINY_SWIN).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    backbone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(0, 2))
+    x = torch.randn(1, 3, 64, 64)
+    wanted = model.forward_intermediates(x, indices=(0, 2), intermediates_only=True)
+    for ours, theirs in zip(backbone.eval()(x), wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_weights_that_are_not_there_are_one_line(tmp_path):
+    for call in (
+        lambda: timm.create_model("compact_pico", pretrained=True, pretrained_cfg_overlay={"file": "none.bin"}),
+        lambda: linsight.create_model(f"local-dir:{tmp_path}", pretrained=True),
+        lambda: linsight.create_model("hub:somewhere"),
+        lambda: linsight.create_model("local-dir:"),
+    ):
+        with pytest.raises(LinsightError) as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 # -- mistakes, and what is told ----------------------------------------------------------------------------------------

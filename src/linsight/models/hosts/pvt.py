@@ -241,7 +241,9 @@ class PyramidVisionTransformer(Pyramid):
         if self.class_token:
             check_pool(global_pool, ("token", *POOLS))
         elif global_pool == "token":
-            raise LinsightError("global_pool='token' reads a class token: pass class_token=True, or pool the map, 'avg'")
+            raise LinsightError(
+                "global_pool='token' reads a class token: pass class_token=True, or pool the map, 'avg'"
+            )
         else:
             super().check_head(num_classes, global_pool)
 
