@@ -121,7 +121,7 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
 
     @property
     def maps(self) -> int:
-        """One of each stage."""
+        """A map of each stage."""
         return len(self.stages)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

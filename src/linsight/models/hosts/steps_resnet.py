@@ -85,7 +85,7 @@ class StepsResNet(CheckedImages, timm_resnet.ResNet):
 
     @property
     def maps(self) -> int:
-        """One of the stem, one of each stage."""
+        """A map of the stem, and of each stage."""
         return len(self.feature_info)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -237,7 +237,7 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
 
     @property
     def maps(self) -> int:
-        """One of each stage."""
+        """A map of each stage."""
         return len(self.layers)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
