@@ -119,7 +119,10 @@ def test_names_of_timm_with_features_only():
         (lambda: linsight.create_model("vit_tiny", attention_options={"local": True}), "option of 'softmax' 'local'"),
         (lambda: linsight.create_model("resnet18", attention="inline"), "without a linsight host"),
         (lambda: linsight.create_model("vit_tiny", attention=""), "attention ''"),
-        (lambda: linsight.create_model("pvt_tiny", global_pool="max"), "global_pool 'max'"),
+        (
+            lambda: linsight.create_model("pvt_tiny", global_pool="map"),
+            "global_pool='map' is not one of 'token', 'avg'",
+        ),
         (lambda: linsight.create_model("pvt_tiny_meanpool", global_pool="token", final_norm="on"), "final_norm 'on'"),
         (lambda: linsight.create_model("swin_tiny", attn_drop_rate=0.1), "attn_drop_rate=0"),
         (lambda: linsight.create_model("pvt_v2_b0", attn_drop_rate=0.1), "attn_drop_rate=0"),

@@ -240,7 +240,7 @@ def test_pvt_pools_its_class_token_or_its_map():
     torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, 1:].mean(1))
     model = build("pvt_tiny", global_pool="avg", final_norm="absent").eval()
     assert torch.equal(model.forward_features(x), model.forward_intermediates(x, intermediates_only=True)[-1])
-    with pytest.raises(linsight.errors.UnknownNameError, match="global_pool"):
+    with pytest.raises(linsight.errors.LinsightError, match="global_pool"):
         model.reset_classifier(7, "token")
 
 

@@ -164,9 +164,10 @@ def cases():
     for host, attentions in HOSTS_OF.items():
         names = dict.fromkeys(inspect.signature(HOSTS[host].model_cls.__init__).parameters)
         names |= dict.fromkeys(inspect.signature(THEIRS.get(host, nn.Module).__init__).parameters)
+        names |= dict.fromkeys(("device", "dtype"))
         for name in names:
             value = INSTEAD.get((host, name), TRIED.get(name, TRIED))
-            if name in ("self", "args", "kwargs", "timm_args", "timm_kwargs") or value is None:
+            if name in ("self", "args", "kwargs", "timm_args", "timm_kwargs", "factory") or value is None:
                 continue
             for attention in attentions:
                 if attention == "circulant" and name in OF_TOKENS:

@@ -77,6 +77,12 @@ class Mechanism:
         given = {"grid": grid, "index": index, "query_grid": query_grid}
         return {key: value for key, value in given.items() if key in takes and value is not None}
 
+    def takes(self, name: str, value: list[Any]) -> bool:
+        """True where a list is one value of the option `name`: a tuple, as JSON gives it."""
+        hint = typing.get_type_hints(self.factory.__init__).get(name)
+        kinds = (hint, *typing.get_args(hint))
+        return any(typing.get_origin(kind) is tuple and _fits(value, kind) for kind in kinds)
+
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise unless every option is one of ours and has one of its values."""
         known = {option.name: option for option in self.options}

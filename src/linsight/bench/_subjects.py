@@ -130,7 +130,9 @@ def _exactly(name: str, kind: str = "") -> Subject:
 
 
 def _ours(name: str) -> bool:
-    return name in VARIANTS or name in ARCHITECTURES or (name in HOSTS and timm.get_pretrained_cfg(name) is None)
+    if name in HOSTS:  # PVTv2's names are timm's
+        return timm.model_entrypoint(name).__module__.partition(".")[0] == "linsight"
+    return name in VARIANTS or name in ARCHITECTURES
 
 
 def build(subject: Subject, size: tuple[int, int], device: str | torch.device) -> nn.Module:

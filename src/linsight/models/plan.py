@@ -37,7 +37,7 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
             f"give one mechanism, or one for each stage"
         )
     first = re.split(r"[:/]", stages[0])[0].strip()
-    given = _by_stage(options or {}, len(depths))
+    given = _by_stage(options or {}, len(depths), mechanism(first))
     for row in given:
         mechanism(first).check_options(row)
 
@@ -59,11 +59,14 @@ def named(attention: str) -> list[Mechanism]:
     return [mechanism(part.partition(":")[0].strip()) for part in re.split("[,/]", attention)]
 
 
-def _by_stage(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """The options of each stage."""
+def _by_stage(options: Mapping[str, Any], count: int, first: Mechanism) -> list[dict[str, Any]]:
+    """The options of each stage. JSON has no tuples: a list that is a value of the option is one."""
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in options.items():
-        if isinstance(value, list) and len(value) != count:
+        if not isinstance(value, list) or first.takes(name, value):
+            value = [value] * count
+        if len(value) != count:
             raise LinsightError(f"{name}={value} lists {len(value)} values, but this host has {count} stages")
-    return [
-        {name: value[i] if isinstance(value, list) else value for name, value in options.items()} for i in range(count)
-    ]
+        for row, one in zip(rows, value, strict=True):
+            row[name] = tuple(one) if isinstance(one, list) else one
+    return rows

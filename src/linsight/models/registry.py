@@ -8,19 +8,32 @@ names where a host exists for them.
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, is_model, list_models, model_entrypoint, register_model
-from torch import nn
+from timm.models import (
+    DefaultCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    list_models,
+    load_pretrained,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models import create_model as create_by_timm
+from torch import Tensor, nn
 
 from linsight.attention import Paper
 from linsight.errors import LinsightError, UnknownNameError
 
 from .parts.dense import DenseFeatures
+from .parts.indices import in_order
 from .rows import Architecture, Host, Variant
 from .seams import refuse_idle
 from .timm.fetch import place_of
@@ -43,7 +56,8 @@ VARIANTS: dict[str, Variant] = {}
 ARCHITECTURES: dict[str, Architecture] = {}
 # Adopters of timm's own models: the timm module that defines them -> how to make one with a mechanism.
 TIMM_HOSTS: dict[str, Callable[..., nn.Module]] = {}
-_REGISTERED: set[str] = set()  # in timm, by us
+default_cfgs: dict[str, DefaultCfg] = {}  # by this name, timm takes them from the module of what it registers
+ON_HOST = "linsight_host"  # in timm: a model of timm's on its host here, so that it can be saved and made again
 _LOADERS: list[Callable[..., Any]] = []  # what reads weights is of a room above
 _NONE: Mapping[str, str] = MappingProxyType({})
 _Row = TypeVar("_Row", Variant, Architecture)
@@ -95,7 +109,8 @@ def add_architectures(*architectures: Architecture, code: str = "", paper: Paper
         _refuse_taken(entry.name, ARCHITECTURES)
         ARCHITECTURES[entry.name] = entry
         if not is_model(entry.name):
-            _register(entry.name, f"{entry.name}: {entry.model_cls.__name__}.", partial(build, entry))
+            about = f"{entry.name}: {entry.model_cls.__name__}."
+            register(entry.name, about, partial(build, entry), default_config(entry.name))
 
 
 def _refuse_taken(name: str, own: Mapping[str, Any]) -> None:
@@ -105,10 +120,12 @@ def _refuse_taken(name: str, own: Mapping[str, Any]) -> None:
 
 def _register_variant(variant: Variant) -> None:
     about = f"{variant.name}: {variant.attention} in the host {variant.host}."
-    _register(variant.name, about, partial(build, variant))
+    register(variant.name, about, partial(build, variant), _config(variant))
 
 
-def _register(name: str, about: str, make: Callable[..., nn.Module]) -> None:
+def register(name: str, about: str, make: Callable[..., nn.Module], cfg: Mapping[str, Any]) -> None:
+    """Make a model known to timm: what makes it, and its default_cfg."""
+
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return make(pretrained=pretrained, **kwargs)
 
@@ -116,8 +133,8 @@ def _register(name: str, about: str, make: Callable[..., nn.Module]) -> None:
     entrypoint.__doc__ = about
     entrypoint.__module__ = __name__
     setattr(sys.modules[__name__], name, entrypoint)
+    default_cfgs.update(generate_default_cfgs({name: dict(cfg)}))
     register_model(entrypoint)
-    _REGISTERED.add(name)
 
 
 def default_config(name: str) -> dict[str, Any]:
@@ -126,32 +143,79 @@ def default_config(name: str) -> dict[str, Any]:
 
 
 def _config(entry: Variant | Architecture | Host) -> dict[str, Any]:
-    host = HOSTS[entry.host].cfg if isinstance(entry, Variant) else {}
-    return {**DEFAULT_CFG, **host, **entry.cfg, "architecture": entry.name}
+    host = HOSTS.get(getattr(entry, "host", entry.name))
+    cfg = {**DEFAULT_CFG, **(host.cfg if host else {}), **entry.cfg, "architecture": entry.name}
+    if host and host.stride and cfg["pool_size"] is None:
+        cfg["pool_size"] = tuple(-(-side // host.stride) for side in cfg["input_size"][-2:])
+    weights = getattr(entry, "weights", "")
+    if weights.startswith("https://"):
+        cfg["url"] = weights
+    return {**cfg, "num_classes": 0} if getattr(entry, "dense", "") else cfg
 
 
 def _take_cfg(entry: Variant | Architecture, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The pretrained_cfg of a model, with what timm's factory put into `kwargs`."""
-    cfg = _config(entry)
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's factory always passes these
-        given = kwargs.pop(key, None)
-        if key != "cache_dir" and isinstance(given, Mapping):
-            cfg.update(given)
-    return cfg
+    given, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    if isinstance(given, str):  # a tag, which timm knows whether it has
+        return resolve_pretrained_cfg(entry.name, given, overlay).to_dict()
+    given = given if isinstance(given, Mapping) else given.to_dict() if given else {}
+    return resolve_pretrained_cfg(entry.name, {**_config(entry), **given}, overlay).to_dict()
 
 
-def build(entry: Variant | Architecture, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The model of a row of a table, with its published weights where they are asked for and can be fetched."""
-    if pretrained:
+def build(
+    entry: Variant | Architecture, *, pretrained: bool = False, cache_dir: str | None = None, **kwargs: Any
+) -> nn.Module:
+    """The model of a row of a table, with weights where they are asked for: published ones, or those of its cfg."""
+    asked, cfg = record(kwargs), _take_cfg(entry, kwargs)
+    published = cfg.get("url") == _config(entry).get("url") and not any(map(cfg.get, _OTHER_SOURCES))
+    if pretrained and published:
         _check_fetched(entry, kwargs.get("attention"))
-    try:
-        model = _build_variant(entry, **kwargs) if isinstance(entry, Variant) else _build_architecture(entry, **kwargs)
-    except AssertionError as error:  # timm's, of arguments that do not go together
-        raise LinsightError(f"'{entry.name}' cannot be built so: {error}") from error
-    if pretrained:
+    with refusals_in_one_line(entry.name):
+        if isinstance(entry, Variant):
+            model = _build_variant(entry, cfg, **kwargs)
+        else:
+            model = _build_architecture(entry, cfg, **kwargs)
+    if pretrained and published:
         classes = DEFAULT_CFG["num_classes"]
         _LOADERS[0](model, entry.weights, head=kwargs.get("num_classes", classes) == classes)
+    elif pretrained:
+        load_from_cfg(model, cfg, cache_dir)
+    model._model_args = asked  # type: ignore[assignment]
     return model
+
+
+# Where weights may be by timm's conventions, beside `url`.
+_OTHER_SOURCES = ("source", "state_dict", "file", "hf_hub_id")
+
+
+def record(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by which a model is made again, as timm keeps them for `save_for_hf`."""
+    passing = {"device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"}
+    return {key: value for key, value in kwargs.items() if value is not None and key not in passing}
+
+
+@contextmanager
+def refusals_in_one_line(name: str) -> Iterator[None]:
+    """Turn timm's assertions, of arguments that do not go together, into errors that name the model."""
+    try:
+        yield
+    except AssertionError as error:
+        raise LinsightError(f"'{name}' cannot be built so: {error}") from error
+
+
+def load_from_cfg(model: nn.Module, cfg: Mapping[str, Any], cache_dir: str | None = None) -> None:
+    """Fill a model from where its pretrained_cfg says, by timm's conventions: our keys, or the published ones."""
+    head = getattr(model, "num_classes", cfg["num_classes"]) == cfg["num_classes"]
+
+    def fill(state: Any, _: nn.Module | None = None) -> dict[str, Tensor]:
+        _LOADERS[0](model, state, head=head)
+        return model.state_dict()
+
+    if not cfg.get("source") and (cfg.get("state_dict") or cfg.get("file")):
+        fill(cfg.get("state_dict") or cfg["file"])
+    else:  # timm finds or fetches them; what it would adapt is adapted already
+        alike = {"num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}
+        load_pretrained(model, dict(cfg), filter_fn=fill, cache_dir=cache_dir, **alike)
 
 
 def _check_fetched(entry: Variant | Architecture, attention: str | None = None) -> None:
@@ -181,9 +245,8 @@ def _at(place: str) -> str:
     return f" ({place})" if place else ""
 
 
-def _build_variant(variant: Variant, **kwargs: Any) -> nn.Module:
+def _build_variant(variant: Variant, cfg: dict[str, Any], **kwargs: Any) -> nn.Module:
     host = HOSTS[variant.host]
-    cfg = _take_cfg(variant, kwargs)
     attention = kwargs.pop("attention", None)
     attention = variant.attention if attention is None else attention
     options = kwargs.pop("attention_options", None)
@@ -209,8 +272,7 @@ def _build_variant(variant: Variant, **kwargs: Any) -> nn.Module:
     return DenseFeatures(model, normed=variant.dense == "normed", **maps) if variant.dense else model
 
 
-def _build_architecture(entry: Architecture, **kwargs: Any) -> nn.Module:
-    cfg = _take_cfg(entry, kwargs)
+def _build_architecture(entry: Architecture, cfg: dict[str, Any], **kwargs: Any) -> nn.Module:
     if kwargs.pop("attention", None) is not None or kwargs.pop("attention_options", None):
         raise LinsightError(
             f"'{entry.name}' takes no attention mechanism, its layers are its own: take a host, as vit_tiny "
@@ -219,6 +281,8 @@ def _build_architecture(entry: Architecture, **kwargs: Any) -> nn.Module:
     if entry.feature_cfg is None and kwargs.pop("features_only", False):
         raise LinsightError(f"'{entry.name}' has no features_only: it classifies, and gives no maps")
     check_known(entry.name, entry.model_cls, kwargs)
+    if kwargs.get("features_only") and "out_indices" in kwargs:
+        kwargs["out_indices"] = in_order(kwargs["out_indices"], len(entry.feature_cfg["out_indices"]))  # type: ignore[index]
     return build_model_with_cfg(
         entry.model_cls,
         entry.name,
@@ -230,6 +294,7 @@ def _build_architecture(entry: Architecture, **kwargs: Any) -> nn.Module:
 
 
 _FEATURES = ("features_only", "out_indices", "feature_cls")  # which timm takes
+_TIMMS = (*_FEATURES, "pretrained_model_args")
 
 
 def check_known(name: str, cls: type[nn.Module], given: Mapping[str, Any]) -> None:
@@ -242,7 +307,7 @@ def check_known(name: str, cls: type[nn.Module], given: Mapping[str, Any]) -> No
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
     for key in given:
-        if key not in known and key not in _FEATURES:
+        if key not in known and key not in _TIMMS:
             raise UnknownNameError(f"argument of '{name}'", key, known - {"self"})
     if not given.get("features_only"):
         for key in _FEATURES[1:]:
@@ -253,6 +318,16 @@ def check_known(name: str, cls: type[nn.Module], given: Mapping[str, Any]) -> No
 def default_attention(name: str) -> str:
     """The mechanism of the model `name` where none is asked for: a variant's own, else softmax."""
     return VARIANTS[name].attention if name in VARIANTS else "softmax"
+
+
+def _create_from_source(name: str, **kwargs: Any) -> nn.Module:
+    """A model that `timm.models.save_for_hf` wrote, by timm's own door."""
+    try:
+        return create_by_timm(name, **kwargs)
+    except LinsightError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise LinsightError(f"'{name}' cannot be made: {str(error).splitlines()[0]}") from error
 
 
 def create_model(
@@ -266,7 +341,8 @@ def create_model(
     """A model by name, with any mechanism.
 
     name: a variant (`"inline_deit_tiny"`), a host (`"vit_tiny"`), a model of timm whose host
-        linsight has (`"deit_tiny_patch16_224"`), or an architecture, which takes no mechanism.
+        linsight has (`"deit_tiny_patch16_224"`), an architecture, which takes no mechanism, or
+        what timm saved (`"local-dir:FOLDER"`, `"hf-hub:NAME"`).
     attention: a mechanism, one a stage (`"inline,inline,softmax,softmax"`), or the first k blocks
         of a stage (`"inline:4/softmax"`). A variant has its own; otherwise softmax.
     attention_options: keyword arguments of the mechanism.
@@ -276,8 +352,11 @@ def create_model(
         UnknownNameError: no such model, mechanism or option; the nearest is offered.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if ":" in name:
+        kwargs |= {"attention": attention, "attention_options": attention_options}
+        return _create_from_source(name, pretrained=pretrained, **kwargs)
     ours = VARIANTS.get(name) or ARCHITECTURES.get(name)
-    if name in HOSTS and name in _REGISTERED:  # not PVTv2's, whose names and weights are timm's
+    if name in HOSTS and name in default_cfgs:  # not PVTv2's, whose names and weights are timm's
         ours = ours or Variant(name, host=name, attention="softmax")
     if ours is not None:
         return build(ours, pretrained=pretrained, attention=attention, attention_options=attention_options, **kwargs)
@@ -293,7 +372,13 @@ def create_model(
                 f"the weights of '{name}' are those of softmax attention: pass pretrained=False; of a file of theirs "
                 f"({place_of(name)}), linsight.load_published(model, path, strict=False) keeps what both have, as qkv"
             )
-        return adopt(name, attention or default_attention(name), attention_options, pretrained=pretrained, **kwargs)
+        attention = attention or default_attention(name)
+        with refusals_in_one_line(name):
+            model = adopt(name, attention, attention_options, pretrained=pretrained, **kwargs)
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": ON_HOST}  # type: ignore[dict-item,assignment]
+        made = {"base": name, "attention": attention, "attention_options": attention_options, **kwargs}
+        model._model_args = record(made)  # type: ignore[assignment]
+        return model
     raise UnknownNameError(
         "model", name, {*VARIANTS, *ARCHITECTURES, *HOSTS, *list_models()}, "'linsight list' shows ours"
     )

@@ -8,8 +8,10 @@ from torch import nn
 
 from linsight.attention import Paper
 
-# How timm's `features_only` wraps a host of four stages.
-FOUR_MAPS: Mapping[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+from .parts.dense import Features
+
+# How `features_only` wraps a host of four stages.
+FOUR_MAPS: Mapping[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": Features}
 # The published rule for the decay of averages: 0.9996 ** (batch of all GPUs / 4096).
 AVERAGED: Mapping[str, Any] = {"ema": 0.9996, "ema_base_batch": 4096}
 
@@ -63,6 +65,7 @@ class Host:
     feature_cfg: how timm's `features_only` wraps it.
     published: figures of the host with softmax, as of a variant.
     paper, code, weights: as of a variant; `credit_hosts` tells them.
+    stride: by what the last map is smaller than an image; 0 where there is a sequence.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Host:
     paper: Paper | None = None
     weights: str = ""
     code: str = ""
+    stride: int = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from timm.layers import NormMlpClassifierHead, to_2tuple
 from timm.layers.conv_bn_act import ConvNormAct
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
+from ..parts.dense import Features
+from ..parts.images import check_pool
 from ..parts.pyramid import Pyramid
 from ..parts.stages import PreNorm, StageSize, init_linear
 from ..plan import Choice
@@ -55,6 +56,8 @@ class Compact(Pyramid):
         stages: width, depth and heads of each stage, which halves the grid; plain tuples do.
         attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
         img_size: what position tables are made for, of mechanisms that have some.
+        global_pool: the mean of the last map, its maximum, or the mean of both; "" leaves the map.
+        factory: `device` and `dtype`.
     """
 
     def __init__(
@@ -68,13 +71,13 @@ class Compact(Pyramid):
         num_classes: int = 1000,
         img_size: int | tuple[int, int] = 32,
         mlp_ratio: float = 2.0,
+        global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
-        super().__init__(in_chans, num_classes)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(in_chans, num_classes, **factory)
+        self.check_head(num_classes, global_pool)
         if any(StageSize(*stage).mlp_ratio != StageSize._field_defaults["mlp_ratio"] for stage in stages):
             raise LinsightError("the MLP ratio of a stage has no effect: pass mlp_ratio=, one for all stages")
         sizes = [StageSize(*stage)._replace(mlp_ratio=mlp_ratio) for stage in stages]
@@ -96,7 +99,9 @@ class Compact(Pyramid):
             **factory,
         )
         self.norm = nn.Identity()
-        self.head = NormMlpClassifierHead(self.num_features, num_classes, drop_rate=drop_rate, **factory)
+        self.head = NormMlpClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory
+        )
         self.apply(init_linear)
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> Down:
@@ -110,6 +115,10 @@ class Compact(Pyramid):
         layer = make_layer(choice, size.dim, size.num_heads, grid=grid, **factory)
         mlp = MlpWithDepthwiseConv(size.dim, int(size.dim * size.mlp_ratio), **factory)
         return PreNorm(size.dim, layer, mlp, drop_path=drop_path, **factory)
+
+    def check_head(self, num_classes: int, global_pool: str) -> None:
+        """Raise unless the head, which norms what it pools, can pool so."""
+        check_pool(global_pool, ("avg", "max", "avgmax", ""))
 
     def _after_stem(self, size: tuple[int, int]) -> tuple[int, int]:
         for conv in self.stem:  # type: ignore[attr-defined]
@@ -129,7 +138,7 @@ _CFG = {
     "crop_mode": "center",
     "interpolation": "bilinear",
 }
-_FEATURES = {"out_indices": (0, 1), "feature_cls": "getter"}
+_FEATURES = {"out_indices": (0, 1), "feature_cls": Features}
 
 add_hosts(
     Host(
@@ -138,6 +147,7 @@ add_hosts(
         {"stem": ((32, 1),), "stages": (StageSize(64, 2, 2), StageSize(96, 1, 3))},
         {**_CFG, "input_size": (3, 8, 8)},
         _FEATURES,
+        stride=4,
     ),
     Host(
         "compact_nano",
@@ -145,5 +155,6 @@ add_hosts(
         {"stem": ((24, 1), (48, 2)), "stages": (StageSize(96, 2, 3), StageSize(192, 2, 6))},
         {**_CFG, "input_size": (3, 32, 32)},
         _FEATURES,
+        stride=8,
     ),
 )

@@ -15,13 +15,15 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import ClassifierHead, Mlp, to_2tuple, trunc_normal_
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from linsight.attention import OnGrid, Rename
-from linsight.errors import UnknownNameError
+from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import FittedTable, Grid, Tile, fit_grid, fit_square, table_for
 
 from ..parts.convs import ConvEmbed
+from ..parts.images import POOLS, check_pool
 from ..parts.pyramid import Pyramid
 from ..parts.stages import PreNorm, Stage, StageSize, as_map, init_linear
 from ..plan import Choice, plan
@@ -102,6 +104,20 @@ class PVTStage(OnGrid, Stage):
         return fitted and fitted._replace(tensor=torch.cat([first, fitted.tensor], dim=1))
 
 
+class Token(nn.Module):
+    """In the place of timm's pooling of maps: the first of tokens `(B, N, C)`."""
+
+    pool_type = "token"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C)`."""
+        return x[:, 0]
+
+    def feat_mult(self) -> int:
+        """How many times as many channels there are then."""
+        return 1
+
+
 class CarriedNorm(nn.Module):
     """A norm that published checkpoints hold and their model never applies. Not trained, only kept."""
 
@@ -125,7 +141,10 @@ class PyramidVisionTransformer(Pyramid):
         stages: width, depth, heads, MLP ratio and reduction of keys of each stage; plain tuples do.
         attention: a mechanism, one a stage, or the first k blocks of a stage (see `plan`).
         img_size: what position tables are made for; any size works.
-        global_pool: "token", the class token of the last stage, or "avg", the mean of its map.
+        global_pool: "token", the class token of the last stage, or what is done to its map: the mean ("avg"), the
+            maximum, the mean of both ("avgmax"), or both ("catavgmax"); "" leaves the tokens, or the map.
+        class_token: in the last stage; None: where `global_pool` is "token".
+        factory: `device` and `dtype`.
         final_norm: applied before the head; or absent; or "carried", in the state but not applied.
     """
 
@@ -147,20 +166,21 @@ class PyramidVisionTransformer(Pyramid):
         in_chans: int = 3,
         num_classes: int = 1000,
         img_size: int | tuple[int, int] = 224,
-        global_pool: Literal["token", "avg"] = "token",
+        global_pool: str = "token",
+        class_token: bool | None = None,
         final_norm: Literal["applied", "absent", "carried"] = "applied",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
-        super().__init__(in_chans, num_classes)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(in_chans, num_classes, **factory)
         sizes = [StageSize(*stage) for stage in stages]
         if final_norm not in ("applied", "absent", "carried"):
             raise UnknownNameError("final_norm", final_norm, ("applied", "absent", "carried"))
-        self.class_token = global_pool == "token"
-        self.global_pool = self._pool(global_pool)
+        self.class_token = global_pool == "token" if class_token is None else class_token
+        self.output_fmt = "NLC" if self.class_token else "NCHW"
+        check_pool(global_pool, ("token", *POOLS))
+        self.check_head(num_classes, global_pool)
         if self.class_token:
             depths = [size.depth for size in sizes]
             refuse_prefix(plan(attention, depths, attention_options)[-1], "pass global_pool='avg'")
@@ -181,7 +201,11 @@ class PyramidVisionTransformer(Pyramid):
             "carried": lambda: CarriedNorm(width, **factory),
         }
         self.norm = norms[final_norm]()
-        self.head = ClassifierHead(width, num_classes, drop_rate=drop_rate, **factory)
+        pool = "avg" if global_pool == "token" else global_pool
+        head = ClassifierHead(width, num_classes, pool, drop_rate=drop_rate, **factory)
+        if global_pool == "token":
+            head.global_pool = Token()
+        self.head, self.head_hidden_size = head, head.num_features
         self.apply(init_linear)
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvEmbed:
@@ -218,17 +242,33 @@ class PyramidVisionTransformer(Pyramid):
         tokens = {f"stages.{i}.cls_token" for i, stage in enumerate(self.stages) if stage.cls_token is not None}
         return super().no_weight_decay() | tokens
 
-    def _pool(self, name: str) -> str:
-        pools = ("token", "avg") if self.class_token else ("avg",)
-        if name not in pools:
-            raise UnknownNameError("global_pool", name, pools)
-        return name
+    @property
+    def global_pool(self) -> str:
+        """How the head pools."""
+        return self.head.global_pool.pool_type  # type: ignore[union-attr,return-value]
+
+    def check_head(self, num_classes: int, global_pool: str) -> None:
+        """Raise unless the head can pool so, and then give classes; of tokens that are not pooled, each has some."""
+        if self.class_token:
+            check_pool(global_pool, ("token", *POOLS))
+        elif global_pool == "token":
+            raise LinsightError(
+                "global_pool='token' reads a class token: pass class_token=True, or pool the map, 'avg'"
+            )
+        else:
+            super().check_head(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, for `num_classes` classes, or none (0), on the class token or the mean of the last map."""
-        if global_pool:
-            self.global_pool = self._pool(global_pool)
-        super().reset_classifier(num_classes, "" if global_pool == "" else "avg")
+        """A new head, for `num_classes` classes, or none (0), on the class token or the last map pooled so."""
+        if global_pool == "token" != self.global_pool:
+            self.check_head(num_classes, global_pool)
+            self.head.global_pool = Token()
+        super().reset_classifier(num_classes, global_pool)
+        update_model_args(self, class_token=self.class_token)
+
+    def pools_mean(self) -> bool:
+        """True where all that the head reads of the last map is its mean, or nothing."""
+        return self.global_pool == "token" or super().pools_mean()
 
     def run_stage(self, stage: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map after a stage; of the last one also its tokens, the class token first, where there is one."""
@@ -252,9 +292,8 @@ class PyramidVisionTransformer(Pyramid):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, of the output of `forward_features`."""
-        if self.class_token:
-            x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(dim=1)
-            x = x[..., None, None]  # as a map of one place
+        if self.class_token and self.global_pool not in ("token", ""):
+            x = x[:, 1:].transpose(1, 2)[..., None]  # as a map of one column
         return super().forward_head(x, pre_logits)
 
 
@@ -263,12 +302,12 @@ _CFG = {"first_conv": "stages.0.downsample.proj", "classifier": "head.fc"}
 
 def _hosts(size: str, depths: tuple[int, ...], published: dict[str, Any]) -> Iterator[Host]:
     """As published, and the host of InLine: twice the heads, no class token, no final norm."""
-    for name, heads, more, known in (
-        (f"pvt_{size}", (1, 2, 5, 8), {}, published),
-        (f"pvt_{size}_meanpool", (2, 4, 10, 16), {"global_pool": "avg", "final_norm": "absent"}, {}),
+    for name, heads, more, known, stride in (
+        (f"pvt_{size}", (1, 2, 5, 8), {}, published, 0),
+        (f"pvt_{size}_meanpool", (2, 4, 10, 16), {"global_pool": "avg", "final_norm": "absent"}, {}, 32),
     ):
         stages = tuple(map(StageSize, (64, 128, 320, 512), depths, heads, (8, 8, 4, 4), (8, 4, 2, 1)))
-        yield Host(name, PyramidVisionTransformer, {"stages": stages, **more}, _CFG, FOUR_MAPS, known)
+        yield Host(name, PyramidVisionTransformer, {"stages": stages, **more}, _CFG, FOUR_MAPS, known, stride=stride)
 
 
 # With softmax, as published.

@@ -20,15 +20,16 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from linsight.attention import Block, recast
-from linsight.errors import UnknownNameError
 
-from ..parts.images import CheckedImages
+from ..parts.images import CheckedImages, check_pool, check_pooled
 from ..plan import Choice, named, plan
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host, figures
 from ..seams import asked_no_weight_decay, in_place_of, make_layer, refuse_unbiased, set_grid
 from ..steps import StreamPlan
 from ..timm.steps import pvt_v2_plan
+
+_POOLS = ("avg", "")  # of timm's class
 
 
 class PVTv2Stage(timm_pvt.PyramidVisionTransformerStage):
@@ -73,8 +74,8 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
     def check(attention: str, given: Mapping[str, Any]) -> None:
         """Raise for arguments that could not be honoured."""
         refuse_unbiased(attention, given.get("qkv_bias", True))
-        if given.get("global_pool", "avg") not in ("avg", ""):
-            raise UnknownNameError("global_pool", given["global_pool"], ("avg",))
+        check_pool(given.get("global_pool", "avg"), _POOLS)
+        check_pooled(given.get("global_pool", "avg"), given.get("num_classes", 1000))
 
     @staticmethod
     def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -117,6 +118,18 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
             blocks[i] = new
         else:
             blocks[i].attn = new
+
+    @property
+    def maps(self) -> int:
+        """A map of each stage."""
+        return len(self.stages)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, for `num_classes` classes, or none (0), on the mean of the last map, or the map."""
+        if global_pool is not None:
+            check_pool(global_pool, _POOLS)
+        check_pooled(self.global_pool if global_pool is None else global_pool, num_classes)
+        super().reset_classifier(num_classes, global_pool)
 
     def grids(self, size: tuple[int, int]) -> Iterator[tuple[Any, tuple[int, int]]]:
         """Each stage and the height and width of its tokens, for images of `size`."""

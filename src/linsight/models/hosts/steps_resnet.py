@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 from timm.models import resnet as timm_resnet
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from linsight.errors import LinsightError, UnknownNameError
 
-from ..parts.images import CheckedImages
+from ..parts.images import CheckedImages, check_pool, check_pooled
 from ..parts.stepsnet import Steps, block_widths
 
 BLOCKS = {"basic": timm_resnet.BasicBlock, "bottleneck": timm_resnet.Bottleneck}
@@ -71,6 +72,8 @@ class StepsResNet(CheckedImages, timm_resnet.ResNet):
             raise LinsightError("stages= tells the blocks and widths of each stage: leave layers and channels out")
         if block not in BLOCKS:
             raise UnknownNameError("block", block, BLOCKS)
+        check_pool(timm_args.get("global_pool", "avg"))
+        check_pooled(timm_args.get("global_pool", "avg"), timm_args.get("num_classes", 1000))
         narrow = [block_widths(steps) for steps in stages]  # which also checks them
         widths = [[steps[-1][0], *row] for steps, row in zip(stages, narrow, strict=True)]
         fns: Any = [_StageBlocks(BLOCKS[block], row) for row in widths]
@@ -79,6 +82,23 @@ class StepsResNet(CheckedImages, timm_resnet.ResNet):
         for i, steps in enumerate(stages, 1):
             name, expansion = f"layer{i}", BLOCKS[block].expansion
             setattr(self, name, nn.Sequential(*_stage(iter(getattr(self, name)), steps, expansion)))
+
+    @property
+    def maps(self) -> int:
+        """A map of the stem, and of each stage."""
+        return len(self.feature_info)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, for `num_classes` classes, or none (0), on the last map pooled in another way."""
+        if global_pool is not None:
+            check_pool(global_pool)
+        check_pooled(self.global_pool.pool_type if global_pool is None else global_pool, num_classes)
+        super().reset_classifier(num_classes, global_pool)
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
+        """Note the size of images that the model is for; it takes any."""
+        if img_size is not None:
+            update_model_input_size(self, img_size)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from linsight.attention import Block, Fusable, Layer, create_core, mechanism, re
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
-from ..parts.images import CheckedImages
+from ..parts.images import CheckedImages, check_pool
 from ..parts.partition import Partition, half_shift, to_multiple, within
 from ..parts.stages import init_linear
 from ..parts.stepsnet import Steps, block_widths, narrow, opened, widened
@@ -193,6 +193,7 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
     def check(attention: str, given: Mapping[str, Any]) -> None:
         """Raise for arguments that could not be honoured."""
         refuse_unbiased(attention, given.get("qkv_bias", True))
+        check_pool(given.get("global_pool", "avg"))
         if given.get("strict_img_size") or given.get("dynamic_img_size") is False:
             raise LinsightError("this host takes images of any size: leave strict_img_size and dynamic_img_size out")
         if given.get("embed_layer", PatchEmbed) is not PatchEmbed:
@@ -237,6 +238,17 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
                 stage.blocks[i] = _replacement(
                     stage.blocks[i], choice, attention_window, shifted=i % 2 == 1, dense=dense_windows
                 )
+
+    @property
+    def maps(self) -> int:
+        """A map of each stage."""
+        return len(self.layers)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, for `num_classes` classes, or none (0), on the last map pooled in another way."""
+        if global_pool is not None:
+            check_pool(global_pool)
+        super().reset_classifier(num_classes, global_pool)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -41,7 +41,8 @@ def _deit(name: str, attention: str, agents: int, known: Figures, training: Trai
 
 def _pvt(name: str, known: Figures, training: Training, side: int = 224) -> Variant:
     host = f"pvt_{name.partition('_')[0]}"
-    return Variant(f"agent_pvt_{name}", host, "agent", _PVT, _AGENTS, _size(side), known, training=(training,))
+    cfg = {**_size(side), "pool_size": (side // 32, side // 32)}
+    return Variant(f"agent_pvt_{name}", host, "agent", _PVT, _AGENTS, cfg, known, training=(training,))
 
 
 def _swin(name: str, known: Figures, training: Training, side: int = 224, window: int = 7) -> Variant:

@@ -23,6 +23,7 @@ def _variant(host: str, known: dict[str, Any], training: Training, attention: st
         host,
         attention,
         args,
+        cfg={"pool_size": (7, 7)} if "global_pool" in args else {},  # without class token
         published=known,
         training=(training,),
         weights=f"the repository {_CODE}" if host in _RELEASED else "",

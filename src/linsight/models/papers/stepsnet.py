@@ -13,7 +13,7 @@ from ..registry import add_architectures, add_variants
 from ..rows import Architecture, Variant, figures, trained
 
 _PAPER = Paper("Step by Step Network", "2511.14329")
-_RESNET_CFG = {"first_conv": "conv1", "classifier": "fc"}
+_RESNET_CFG = {"first_conv": "conv1", "classifier": "fc", "pool_size": (7, 7)}
 _DEEP = (
     [(64, 2)],
     [(128, 3)],
@@ -35,7 +35,7 @@ add_architectures(
             {"block": block, "stages": stages},
             _RESNET_CFG,
             figures(top1, params, gmacs),
-            feature_cfg={},
+            feature_cfg={"out_indices": (0, 1, 2, 3, 4)},
             training=(trained("imagenet", 128, 0.0, note="recipe not published, so that of Swin, unverified"),),
         )
         for layers, block, stages, top1, params, gmacs in (

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
@@ -15,7 +14,8 @@ from linsight.errors import LinsightError
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, make_block
 from ..steps import Mix, Sample, StreamPlan, sampled
-from .images import check_images
+from .images import check_format, check_images, check_pool, check_pooled
+from .indices import Indices, in_order
 from .stages import Stage, StageSize, init_linear
 
 
@@ -32,7 +32,14 @@ class Pyramid(nn.Module):
     norm: nn.Module
     head: nn.Module
 
-    def __init__(self, in_chans: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        num_classes: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.in_chans, self.num_classes = in_chans, num_classes
 
@@ -111,10 +118,18 @@ class Pyramid(nn.Module):
         """The last linear layer."""
         return self.head.fc  # type: ignore[return-value]
 
+    def check_head(self, num_classes: int, global_pool: str) -> None:
+        """Raise unless the head can pool so, and then give classes."""
+        check_pool(global_pool)
+        check_pooled(global_pool, num_classes)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, for `num_classes` classes; 0 for none."""
+        """A new head, for `num_classes` classes, or none (0), on the last map pooled in another way."""
+        head: Any = self.head
+        self.check_head(num_classes, head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)  # type: ignore[operator]
+        head.reset(num_classes, global_pool)
+        self.head_hidden_size = head.num_features
 
     def grids(self, size: tuple[int, int]) -> Iterator[tuple[nn.Module, tuple[int, int]]]:
         """Each stage and the height and width of its tokens, for images of `size`."""
@@ -202,21 +217,20 @@ class Pyramid(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: Indices = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
         """As timm's: the maps after the stages `indices` (`norm`: the last one normed), and the final features."""
-        if output_fmt != "NCHW":
-            raise LinsightError(f"output_fmt='{output_fmt}': this host gives maps, NCHW")
-        take, last = feature_take_indices(len(self.stages), indices)
+        check_format(output_fmt)
+        take = in_order(indices, len(self.stages))
         check_images(self, x)
         x = last_features = self.stem(x)
         maps = []
         final = len(self.feature_info) - 1
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+        for i, stage in enumerate(self.stages[: take[-1] + 1] if stop_early else self.stages):
             x, last_features = self.run_stage(stage, x)
             if i in take:
                 maps.append(self.norm_map(x) if norm and i == final else x)
@@ -225,16 +239,20 @@ class Pyramid(nn.Module):
         return self.norm_features(last_features) if i == final else x, maps
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the maps `indices` do not need."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        cut = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        """Drop what the maps `indices` do not need; their places, in order."""
+        take = in_order(indices, len(self.stages))
+        cut = take[-1] < len(self.stages) - 1
+        self.stages = self.stages[: take[-1] + 1]
         if prune_norm or cut:
             self.norm = nn.Identity()
+        if cut:
+            self.num_features = self.feature_info[take[-1]]["num_chs"]
         if prune_head or cut:
-            self.reset_classifier(0, "")
+            head: Any = self.head
+            head.reset(0, "", reset_other=True, in_features=self.num_features)  # its norm, too
+            self.num_classes, self.head_hidden_size = 0, head.num_features
         return take
 
 
@@ -282,8 +300,10 @@ class PlainPyramid(Pyramid):
             drop_path_rate=drop_path_rate,
             **factory,
         )
+        self.check_head(num_classes, global_pool)
         self.norm = self.make_norm(self.num_features, **factory)
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate=drop_rate, **factory)
+        head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate=drop_rate, **factory)
+        self.head, self.head_hidden_size = head, head.num_features
         self.apply(init_linear)
 
     def make_norm(self, dim: int, **factory: Any) -> nn.Module:

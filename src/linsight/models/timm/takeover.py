@@ -5,7 +5,7 @@ from typing import Any
 
 import timm
 from timm.layers import to_2tuple
-from timm.models._features import FeatureGetterNet
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from linsight.errors import LinsightError
@@ -14,9 +14,10 @@ from ..hosts.pvt_v2 import PyramidVisionTransformerV2
 from ..hosts.swin import SwinTransformer
 from ..hosts.vit import VisionTransformer
 from ..hosts.vit.blocks import host_arguments
+from ..parts.dense import Features
 from ..parts.stepsnet import block_widths
 from ..plan import plan
-from ..registry import TIMM_HOSTS
+from ..registry import ON_HOST, TIMM_HOSTS, create_model, load_from_cfg, register
 from ..seams import refuse_idle
 from .fetch import create_fetched
 
@@ -50,7 +51,7 @@ def add_timm_host(
         model = host.adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
         if not features:
             return model
-        wrapped = FeatureGetterNet(model, indices or tuple(range(len(blocks))))
+        wrapped = Features(model, tuple(range(len(blocks))) if indices is None else indices)
         wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
         return wrapped
 
@@ -98,10 +99,39 @@ def _timm_vit(
     model = VisionTransformer.adopt(create_fetched(name, pretrained=pretrained, **{**kwargs, **ours}), **extra)
     if not features:
         return model
-    wrapped = FeatureGetterNet(model, indices or 3)
+    wrapped = Features(model, 3 if indices is None else indices)
     wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
     return wrapped
 
 
 TIMM_HOSTS["timm.models.vision_transformer"] = _timm_vit
 TIMM_HOSTS["timm.models.deit"] = _timm_vit
+
+
+_BASE = "vit_tiny_patch16_224"
+
+
+def _on_host(
+    *,
+    pretrained: bool,
+    base: str = _BASE,
+    pretrained_cfg: Mapping[str, Any] | None = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    cache_dir: str | None = None,
+    pretrained_model_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The model of timm called `base`, on its host, with weights that were saved, else with its own."""
+    given = {**(pretrained_cfg or {}), **(pretrained_cfg_overlay or {})}
+    saved = any(map(given.get, ("source", "file", "state_dict", "url", "hf_hub_id")))
+    model: Any = create_model(base, pretrained=pretrained and not saved, **kwargs)
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **given, "architecture": ON_HOST}
+    model.pretrained_model_args = pretrained_model_args  # which tell the size of images of the weights
+    if pretrained and saved:
+        load_from_cfg(model, model.pretrained_cfg, cache_dir)
+    return model
+
+
+_cfg = get_pretrained_cfg(_BASE).to_dict(remove_source=True)
+_cfg |= {"custom_load": False, "fixed_input_size": False}
+register(ON_HOST, f"{ON_HOST}: the model of timm called base= on its host.", _on_host, _cfg)

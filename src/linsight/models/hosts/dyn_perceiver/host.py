@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple
+from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -150,6 +151,12 @@ class DynamicPerceiver(nn.Module):
         """Keep no activations inside stages and exchanges: less memory for one more forward."""
         self.grad_checkpointing = enable
 
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
+        """Note the size of images that the model is for; it takes any."""
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+            update_model_input_size(self, self.img_size)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """The latents, and the embeddings of their keys."""
@@ -168,6 +175,21 @@ class DynamicPerceiver(nn.Module):
         if not self.training:
             return self.start(images, to=LAST).logits
         return ExitLogits(*(found.logits for found in self.exits(images)))
+
+    def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """`(B, C, H, W)` to map and latents at the last exit, and the logits that feed it, if some do."""
+        state = self._begin(images)
+        for number in range(1, LAST):
+            state = self._pass(state, number, wanted=False)[1]
+        x, z = self._advance(state.x, state.z, LAST)
+        return (x, z) if state.logits is None else (x, z, state.logits)
+
+    def forward_head(self, features: tuple[Tensor, ...], pre_logits: bool = False) -> Tensor:
+        """The last exit's logits, of the output of `forward_features`; or the means of map and latents."""
+        x, z, *fed = features
+        if pre_logits:
+            return torch.cat([x.mean((2, 3)), z.mean(1)], 1)
+        return self._classify(x, z, fed[0] if fed else None, LAST)
 
     def exits(self, images: Tensor, numbers: Sequence[int] = range(1, LAST + 1)) -> Iterator[Exit]:
         """Pass the exits `numbers`, one after the other; what comes after the last one taken is not computed."""

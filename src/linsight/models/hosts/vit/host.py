@@ -24,7 +24,6 @@ import torch
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models import deit as timm_deit
 from timm.models import vision_transformer as timm_vit
-from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
@@ -32,7 +31,8 @@ from linsight.attention import OnGrid, Rename, recast
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, LayoutLike, traced
 
-from ...parts.images import check_images
+from ...parts.images import check_format, check_images, check_pool
+from ...parts.indices import Indices, in_order
 from ...parts.siamese import Merge, Pair
 from ...parts.stepsnet import Steps, block_widths, check_last, opened, widened
 from ...plan import plan
@@ -78,6 +78,7 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         **timm_kwargs: Any,
     ) -> None:
         depth = depth if steps is None else len(block_widths(steps))
+        check_pool(timm_kwargs.get("global_pool", "token"), _pools(timm_kwargs.get("class_token", True)))
         (choices,) = plan(attention, [depth], attention_options)
         (height, width), (down, right) = to_2tuple(img_size), to_2tuple(patch_size)
         if timm_kwargs.get("fix_init"):
@@ -137,6 +138,21 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         super().init_weights(mode, needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, for `num_classes` classes, or none (0), on tokens pooled in another way."""
+        if global_pool is not None:
+            check_pool(global_pool, _pools(self.has_class_token, self.attn_pool is not None))
+        super().reset_classifier(num_classes, global_pool)
+
+    def prune_intermediate_layers(
+        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the tokens after the blocks `indices` do not need; their places, in order."""
+        taken: list[int] = super().prune_intermediate_layers(
+            in_order(indices, len(self.blocks)), prune_norm, prune_head
+        )
+        return taken
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """timm's; the tables of mechanisms are resampled too."""
@@ -198,7 +214,7 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: Indices = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -209,11 +225,10 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         is_causal: bool = False,
     ) -> Any:
         """As timm's: the tokens after the blocks `indices`, as maps or sequences, and the final ones."""
-        if output_fmt not in ("NCHW", "NLC"):
-            raise LinsightError(f"output_fmt='{output_fmt}' is not one of NCHW, NLC")
-        take, last = feature_take_indices(len(self.blocks), indices)
+        check_format(output_fmt, ("NCHW", "NLC"))
+        take = in_order(indices, len(self.blocks))
         x, grid = self._embed(x, attn_mask, is_causal)
-        x, taken = self._through(self.blocks[: last + 1] if stop_early else self.blocks, x, grid, take)
+        x, taken = self._through(self.blocks[: take[-1] + 1] if stop_early else self.blocks, x, grid, take)
         prefixes, maps = [], []
         for tokens in map(self.norm, taken) if norm else taken:
             prefix, spatial = tokens[:, : grid.prefix], tokens[:, grid.prefix :]
@@ -273,6 +288,11 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
             return stream
         assert self.norm_pair is not None
         return self.norm_pair(stream)
+
+
+def _pools(class_token: bool, attentive: bool = True) -> tuple[str, ...]:
+    """timm's ways to pool tokens: of a class token where there is one, by a layer of its own where one may be made."""
+    return (*(("token",) if class_token else ()), "avg", "max", "avgmax", *(("map", "prr") if attentive else ()), "")
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
