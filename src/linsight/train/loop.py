@@ -260,21 +260,13 @@ class Trainer:
 
     def _draw(self, model: nn.Module) -> None:
         """predictions.png: images spread over the evaluation source."""
-        samples = self.feeds.val_samples
-        count = min(24, len(samples))
-        items = [samples[0, index * len(samples) // count] for index in range(count)]
-        good = [item for item in items if not isinstance(item, str)]
-        if not good:
-            return
-        images = torch.stack([image for image, _ in good])
-        guesses = probabilities(model, images, self.learner.normalise, self.dtype).argmax(-1).tolist()
-        names = dict(enumerate(self.data.classes))
-        _figures.predictions(
-            self.run.path / "predictions.png",
-            images,
-            [names.get(guess, str(guess)) for guess in guesses],
-            [names[target] for _, target in good],
-        )
+
+        def seen(images: Tensor) -> Tensor:
+            return probabilities(model, images, self.learner.normalise, self.dtype)
+
+        found = _figures.guesses(self.feeds.val_samples, self.data.classes, seen)
+        if found:
+            _figures.predictions(self.run.path / "predictions.png", found)
 
     def _save(self) -> None:
         self._flush()
