@@ -83,8 +83,6 @@ def test_a_run_draws_and_prints_classes_as_they_are(tmp_path, photos, drawn, mon
     (tmp_path / "broken\n[x].png").write_bytes(b"no picture")
     assert command(monkeypatch, "predict", out, file, tmp_path / "broken\n[x].png", "--json") == 0
     assert set(json.loads(capsys.readouterr().out)["predictions"][0]["classes"]) <= set(NAMES)
-    assert command(monkeypatch, "predict", out, tmp_path / "\x1b[31mnone\n.png") == 2
-    assert capsys.readouterr().err.startswith("linsight: no such image or folder: '" + str(tmp_path / "\\x1b[31mnone"))
 
 
 def test_results_are_written_where_they_are_asked_for(tmp_path, monkeypatch, capsys):

@@ -11,8 +11,6 @@ import typer
 
 from linsight import __version__
 from linsight.errors import LinsightError
-from linsight.runtime.console import print_anything
-from linsight.runtime.text import printable
 
 from . import bench, show, train
 
@@ -38,7 +36,6 @@ def root(
 
 def main() -> None:
     """Entry point of the `linsight` command."""
-    print_anything()
     try:
         sys.exit(app(standalone_mode=False))
     except LinsightError as error:
@@ -50,6 +47,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    lines = map(printable, f"linsight: {message}".split("\n"))  # a table of a checkpoint has several
-    print("\n".join(lines), file=sys.stderr)
+    print(f"linsight: {message}", file=sys.stderr)
     sys.exit(2)

@@ -65,9 +65,9 @@ def guesses(
     found: list[Guess] = []
     for start in range(0, len(good), 64):
         part = good[start : start + 64]
-        best = probabilities(torch.stack([image for image, _ in part])).max(-1)
+        best = probabilities(torch.stack([image for image, *_ in part])).max(-1)
         names = [classes[i] if i < len(classes) else str(i) for i in best.indices.tolist()]
-        for (image, target), name, sure in zip(part, names, best.values.tolist(), strict=True):
+        for (image, target, *_), name, sure in zip(part, names, best.values.tolist(), strict=True):
             found.append(Guess(image, name, sure, classes[target]))
     return found
 
