@@ -83,7 +83,8 @@ class Trainer:
         model = build(recipe, len(data.classes))
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
-            filled = start_from(model, recipe.init, partial=recipe.init_partial)
+            head = recipe.init_partial or not recipe.freeze  # a linear probe has a new one
+            filled = start_from(model, recipe.init, partial=recipe.init_partial, head=head)
             report.note(str(filled))
             new = left_new(model, filled)
             if new:
