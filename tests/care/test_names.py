@@ -65,7 +65,9 @@ def test_a_run_draws_and_prints_classes_as_they_are(tmp_path, photos, drawn, mon
     titles = [axes.title for axes in drawn[1].axes if axes.title.get_text()]
     assert len(titles) == 12 and not any(title.get_parse_math() or title.get_usetex() for title in titles)
     said = "\n".join(title.get_text() for title in titles)
-    assert {name for name in NAMES if f"true: {printable(name)}" in said or f"{printable(name)} " in said} == set(NAMES)
+    assert {name for name in NAMES if f"true: {printable(name)}" in said or f"{printable(name)}, " in said} == set(
+        NAMES
+    )
 
     colours = [title.get_color() for title in titles]  # errors first, of these the surest
     assert colours == sorted(colours, reverse=True) and set(colours) == {"tab:red", "black"}
@@ -91,7 +93,6 @@ def test_results_are_written_where_they_are_asked_for(tmp_path, monkeypatch, cap
     facts = {"device": row["device"], "precision": "float32"}
     monkeypatch.setattr(bench, "bench", lambda plan: [bench.Done(None, None, {}, [row], facts)])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("linsight.cli.bench._tell", lambda done: None)
     out = tmp_path / "[/red] $ :cat:"
     assert command(monkeypatch, "bench", "linear", "--out", out) == 0
     told = capsys.readouterr().out

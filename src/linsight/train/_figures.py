@@ -89,7 +89,7 @@ def predictions(path: pathlib.Path, found: Sequence[Guess]) -> None:
         axes.axis("off")
     for axes, entry in zip(grid, shown, strict=False):
         axes.imshow(entry.image.permute(1, 2, 0).numpy().squeeze(), cmap="gray" if len(entry.image) == 1 else None)
-        lines = [*folded(f"{entry.guess} {100 * entry.sure:.0f}\N{NO-BREAK SPACE}%", 18, 2)]
+        lines = [*folded(f"{entry.guess}, {100 * entry.sure:.0f}\N{NO-BREAK SPACE}%", 18, 2)]
         if entry.wrong:
             lines += folded(f"true: {entry.truth}", 18, 2)
         axes.set_title("\n".join(lines), fontsize=8, color="tab:red" if entry.wrong else "black")
