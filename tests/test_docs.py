@@ -76,7 +76,12 @@ def test_rows_of_models_tell_what_is_published():
 
 @pytest.mark.parametrize(
     ("path", "line", "code"),
-    [pytest.param(path, line, code, id=f"{path}:{line}") for path in PAGES for line, code in blocks(path)],
+    [
+        pytest.param(path, line, code, id=f"{path}:{line}")
+        for path in PAGES
+        if path != "docs/split.md"  # which takes several processes
+        for line, code in blocks(path)
+    ],
 )
 def test_examples_run(path, line, code, tmp_path, monkeypatch, request):
     """In a folder of its own, or in one with a run and photographs, where they are spoken of."""

@@ -65,9 +65,8 @@ def test_a_run_draws_and_prints_classes_as_they_are(tmp_path, photos, drawn, mon
     titles = [axes.title for axes in drawn[1].axes if axes.title.get_text()]
     assert len(titles) == 12 and not any(title.get_parse_math() or title.get_usetex() for title in titles)
     said = "\n".join(title.get_text() for title in titles)
-    assert {name for name in NAMES if f"true: {printable(name)}" in said or f"{printable(name)}, " in said} == set(
-        NAMES
-    )
+    shown = {name for name in NAMES if f"true: {printable(name)}" in said or f"{printable(name)}, " in said}
+    assert shown == set(NAMES)
 
     colours = [title.get_color() for title in titles]  # errors first, of these the surest
     assert colours == sorted(colours, reverse=True) and set(colours) == {"tab:red", "black"}
