@@ -46,9 +46,8 @@ def _kept(init: str, data: bool) -> Mapping[str, Any]:
     if kept is None:
         return kept_fields(path)
     groups = {"Model", "Augmentation", *(["Data"] if data else [])}
-    own = ("init", "init_partial", "num_classes")
-    names = [name for name, field in FIELDS.items() if field.metadata["group"] in groups and name not in own]
-    return {name: getattr(kept, name) for name in names}
+    names = [name for name, field in FIELDS.items() if field.metadata["group"] in groups]
+    return {name: getattr(kept, name) for name in names if not name.startswith(("init", "from", "num_classes"))}
 
 
 def suggest(overrides: Mapping[str, Any]) -> str:
