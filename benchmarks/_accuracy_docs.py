@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linsight.errors import LinsightError
-from linsight.runtime.figures import new_figure, require_matplotlib, save_figure
+from linsight.runtime.figures import Label, drawing, label_points, new_figure, require_matplotlib, save_figure
 from linsight.runtime.files import write_text
 
 HEADER = ("mechanism", "top-1 %", "by seed", "beside softmax", "k params", "M multiply-adds", "images/s, forward")
@@ -72,12 +72,14 @@ def _speed(row: dict[str, Any], step: str) -> str:
     return f"{float(value):.0f}" if value not in (None, "") else "-"
 
 
+@drawing()
 def picture(path: Path, rows: Sequence[dict[str, Any]], budget: str) -> None:
     """Accuracy by mechanism, each run a dot; and the mean against the speed of training."""
     require_matplotlib("drawing accuracy.png")
     found = {name: values for name, values in scores(rows).items() if values}
     figure = new_figure(10, 1.5 + 0.26 * len(found))
     left, right = figure.subplots(1, 2)
+    points = []
     for place, (name, values) in enumerate(found.items()):
         mean = statistics.fmean(values)
         colour = "tab:red" if name == BASELINE else "tab:blue"
@@ -86,7 +88,7 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], budget: str) -> None:
         speed = next(_speed(row, "training") for row in rows if row["mechanism"] == name)
         if speed not in ("-", "nan"):
             right.plot(float(speed), mean, "o", color=colour, markersize=4)
-            right.annotate(name, (float(speed), mean), fontsize=7, xytext=(3, 2), textcoords="offset points")
+            points.append(Label(float(speed), mean, name))
     left.set_yticks(range(len(found)), list(found))
     left.invert_yaxis()
     left.set(xlabel="top-1 %, each seed and the mean")
@@ -94,6 +96,8 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], budget: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.suptitle(f"CIFAR-10, {budget}", fontsize=10)
+    right.margins(0.1)
+    label_points(right, points, size=7)
     save_figure(figure, path)
 
 

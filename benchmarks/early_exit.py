@@ -22,10 +22,10 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
 
 import linsight
 from linsight.errors import LinsightError
+from linsight.runtime.console import new_console
 from linsight.runtime.device import autocast
 from linsight.train import Trained, evaluate_exits, load_trained, resolve, resume, train
 from linsight.train.evaluation import prepare
@@ -44,12 +44,12 @@ def learn(options: argparse.Namespace) -> Trained:
     """The trained model: a finished run as it is, a stopped one gone on with, or a new one."""
     if not (options.run / WEIGHTS).exists() or not (options.run / "summary.json").exists():
         if (options.run / CONFIG).exists():
-            resume(options.run, overrides={}, report=reporter(Console()))
+            resume(options.run, overrides={}, report=reporter(new_console()))
         else:
             given = {"data": str(options.data), "epochs": options.epochs, "device": options.device, "amp": options.amp}
             given |= {"train_split": f"train[:{options.subset}]", "warmup_epochs": min(2, options.epochs - 1)}
             recipe = resolve("cifar10", {**TRAINING, **given})
-            train(recipe, out=options.run, name="early-exit", report=reporter(Console()))
+            train(recipe, out=options.run, name="early-exit", report=reporter(new_console()))
     return load_trained(options.run)
 
 

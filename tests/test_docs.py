@@ -2,19 +2,30 @@
 
 import importlib.util
 import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from linsight import Grid, create_attention, create_model
 from linsight.attention import Tokens, run_rounds, unregister
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 from linsight.ops import Layout, tiles
+from linsight.train import resolve, train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+OTHERS = (
+    "transformers",
+    "diffusers",
+    "segmentation_models_pytorch",
+)  # which a snippet may need, and warn of themselves
 
 
 def generator():
@@ -67,20 +78,48 @@ def test_rows_of_models_tell_what_is_published():
     ("path", "line", "code"),
     [
         pytest.param(path, line, code, id=f"{path}:{line}")
-        for path in (
-            "README.md",
-            "docs/mechanisms.md",
-            "docs/models.md",
-            "docs/drop-in.md",
-            "docs/early-exit.md",
-            "docs/packing.md",
-            "docs/streaming.md",
-        )
+        for path in PAGES
+        if path != "docs/split.md"  # which takes several processes
         for line, code in blocks(path)
     ],
 )
-def test_examples_run(path, line, code):
+def test_examples_run(path, line, code, tmp_path, monkeypatch, request):
+    """In a folder of its own, or in one with a run and photographs, where they are spoken of."""
+    monkeypatch.chdir(request.getfixturevalue("workplace") if "runs/digits" in code else tmp_path)
+    for package in OTHERS:
+        if re.search(rf"^(from|import) {package}\b", code, re.MULTILINE):
+            pytest.importorskip(package)
+            request.applymarker(pytest.mark.filterwarnings("ignore"))
     execute(path, line, code)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a run on digits and two photographs."""
+    folder = tmp_path_factory.mktemp("work")
+    for name in ("photo.png", "other.png"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 10), dtype=np.uint8)).save(folder / name)
+    quick = {"model": "compact_pico", "attention": "linear", "model_args": "stem=((8,1),),stages=((16,1,2),)"}
+    quick |= {"epochs": 1, "warmup_epochs": 0, "figures": False, "device": "cpu", "threads": 1}
+    train(resolve("digits", quick), out=folder / "runs" / "digits")
+    return folder
+
+
+def test_scripts_of_timm_know_our_models(tmp_path, monkeypatch, capsys):
+    """The wrapper of docs/timm-scripts.md around a script that makes a model as timm's do."""
+    (_, wrapper), _ = blocks("docs/timm-scripts.md")
+    (tmp_path / "with_linsight.py").write_text(wrapper)
+    (tmp_path / "train.py").write_text(
+        "import argparse, timm\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--model')\n"
+        "if __name__ == '__main__':\n"
+        "    print(type(timm.create_model(parser.parse_args().model, depth=1)).__module__)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["with_linsight.py", "train.py", "--model", "inline_deit_tiny"])
+    runpy.run_path("with_linsight.py", run_name="__main__")
+    assert capsys.readouterr().out.startswith("linsight.models.hosts.vit")
 
 
 def test_readme_is_one_page():
@@ -88,9 +127,18 @@ def test_readme_is_one_page():
     assert len(README.splitlines()) - len(rows) <= 180
 
 
-def test_readme_links_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("path", [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_links_exist(path):
+    text = re.sub(r"^```.*?^```", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
+        assert ((ROOT / path).parent / target).exists(), target
+
+
+def test_the_index_has_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for path in PAGES[1:]:
+        assert path == "docs/index.md" or f"({path.removeprefix('docs/')})" in index, path
+    assert "(docs/index.md)" in README
 
 
 def test_readme_has_two_commands_of_one_line():

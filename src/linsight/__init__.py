@@ -5,6 +5,9 @@
 >>> layer = linsight.create_attention("inline", dim=64, num_heads=4)
 """
 
+import importlib
+from typing import Any
+
 from .attention import create_attention, list_attentions
 from .checkpoints import export_published, load_pretrained, load_published
 from .errors import LinsightError
@@ -28,5 +31,13 @@ __all__ = [
     "fuse",
     "list_attentions",
     "load_published",
+    "load_run",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_run`, imported when it is asked for: all that training needs comes with it."""
+    if name == "load_run":
+        return importlib.import_module(".train", __name__).load_run
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -93,7 +93,7 @@ class Recipe:
     lr: float = _field(_OPTIMISE, 1e-3, "peak learning rate")
     lr_base_batch: int = _field(_OPTIMISE, 0, "rates are for this batch and scale with it; 0: used as they are")
     new_lr_scale: float = _field(_OPTIMISE, 1.0, "times the learning rate, for what init did not fill")
-    freeze: bool = _field(_OPTIMISE, False, "train only what init did not fill")
+    freeze: bool = _field(_OPTIMISE, False, "train a new head alone; with init_partial, what init did not fill")
     weight_decay: float = _field(_OPTIMISE, 0.05, "not applied to vectors and what the model exempts")
     clip_grad: float = _field(_OPTIMISE, 0.0, "largest norm of the gradient, 0 is off")
     sched: str = _field(

@@ -203,7 +203,7 @@ def test_new_weights_need_old_ones(tmp_path, published):
     for overrides, message in (
         ({"freeze": True}, "give it weights, init="),
         ({"new_lr_scale": 20}, "give it weights, init="),
-        ({"freeze": True, "init": str(tmp_path / "same.safetensors")}, "leaves none to train"),
+        ({"freeze": True, "init": str(tmp_path / "same.safetensors"), "init_partial": True}, "trains a new head where"),
     ):
         save_file(small(10).state_dict(), tmp_path / "same.safetensors")
         with pytest.raises(LinsightError, match=message):

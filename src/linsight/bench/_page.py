@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from linsight.runtime.files import write_text
+from linsight.runtime.text import printable
 
 from .plot import svg
 from .rows import Row, table
@@ -48,21 +49,26 @@ def write_page(path: Path, rows: Sequence[Row], facts: Mapping[str, Any], comman
     write_text(path, page(rows, facts, command))
 
 
+def _shown(text: str) -> str:
+    """`text` as it is, in HTML."""
+    return html.escape(printable(text))
+
+
 def page(rows: Sequence[Row], facts: Mapping[str, Any], command: str) -> str:
     """The HTML text."""
     head, body = table(rows)
     known = "; ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, ""))
-    lines = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in body]
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _NOTES)
+    lines = [f"<tr>{''.join(f'<td>{_shown(cell)}</td>' for cell in line)}</tr>" for line in body]
+    notes = "".join(f"<li>{_shown(note)}</li>" for note in _NOTES)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>linsight bench</title><style>{_STYLE}</style></head>
 <body>
 <h1>linsight bench</h1>
-<p><code>{html.escape(command)}</code></p>
-<p>{html.escape(known)}</p>
+<p><code>{_shown(command)}</code></p>
+<p>{_shown(known)}</p>
 <figure>{svg(rows)}</figure>
-<table><thead><tr>{"".join(f"<th>{html.escape(cell)}</th>" for cell in head)}</tr></thead>
+<table><thead><tr>{"".join(f"<th>{_shown(cell)}</th>" for cell in head)}</tr></thead>
 <tbody>
 {chr(10).join(lines)}
 </tbody></table>

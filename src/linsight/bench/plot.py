@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from linsight.runtime.figures import new_figure, save_figure
+from linsight.runtime.figures import Label, drawing, label_lines, new_figure, save_figure
+from linsight.runtime.text import printable
 
-from ._curves import at, crossings
+from ._curves import Curve, at, crossings
 from .rows import Row
 from .steps import STEPS
 
 
 def write_plot(path: Path, rows: Sequence[Row], title: str = "") -> None:
     """A picture of the kind that the suffix of `path` says."""
-    save_figure(draw(rows, title), path)
+    with drawing():
+        save_figure(draw(rows, title), path)
 
 
 def svg(rows: Sequence[Row], title: str = "") -> str:
@@ -24,21 +26,22 @@ def svg(rows: Sequence[Row], title: str = "") -> str:
     from matplotlib import rc_context
 
     text = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "linsight"}):
+    with drawing(), rc_context({"svg.fonttype": "none", "svg.hashsalt": "linsight"}):
         draw(rows, title).savefig(text, format="svg")
     element = text.getvalue().partition("<svg")[2]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     return "<svg" + re.sub(r' xmlns(:\w+)?="[^"]*"', "", element)
 
 
+@drawing()
 def draw(rows: Sequence[Row], title: str = "") -> Any:
     """A figure with a picture for each step that was measured."""
     steps = [step for step in STEPS if any(row.get(f"{step}_step_time") for row in rows)]
-    figure = new_figure(6.4 * max(len(steps), 1), 5)
+    figure = new_figure(7.4 * max(len(steps), 1), 5)
     for axes, step in zip(figure.subplots(1, len(steps), squeeze=False)[0] if steps else (), steps, strict=True):
         _draw_step(axes, [row for row in rows if row.get(f"{step}_step_time")], step)
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(printable(title), fontsize=9)
     return figure
 
 
@@ -47,6 +50,7 @@ def _draw_step(axes: Any, rows: Sequence[Row], step: str) -> None:
 
     beside = {row["beside"] for row in rows}
     labels: dict[float, str] = {}
+    ends: list[Label] = []
     for place, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
         own = sorted((row for row in rows if row["model"] == name), key=_size)
         batch = [float(row[f"{step}_batch_size"]) for row in own]
@@ -57,20 +61,13 @@ def _draw_step(axes: Any, rows: Sequence[Row], step: str) -> None:
         style = {"color": f"C{place % 10}", "linestyle": ("-", ":")[place // 10 % 2]}
         if name in beside:
             style = {"color": "black", "linestyle": "--"}
-        axes.plot(times.keys(), times.values(), marker=".", label=name, **style)
+        axes.plot(times.keys(), times.values(), marker=".", **style)
         axes.fill_between(list(times), list(low.values()), list(high.values()), color=style["color"], alpha=0.12, lw=0)
         ratio = {_size(row): float(row[f"{step}_ratio"]) for row in own if row.get(f"{step}_ratio")}
         for size, _ in crossings(ratio):
-            found = at(times, size)
-            if found:
+            if found := at(times, size):
                 axes.plot(size, found.value, "X", color=style["color"], markersize=8)
-                axes.annotate(
-                    _crossing(own[0], size),
-                    (size, found.value),
-                    xytext=(4, -11),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
+        ends.append(Label(*list(times.items())[-1], ": ".join([name, *_passing(own[0], ratio)]), style["color"]))
         labels |= {_size(row): _label(row, step) for row in own}
     axes.set(xscale="log", yscale="log", title=STEPS[step], ylabel="ms an image")
     axes.set_xticks(list(labels), labels.values())
@@ -80,7 +77,7 @@ def _draw_step(axes: Any, rows: Sequence[Row], step: str) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"{'tokens' if rows[0]['kind'] == 'operator' else 'image, pixels'} (X: a time ratio of 1)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    label_lines(axes, ends)
 
 
 def _size(row: Row) -> float:
@@ -99,5 +96,13 @@ def _label(row: Row, step: str) -> str:
     return size
 
 
-def _crossing(row: Row, size: float) -> str:
+def _passing(row: Row, ratio: Curve) -> list[str]:
+    """Where the thing of `row` is quicker than what stands beside it, if something does."""
+    places = [f"{'from' if quicker else 'up to'} {_place(row, size)}" for size, quicker in crossings(ratio)]
+    if ratio and not places:
+        places = ["at every size" if max(ratio.values()) < 1 else "at no size"]
+    return ["quicker " + ", ".join(places)] if places else []
+
+
+def _place(row: Row, size: float) -> str:
     return f"{size:,.0f} tokens" if row["kind"] == "operator" else f"{math.sqrt(size):,.0f} pixels a side"

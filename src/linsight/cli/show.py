@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from linsight.runtime.console import new_console
 from linsight.runtime.files import to_json
+from linsight.runtime.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,16 +185,13 @@ def make_table(title: str, columns: list[str], rows: list[list[str]], *, header:
     for i, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=header and i == 0)  # names stay whole
     for row in rows:
-        # Text: square brackets are no markup; a name of a file may have bytes that are no text
-        table.add_row(*(Text(cell.encode("utf-8", "backslashreplace").decode()) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))  # Text: square brackets are no markup
     return table
 
 
 def terminal() -> "Console":
     """The console: a terminal has its own width; a pipe gets one line a row, for grep."""
-    from rich.console import Console
-
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, no_color=True, width=240)
+    return new_console() if sys.stdout.isatty() else new_console(no_color=True, width=240)
 
 
 def print_json(found: Any) -> None:

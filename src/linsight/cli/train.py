@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from linsight.errors import UnknownNameError
 from linsight.recipe import FIELDS, HINTS, Recipe
+from linsight.runtime.console import new_console
 from linsight.runtime.files import to_json
+from linsight.runtime.text import printable
 from linsight.train.recipes import RECIPES
 
 from .show import make_table, terminal
@@ -49,7 +50,7 @@ def _train(**options: Any) -> None:
 
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
     overrides = {key: value for key, value in options.items() if value is not None}
-    console = Console()
+    console = new_console()
     try:
         if folder is not None:
             for option, value in (("--recipe", name), ("--out", out)):
@@ -311,7 +312,7 @@ def _predict_stream(
         raise typer.BadParameter("--resume needs --scratch, the folder of the stopped run")
     if out is not None and len(images) > 1:
         raise typer.BadParameter(f"--out is for one image, and {len(images)} are given: give one at a time")
-    tiling, notes = Tiling(**given, progress=tile_reporter(Console(stderr=True))), list[str]()
+    tiling, notes = Tiling(**given, progress=tile_reporter(new_console(stderr=True))), list[str]()
     try:
         if out is None:
             done = predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image, note=notes.append)
@@ -361,11 +362,11 @@ def _print_facts(rows: list[list[str]]) -> None:
 
 def _tell(notes: list[str]) -> None:
     for line in notes:
-        typer.echo(f"linsight: {line}", err=True)
+        typer.echo(f"linsight: {printable(line)}", err=True)
 
 
 def _tell_bad(bad: list[str]) -> None:
     for line in bad[:10]:
-        typer.echo(f"linsight: skipped {line}", err=True)
+        typer.echo(f"linsight: skipped {printable(line)}", err=True)
     if len(bad) > 10:
         typer.echo(f"linsight: skipped {len(bad) - 10} more", err=True)

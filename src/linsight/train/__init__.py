@@ -12,6 +12,7 @@ from .chosen import resolve, suggest
 from .datasets import Data, open_data
 from .evaluation import evaluate
 from .exits import evaluate_exits
+from .loaded import LoadedRun, load_run
 from .loop import resume, train
 from .model import Trained, load_trained
 from .recipes import RECIPES
@@ -21,12 +22,14 @@ __all__ = [
     "RECIPES",
     "Data",
     "Interrupted",
+    "LoadedRun",
     "Prediction",
     "Recipe",
     "Tiling",
     "Trained",
     "evaluate",
     "evaluate_exits",
+    "load_run",
     "load_trained",
     "open_data",
     "predict",

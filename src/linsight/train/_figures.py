@@ -1,14 +1,21 @@
 """The pictures of a run, drawn without a display."""
 
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from linsight.runtime.figures import new_figure, save_figure
+from linsight.runtime.figures import Label, drawing, label_points, new_figure, save_figure
+from linsight.runtime.text import folded, printable
+
+_COLUMNS, _ROWS = 8, 3
+_LOOKED_AT = 240  # images among which errors are looked for
 
 
+@drawing()
 def curves(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     """Loss and accuracy by epoch."""
     figure = new_figure(8, 3.2)
@@ -17,7 +24,8 @@ def curves(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     for key, label in (("train_loss", "training"), ("val_loss", "evaluation")):
         left.plot(epochs, [row[key] for row in rows], marker=".", label=label)
     for key, label in (("top1", "top-1"), ("top5", "top-5")):
-        right.plot(epochs, [row[key] for row in rows], marker=".", label=label)
+        if key == "top1" or any((row.get(key) or 100) < 100 for row in rows):  # of five classes the five are all
+            right.plot(epochs, [row[key] for row in rows], marker=".", label=label)
     left.set(xlabel="epoch", ylabel="loss")
     right.set(xlabel="epoch", ylabel="%")
     for axes in (left, right):
@@ -27,24 +35,70 @@ def curves(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     save_figure(figure, path)
 
 
-def predictions(path: pathlib.Path, images: Any, guesses: Sequence[str], truths: Sequence[str]) -> None:
-    """A grid of uint8 images `(B, C, H, W)` with the predicted class, and the true one where that is wrong."""
-    columns = 8
-    rows = -(-len(images) // columns)
-    figure = new_figure(1.4 * columns, 1.75 * rows)
-    grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+class Guess(NamedTuple):
+    """An image of uint8 `(C, H, W)`, the class that a model gives it with that one's probability, and the true one."""
+
+    image: Tensor
+    guess: str
+    sure: float
+    truth: str
+
+    @property
+    def wrong(self) -> bool:
+        """True where the guess is another class."""
+        return self.guess != self.truth
+
+
+def guesses(
+    samples: Dataset[Any],
+    classes: Sequence[str],
+    probabilities: Callable[[Tensor], Tensor],
+) -> list[Guess]:
+    """The guesses of a model on images spread over `samples`, which may have others than classes to name.
+
+    probabilities: of uint8 images `(B, C, H, W)`, `(B, classes)`.
+    """
+    total = len(samples)  # type: ignore[arg-type]
+    count = min(_LOOKED_AT, total)
+    items = [samples[0, index * total // count] for index in range(count)]
+    good = [item for item in items if not isinstance(item, str)]
+    found: list[Guess] = []
+    for start in range(0, len(good), 64):
+        part = good[start : start + 64]
+        best = probabilities(torch.stack([image for image, *_ in part])).max(-1)
+        names = [classes[i] if i < len(classes) else str(i) for i in best.indices.tolist()]
+        for (image, target, *_), name, sure in zip(part, names, best.values.tolist(), strict=True):
+            found.append(Guess(image, name, sure, classes[target]))
+    return found
+
+
+@drawing()
+def predictions(path: pathlib.Path, found: Sequence[Guess]) -> None:
+    """A grid of images with the guessed class and how sure it is: wrong ones first, of these the surest."""
+    wrong = sorted((entry for entry in found if entry.wrong), key=lambda entry: -entry.sure)
+    right = [entry for entry in found if not entry.wrong]
+    room = _COLUMNS * _ROWS
+    shown = wrong[: room - min(len(right), _COLUMNS)]  # a row of right ones at least, where there are any
+    spread = min(room - len(shown), len(right))
+    shown += [right[index * len(right) // spread] for index in range(spread)]
+    columns = min(_COLUMNS, max(len(shown), 4))
+    rows = -(-len(shown) // columns)
+    figure = new_figure(1.6 * columns, 0.4 + 2.15 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
-    for axes, image, guess, truth in zip(grid, images, guesses, truths, strict=False):
-        axes.imshow(image.permute(1, 2, 0).numpy().squeeze(), cmap="gray" if len(image) == 1 else None)
-        wrong = guess != truth
-        axes.set_title(
-            f"{guess}\nnot {truth}" if wrong else guess, fontsize=9, color="tab:red" if wrong else "black", wrap=True
-        )
-    figure.suptitle("what the model says of images it was not trained on (red: wrong)", fontsize=10)
+    for axes, entry in zip(grid, shown, strict=False):
+        axes.imshow(entry.image.permute(1, 2, 0).numpy().squeeze(), cmap="gray" if len(entry.image) == 1 else None)
+        lines = [*folded(f"{entry.guess}, {100 * entry.sure:.0f}\N{NO-BREAK SPACE}%", 18, 2)]
+        if entry.wrong:
+            lines += folded(f"true: {entry.truth}", 18, 2)
+        axes.set_title("\n".join(lines), fontsize=8, color="tab:red" if entry.wrong else "black")
+    said = f"wrong (red, the surest first): {len(wrong)} of {len(found)} images that it was not trained on"
+    figure.suptitle(said, fontsize=10)
     save_figure(figure, path)
 
 
+@drawing()
 def exits(path: pathlib.Path, found: dict[str, Any]) -> None:
     """Accuracy against mean multiply-adds, as `evaluate_exits` found them: of all settings, and of each exit alone."""
     figure = new_figure(6, 4)
@@ -57,13 +111,13 @@ def exits(path: pathlib.Path, found: dict[str, Any]) -> None:
     rows = sorted(found["settings"], key=lambda row: row["gmacs"])
     axes.plot(*points(rows), marker=".", label="leaving when sure")
     axes.plot(*points(found["exits"]), "s", label="all at one exit")
-    for row, x, y in zip(found["exits"], *points(found["exits"]), strict=True):
-        axes.annotate(row["setting"], (x, y), xytext=(0, 7), textcoords="offset points", ha="center")
     if found["chosen"]:
         axes.axvline(scale * found["budget"], color="grey", linestyle=":", label="budget")
         axes.plot(*points([found["chosen"]]), "*", markersize=14, label="chosen")
     axes.margins(0.08, 0.12)
-    axes.set(xlabel=f"mean multiply-adds of an image, {unit}", ylabel="top-1, %", title=found["model"])
+    axes.set(xlabel=f"mean multiply-adds of an image, {unit}", ylabel="top-1, %", title=printable(found["model"]))
     axes.grid(alpha=0.3)
     axes.legend()
+    places = zip(found["exits"], *points(found["exits"]), strict=True)
+    label_points(axes, [Label(x, y, row["setting"]) for row, x, y in places], size=9)
     save_figure(figure, path)

@@ -1,23 +1,27 @@
 """A recipe by name with some fields changed, and the one for a run that names none."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
-from linsight.recipe import DATA_FIELDS, Recipe, averaged, check, parse
+from linsight.recipe import DATA_FIELDS, FIELDS, Recipe, averaged, check, parse
 
 from .datasets import open_data
 from .images import decode
-from .recipes import RECIPES
+from .model import WEIGHTS, kept_fields
+from .recipes import FINETUNE, RECIPES
+from .run import kept_recipe
 
 
 def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe `name` with some fields changed; values may be text, as on the command line.
 
     Changing `model` drops the recipe's `model_args`, and changing `attention` its `attention_options`,
-    which belong to what they replace.
+    which belong to what they replace. The recipe `finetune` keeps the model and the images of the run that `init`
+    is of; of its data, too, where there is no other.
 
     Raises:
         UnknownNameError: no such recipe, field or choice; the nearest is offered.
@@ -26,11 +30,26 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
     if name not in RECIPES:
         raise UnknownNameError("recipe", name, RECIPES)
     given = {field: parse(field, value) for field, value in (overrides or {}).items()}
+    base = RECIPES[name].recipe
+    if name == FINETUNE and given.get("init"):
+        base = dataclasses.replace(base, **_kept(given["init"], "data" not in given))
     for head, dependent in (("model", "model_args"), ("attention", "attention_options")):
-        if head in given and given[head] != getattr(RECIPES[name].recipe, head):
+        if head in given and given[head] != getattr(base, head):
             given.setdefault(dependent, {})
-    given = {**averaged(RECIPES[name].recipe, given.get("in_chans", RECIPES[name].recipe.in_chans)), **given}
-    return check(dataclasses.replace(RECIPES[name].recipe, **given))
+    given = {**averaged(base, given.get("in_chans", base.in_chans)), **given}
+    return check(dataclasses.replace(base, **given))
+
+
+def _kept(init: str, data: bool) -> Mapping[str, Any]:
+    """Fields of the run that weights are of, as far as they tell: of its model and images, and, if asked, its data."""
+    path = pathlib.Path(init)
+    folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
+    kept = kept_recipe(folder) if folder else None
+    if kept is None:
+        return kept_fields(path)
+    groups = {"Model", "Augmentation", *(["Data"] if data else [])}
+    names = [name for name, field in FIELDS.items() if field.metadata["group"] in groups]
+    return {name: getattr(kept, name) for name in names if not name.startswith(("init", "from", "num_classes"))}
 
 
 def told_channels(name: str, recipe: Recipe) -> str:
@@ -44,11 +63,14 @@ def told_channels(name: str, recipe: Recipe) -> str:
 
 
 def suggest(overrides: Mapping[str, Any]) -> str:
-    """The recipe for a run that names none: one for images of the size of its model, or else of its data.
+    """The recipe for a run that names none: `finetune` where it starts from weights, else one for images of the size of
+    its model, or else of its data.
 
     Raises:
         LinsightError: the model or the data cannot be used.
     """
+    if overrides.get("init") is not None:
+        return FINETUNE
     if overrides.get("data", "digits") == "digits":
         return "digits"
     if "model" in overrides:

@@ -25,6 +25,11 @@ def ema_decay(recipe: Recipe) -> float:
     return recipe.ema ** (recipe.batch_size / recipe.ema_base_batch if recipe.ema_base_batch else 1)
 
 
+def _is_frozen_norm(module: nn.Module) -> bool:
+    norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return norm and not any(parameter.requires_grad for parameter in module.parameters())
+
+
 class Learner:
     """A model in training. All of its state but the number of updates done is in `state`.
 
@@ -54,9 +59,11 @@ class Learner:
         self.new = sorted(new or ())
         if recipe.freeze:
             if not self.new:
-                raise LinsightError("init fills every parameter: freeze leaves none to train")
+                raise LinsightError("init fills every parameter: freeze trains a new head where init_partial is off")
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in self.new)
+        # statistics of batch norms whose weights do not change are kept, too
+        self.still = [module for module in model.modules() if recipe.freeze and _is_frozen_norm(module)]
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if recipe.channels_last:
@@ -155,6 +162,8 @@ class Learner:
             return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
         self._run.train()
+        for norm in self.still:
+            norm.eval()
         with autocast(self.device, self.dtype):
             outputs = self._run(images)
         own = getattr(self.model, "training_loss", None)

@@ -83,7 +83,9 @@ class Trainer:
         model = build(recipe, len(data.classes))
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
-            filled = start_from(model, recipe.init, partial=recipe.init_partial, from_size=recipe.from_size)
+            head = recipe.init_partial or not recipe.freeze  # a linear probe has a new one
+            size = recipe.from_size
+            filled = start_from(model, recipe.init, partial=recipe.init_partial, head=head, from_size=size)
             report.note(str(filled))
             new = left_new(model, filled)
             if new:
@@ -266,21 +268,13 @@ class Trainer:
 
     def _draw(self, model: nn.Module) -> None:
         """predictions.png: images spread over the evaluation source."""
-        samples = self.feeds.val_samples
-        count = min(24, len(samples))
-        items = [samples[0, index * len(samples) // count] for index in range(count)]
-        good = [item for item in items if not isinstance(item, str)]
-        if not good:
-            return
-        images = torch.stack([image for image, *_ in good])
-        guesses = probabilities(model, images, self.learner.normalise, self.dtype).argmax(-1).tolist()
-        names = dict(enumerate(self.data.classes))
-        _figures.predictions(
-            self.run.path / "predictions.png",
-            images,
-            [names.get(guess, str(guess)) for guess in guesses],
-            [names[target] for _, target, _ in good],
-        )
+
+        def seen(images: Tensor) -> Tensor:
+            return probabilities(model, images, self.learner.normalise, self.dtype)
+
+        found = _figures.guesses(self.feeds.val_samples, self.data.classes, seen)
+        if found:
+            _figures.predictions(self.run.path / "predictions.png", found)
 
     def _save(self) -> None:
         self._flush()

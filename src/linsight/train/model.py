@@ -67,10 +67,13 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
 
 
-def start_from(model: nn.Module, source: str, *, partial: bool = False, from_size: tuple[int, ...] = ()) -> LoadReport:
+def start_from(
+    model: nn.Module, source: str, *, partial: bool = False, head: bool = True, from_size: tuple[int, ...] = ()
+) -> LoadReport:
     """Fill a model from other weights; a classifier of another number of classes stays as it is.
 
     partial: so does all else that the weights lack, or have in another shape.
+    head: False leaves any classifier as it is.
     from_size: side, or height and width, of the images they were made for, where the file does not tell.
 
     Raises:
@@ -79,7 +82,7 @@ def start_from(model: nn.Module, source: str, *, partial: bool = False, from_siz
     path = pathlib.Path(source)
     source = str(path / WEIGHTS) if path.is_dir() else source
     size: Any = (from_size * 2)[:2] or None
-    report = load_published(model, source, strict=False, from_size=size)
+    report = load_published(model, source, strict=False, head=head, from_size=size)
     if report.mismatched and not partial:
         return load_published(model, source, head=False, from_size=size)
     return report
@@ -144,6 +147,17 @@ def load_trained(source: str | pathlib.Path) -> Trained:
     model = build(recipe, len(classes))
     load_state(model, state, str(path))
     return Trained(model.eval(), recipe, classes, path)
+
+
+def kept_fields(path: pathlib.Path) -> dict[str, Any]:
+    """The fields of a recipe that `save` wrote into a file; none where it is no such file."""
+    path = path / WEIGHTS if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = json.loads((file.metadata() or {})["linsight"])["recipe"]
+        return {name: parse(name, value) for name, value in kept.items() if name != "num_classes"}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):  # what is wrong, loading tells
+        return {}
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -36,7 +36,7 @@ class Lines(Silent):
 
     def note(self, text: str) -> None:
         """See `Silent`."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """See `Silent`."""
@@ -134,7 +134,7 @@ class TileLines(Tiles):
         if left and now - self.said >= self.every:
             self.said = now
             line = f"{self.name}: {100 * done // total} % of {total} tiles, {left}"
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class TileBar(Tiles):

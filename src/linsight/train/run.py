@@ -127,3 +127,12 @@ class Run:
             lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
             self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= epoch]
         return state
+
+
+def kept_recipe(folder: pathlib.Path) -> Recipe | None:
+    """The recipe of the run in `folder`, None where no run of ours is there."""
+    try:
+        kept = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["recipe"]
+        return Recipe(**{name: parse(name, value) for name, value in kept.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another program, perhaps
+        return None

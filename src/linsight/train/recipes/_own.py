@@ -1,10 +1,12 @@
-"""Our own recipes: two that train in minutes on a CPU, and one for photographs."""
+"""Our own recipes: two that train in minutes on a CPU, one for photographs, and one that starts from weights."""
 
 import dataclasses
 
 from linsight.recipe import Recipe
 
 from ._base import IMAGENET, Shipped
+
+FINETUNE = "finetune"  # the recipe of a run that starts from weights and names none
 
 _DIGITS = Recipe(
     model="inline_compact_pico",
@@ -50,6 +52,27 @@ _CIFAR10 = Recipe(
     cache=True,
 )
 
+_PHOTOS = dataclasses.replace(IMAGENET, data="photos", epochs=100, warmup_epochs=5, batch_size=128)
+
+# Milder images than from scratch, and small rates: 1e-4 at the head, 3 % of that at the first of 12 blocks.
+_FINETUNE = dataclasses.replace(
+    _PHOTOS,
+    scale=(0.25, 1.0),
+    auto_augment="rand-m7-mstd0.5-inc1",
+    re_prob=0.1,
+    mixup=0.0,
+    cutmix=0.0,
+    opt_args={"layer_decay": 0.75},
+    lr=1e-4,
+    lr_base_batch=0,
+    new_lr_scale=10.0,
+    epochs=20,
+    warmup_epochs=1,
+    warmup_lr=1e-6,
+    min_lr=1e-6,
+    batch_size=64,
+)
+
 OWN = {
     "digits": Shipped(
         "InLine on scikit-learn's 8x8 handwritten digits: 99 % top-1, 40 seconds on 2 CPU cores. linsight train",
@@ -63,6 +86,11 @@ OWN = {
     "photos": Shipped(
         "InLine-DeiT-T from scratch on photographs of one's own, on one device. "
         "linsight train --recipe photos --data FOLDER",
-        dataclasses.replace(IMAGENET, data="photos", epochs=100, warmup_epochs=5, batch_size=128),
+        _PHOTOS,
+    ),
+    FINETUNE: Shipped(
+        "fine-tuning of what --init names, at small rates that decay with depth; of a run, its model and images are "
+        "kept. linsight train --recipe finetune --init WEIGHTS --data FOLDER",
+        _FINETUNE,
     ),
 }
