@@ -5,14 +5,22 @@
 >>> layer = linsight.create_attention("inline", dim=64, num_heads=4)
 """
 
-from .attention import create_attention, list_attentions
-from .checkpoints import export_published, load_published
-from .fuse import fuse
-from .models import create_model, load_pretrained_with
-from .ops import Grid, Layout
-from .streaming import stream
+from typing import TYPE_CHECKING, Any
 
-load_pretrained_with(load_published)
+from .runtime.launch import is_command
+
+if TYPE_CHECKING or not is_command():  # a command imports what it needs when it runs: its help needs none of this
+    from .api import (
+        Grid,
+        Layout,
+        create_attention,
+        create_model,
+        export_published,
+        fuse,
+        list_attentions,
+        load_published,
+        stream,
+    )
 
 __version__ = "0.1.0"
 
@@ -28,3 +36,12 @@ __all__ = [
     "load_published",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__` in a process of the command, which did not import it at once."""
+    if name in __all__:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'linsight' has no attribute '{name}'")

@@ -8,8 +8,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from timm.optim import list_optimizers
-
 from linsight.errors import LinsightError, UnknownNameError
 
 
@@ -211,6 +209,8 @@ def check(recipe: Recipe) -> Recipe:
             if isinstance(number, int | float) and name not in ("seed",) and not low <= number <= high:
                 limit = f"between 0 and {high:g}" if name in _SHARES else "positive" if low else "0 or more"
                 raise LinsightError(f"{name}={number} is out of range: it must be {limit}")
+    from timm.optim import list_optimizers  # not for the sake of a command's help
+
     if recipe.opt not in list_optimizers():
         raise UnknownNameError("optimiser (opt)", recipe.opt, list_optimizers())
     for name, lengths in (

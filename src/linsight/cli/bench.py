@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linsight.errors import LinsightError, UnknownNameError
-from linsight.runtime.signals import terminable
+from linsight.runtime.signals import Interrupted, exit_code
 
 from .show import Json, make_table, print_json, terminal
 
@@ -109,18 +109,16 @@ def bench(
     plan = room.check_plan(plan)
     files = _Files.open(out, csv, html, plot)
     code, done = 0, None
-    with terminable():
-        try:
-            for done in room.bench(plan):
-                _tell(done)
-                files.keep(done)
-        except KeyboardInterrupt:
-            code = 130
+    try:
+        for done in room.bench(plan):
+            _tell(done)
+            files.keep(done)
+    except KeyboardInterrupt as stopped:
+        code = exit_code(stopped)
     if done:
         _finish(done, files, as_json)
     if code:
-        typer.echo("linsight: stopped; what was measured is kept", err=True)
-        raise typer.Exit(code)
+        raise Interrupted("stopped; what was measured is kept" if done else "stopped; nothing was measured", code)
 
 
 @dataclasses.dataclass

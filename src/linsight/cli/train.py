@@ -12,16 +12,17 @@ import typer
 from rich.console import Console
 
 from linsight.errors import UnknownNameError
-from linsight.recipe import FIELDS, HINTS, Recipe
-from linsight.train.recipes import RECIPES
+from linsight.recipe import FIELDS, HINTS, Recipe, parse
+from linsight.runtime.launch import refuse_copies
+from linsight.train.progress import reporter, tile_reporter
+from linsight.train.recipes import OWN
 
 from .show import make_table, terminal
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
-_OWN = [name for name, shipped in RECIPES.items() if not shipped.published]
 _ABOUT = "\n\n".join(
     [
-        *(f"{name}: {RECIPES[name].about}" for name in _OWN),
+        *(f"{name}: {shipped.about}" for name, shipped in OWN.items()),
         "Every published model of 'linsight list' has the recipe of its paper, for ImageNet-1K, by its own name; "
         "'linsight info MODEL' says what to expect.",
     ]
@@ -43,34 +44,32 @@ def register(app: typer.Typer) -> None:
 
 
 def _train(**options: Any) -> None:
-    from linsight.train import Interrupted, resolve, resume, suggest, train
-    from linsight.train.progress import reporter
-
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
-    overrides = {key: value for key, value in options.items() if value is not None}
-    console = Console()
+    for option, value in (("--recipe", name), ("--out", out)):
+        if folder is not None and value is not None:
+            raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
+    overrides = {key: parse(key, value) for key, value in options.items() if value is not None}
+    report = reporter(Console())
+    report.busy("starting")
     try:
+        import linsight.api  # noqa: F401
+        from linsight.train import resolve, resume, suggest, train
+
         if folder is not None:
-            for option, value in (("--recipe", name), ("--out", out)):
-                if value is not None:
-                    raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
-            summary = resume(folder, overrides=overrides, report=reporter(console))
+            summary = resume(folder, overrides=overrides, report=report)
         else:
-            report = reporter(console)
+            refuse_copies()
             if name is None:
                 name = suggest(overrides)
-                report.note(f"recipe {name}: {RECIPES[name].about.partition('. ')[0]}")
+                report.note(f"recipe {name}: {OWN[name].about.partition('. ')[0]}")
             summary = train(resolve(name, overrides), out=out, name=name, report=report)
-    except Interrupted as stopped:
-        typer.echo(f"linsight: {stopped}", err=True)
-        raise typer.Exit(stopped.code) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    finally:
+        report.end()
     when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {summary['last_top1']:.2f} %"
     _print_facts(
         [
             ["top-1", f"{summary['top1']:.2f} % ({when})"],
-            ["top-5", f"{summary['top5']:.2f} %"],
+            *([["top-5", f"{summary['top5']:.2f} %"]] if summary["classes"] > 5 else []),
             ["time", f"{summary['seconds']:.1f} s"],
             ["folder", summary["folder"]],
         ]
@@ -80,7 +79,7 @@ def _train(**options: Any) -> None:
 def _signature() -> inspect.Signature:
     """One option for each field of `Recipe`, beside those of the run itself."""
     own: list[tuple[str, Any, Any]] = [
-        ("recipe", str | None, typer.Option(help=f"{', '.join(_OWN)}, or a published model", rich_help_panel="Run")),
+        ("recipe", str | None, typer.Option(help=f"{', '.join(OWN)}, or a published model", rich_help_panel="Run")),
         (
             "out",
             str | None,
@@ -169,7 +168,7 @@ def evaluate(
     _print_facts(
         [
             ["top-1", f"{result['top1']:.2f} %"],
-            ["top-5", f"{result['top5']:.2f} %"],
+            *([["top-5", f"{result['top5']:.2f} %"]] if result["classes"] > 5 else []),
             ["loss", f"{result['loss']:.4f}"],
             ["images", f"{result['images']} of {result['data']}{skipped}"],
             ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
@@ -269,8 +268,7 @@ def _predict_stream(
     on_bad_image: str,
     as_json: bool,
 ) -> None:
-    from linsight.train import Interrupted, Tiling, predict_stream, save_stream
-    from linsight.train.progress import tile_reporter
+    from linsight.train import Tiling, predict_stream, save_stream
 
     output = output or "classes"
     if output not in _OUTPUTS:
@@ -282,14 +280,10 @@ def _predict_stream(
     if out is not None and len(images) > 1:
         raise typer.BadParameter(f"--out is for one image, and {len(images)} are given: give one at a time")
     tiling = Tiling(**given, progress=tile_reporter(Console(stderr=True)))
-    try:
-        if out is None:
-            _tell_classes(*predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image), as_json)
-            return
-        shape = save_stream(trained, images[0], out, tiling, output=output)  # type: ignore[arg-type]
-    except Interrupted as stopped:
-        typer.echo(f"linsight: {stopped}", err=True)
-        raise typer.Exit(stopped.code) from None
+    if out is None:
+        _tell_classes(*predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image), as_json)
+        return
+    shape = save_stream(trained, images[0], out, tiling, output=output)  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps({"file": images[0], "output": output, "out": out, "shape": shape}))
     else:
@@ -310,6 +304,7 @@ def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
 
 
 def _trained(source: str, checkpoint: str | None) -> Any:
+    import linsight.api  # noqa: F401
     from linsight.train import load_trained
     from linsight.train.model import load_named
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from linsight.errors import MissingExtraError
 
-from .files import replacing
+from .files import replacing, writing
 
 
 def require_matplotlib(purpose: str) -> None:
@@ -32,5 +32,5 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:
     """Write a picture of the kind that the suffix of `path` says, in one move."""
-    with replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)

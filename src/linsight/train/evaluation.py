@@ -49,6 +49,7 @@ def evaluate(
     seconds = time.perf_counter() - started
     return {
         "data": recipe.data,
+        "classes": len(trained.classes),
         "images": scores.images,
         "top1": scores.top1,
         "top5": scores.top5,

@@ -1,6 +1,5 @@
 """From sources to batches: decoding, augmentation, what happens to a bad image, and normalising on the device."""
 
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torchvision import transforms
 
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
+from linsight.runtime.signals import outlive
 
 from ._sources import Arrays, Source
 from .random import Batches, seed_sample
@@ -143,7 +143,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **timm_args: Any) -> Image
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still wants the batch
+    outlive()  # Ctrl-C and `timeout` reach the whole group
 
 
 def loader(samples: Samples, batches: Batches, *, workers: int, pin: bool) -> Iterable[Batch]:

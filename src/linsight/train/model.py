@@ -15,7 +15,7 @@ from linsight.checkpoints import LoadReport, load_published
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_model
 from linsight.recipe import FIELDS, Recipe, check, parse
-from linsight.runtime.files import replacing
+from linsight.runtime.files import replacing, writing
 
 WEIGHTS = "best.safetensors"
 # The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
@@ -105,7 +105,7 @@ def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: 
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
-    with replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": json.dumps(about)}))
 
 
