@@ -12,7 +12,7 @@ import typer
 
 from linsight import __version__
 from linsight.errors import LinsightError
-from linsight.runtime.signals import Interrupted, Unwinding, drop_output, exit_code
+from linsight.runtime.signals import Interrupted, Stop, drop_output, exit_code
 
 from . import bench, show, train
 
@@ -42,9 +42,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
     try:
-        with Unwinding():
-            code = _run()
-            sys.exit(code)
+        with Stop():  # until a command runs, which hears it then
+            sys.exit(_run())
     except BrokenPipeError:  # whoever read has read enough, as `head`
         drop_output()
         sys.exit(1)
@@ -63,9 +62,7 @@ def _run() -> int:
         return _fail(str(error))
     except _UsageError as error:
         return _fail(error.format_message())
-    except typer.Abort as error:
-        return _fail("stopped", exit_code(error.__cause__ or error))
-    except KeyboardInterrupt as stopped:
+    except (typer.Abort, KeyboardInterrupt) as stopped:
         return _fail("stopped", exit_code(stopped))
 
 

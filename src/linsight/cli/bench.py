@@ -15,7 +15,7 @@ import typer
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.runtime.signals import Interrupted, exit_code
 
-from .show import Json, make_table, print_json, terminal
+from .show import Command, Json, make_table, print_json, terminal
 
 if TYPE_CHECKING:
     from linsight.bench import Choice, Done
@@ -26,8 +26,8 @@ _GRIDS, _IMAGES = "14,28,56", "224"
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to `app`."""
-    app.command()(bench)
-    app.command()(advise)
+    app.command(cls=Command)(bench)
+    app.command(cls=Command)(advise)
 
 
 def _option(help: str, panel: str = "What", metavar: str | None = None, *names: str, **more: Any) -> Any:

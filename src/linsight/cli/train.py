@@ -17,7 +17,7 @@ from linsight.runtime.launch import refuse_copies
 from linsight.train.progress import reporter, tile_reporter
 from linsight.train.recipes import OWN
 
-from .show import make_table, terminal
+from .show import Command, make_table, terminal
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
 _ABOUT = "\n\n".join(
@@ -33,14 +33,15 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command(
         "train",
+        cls=Command,
         help=(
             "Train a model by a recipe; without arguments, a small one on handwritten digits.\n\n"
             "Each field of the recipe can be set. Ctrl-C saves the state; --resume FOLDER goes on.\n\n"
             f"Recipes:\n\n{_ABOUT}"
         ),
     )(_train)
-    app.command("eval")(evaluate)
-    app.command("predict")(predict)
+    app.command("eval", cls=Command)(evaluate)
+    app.command("predict", cls=Command)(predict)
 
 
 def _train(**options: Any) -> None:
@@ -50,9 +51,7 @@ def _train(**options: Any) -> None:
             raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
     overrides = {key: parse(key, value) for key, value in options.items() if value is not None}
     report = reporter(Console())
-    report.busy("starting")
     try:
-        import linsight.api  # noqa: F401
         from linsight.train import resolve, resume, suggest, train
 
         if folder is not None:
@@ -304,7 +303,6 @@ def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
 
 
 def _trained(source: str, checkpoint: str | None) -> Any:
-    import linsight.api  # noqa: F401
     from linsight.train import load_trained
     from linsight.train.model import load_named
 

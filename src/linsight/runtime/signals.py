@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, ClassVar, Self
 
@@ -50,8 +51,8 @@ class Unwinding:
     Signals reach the main thread only; elsewhere it does nothing.
     """
 
-    _entered: ClassVar[list["Unwinding"]] = []  # all of them share what was heard
-    _heard: ClassVar[float | None] = None
+    _entered: ClassVar[list["Unwinding"]] = []  # all of them share what was heard: when, and its code
+    _heard: ClassVar[tuple[float, int] | None] = None
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -64,6 +65,12 @@ class Unwinding:
             for number in REQUESTS:
                 if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGINT, signal.SIGTERM):
                     self._before[number] = signal.signal(number, self._catch)  # a SIGHUP that nohup ignores stays so
+        if Unwinding._entered and Unwinding._heard is not None:  # before, or lost in what catches everything
+            try:
+                self._ask(Unwinding._heard[1])
+            except Terminated:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -78,9 +85,9 @@ class Unwinding:
             quieten()
         now = time.monotonic()
         if Unwinding._heard is None:
-            Unwinding._heard = now
+            Unwinding._heard = now, 128 + number
             self._ask(128 + number)
-        elif now - Unwinding._heard > REQUESTS[signal.Signals(number)]:
+        elif now - Unwinding._heard[0] > REQUESTS[signal.Signals(number)]:
             raise Terminated(128 + number)
 
     def _ask(self, code: int) -> None:
@@ -99,6 +106,15 @@ class Stop(Unwinding):
 
     def _ask(self, code: int) -> None:
         self.code = code
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Inside, requests to end are put off until its end: an import that is cut in two leaves half of a module."""
+    with Stop() as stop:
+        yield
+    if stop.code:
+        raise Terminated(stop.code)
 
 
 def outlive() -> None:
