@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -143,9 +144,13 @@ def parse(field: str, value: Any) -> Any:
             return None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:
-        parts = [p for p in re.split(r"[,\sx]+", value.strip("()[] ")) if p] if isinstance(value, str) else value
+        text = value.strip("()[] ") if isinstance(value, str) else ""
+        parts = re.split(r"[,\sx]+", text.rstrip(", ")) if text else () if isinstance(value, str) else value
         parts = parts if isinstance(parts, list | tuple) else [parts]
-        return tuple(_scalar(field, typing.get_args(hint)[0], part) for part in parts)
+        try:
+            return tuple(_scalar(field, typing.get_args(hint)[0], part) for part in parts)
+        except LinsightError:
+            raise LinsightError(f"{field}={value!r} is not understood: write numbers, as in 224 or 0.5,0.5") from None
     if typing.get_origin(hint) is Mapping:
         return _options(field, value)
     return _scalar(field, hint, value)
@@ -162,11 +167,11 @@ def _scalar(field: str, kind: type, value: Any) -> Any:
         raise wrong
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise wrong
-    if kind is str and not isinstance(value, str):
+    if kind is str and not isinstance(value, str | os.PathLike):
         raise wrong
     try:
-        return kind(value)
-    except (TypeError, ValueError):
+        return os.fspath(value) if kind is str else kind(value)
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
 
 
@@ -191,9 +196,42 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-_POSITIVE = ("epochs", "batch_size", "lr", "crop_pct", "aug_repeats", "new_lr_scale")
-_SHARES = {"val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing"}
-_SHARES |= {"drop_path", "ema", "mesa_start"}
+_SHARES = ("val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "ema")
+_POSITIVE = ("epochs", "batch_size", "aug_repeats", "new_lr_scale", "ratio", "std")
+_LEAST, _MOST = 1e-9, 1e9
+# The smallest and the largest value of a number, where they are not 0 and `_MOST`.
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((*_SHARES, "mesa_start"), (0, 1)),
+    **dict.fromkeys(_POSITIVE, (_LEAST, _MOST)),
+    **dict.fromkeys(("warmup_lr", "min_lr"), (0, 1e38)),
+    "lr": (1e-38, 1e38),
+    "img_size": (1, 65536),
+    "num_classes": (1, 10**7),
+    "threads": (1, 4096),
+    "workers": (0, 4096),
+    "crop_padding": (0, 65536),
+    "crop_pct": (0.01, 1),
+    "scale": (_LEAST, 1),
+    "mean": (-_MOST, _MOST),
+    "seed": (-(2**63), 2**64 - 1),
+}
+
+
+def _limit(low: float, high: float) -> str:
+    if high >= _MOST:
+        return "0 or more" if not low else "positive" if low < 1 else f"{low:g} or more"
+    return f"between {low if low > _LEAST else 0:g} and {high:g}"
+
+
+def change(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """`recipe` with some fields changed, values perhaps text, and all of them of their types and within their limits.
+
+    Raises:
+        UnknownNameError: no such field or choice; the nearest is offered.
+        LinsightError: a value of the wrong kind or out of range.
+    """
+    values = {name: getattr(recipe, name) for name in FIELDS}
+    return check(Recipe(**{name: parse(name, value) for name, value in {**values, **given}.items()}))
 
 
 def check(recipe: Recipe) -> Recipe:
@@ -202,13 +240,10 @@ def check(recipe: Recipe) -> Recipe:
         value = getattr(recipe, name)
         if field.metadata["choices"] and str(value) not in field.metadata["choices"]:
             raise UnknownNameError(name, str(value), field.metadata["choices"])
-        low = 1e-300 if name in _POSITIVE else 0
-        high = 1.0 if name in _SHARES else float("inf")
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if isinstance(number, int | float) and name not in ("seed",) and not low <= number <= high:
-                limit = f"between 0 and {high:g}" if name in _SHARES else "positive" if low else "0 or more"
-                raise LinsightError(f"{name}={number} is out of range: it must be {limit}")
+        low, high = LIMITS.get(name, (0, _MOST))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not low <= number <= high:
+                raise LinsightError(f"{name}={number!r:.24} is out of range: it must be {_limit(low, high)}")
     from timm.optim import list_optimizers  # not for the sake of a command's help
 
     if recipe.opt not in list_optimizers():
@@ -223,6 +258,10 @@ def check(recipe: Recipe) -> Recipe:
         if len(getattr(recipe, name)) not in lengths:
             wanted = " or ".join(str(n) for n in lengths if n)
             raise LinsightError(f"{name} takes {wanted} numbers, not {len(getattr(recipe, name))}")
+    for name in ("scale", "ratio"):
+        low, high = getattr(recipe, name)
+        if low > high:
+            raise LinsightError(f"{name}={low:g},{high:g}: the first number is the smaller one")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise LinsightError(f"mixup and cutmix pair the images of a batch: batch_size={recipe.batch_size} must be even")
     if recipe.mesa and not recipe.ema:

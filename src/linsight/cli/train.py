@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from linsight.errors import UnknownNameError
-from linsight.recipe import FIELDS, HINTS, Recipe, parse
+from linsight.recipe import FIELDS, HINTS, Recipe, change, parse
 from linsight.runtime.launch import refuse_copies
 from linsight.train.progress import reporter, tile_reporter
 from linsight.train.recipes import OWN
@@ -118,6 +118,9 @@ _STREAM: dict[str, Any] = {"rich_help_panel": "Streaming"}
 _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 _Device = Annotated[str, typer.Option(help=FIELDS["device"].metadata["help"])]
 _Amp = Annotated[str, typer.Option(help=FIELDS["amp"].metadata["help"])]
+_Size = Annotated[
+    str | None, typer.Option(metavar="N,N", help="side of the images, or height and width; none: the model's own")
+]
 _Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=FIELDS["on_bad_image"].metadata["help"])]
 
 
@@ -127,6 +130,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="what to evaluate on; none: the run's own data")] = None,
     data_dir: Annotated[str | None, typer.Option(help=FIELDS["data_dir"].metadata["help"])] = None,
     split: Annotated[str | None, typer.Option(help="the split; none: validation, else test, else all")] = None,
+    img_size: _Size = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
     workers: Annotated[int | None, typer.Option(min=0, help=FIELDS["workers"].metadata["help"])] = None,
     device: _Device = "auto",
@@ -140,11 +144,11 @@ def evaluate(
     as_json: _Json = False,
 ) -> None:
     """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second. Or, with --budget, its exits."""
-    from linsight.recipe import check
     from linsight.train import evaluate as run
+    from linsight.train.model import load_source
 
-    check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
     images: dict[str, Any] = {
+        "img_size": img_size,
         "data": data,
         "data_dir": data_dir,
         "split": split,
@@ -154,12 +158,13 @@ def evaluate(
         "amp": amp,
         "on_bad_image": on_bad_image,
     }
+    _check(images)
     if budget is not None:
-        _evaluate_exits(_trained(source, checkpoint), budget, out, as_json, images)
+        _evaluate_exits(load_source(source, checkpoint), budget, out, as_json, images)
         return
     if out is not None:
         raise typer.BadParameter("--out goes with --budget")
-    result = run(_trained(source, checkpoint), **images)
+    result = run(load_source(source, checkpoint), **images)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -215,6 +220,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="image files, and folders of them")],
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
     top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
+    img_size: _Size = None,
     device: _Device = "auto",
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
@@ -241,19 +247,22 @@ def predict(
     ] = False,
 ) -> None:
     """Say what a trained model sees in images."""
-    from linsight.recipe import check
     from linsight.train import predict as run
+    from linsight.train.model import load_source
 
-    check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
+    settings = {"device": device, "amp": amp, "on_bad_image": on_bad_image, "img_size": img_size}
+    _check(settings)
     given = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
     given = {name: value for name, value in given.items() if value is not None}
     if streamed:
+        if img_size is not None:
+            raise typer.BadParameter("--img-size does not go with --stream, which takes images as they are")
         given |= {"device": device, "amp": amp}
-        _predict_stream(_trained(source, checkpoint), images, given, output, out, top, on_bad_image, as_json)
+        _predict_stream(load_source(source, checkpoint), images, given, output, out, top, on_bad_image, as_json)
         return
     for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
         raise typer.BadParameter(f"--{name} goes with --stream")
-    done, bad = run(_trained(source, checkpoint), images, top=top, device=device, amp=amp, on_bad_image=on_bad_image)
+    done, bad = run(load_source(source, checkpoint), images, top=top, **settings)
     _tell_classes(done, bad, as_json)
 
 
@@ -302,11 +311,9 @@ def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
     _tell_bad(bad)
 
 
-def _trained(source: str, checkpoint: str | None) -> Any:
-    from linsight.train import load_trained
-    from linsight.train.model import load_named
-
-    return load_trained(source) if checkpoint is None else load_named(source, checkpoint)
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse a value that no run can have, before anything is read."""
+    change(Recipe(), {name: value for name, value in settings.items() if name in FIELDS and value is not None})
 
 
 def _print_facts(rows: list[list[str]]) -> None:

@@ -1,12 +1,11 @@
 """A recipe by name with some fields changed, and the one for a run that names none."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
-from linsight.recipe import DATA_FIELDS, Recipe, check, parse
+from linsight.recipe import DATA_FIELDS, Recipe, change, parse
 
 from .datasets import open_data
 from .recipes import RECIPES
@@ -28,7 +27,7 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
     for head, dependent in (("model", "model_args"), ("attention", "attention_options")):
         if head in given and given[head] != getattr(RECIPES[name].recipe, head):
             given.setdefault(dependent, {})
-    return check(dataclasses.replace(RECIPES[name].recipe, **given))
+    return change(RECIPES[name].recipe, given)
 
 
 def suggest(overrides: Mapping[str, Any]) -> str:

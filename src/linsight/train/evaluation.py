@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 from linsight.fuse import fused
-from linsight.recipe import Recipe, parse
+from linsight.recipe import Recipe, change, parse
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 
 from ._feeds import default_workers, refuse
@@ -36,13 +36,16 @@ def evaluate(
     workers: int | None = None,
     on_bad_image: str = "skip",
     data_dir: str | None = None,
+    img_size: Any = None,
 ) -> dict[str, Any]:
     """Top-1 and top-5 in percent, loss and speed on `data`, by default on what the run was evaluated on.
+
+    img_size: of the images, a side or height and width; by default, that of the run.
 
     Raises:
         LinsightError: no such data, classes that the model does not know, or a bad image where those are refused.
     """
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir)
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, img_size)
     recipe = given.recipe
     started = time.perf_counter()
     scores = score(given.model, given.feed, given.normalise, given.dtype, lambda batch: refuse(recipe, batch.bad))
@@ -83,9 +86,12 @@ def prepare(
     workers: int | None,
     on_bad_image: str,
     data_dir: str | None,
+    img_size: Any,
 ) -> Evaluation:
     """Get ready to evaluate on `data`, by default on what the run was evaluated on."""
-    recipe = trained.recipe
+    settings = {"batch_size": batch_size, "device": device, "amp": amp, "workers": workers}
+    settings |= {"on_bad_image": on_bad_image, "img_size": trained.recipe.img_size if img_size is None else img_size}
+    recipe = change(trained.recipe, settings)
     config = trained.path.parent / CONFIG
     if data is not None:
         recipe = dataclasses.replace(recipe, data=data, data_dir=data_dir)
@@ -98,13 +104,12 @@ def prepare(
         source = open_data(recipe).val
     else:
         source = open_evaluation(recipe, split, trained.classes, in_order=not trained.run)
-    recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
-    where = pick_device(device)
-    dtype, precision = pick_dtype(amp, where)
+    where = pick_device(recipe.device)
+    dtype, precision = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0)
-    batches = Batches(len(source), batch_size, shuffle=False)
-    count = min(default_workers() if workers is None else workers, len(batches))
+    batches = Batches(len(source), recipe.batch_size, shuffle=False)
+    count = min(default_workers() if recipe.workers is None else recipe.workers, len(batches))
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
     return Evaluation(recipe, model, feed, Normalise(recipe, where), dtype, precision)
 

@@ -37,6 +37,7 @@ def evaluate_exits(
     workers: int | None = None,
     on_bad_image: str = "skip",
     data_dir: str | None = None,
+    img_size: Any = None,
     out: str | pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Accuracy against mean operations, of all settings and of the best one for `budget` G multiply-adds an image.
@@ -55,7 +56,7 @@ def evaluate_exits(
     folder = pathlib.Path(out) if out is not None else trained.path.parent if trained.run else pathlib.Path()
     require_folder(folder)
     require_matplotlib(f"drawing {_PNG}")
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir)
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, img_size)
     scored, targets, bad = collect(given)
     first, second = (torch.tensor(part, dtype=torch.long) for part in hold_out(targets, 0.5))
     if not (len(first) and len(second)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
-from linsight.recipe import Recipe
+from linsight.recipe import Recipe, change
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.launch import refuse_copies
@@ -39,7 +39,7 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP; the state is saved, once there is one.
     """
     refuse_copies()
-    return _go(Run.start(recipe, out, name), report or Silent())
+    return _go(Run.start(change(recipe, {}), out, name), report or Silent())
 
 
 def resume(

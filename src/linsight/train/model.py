@@ -1,6 +1,7 @@
 """Building the model of a recipe; saving it with all that is needed to use it, and loading it again."""
 
 import dataclasses
+import difflib
 import json
 import pathlib
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from timm.data import ImageNetInfo
+from timm.models import is_model
 from torch import Tensor, nn
 
 from linsight.checkpoints import LoadReport, load_published
 from linsight.errors import CheckpointError, LinsightError
-from linsight.models import create_model
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model
 from linsight.recipe import FIELDS, Recipe, check, parse
 from linsight.runtime.files import replacing, writing
 
@@ -55,6 +57,9 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
     for name in recipe.model_args:
         if name in arguments:
             raise LinsightError(f"model_args has '{name}', which is a field of its own")
+    if recipe.model_args.get("features_only"):
+        raise LinsightError("model_args has features_only: such a model gives maps and has no classifier, leave it out")
+    require_classifier(recipe.model)
     try:
         return create_model(
             recipe.model,
@@ -65,6 +70,20 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
         )
     except TypeError as error:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
+
+
+def require_classifier(name: str) -> None:
+    """Raise a LinsightError where the model `name` has no classifier; the one of its kind that has is named."""
+    own = VARIANTS.get(name)
+    if own is not None and own.dense:
+        same = [
+            other.name
+            for other in VARIANTS.values()
+            if not other.dense and (other.host, other.attention) == (own.host, own.attention)
+        ]
+        near = difflib.get_close_matches(name, same, n=1, cutoff=0)
+        way = f"take '{near[0]}'" if near else "take one that 'linsight list' shows a top-1 of"
+        raise LinsightError(f"'{name}' gives the maps of its stages and has no classifier: {way}")
 
 
 def start_from(model: nn.Module, source: str, *, partial: bool = False) -> LoadReport:
@@ -155,12 +174,30 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     model.load_state_dict(state)
 
 
+def load_source(source: str, checkpoint: str | None = None) -> Trained:
+    """A run, or a model by name with published weights: a file or an address, by default where its authors put them.
+
+    Raises:
+        CheckpointError: nothing there, or a name alone of a model whose weights linsight cannot fetch.
+    """
+    if checkpoint is None and not pathlib.Path(source).exists() and (source in HOSTS or is_model(source)):
+        entry = VARIANTS.get(source) or ARCHITECTURES.get(source)
+        if entry is None or not entry.weights.startswith("https://"):
+            raise CheckpointError(
+                f"'{source}' is the name of a model, without weights: give published ones with --checkpoint FILE, or "
+                f"the folder of a run in place of the name"
+            )
+        checkpoint = entry.weights
+    return load_trained(source) if checkpoint is None else load_named(source, checkpoint)
+
+
 def load_named(name: str, checkpoint: str) -> Trained:
     """The model called `name` with published weights, prepared for as its pretrained_cfg says.
 
     A thousand classes are taken for those of ImageNet-1K, by their WordNet ids; others are called by
     their index.
     """
+    require_classifier(name)
     model = create_model(name)
     load_published(model, checkpoint)
     cfg: Any = model.pretrained_cfg
