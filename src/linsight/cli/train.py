@@ -250,7 +250,7 @@ def predict(
     from linsight.train import predict as run
     from linsight.train.model import load_source
 
-    settings = {"device": device, "amp": amp, "on_bad_image": on_bad_image, "img_size": img_size}
+    settings: dict[str, Any] = {"device": device, "amp": amp, "on_bad_image": on_bad_image, "img_size": img_size}
     _check(settings)
     given = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
     given = {name: value for name, value in given.items() if value is not None}

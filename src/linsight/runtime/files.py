@@ -66,26 +66,27 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def hold(folder: pathlib.Path, name: str) -> Callable[[], None]:
     """Keep other runs out of `folder`, where the system can, until what is returned is called or this process ends.
 
-    name: of the file in it that is locked. Processes that this one forks do not hold it.
+    name: of the file in it that is locked. Processes that this one forks do not hold it, and cannot let go of it.
     """
     path = folder.resolve() / name
     taken = LinsightError(f"another run works in '{folder}': wait for its end, or give another folder")
     if path in _HELD:  # to open and close its file would let go of the lock
         raise taken
     try:
-        file = open(path, "a")  # noqa: SIM115  # open for as long as the run goes
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise LinsightError(f"nothing can be written to '{folder}': {error.strerror}") from error
-    if not _lock(file.fileno()):
-        file.close()
+    if not _lock(descriptor):
+        os.close(descriptor)
         raise taken
     _HELD.add(path)
+    owner = os.getpid()
 
     def release() -> None:
-        if not file.closed:  # else it may be another run's by now
-            path.unlink(missing_ok=True)
-            file.close()
+        if path in _HELD and os.getpid() == owner:
             _HELD.discard(path)
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
     return release
 

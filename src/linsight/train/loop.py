@@ -22,7 +22,7 @@ from ._feeds import open_feeds, refuse
 from .datasets import Data, open_data
 from .evaluation import probabilities, score
 from .images import Batch
-from .learner import Learner
+from .learner import Learner, warmup_epochs
 from .model import WEIGHTS, build, count_of, image_size, left_new, load_trained, save, start_from
 from .progress import Silent
 from .random import seed_step
@@ -111,6 +111,11 @@ class Trainer:
         self.learner = Learner(
             recipe, model, device, self.dtype, classes=len(data.classes), updates=self.steps, new=new
         )
+        warmup = warmup_epochs(recipe)
+        if warmup != recipe.warmup_epochs:
+            report.note(
+                f"a warm-up of {recipe.warmup_epochs} epochs would take all {recipe.epochs}: it is {warmup:g} of them"
+            )
         self.epoch = self.step = 0
         self.best: tuple[float, int] = (-1.0, 0)
         self.seconds = 0.0

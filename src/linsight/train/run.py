@@ -1,6 +1,5 @@
 """The run folder: configuration, metrics, state, best weights. Each file is whole at any moment."""
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -8,6 +7,8 @@ import pathlib
 import pickle
 import platform
 import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -30,7 +31,7 @@ class Run:
         self.path, self.name, self.recipe, self.data = path, name, recipe, data
         self.rows: list[dict[str, Any]] = []
         self.threads = recipe.threads
-        self._held = contextlib.ExitStack()
+        self._release: Callable[[], Any] | None = None
 
     @classmethod
     def start(cls, recipe: Recipe, out: str | pathlib.Path | None, name: str) -> "Run":
@@ -108,11 +109,12 @@ class Run:
         self.data = data
 
     def _hold(self) -> None:
-        self._held.callback(hold(self.path, LOCK))
+        self._release = weakref.finalize(self, hold(self.path, LOCK))
 
     def close(self) -> None:
         """Let other runs have the folder."""
-        self._held.close()
+        if self._release is not None:
+            self._release()
 
     def way(self) -> str:
         """How to go on with the run, after whatever ended it."""
