@@ -33,8 +33,15 @@ class ImageError(LinsightError):
     """An image file, or a part of an image, that cannot be read."""
 
 
+def install_line(extra: str) -> str:
+    """The command that installs an optional dependency of linsight, which is on no package index."""
+    return f"pip install -e '.[{extra}]'"
+
+
 class MissingExtraError(LinsightError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}': pip install 'linsight[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package '{package}': {install_line(extra)} in the source folder of linsight"
+        )

@@ -144,9 +144,9 @@ def test_tiff_files_that_are_not_read(tmp_path, monkeypatch):
     Image.fromarray(photo()).save(path, compression="tiff_lzw")
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     if not tifffile.TIFF.DECOMPRESSORS.__contains__(5):
-        one_line(path, "LZW", "pip install 'linsight[slides]'")
+        one_line(path, "LZW", "pip install -e '.[slides]'")
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    one_line(path, "tifffile", "pip install 'linsight[slides]'")
+    one_line(path, "tifffile", "pip install -e '.[slides]'")
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "ppm"])
@@ -245,7 +245,7 @@ def test_whole_slides(tmp_path, monkeypatch):
     assert picture.reader.slide.closed
     one_line(tmp_path / "bad.svs", "Not a file that OpenSlide can recognize")
     monkeypatch.setitem(sys.modules, "openslide", None)
-    one_line(tmp_path / "a.svs", "pip install 'linsight[slides]'")
+    one_line(tmp_path / "a.svs", "pip install -e '.[slides]'")
 
 
 def test_slides_through_the_real_library(tmp_path):
