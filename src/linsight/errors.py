@@ -14,9 +14,9 @@ class LinsightError(ValueError):
 class UnknownNameError(LinsightError):
     """A name that is not in a table; the message offers the nearest one."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str], hint: str = "") -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
         offer = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names[:12]) or 'none'}"
         super().__init__(f"unknown {kind} '{name}': {offer}{f' ({hint})' if hint else ''}")
 

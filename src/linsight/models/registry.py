@@ -18,6 +18,7 @@ from torch import nn
 
 from linsight.errors import LinsightError, UnknownNameError
 
+from .doors import building, checked
 from .parts.dense import DenseFeatures
 from .rows import Architecture, Host, Variant
 from .seams import refuse_idle
@@ -122,12 +123,12 @@ def _take_cfg(entry: Variant | Architecture, kwargs: dict[str, Any]) -> dict[str
 
 def build(entry: Variant | Architecture, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The model of a row of a table, with its published weights where they are asked for and can be fetched."""
+    kwargs = checked(entry.name, kwargs.get("attention"), kwargs.get("attention_options"), kwargs)
     if pretrained:
         _check_fetched(entry, kwargs.get("attention"))
-    try:
+    given = {key: value for key, value in kwargs.items() if not key.startswith(("pretrained_cfg", "cache_dir"))}
+    with building(entry.name, given):
         model = _build_variant(entry, **kwargs) if isinstance(entry, Variant) else _build_architecture(entry, **kwargs)
-    except AssertionError as error:  # timm's, of arguments that do not go together
-        raise LinsightError(f"'{entry.name}' cannot be built so: {error}") from error
     if pretrained:
         classes = DEFAULT_CFG["num_classes"]
         _LOADERS[0](model, entry.weights, head=kwargs.get("num_classes", classes) == classes)
@@ -242,6 +243,7 @@ def create_model(
         UnknownNameError: no such model, mechanism or option; the nearest is offered.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    kwargs = checked(name, attention, attention_options, kwargs)
     ours = VARIANTS.get(name) or ARCHITECTURES.get(name)
     if name in HOSTS and name in _REGISTERED:  # not PVTv2's, whose names and weights are timm's
         ours = ours or Variant(name, host=name, attention="softmax")
@@ -256,7 +258,8 @@ def create_model(
             )
         if pretrained and attention not in (None, "softmax"):
             raise LinsightError(f"the weights of '{name}' are those of softmax attention: pass pretrained=False")
-        return adopt(name, attention or default_attention(name), attention_options, pretrained=pretrained, **kwargs)
+        with building(name, kwargs):
+            return adopt(name, attention or default_attention(name), attention_options, pretrained=pretrained, **kwargs)
     raise UnknownNameError(
         "model", name, {*VARIANTS, *ARCHITECTURES, *HOSTS, *list_models()}, "'linsight list' shows ours"
     )
