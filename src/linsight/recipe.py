@@ -234,16 +234,21 @@ def change(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     return check(Recipe(**{name: parse(name, value) for name, value in {**values, **given}.items()}))
 
 
+def check_value(name: str, value: Any) -> None:
+    """Raise unless the field `name` can have this value, as `parse` gives it, whatever the other fields have."""
+    choices = FIELDS[name].metadata["choices"]
+    if choices and str(value) not in choices:
+        raise UnknownNameError(name, str(value), choices)
+    low, high = LIMITS.get(name, (0, _MOST))
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not low <= number <= high:
+            raise LinsightError(f"{name}={number!r:.24} is out of range: it must be {_limit(low, high)}")
+
+
 def check(recipe: Recipe) -> Recipe:
     """`recipe` itself, if its values can be used; raises otherwise."""
-    for name, field in FIELDS.items():
-        value = getattr(recipe, name)
-        if field.metadata["choices"] and str(value) not in field.metadata["choices"]:
-            raise UnknownNameError(name, str(value), field.metadata["choices"])
-        low, high = LIMITS.get(name, (0, _MOST))
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not low <= number <= high:
-                raise LinsightError(f"{name}={number!r:.24} is out of range: it must be {_limit(low, high)}")
+    for name in FIELDS:
+        check_value(name, getattr(recipe, name))
     from timm.optim import list_optimizers  # not for the sake of a command's help
 
     if recipe.opt not in list_optimizers():

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from linsight.errors import UnknownNameError
-from linsight.recipe import FIELDS, HINTS, Recipe, change, parse
+from linsight.recipe import FIELDS, HINTS, check_value, parse
 from linsight.runtime.launch import refuse_copies
 from linsight.train.progress import reporter, tile_reporter
 from linsight.train.recipes import OWN
@@ -50,6 +50,8 @@ def _train(**options: Any) -> None:
         if folder is not None and value is not None:
             raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
     overrides = {key: parse(key, value) for key, value in options.items() if value is not None}
+    for key, value in overrides.items():
+        check_value(key, value)
     report = reporter(Console())
     try:
         from linsight.train import resolve, resume, suggest, train
@@ -313,7 +315,9 @@ def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
 
 def _check(settings: Mapping[str, Any]) -> None:
     """Refuse a value that no run can have, before anything is read."""
-    change(Recipe(), {name: value for name, value in settings.items() if name in FIELDS and value is not None})
+    for name, value in settings.items():
+        if name in FIELDS and value is not None:
+            check_value(name, parse(name, value))
 
 
 def _print_facts(rows: list[list[str]]) -> None:
