@@ -138,7 +138,8 @@ def test_a_run_under_nohup_outlives_its_terminal():
     finally:
         signal.signal(signal.SIGHUP, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def test_a_worker_that_is_killed_is_one_line(data, tmp_path):  # noqa: F811

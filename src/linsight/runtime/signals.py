@@ -18,7 +18,7 @@ REQUESTS = {
     for name, seconds in (("SIGINT", 1.0), ("SIGTERM", 30.0), ("SIGHUP", 30.0))
     if hasattr(signal, name)
 }
-_OUTLIVED = 60  # seconds that a worker goes on after such a request
+_OUTLIVED = 5  # seconds that a worker goes on after such a request
 
 
 class Interrupted(LinsightError):
@@ -118,18 +118,26 @@ def undivided() -> Iterator[None]:
 
 
 def outlive() -> None:
-    """Let a worker process outlive a signal to its group: the main process still wants its answer, and ends it.
+    """Let a worker process outlive a signal to its group for some seconds: the main process still wants its answer.
 
-    Were the main process gone or stuck, the worker would end by itself, within a minute of the signal.
+    It then ends without an error, at once if it is asked again, as by a main process that has waited for its end.
     """
     for number in REQUESTS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _go_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, _end)
 
 
 def _go_on(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, _end)
     if hasattr(signal, "alarm"):
         signal.alarm(_OUTLIVED)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os._exit(0)
 
 
 def quieten() -> None:
