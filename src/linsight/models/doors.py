@@ -24,7 +24,7 @@ def whole_size(img_size: Any) -> tuple[int, int]:
     sides = tuple(img_size) if isinstance(img_size, tuple | list) else (img_size, img_size)
     if len(sides) != 2 or not all(_is_whole(side, 1) and side <= LARGEST for side in sides):
         raise LinsightError(
-            f"img_size={img_size!r:.40} must be a side or (height, width) in pixels, whole numbers from 1 to {LARGEST}"
+            f"img_size={_shown(img_size)} must be a side or (height, width) in pixels, of 1 to {LARGEST}"
         )
     return int(sides[0]), int(sides[1])
 
@@ -38,9 +38,9 @@ def checked(name: Any, attention: Any, options: Any, given: Mapping[str, Any]) -
     if not isinstance(name, str):
         raise LinsightError(f"a model is asked for by its name, not by a {type(name).__name__}")
     if attention is not None and not isinstance(attention, str):
-        raise LinsightError(f"attention={attention!r:.40} must be text: a mechanism, or one a stage, 'inline,softmax'")
+        raise LinsightError(f"attention={_shown(attention)} must be text: a mechanism, or one a stage")
     if options is not None and not isinstance(options, Mapping):
-        raise LinsightError(f"attention_options={options!r:.40} must be a dict of options of the mechanism")
+        raise LinsightError(f"attention_options={_shown(options)} must be a dict of options of the mechanism")
     found = dict(given)
     if found.get("img_size") is not None:
         found["img_size"] = whole_size(found["img_size"])
@@ -49,12 +49,12 @@ def checked(name: Any, attention: Any, options: Any, given: Mapping[str, Any]) -
         if isinstance(value, tuple | list) or value is None:  # one a stage
             continue
         if not _is_whole(value, least) or value > 10**7:
-            raise LinsightError(f"{key}={value!r:.40} must be a whole number, {least} or more")
+            raise LinsightError(f"{key}={_shown(value)} must be a whole number, {least} or more")
         found[key] = int(value)
     for key in _RATES:
         rate = found.get(key)
         if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
-            raise LinsightError(f"{key}={rate!r:.40} must be a rate from 0 to 1")
+            raise LinsightError(f"{key}={_shown(rate)} must be a rate from 0 to 1")
     return found
 
 
@@ -70,11 +70,15 @@ def building(name: str, given: Mapping[str, Any]) -> Iterator[None]:
     except (LinsightError, torch.OutOfMemoryError):
         raise
     except _MISFITS as error:
-        said = ", ".join(f"{key}={value!r:.40}" for key, value in given.items() if value is not None)
+        said = ", ".join(f"{key}={_shown(value)}" for key, value in given.items() if value is not None)
         if not said:  # then it is no mistake of the caller's
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LinsightError(f"'{name}' cannot be built with {said}: {reason:.200}") from error
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:40]
 
 
 def _is_whole(value: Any, least: int) -> bool:
