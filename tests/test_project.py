@@ -29,7 +29,8 @@ FLOORS = (
     ("models",),
     ("fuse",),
     ("checkpoints", "streaming"),
-    ("parallel", ""),  # "" is linsight/__init__.py
+    ("parallel", "api"),
+    ("",),  # linsight/__init__.py
     ("train",),
     ("convert",),
     ("adapters", "bench"),

@@ -6,17 +6,23 @@
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .attention import create_attention, list_attentions
-from .checkpoints import export_published, load_pretrained, load_published
-from .errors import LinsightError
-from .fuse import fuse
-from .models import create_model, load_pretrained_with
-from .ops import Grid, Layout
-from .streaming import stream
+from .runtime.launch import is_command
 
-load_pretrained_with(load_pretrained)
+if TYPE_CHECKING or not is_command():  # a command imports what it needs when it runs: its help needs none of this
+    from .api import (
+        Grid,
+        Layout,
+        LinsightError,
+        create_attention,
+        create_model,
+        export_published,
+        fuse,
+        list_attentions,
+        load_published,
+        stream,
+    )
 
 __version__ = "0.1.0"
 
@@ -37,7 +43,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`load_run`, imported when it is asked for: all that training needs comes with it."""
+    """A name of `__all__` that was not imported at once: in a process of the command, and what training brings."""
     if name == "load_run":
         return importlib.import_module(".train", __name__).load_run
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if name in __all__:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'linsight' has no attribute '{name}'")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from linsight import __version__
+from linsight.errors import install_line
 from linsight.ops import TRITON, forms
 from linsight.runtime.device import cpu_bf16, list_devices
 
@@ -40,7 +41,7 @@ def _packages() -> list[dict[str, str]]:
         if name in ("linsight", *rows):
             continue
         version = version_of(name)
-        get = "" if version else f"pip install '{f'linsight[{extra}]' if extra else name}'"
+        get = "" if version else install_line(extra) if extra else f"pip install '{name}'"
         rows[name] = {"name": name, "extra": extra, "version": version, "get": get}
     return list(rows.values())
 

@@ -14,9 +14,9 @@ class LinsightError(ValueError):
 class UnknownNameError(LinsightError):
     """A name that is not in a table; the message offers the nearest one."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str], hint: str = "") -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
         offer = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names[:12]) or 'none'}"
         super().__init__(f"unknown {kind} '{name}': {offer}{f' ({hint})' if hint else ''}")
 
@@ -33,8 +33,15 @@ class ImageError(LinsightError):
     """An image file, or a part of an image, that cannot be read."""
 
 
+def install_line(extra: str) -> str:
+    """The command that installs an optional dependency of linsight, which is on no package index."""
+    return f"pip install -e '.[{extra}]'"
+
+
 class MissingExtraError(LinsightError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}': pip install 'linsight[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package '{package}': {install_line(extra)} in the source folder of linsight"
+        )

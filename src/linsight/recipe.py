@@ -2,13 +2,12 @@
 
 import ast
 import dataclasses
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
-
-from timm.optim import list_optimizers
 
 from linsight.errors import LinsightError, UnknownNameError
 
@@ -32,7 +31,7 @@ class Recipe:
     attention_options: Mapping[str, Any] = _field(_MODEL, {}, "options of the mechanism")
     model_args: Mapping[str, Any] = _field(_MODEL, {}, "other arguments of the model, as in depth=6,embed_dim=96")
     img_size: tuple[int, ...] = _field(_MODEL, (), "side, or height and width; empty: the model's own")
-    in_chans: int = _field(_MODEL, 3, "3 reads images as RGB, 1 as grey", ("1", "3"))
+    in_chans: int = _field(_MODEL, 3, "3 reads images as RGB, 1 as grey, 4 as RGB and opacity", ("1", "3", "4"))
     num_classes: int | None = _field(_MODEL, None, "none: as many as the data has")
     drop_path: float = _field(_MODEL, 0.0, "stochastic depth of the last block")
     init: str | None = _field(_MODEL, None, "weights to start from, published or one's own: a run, a file, an address")
@@ -149,9 +148,13 @@ def parse(field: str, value: Any) -> Any:
             return None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:
-        parts = [p for p in re.split(r"[,\sx]+", value.strip("()[] ")) if p] if isinstance(value, str) else value
+        text = value.strip("()[] ") if isinstance(value, str) else ""
+        parts = re.split(r"[,\sx]+", text.rstrip(", ")) if text else () if isinstance(value, str) else value
         parts = parts if isinstance(parts, list | tuple) else [parts]
-        return tuple(_scalar(field, typing.get_args(hint)[0], part) for part in parts)
+        try:
+            return tuple(_scalar(field, typing.get_args(hint)[0], part) for part in parts)
+        except LinsightError:
+            raise LinsightError(f"{field}={value!r} is not understood: write numbers, as in 224 or 0.5,0.5") from None
     if typing.get_origin(hint) is Mapping:
         return _options(field, value)
     return _scalar(field, hint, value)
@@ -168,11 +171,11 @@ def _scalar(field: str, kind: type, value: Any) -> Any:
         raise wrong
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise wrong
-    if kind is str and not isinstance(value, str):
+    if kind is str and not isinstance(value, str | os.PathLike):
         raise wrong
     try:
-        return kind(value)
-    except (TypeError, ValueError):
+        return os.fspath(value) if kind is str else kind(value)
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
 
 
@@ -207,24 +210,63 @@ def averaged(recipe: Recipe, in_chans: int) -> dict[str, tuple[float, ...]]:
     return {name: (round(sum(numbers) / len(numbers), 6),) * in_chans for name, numbers in other.items()}
 
 
-_POSITIVE = ("epochs", "batch_size", "lr", "crop_pct", "aug_repeats", "new_lr_scale")
-_SHARES = {"val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing"}
-_SHARES |= {"drop_path", "ema", "mesa_start"}
+_SHARES = ("val_fraction", "hflip", "re_prob", "mixup_prob", "mixup_switch_prob", "smoothing", "drop_path", "ema")
+_POSITIVE = ("epochs", "batch_size", "aug_repeats", "new_lr_scale", "ratio", "std")
+_LEAST, _MOST = 1e-9, 1e9
+# The smallest and the largest value of a number, where they are not 0 and `_MOST`.
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((*_SHARES, "mesa_start"), (0, 1)),
+    **dict.fromkeys(_POSITIVE, (_LEAST, _MOST)),
+    **dict.fromkeys(("warmup_lr", "min_lr"), (0, 1e38)),
+    "lr": (1e-38, 1e38),
+    "img_size": (1, 65536),
+    "from_size": (1, 65536),
+    "fill": (-_MOST, _MOST),
+    "num_classes": (1, 10**7),
+    "threads": (1, 4096),
+    "workers": (0, 4096),
+    "crop_padding": (0, 65536),
+    "crop_pct": (0.01, 1),
+    "scale": (_LEAST, 1),
+    "mean": (-_MOST, _MOST),
+    "seed": (-(2**63), 2**64 - 1),
+}
+
+
+def _limit(low: float, high: float) -> str:
+    if high >= _MOST:
+        return "0 or more" if not low else "positive" if low < 1 else f"{low:g} or more"
+    return f"between {low if low > _LEAST else 0:g} and {high:g}"
+
+
+def change(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """`recipe` with some fields changed, values perhaps text, and all of them of their types and within their limits.
+
+    Raises:
+        UnknownNameError: no such field or choice; the nearest is offered.
+        LinsightError: a value of the wrong kind or out of range.
+    """
+    values = {name: getattr(recipe, name) for name in FIELDS}
+    return check(Recipe(**{name: parse(name, value) for name, value in {**values, **given}.items()}))
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raise unless the field `name` can have this value, as `parse` gives it, whatever the other fields have."""
+    choices = FIELDS[name].metadata["choices"]
+    if choices and str(value) not in choices:
+        raise UnknownNameError(name, str(value), choices)
+    low, high = LIMITS.get(name, (0, _MOST))
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not low <= number <= high:
+            raise LinsightError(f"{name}={number!r:.24} is out of range: it must be {_limit(low, high)}")
 
 
 def check(recipe: Recipe) -> Recipe:
     """`recipe` itself, if its values can be used; raises otherwise."""
-    for name, field in FIELDS.items():
-        value = getattr(recipe, name)
-        if field.metadata["choices"] and str(value) not in field.metadata["choices"]:
-            raise UnknownNameError(name, str(value), field.metadata["choices"])
-        low = 1e-300 if name in _POSITIVE else 0
-        high = 1.0 if name in _SHARES else float("inf")
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if isinstance(number, int | float) and name not in ("seed",) and not low <= number <= high:
-                limit = f"between 0 and {high:g}" if name in _SHARES else "positive" if low else "0 or more"
-                raise LinsightError(f"{name}={number} is out of range: it must be {limit}")
+    for name in FIELDS:
+        check_value(name, getattr(recipe, name))
+    from timm.optim import list_optimizers  # not for the sake of a command's help
+
     if recipe.opt not in list_optimizers():
         raise UnknownNameError("optimiser (opt)", recipe.opt, list_optimizers())
     for name, lengths in (
@@ -238,6 +280,10 @@ def check(recipe: Recipe) -> Recipe:
         if len(getattr(recipe, name)) not in lengths:
             wanted = " or ".join(str(n) for n in lengths if n)
             raise LinsightError(f"{name} takes {wanted} numbers, not {len(getattr(recipe, name))}")
+    for name in ("scale", "ratio"):
+        low, high = getattr(recipe, name)
+        if low > high:
+            raise LinsightError(f"{name}={low:g},{high:g}: the first number is the smaller one")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise LinsightError(f"mixup and cutmix pair the images of a batch: batch_size={recipe.batch_size} must be even")
     if recipe.mesa and not recipe.ema:

@@ -154,7 +154,7 @@ def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch):
     real = linsight.doctor.version_of
     monkeypatch.setattr(linsight.doctor, "version_of", lambda name: "" if name == "matplotlib" else real(name))
     _, out, _ = run("doctor")
-    assert "pip install 'linsight[train]'" in out
+    assert "pip install -e '.[train]'" in out
 
 
 def test_every_form_is_of_a_public_operator():

@@ -144,7 +144,7 @@ def test_tiff_files_that_are_not_read(tmp_path, monkeypatch):
     one_line(path, "pictures for channels", "CYX")
     tifffile.imwrite(path, photo().astype(np.float32), photometric="rgb")
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    one_line(path, "tifffile", "pip install 'linsight[slides]'")
+    one_line(path, "tifffile", "pip install -e '.[slides]'")
 
 
 def test_tiff_files_that_only_pillow_decodes(tmp_path, monkeypatch):
@@ -258,7 +258,7 @@ def test_whole_slides(tmp_path, monkeypatch):
     assert picture.reader.slide.closed
     one_line(tmp_path / "bad.svs", "Not a file that OpenSlide can recognize")
     monkeypatch.setitem(sys.modules, "openslide", None)
-    one_line(tmp_path / "a.svs", "pip install 'linsight[slides]'")
+    one_line(tmp_path / "a.svs", "pip install -e '.[slides]'")
 
 
 def test_slides_through_the_real_library(tmp_path):

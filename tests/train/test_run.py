@@ -326,7 +326,7 @@ def test_a_missing_extra_is_named_before_anything_is_done(tmp_path, monkeypatch)
         ("sklearn.datasets", "scikit-learn", {}),
         ("matplotlib", "--no-figures", {"figures": True}),
     ):
-        with monkeypatch.context() as patch, pytest.raises(LinsightError, match=rf"{match}.*linsight\[train\]"):
+        with monkeypatch.context() as patch, pytest.raises(LinsightError, match=rf"{match}.*\.\[train\]"):
             patch.setitem(sys.modules, module, None)
             train(resolve("digits", {**TINY, **overrides}), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -136,7 +136,7 @@ def unregister(name: str) -> None:
 
 def mechanism(name: str) -> Mechanism:
     """The registry's row for `name`; raises with the nearest name."""
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise UnknownNameError("attention", name, _REGISTRY, "'linsight list' shows all")
     return _REGISTRY[name]
 

@@ -8,12 +8,15 @@ from typing import Any
 
 from linsight.errors import LinsightError
 
-from ._curves import at, pays_from
+from ._curves import Curve, at, pays_from
 from .operators import SOFTMAX
 from .rows import Row, digits, read_rows, results_folder
 
 FAR = 2.0  # times beyond the measured sizes from which it is said in words
 EVEN = 0.05  # the least difference of ratios that counts
+# Beyond the sizes measured a time grows at least with the tokens and at most with their square: what is flat in small
+# images is overhead, and what is steeper, memory that is nearer.
+_SLOPES = (1.0, 2.0)
 _SAME = ("device", "precision", "threads", "compiled", "graphs", "fused")  # columns in which comparable results agree
 
 
@@ -103,18 +106,18 @@ def advise(rows: Sequence[Row], question: Question) -> Advice:
         raise LinsightError(_nothing(question, rows))
     where, fitting = _best_matching(fitting, question)
     times, ratios, errors = _curves(fitting, question)
+    base = question.model or SOFTMAX
     choices = []
     for name, curve in times.items():
-        found = at(curve, question.tokens)
+        found = at(curve, question.tokens, _SLOPES)
         if found is None:
             errors.setdefault(name, f"measured at {_number(next(iter(curve)))} tokens alone")
             continue
-        ratio = at(ratios.get(name, {}), question.tokens)
         choices.append(
             Choice(
                 name,
                 found.value,
-                ratio.value if ratio else None,
+                _ratio(ratios.get(name, {}), curve, times.get(base, {}), question.tokens),
                 pays_from(ratios.get(name, {})),
                 (min(curve), max(curve)),
                 found.beyond,
@@ -123,12 +126,24 @@ def advise(rows: Sequence[Row], question: Question) -> Advice:
         )
     if not choices:
         raise LinsightError(_nothing(question, rows))
-    base = question.model or SOFTMAX
     if all(choice.ratio or choice.name == base for choice in choices):  # free of how the machine did between runs
         choices.sort(key=lambda choice: choice.ratio or 1.0)
     else:
         choices.sort(key=lambda choice: choice.milliseconds)
     return Advice(tuple(_words(question, where, choices, errors)), tuple(choices), question.tokens, where)
+
+
+def _ratio(ratios: Curve, time: Curve, base: Curve, tokens: float) -> float | None:
+    """The ratio of two times: as it was measured, and beyond that with the two curves."""
+    found = at(ratios, tokens)
+    if found is None or tokens <= max(ratios):
+        return found.value if found else None
+    edge = max(ratios)
+    grown = [(at(curve, tokens, _SLOPES), at(curve, edge, _SLOPES)) for curve in (time, base)]
+    if any(far is None or near is None for far, near in grown):
+        return found.value
+    own, other = (far.value / near.value for far, near in grown if far and near)
+    return ratios[edge] * own / other
 
 
 def _fits(row: Row, question: Question) -> bool:
@@ -181,6 +196,7 @@ def _words(question: Question, where: Row, choices: list[Choice], errors: Mappin
     base = question.model or SOFTMAX
     others = [choice for choice in choices if choice.name != base]
     softmax = next((choice for choice in choices if choice.name == base), None)
+    beyond = ", beyond what was measured" if any(choice.beyond > 1 for choice in choices) else ""
     size = f"{_number(question.tokens)} tokens ({question.height}x{question.width} in patches of {question.patch})"
     lines = []
     if not str(where["device"]).startswith(f"{question.device}:"):
@@ -196,17 +212,18 @@ def _words(question: Question, where: Row, choices: list[Choice], errors: Mappin
         lines.append(f"{lead}nothing but {choices[0].name} was measured.")
     elif softmax is None:
         lines.append(
-            f"{lead}{best.name} is the fastest, {digits(best.milliseconds)} ms an image; {base} has no time here."
+            f"{lead}{best.name} is the fastest{beyond}, {digits(best.milliseconds)} ms an image; "
+            f"{base} has no time here."
         )
     else:
         ratio = best.ratio or best.milliseconds / softmax.milliseconds
         if abs(ratio - 1) < EVEN:
-            words = f"{best.name} and {base} take the same time, {digits(softmax.milliseconds)} ms an image"
+            words = f"{best.name} and {base} take the same time{beyond}, {digits(softmax.milliseconds)} ms an image"
         elif ratio < 1:
-            words = f"{best.name} is the fastest, {1 / ratio:.3g} times as fast as {base}: "
+            words = f"{best.name} is the fastest, {1 / ratio:.3g} times as fast as {base}{beyond}: "
             words += f"{digits(best.milliseconds)} ms an image against {digits(softmax.milliseconds)} ms"
         else:
-            words = f"{base} is the fastest, {ratio:.3g} times as fast as {best.name}: "
+            words = f"{base} is the fastest, {ratio:.3g} times as fast as {best.name}{beyond}: "
             words += f"{digits(softmax.milliseconds)} ms an image against {digits(best.milliseconds)} ms"
         lines.append(f"{lead}{words}.")
     lines += _threshold(base, others)

@@ -14,10 +14,12 @@ class Estimate(NamedTuple):
     beyond: float = 1.0
 
 
-def at(curve: Curve, size: float) -> Estimate | None:
+def at(curve: Curve, size: float, slopes: tuple[float, float] = (-math.inf, math.inf)) -> Estimate | None:
     """The curve at a size: straight lines between neighbours on logarithmic axes, and on from the outermost two.
 
     None where nothing was measured, or a single other size.
+
+    slopes: the least and the largest that the line has above the sizes measured, whatever the last two say.
     """
     sizes = sorted(curve)
     if size in curve:
@@ -28,6 +30,9 @@ def at(curve: Curve, size: float) -> Estimate | None:
     low, high = sizes[right - 1], sizes[right]
     share = math.log(size / low) / math.log(high / low)
     value = math.exp((1 - share) * math.log(curve[low]) + share * math.log(curve[high]))
+    if size > high:
+        slope = math.log(curve[high] / curve[low]) / math.log(high / low)
+        value = curve[high] * (size / high) ** min(max(slope, slopes[0]), slopes[1])
     return Estimate(value, max(sizes[0] / size, size / sizes[-1], 1.0))
 
 

@@ -101,10 +101,11 @@ def read_rows(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
+            names = reader.fieldnames or ()
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LinsightError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    lacking = [name for name in ("kind", "model", "tokens", "infer_step_time") if name not in (reader.fieldnames or ())]
+    lacking = [name for name in ("kind", "model", "tokens", "infer_step_time") if name not in names]
     if lacking:
         raise LinsightError(f"'{path}' is no file of 'linsight bench': it has no column '{lacking[0]}'")
     return [{key: _parsed(key, value) for key, value in row.items() if key} for row in rows]

@@ -4,6 +4,7 @@ Commands import what they need when they run. Anything a user can mend is a Lins
 on standard error, exit code 2.
 """
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from linsight import __version__
 from linsight.errors import LinsightError
+from linsight.runtime.signals import Interrupted, Stop, drop_output, exit_code
 
 from . import bench, show, train
 
@@ -36,16 +38,34 @@ def root(
 
 def main() -> None:
     """Entry point of the `linsight` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
     try:
-        sys.exit(app(standalone_mode=False))
+        with Stop():  # until a command runs, which hears it then
+            sys.exit(_run())
+    except BrokenPipeError:  # whoever read has read enough, as `head`
+        drop_output()
+        sys.exit(1)
+
+
+def _run() -> int:
+    """Run the command; its exit code."""
+    try:
+        code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return int(code or 0)
+    except Interrupted as stopped:
+        return _fail(str(stopped), stopped.code)
     except LinsightError as error:
-        _fail(str(error))
+        return _fail(str(error))
     except _UsageError as error:
-        _fail(error.format_message())
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        return _fail(error.format_message())
+    except (typer.Abort, KeyboardInterrupt) as stopped:
+        return _fail("stopped", exit_code(stopped))
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> int:
     print(f"linsight: {message}", file=sys.stderr)
-    sys.exit(2)
+    return code

@@ -13,9 +13,9 @@ import typer
 
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.runtime.files import to_json
-from linsight.runtime.signals import terminable
+from linsight.runtime.signals import Interrupted, exit_code
 
-from .show import Json, make_table, print_json, terminal
+from .show import Command, Json, make_table, print_json, terminal
 
 if TYPE_CHECKING:
     from linsight.bench import Choice, Done
@@ -26,8 +26,8 @@ _GRIDS, _IMAGES = "14,28,56", "224"
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to `app`."""
-    app.command()(bench)
-    app.command()(advise)
+    app.command(cls=Command)(bench)
+    app.command(cls=Command)(advise)
 
 
 def _option(help: str, panel: str = "What", metavar: str | None = None, *names: str, **more: Any) -> Any:
@@ -109,18 +109,16 @@ def bench(
     plan = room.check_plan(plan)
     files = _Files.open(out, csv, html, plot)
     code, done = 0, None
-    with terminable():
-        try:
-            for done in room.bench(plan):
-                _tell(done)
-                files.keep(done)
-        except KeyboardInterrupt:
-            code = 130
+    try:
+        for done in room.bench(plan):
+            _tell(done)
+            files.keep(done)
+    except KeyboardInterrupt as stopped:
+        code = exit_code(stopped)
     if done:
         _finish(done, files, as_json)
     if code:
-        typer.echo("linsight: stopped; what was measured is kept", err=True)
-        raise typer.Exit(code)
+        raise Interrupted("stopped; what was measured is kept" if done else "stopped; nothing was measured", code)
 
 
 @dataclasses.dataclass

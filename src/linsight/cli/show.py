@@ -1,12 +1,16 @@
 """`linsight list | info | doctor`: what there is, what it costs, and what runs here. Tables, or `--json`."""
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from linsight.errors import LinsightError
 from linsight.runtime.console import new_console
 from linsight.runtime.files import to_json
+from linsight.runtime.signals import Interrupted, Unwinding, exit_code, undivided
 from linsight.runtime.text import printable
 
 if TYPE_CHECKING:
@@ -16,11 +20,38 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+class Command(TyperCommand):
+    """A command that imports linsight when it runs, not for its help, and ends in one line where a user can mend it."""
+
+    def invoke(self, context: Any) -> Any:
+        """Run it."""
+        try:
+            with Unwinding():
+                load()
+                return super().invoke(context)
+        except KeyboardInterrupt as stopped:
+            raise Interrupted("stopped", exit_code(stopped)) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            name = f"'{error.filename}': " if error.filename else ""
+            raise LinsightError(f"{name}{error.strerror or error}") from error
+
+
+def load() -> None:
+    """Import linsight, which takes seconds, beside a spinner on a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting ...") if console.is_terminal else contextlib.nullcontext(), undivided():
+        import linsight.api  # noqa: F401
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to `app`."""
-    app.command("list")(list_)
-    app.command()(info)
-    app.command()(doctor)
+    app.command("list", cls=Command)(list_)
+    app.command(cls=Command)(info)
+    app.command(cls=Command)(doctor)
 
 
 def list_(
@@ -191,7 +222,8 @@ def make_table(title: str, columns: list[str], rows: list[list[str]], *, header:
 
 def terminal() -> "Console":
     """The console: a terminal has its own width; a pipe gets one line a row, for grep."""
-    return new_console() if sys.stdout.isatty() else new_console(no_color=True, width=240)
+    seen = sys.stdout is not None and sys.stdout.isatty()
+    return new_console() if seen else new_console(no_color=True, width=240)
 
 
 def print_json(found: Any) -> None:

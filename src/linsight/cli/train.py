@@ -10,19 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from linsight.errors import UnknownNameError
-from linsight.recipe import FIELDS, HINTS, Recipe
+from linsight.recipe import FIELDS, HINTS, check_value, parse
 from linsight.runtime.console import new_console
 from linsight.runtime.files import to_json
+from linsight.runtime.launch import refuse_copies
 from linsight.runtime.text import printable
-from linsight.train.recipes import RECIPES
+from linsight.train.progress import reporter, tile_reporter
+from linsight.train.recipes import OWN
 
-from .show import make_table, terminal
+from .show import Command, make_table, terminal
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
-_OWN = [name for name, shipped in RECIPES.items() if not shipped.published]
 _ABOUT = "\n\n".join(
     [
-        *(f"{name}: {RECIPES[name].about}" for name in _OWN),
+        *(f"{name}: {shipped.about}" for name, shipped in OWN.items()),
         "Every published model of 'linsight list' has the recipe of its paper, for ImageNet-1K, by its own name; "
         "'linsight info MODEL' says what to expect.",
     ]
@@ -33,49 +34,48 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command(
         "train",
+        cls=Command,
         help=(
             "Train a model by a recipe; without arguments, a small one on handwritten digits.\n\n"
             "Each field of the recipe can be set. Ctrl-C saves the state; --resume FOLDER goes on.\n\n"
             f"Recipes:\n\n{_ABOUT}"
         ),
     )(_train)
-    app.command("eval")(evaluate)
-    app.command("predict")(predict)
+    app.command("eval", cls=Command)(evaluate)
+    app.command("predict", cls=Command)(predict)
 
 
 def _train(**options: Any) -> None:
-    from linsight.train import Interrupted, resolve, resume, suggest, train
-    from linsight.train.chosen import told_channels
-    from linsight.train.progress import reporter
-
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
-    overrides = {key: value for key, value in options.items() if value is not None}
-    console = new_console()
+    for option, value in (("--recipe", name), ("--out", out)):
+        if folder is not None and value is not None:
+            raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
+    overrides = {key: parse(key, value) for key, value in options.items() if value is not None}
+    for key, value in overrides.items():
+        check_value(key, value)
+    report = reporter(new_console())
     try:
+        from linsight.train import resolve, resume, suggest, train
+        from linsight.train.chosen import told_channels
+
         if folder is not None:
-            for option, value in (("--recipe", name), ("--out", out)):
-                if value is not None:
-                    raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
-            summary = resume(folder, overrides=overrides, report=reporter(console))
+            summary = resume(folder, overrides=overrides, report=report)
         else:
-            report = reporter(console)
+            refuse_copies()
             if name is None:
                 name = suggest(overrides)
-                report.note(f"recipe {name}: {RECIPES[name].about.partition('. ')[0]}")
+                report.note(f"recipe {name}: {OWN[name].about.partition('. ')[0]}")
             recipe = resolve(name, overrides)
             if told := told_channels(name, recipe):
                 report.note(told)
             summary = train(recipe, out=out, name=name, report=report)
-    except Interrupted as stopped:
-        typer.echo(f"linsight: {stopped}", err=True)
-        raise typer.Exit(stopped.code) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    finally:
+        report.end()
     when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {summary['last_top1']:.2f} %"
     _print_facts(
         [
             ["top-1", f"{summary['top1']:.2f} % ({when})"],
-            ["top-5", f"{summary['top5']:.2f} %"],
+            *([["top-5", f"{summary['top5']:.2f} %"]] if summary["classes"] > 5 else []),
             ["time", f"{summary['seconds']:.1f} s"],
             ["folder", summary["folder"]],
         ]
@@ -85,7 +85,7 @@ def _train(**options: Any) -> None:
 def _signature() -> inspect.Signature:
     """One option for each field of `Recipe`, beside those of the run itself."""
     own: list[tuple[str, Any, Any]] = [
-        ("recipe", str | None, typer.Option(help=f"{', '.join(_OWN)}, or a published model", rich_help_panel="Run")),
+        ("recipe", str | None, typer.Option(help=f"{', '.join(OWN)}, or a published model", rich_help_panel="Run")),
         (
             "out",
             str | None,
@@ -128,6 +128,9 @@ _Amp = Annotated[str, typer.Option(help=FIELDS["amp"].metadata["help"])]
 _From = Annotated[
     str | None, typer.Option(metavar="N,N", help="size of the images --checkpoint was made for, if it does not tell")
 ]
+_Size = Annotated[
+    str | None, typer.Option(metavar="N,N", help="side of the images, or height and width; none: the model's own")
+]
 _Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=FIELDS["on_bad_image"].metadata["help"])]
 _Fill = Annotated[float | None, typer.Option(help=FIELDS["fill"].metadata["help"])]
 
@@ -139,6 +142,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="what to evaluate on; none: the run's own data")] = None,
     data_dir: Annotated[str | None, typer.Option(help=FIELDS["data_dir"].metadata["help"])] = None,
     split: Annotated[str | None, typer.Option(help="the split; none: validation, else test, else all")] = None,
+    img_size: _Size = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
     workers: Annotated[int | None, typer.Option(min=0, help=FIELDS["workers"].metadata["help"])] = None,
     device: _Device = "auto",
@@ -153,11 +157,11 @@ def evaluate(
     as_json: _Json = False,
 ) -> None:
     """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second. Or, with --budget, its exits."""
-    from linsight.recipe import check
     from linsight.train import evaluate as run
+    from linsight.train.model import load_source
 
-    check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
     images: dict[str, Any] = {
+        "img_size": img_size,
         "data": data,
         "data_dir": data_dir,
         "split": split,
@@ -168,12 +172,13 @@ def evaluate(
         "on_bad_image": on_bad_image,
         "fill": fill,
     }
+    _check(images)
     if budget is not None:
-        _evaluate_exits(_trained(source, checkpoint, from_size), budget, out, as_json, images)
+        _evaluate_exits(load_source(source, checkpoint, from_size), budget, out, as_json, images)
         return
     if out is not None:
         raise typer.BadParameter("--out goes with --budget")
-    result = run(_trained(source, checkpoint, from_size), **images)
+    result = run(load_source(source, checkpoint, from_size), **images)
     if as_json:
         typer.echo(to_json(result))
         return
@@ -181,7 +186,7 @@ def evaluate(
     _print_facts(
         [
             ["top-1", f"{result['top1']:.2f} %"],
-            ["top-5", f"{result['top5']:.2f} %"],
+            *([["top-5", f"{result['top5']:.2f} %"]] if result["classes"] > 5 else []),
             ["loss", f"{result['loss']:.4f}"],
             ["images", f"{result['images']} of {result['data']}{skipped}"],
             ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
@@ -231,6 +236,7 @@ def predict(
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
     from_size: _From = None,
     top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
+    img_size: _Size = None,
     device: _Device = "auto",
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
@@ -262,30 +268,26 @@ def predict(
     ] = False,
 ) -> None:
     """Say what a trained model sees in images."""
-    from linsight.recipe import check
     from linsight.train import predict as run
+    from linsight.train.model import load_source
 
-    check(dataclasses.replace(Recipe(), amp=amp, on_bad_image=on_bad_image))
+    settings: dict[str, Any] = {"device": device, "amp": amp, "on_bad_image": on_bad_image, "img_size": img_size}
+    _check(settings)
     given: dict[str, Any] = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
     given |= {"level": level, "mpp": mpp}
     given = {name: value for name, value in given.items() if value is not None}
     if streamed:
+        if img_size is not None:
+            raise typer.BadParameter("--img-size does not go with --stream, which takes images as they are")
         given |= {"device": device, "amp": amp, "fill": fill}
-        _predict_stream(_trained(source, checkpoint, from_size), images, given, output, out, top, on_bad_image, as_json)
+        _predict_stream(
+            load_source(source, checkpoint, from_size), images, given, output, out, top, on_bad_image, as_json
+        )
         return
     for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
         raise typer.BadParameter(f"--{name} goes with --stream")
-    notes: list[str] = []
-    done, bad = run(
-        _trained(source, checkpoint, from_size),
-        images,
-        top=top,
-        device=device,
-        amp=amp,
-        on_bad_image=on_bad_image,
-        fill=fill,
-        note=notes.append,
-    )
+    trained, notes = load_source(source, checkpoint, from_size), list[str]()
+    done, bad = run(trained, images, top=top, **settings, fill=fill, note=notes.append)
     _tell(notes)
     _tell_classes(done, bad, as_json)
 
@@ -300,8 +302,7 @@ def _predict_stream(
     on_bad_image: str,
     as_json: bool,
 ) -> None:
-    from linsight.train import Interrupted, Tiling, predict_stream, save_stream
-    from linsight.train.progress import tile_reporter
+    from linsight.train import Tiling, predict_stream, save_stream
 
     output = output or "classes"
     if output not in _OUTPUTS:
@@ -313,17 +314,13 @@ def _predict_stream(
     if out is not None and len(images) > 1:
         raise typer.BadParameter(f"--out is for one image, and {len(images)} are given: give one at a time")
     tiling, notes = Tiling(**given, progress=tile_reporter(new_console(stderr=True))), list[str]()
-    try:
-        if out is None:
-            done = predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image, note=notes.append)
-            _tell(notes)
-            _tell_classes(*done, as_json)
-            return
-        shape = save_stream(trained, images[0], out, tiling, output=output, note=notes.append)  # type: ignore[arg-type]
+    if out is None:
+        done = predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image, note=notes.append)
         _tell(notes)
-    except Interrupted as stopped:
-        typer.echo(f"linsight: {stopped}", err=True)
-        raise typer.Exit(stopped.code) from None
+        _tell_classes(*done, as_json)
+        return
+    shape = save_stream(trained, images[0], out, tiling, output=output, note=notes.append)  # type: ignore[arg-type]
+    _tell(notes)
     if as_json:
         typer.echo(to_json({"file": images[0], "output": output, "out": out, "shape": shape}))
     else:
@@ -343,17 +340,11 @@ def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
     _tell_bad(bad)
 
 
-def _trained(source: str, checkpoint: str | None, from_size: str | None = None) -> Any:
-    from linsight.recipe import check, parse
-    from linsight.train import load_trained
-    from linsight.train.model import load_named
-
-    if checkpoint is None:
-        if from_size is not None:
-            raise typer.BadParameter("--from-size goes with --checkpoint: a run tells the size of its images")
-        return load_trained(source)
-    sides = check(dataclasses.replace(Recipe(), from_size=parse("from_size", from_size or ""))).from_size
-    return load_named(source, checkpoint, from_size=(sides * 2)[:2] or None)  # type: ignore[arg-type]
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse a value that no run can have, before anything is read."""
+    for name, value in settings.items():
+        if name in FIELDS and value is not None:
+            check_value(name, parse(name, value))
 
 
 def _print_facts(rows: list[list[str]]) -> None:

@@ -8,8 +8,7 @@ names where a host exists for them.
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from linsight.attention import Paper
 from linsight.errors import LinsightError, UnknownNameError
 
+from .doors import building, checked
 from .parts.dense import DenseFeatures
 from .parts.indices import in_order
 from .rows import Architecture, Host, Variant
@@ -166,11 +166,12 @@ def build(
     entry: Variant | Architecture, *, pretrained: bool = False, cache_dir: str | None = None, **kwargs: Any
 ) -> nn.Module:
     """The model of a row of a table, with weights where they are asked for: published ones, or those of its cfg."""
+    kwargs = checked(entry.name, kwargs.get("attention"), kwargs.get("attention_options"), kwargs)
     asked, cfg = record(kwargs), _take_cfg(entry, kwargs)
     published = cfg.get("url") == _config(entry).get("url") and not any(map(cfg.get, _OTHER_SOURCES))
     if pretrained and published:
         _check_fetched(entry, kwargs.get("attention"))
-    with refusals_in_one_line(entry.name):
+    with building(entry.name, asked):
         if isinstance(entry, Variant):
             model = _build_variant(entry, cfg, **kwargs)
         else:
@@ -192,15 +193,6 @@ def record(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by which a model is made again, as timm keeps them for `save_for_hf`."""
     passing = {"device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"}
     return {key: value for key, value in kwargs.items() if value is not None and key not in passing}
-
-
-@contextmanager
-def refusals_in_one_line(name: str) -> Iterator[None]:
-    """Turn timm's assertions, of arguments that do not go together, into errors that name the model."""
-    try:
-        yield
-    except AssertionError as error:
-        raise LinsightError(f"'{name}' cannot be built so: {error}") from error
 
 
 def load_from_cfg(model: nn.Module, cfg: Mapping[str, Any], cache_dir: str | None = None) -> None:
@@ -352,6 +344,7 @@ def create_model(
         UnknownNameError: no such model, mechanism or option; the nearest is offered.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    kwargs = checked(name, attention, attention_options, kwargs)
     if ":" in name:
         kwargs |= {"attention": attention, "attention_options": attention_options}
         return _create_from_source(name, pretrained=pretrained, **kwargs)
@@ -373,7 +366,7 @@ def create_model(
                 f"({place_of(name)}), linsight.load_published(model, path, strict=False) keeps what both have, as qkv"
             )
         attention = attention or default_attention(name)
-        with refusals_in_one_line(name):
+        with building(name, kwargs):
             model = adopt(name, attention, attention_options, pretrained=pretrained, **kwargs)
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": ON_HOST}  # type: ignore[dict-item,assignment]
         made = {"base": name, "attention": attention, "attention_options": attention_options, **kwargs}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from linsight.errors import MissingExtraError
 
-from .files import replacing
+from .files import replacing, writing
 from .text import printable
 
 # Fonts of systems that have letters which matplotlib's own lacks; where none is there, a letter is drawn as a box.
@@ -61,7 +61,7 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:
     """Write a picture of the kind that the suffix of `path` says, in one move."""
-    with replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 

@@ -1,14 +1,16 @@
-"""Files that are whole or absent: written beside their place, then moved into it."""
+"""Files that are whole or absent: written beside their place, then moved into it. And folders that one run holds."""
 
 import contextlib
 import json
 import os
 import pathlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from linsight.errors import LinsightError
+
+_HELD: set[pathlib.Path] = set()  # by this process, which a lock of the system does not keep from itself
 
 
 @contextlib.contextmanager
@@ -20,7 +22,34 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be made, it cannot be removed either
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Inside, whatever keeps `path` from being written (a full disk, no permission) is a LinsightError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    except RuntimeError as error:  # torch's writer hides what stopped it
+        if isinstance(error.__context__, OSError):
+            raise _unwritten(path, error.__context__) from error
+        raise
+
+
+def require_folder(folder: pathlib.Path) -> None:
+    """Raise, before anything is computed for it, unless `folder` can be written to, or made."""
+    if folder.exists() and not folder.is_dir():
+        raise LinsightError(f"'{folder}' is a file: give a folder")
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise LinsightError(f"nothing can be written to '{folder}': '{above}' is no folder with that permission")
+
+
+def _unwritten(path: pathlib.Path, error: OSError) -> LinsightError:
+    return LinsightError(f"'{path}' cannot be written: {error.strerror or error}")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -40,3 +69,45 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` in one move."""
     write_text(path, to_json(value, indent=2) + "\n")
+
+
+def hold(folder: pathlib.Path, name: str) -> Callable[[], None]:
+    """Keep other runs out of `folder`, where the system can, until what is returned is called or this process ends.
+
+    name: of the file in it that is locked. Processes that this one forks do not hold it, and cannot let go of it.
+    """
+    path = folder.resolve() / name
+    taken = LinsightError(f"another run works in '{folder}': wait for its end, or give another folder")
+    if path in _HELD:  # to open and close its file would let go of the lock
+        raise taken
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise LinsightError(f"nothing can be written to '{folder}': {error.strerror}") from error
+    if not _lock(descriptor):
+        os.close(descriptor)
+        raise taken
+    _HELD.add(path)
+    owner = os.getpid()
+
+    def release() -> None:
+        if path in _HELD and os.getpid() == owner:
+            _HELD.discard(path)
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    return release
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on every system
+        return True
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 from linsight.ops import Tile
-from linsight.runtime.files import to_json, write_text
+from linsight.runtime.files import hold, to_json, write_text
 from linsight.runtime.memory import free_memory, in_words
 
 STATE = "stream.json"
@@ -100,7 +100,7 @@ class Scratch:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LinsightError(f"scratch='{folder}' is no folder: {error.strerror}") from error
-        self._lock = _locked(self.folder)
+        self._lock = hold(self.folder, LOCK)
         held = (self.folder / STATE).exists()
         if held and not resume:
             self._lock()
@@ -218,32 +218,6 @@ class Scratch:
     def _map(self, path: pathlib.Path, shape: tuple[int, ...]) -> Canvas:
         size = shape[0] * shape[1] * shape[2]
         return Canvas(torch.from_file(str(path), shared=True, size=size, dtype=self.dtype).view(shape))
-
-
-def _locked(folder: pathlib.Path) -> Callable[[], None]:
-    """Keep other runs out of `folder`, where the system can, until what is returned is called or the process ends."""
-    try:
-        import fcntl
-    except ImportError:
-        return lambda: None
-    try:
-        file = open(folder / LOCK, "w")  # noqa: SIM115  # open for as long as the run goes
-    except OSError as error:
-        raise LinsightError(f"nothing can be written to '{folder}': {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise LinsightError(f"another run works in '{folder}': give another folder") from error
-    except OSError:
-        pass  # a file system without locks
-
-    def release() -> None:
-        if not file.closed:  # else it may be another run's by now
-            (folder / LOCK).unlink(missing_ok=True)
-            file.close()
-
-    return release
 
 
 def allocate(path: pathlib.Path, size: int) -> None:

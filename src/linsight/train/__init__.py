@@ -4,19 +4,23 @@
 >>> summary = train(resolve("digits", {"epochs": 2}), out="runs/quick")
 """
 
+from typing import TYPE_CHECKING
+
 from linsight.recipe import Recipe
+from linsight.runtime.lazy import lazily
 from linsight.runtime.signals import Interrupted
 
-from ._predict import Prediction, predict
-from .chosen import resolve, suggest
-from .datasets import Data, open_data
-from .evaluation import evaluate
-from .exits import evaluate_exits
-from .loaded import LoadedRun, load_run
-from .loop import resume, train
-from .model import Trained, load_trained
-from .recipes import RECIPES
-from .tiling import Tiling, predict_stream, save_stream
+if TYPE_CHECKING:
+    from ._predict import Prediction, predict
+    from .chosen import resolve, suggest
+    from .datasets import Data, open_data
+    from .evaluation import evaluate
+    from .exits import evaluate_exits
+    from .loaded import LoadedRun, load_run
+    from .loop import resume, train
+    from .model import Trained, load_trained
+    from .recipes import RECIPES
+    from .tiling import Tiling, predict_stream, save_stream
 
 __all__ = [
     "RECIPES",
@@ -40,3 +44,18 @@ __all__ = [
     "suggest",
     "train",
 ]
+
+# Imported when they are asked for: the help of a command needs the recipes alone.
+_HOMES = {
+    "_predict": ("Prediction", "predict"),
+    "chosen": ("resolve", "suggest"),
+    "datasets": ("Data", "open_data"),
+    "evaluation": ("evaluate",),
+    "exits": ("evaluate_exits",),
+    "loaded": ("LoadedRun", "load_run"),
+    "loop": ("resume", "train"),
+    "model": ("Trained", "load_trained"),
+    "recipes": ("RECIPES",),
+    "tiling": ("Tiling", "predict_stream", "save_stream"),
+}
+__getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

@@ -88,7 +88,7 @@ def predictions(path: pathlib.Path, found: Sequence[Guess]) -> None:
     for axes in grid:
         axes.axis("off")
     for axes, entry in zip(grid, shown, strict=False):
-        axes.imshow(entry.image.permute(1, 2, 0).numpy().squeeze(), cmap="gray" if len(entry.image) == 1 else None)
+        axes.imshow(entry.image[:3].permute(1, 2, 0).numpy().squeeze(), cmap="gray" if len(entry.image) == 1 else None)
         lines = [*folded(f"{entry.guess}, {100 * entry.sure:.0f}\N{NO-BREAK SPACE}%", 18, 2)]
         if entry.wrong:
             lines += folded(f"true: {entry.truth}", 18, 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
+from linsight.recipe import change
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
@@ -42,18 +43,24 @@ def predict(
     amp: str = "auto",
     on_bad_image: str = "skip",
     fill: float | None = None,
+    img_size: Any = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Prediction], list[str]]:
     """Predictions for image files and for all images in folders; and a line for each that could not be read.
 
     Args:
         fill: the value of pixels that are no number; None: that of the training, if it had one.
+        img_size: of the images, a side or height and width; by default, that of the run.
         note: called with a line about what was left out, or not read as it is.
 
     Raises:
         LinsightError: a path that does not exist, a folder without images, no readable image at all, or a
             bad image where those are refused; or the model gives what is no number.
     """
+    settings = {"batch_size": batch_size, "device": device, "amp": amp, "on_bad_image": on_bad_image}
+    settings["img_size"] = trained.recipe.img_size if img_size is None else img_size
+    recipe = change(trained.recipe, settings)
+    require_top(top)
     files: list[pathlib.Path] = []
     aside: list[str] = []
     for path in map(pathlib.Path, paths):
@@ -65,12 +72,13 @@ def predict(
         files += found
     for line in aside:
         note(line)
-    recipe = dataclasses.replace(trained.recipe, on_bad_image=on_bad_image)
     if fill is not None:
         check_fill(fill)
         recipe = dataclasses.replace(recipe, fill=fill)
-    where = pick_device(device)
-    dtype, _ = pick_dtype(amp, where)
+    if not files:
+        raise LinsightError("no image is given: name image files, or folders of them")
+    where = pick_device(recipe.device)
+    dtype, _ = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
     source = _Files(files, trained.classes)
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0, recipe.fill)
@@ -78,7 +86,7 @@ def predict(
     done: list[Prediction] = []
     bad: list[str] = []
     notes: list[str] = []
-    for batch in loader(samples, Batches(len(files), batch_size, shuffle=False), workers=0, pin=False):
+    for batch in loader(samples, Batches(len(files), recipe.batch_size, shuffle=False), workers=0, pin=False):
         bad += batch.bad
         notes += batch.notes
         refuse(recipe, batch.bad)
@@ -94,6 +102,12 @@ def predict(
     if not done:
         raise LinsightError(f"no image could be read: {bad[0]}")
     return done, bad
+
+
+def require_top(top: int) -> None:
+    """Raise a LinsightError unless `top` classes can be told."""
+    if not isinstance(top, int) or top < 1:
+        raise LinsightError(f"top={top!r} must be a whole number, 1 or more")
 
 
 def likeliest(trained: Trained, file: pathlib.Path, values: Tensor, indices: Tensor, top: int) -> Prediction:

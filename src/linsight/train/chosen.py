@@ -7,7 +7,7 @@ from typing import Any
 
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
-from linsight.recipe import DATA_FIELDS, FIELDS, Recipe, averaged, check, parse
+from linsight.recipe import DATA_FIELDS, FIELDS, Recipe, averaged, change, parse
 
 from .datasets import open_data
 from .images import decode
@@ -37,7 +37,7 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
         if head in given and given[head] != getattr(base, head):
             given.setdefault(dependent, {})
     given = {**averaged(base, given.get("in_chans", base.in_chans)), **given}
-    return check(dataclasses.replace(base, **given))
+    return change(base, given)
 
 
 def _kept(init: str, data: bool) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
-from linsight.recipe import Recipe, parse
+from linsight.recipe import Recipe, change, parse
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
@@ -39,17 +39,19 @@ def evaluate(
     on_bad_image: str = "skip",
     data_dir: str | None = None,
     fill: float | None = None,
+    img_size: Any = None,
 ) -> dict[str, Any]:
     """Top-1 and top-5 in percent, loss and speed on `data`, by default on what the run was evaluated on.
 
     `notes` in it are lines about what was left out, or not read as it is. fill: the value of pixels that are no number;
-    None: that of the training, if it had one.
+    None: that of the training, if it had one. img_size: of the images, a side or height and width; by default, that of
+    the run.
 
     Raises:
         LinsightError: no such data, classes that the model does not know, or a bad image where those are refused; or
             the model gives what is no number.
     """
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill)
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill, img_size)
     recipe, notes = given.recipe, list[str]()
 
     def after_batch(batch: Batch) -> None:
@@ -62,6 +64,7 @@ def evaluate(
     seconds = time.perf_counter() - started
     return {
         "data": recipe.data,
+        "classes": len(trained.classes),
         "images": scores.images,
         "top1": scores.top1,
         "top5": scores.top5,
@@ -98,9 +101,12 @@ def prepare(
     on_bad_image: str,
     data_dir: str | None,
     fill: float | None = None,
+    img_size: Any = None,
 ) -> Evaluation:
     """Get ready to evaluate on `data`, by default on what the run was evaluated on."""
-    recipe = trained.recipe
+    settings = {"batch_size": batch_size, "device": device, "amp": amp, "workers": workers}
+    settings |= {"on_bad_image": on_bad_image, "img_size": trained.recipe.img_size if img_size is None else img_size}
+    recipe = change(trained.recipe, settings)
     config = trained.path.parent / CONFIG
     if data is not None:
         recipe = dataclasses.replace(recipe, data=data, data_dir=data_dir)
@@ -113,16 +119,15 @@ def prepare(
         source = under(open_data(recipe).val, trained.classes, recipe.data)
     else:
         source = open_evaluation(recipe, split, trained.classes, in_order=not trained.run)
-    recipe = dataclasses.replace(recipe, on_bad_image=on_bad_image)
     if fill is not None:
         check_fill(fill)
         recipe = dataclasses.replace(recipe, fill=fill)
-    where = pick_device(device)
-    dtype, precision = pick_dtype(amp, where)
+    where = pick_device(recipe.device)
+    dtype, precision = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
     samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0, recipe.fill)
-    batches = Batches(len(source), batch_size, shuffle=False)
-    count = min(default_workers() if workers is None else workers, len(batches))
+    batches = Batches(len(source), recipe.batch_size, shuffle=False)
+    count = min(default_workers() if recipe.workers is None else recipe.workers, len(batches))
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
     return Evaluation(recipe, model, feed, Normalise(recipe, where), dtype, precision, source.notes)
 

@@ -13,7 +13,7 @@ from linsight.errors import LinsightError
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.runtime.device import autocast
 from linsight.runtime.figures import require_matplotlib
-from linsight.runtime.files import write_json, write_text
+from linsight.runtime.files import require_folder, write_json, write_text, writing
 from linsight.runtime.finite import require_finite
 
 from ._feeds import refuse
@@ -39,6 +39,7 @@ def evaluate_exits(
     on_bad_image: str = "skip",
     data_dir: str | None = None,
     fill: float | None = None,
+    img_size: Any = None,
     out: str | pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Accuracy against mean operations, of all settings and of the best one for `budget` G multiply-adds an image.
@@ -55,8 +56,9 @@ def evaluate_exits(
             f"'{trained.recipe.model}' has no exits to stop at: a budget is for models that have, as dynp_*"
         )
     folder = pathlib.Path(out) if out is not None else trained.path.parent if trained.run else pathlib.Path()
+    require_folder(folder)
     require_matplotlib(f"drawing {_PNG}")
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill)
+    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill, img_size)
     scored, targets, bad = collect(given)
     first, second = (torch.tensor(part, dtype=torch.long) for part in hold_out(targets, 0.5))
     if not (len(first) and len(second)):
@@ -81,11 +83,12 @@ def evaluate_exits(
         "precision": given.precision,
         "bad": bad,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     result["files"] = [str(folder / name) for name in (_JSON, _CSV, _PNG)]
-    write_text(folder / _CSV, _csv([*alone, *settings]))
-    draw(folder / _PNG, result)
-    write_json(folder / _JSON, result)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _CSV, _csv([*alone, *settings]))
+        draw(folder / _PNG, result)
+        write_json(folder / _JSON, result)
     return result
 
 

@@ -1,7 +1,6 @@
 """From sources to batches: decoding, augmentation, what happens to a bad image, and normalising on the device."""
 
 import collections
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +17,12 @@ from linsight.data import Decoded
 from linsight.data.pictures import MODES, first_line
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
+from linsight.runtime.signals import outlive
 
 from ._sources import Arrays, Source
 from .random import Batches, seed_sample
 
-_MODES = {channels: mode for mode, channels in MODES.items()}
+MODE_OF = {channels: mode for mode, channels in MODES.items()}
 
 
 class Batch(NamedTuple):
@@ -52,9 +52,9 @@ class Samples(Dataset[Any]):
         seed: int,
         fill: float | None = None,
     ) -> None:
-        if in_chans not in _MODES:
+        if in_chans not in MODE_OF:
             raise LinsightError(f"in_chans={in_chans}: pictures are decoded whole in 1, 3 or 4 channels; use --stream")
-        self.source, self.transform, self.mode, self.seed = source, transform, _MODES[in_chans], seed
+        self.source, self.transform, self.mode, self.seed = source, transform, MODE_OF[in_chans], seed
         self.fill = fill
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ def cached(source: Source, in_chans: int, fill: float | None = None) -> tuple[So
         return source, [], []
     images, targets, bad, notes = [], [], [], list[str]()
     for index, target in enumerate(source.targets):
-        found = _decoded(source, index, _MODES[in_chans], fill)
+        found = _decoded(source, index, MODE_OF[in_chans], fill)
         if isinstance(found, str):
             bad.append(found)
         else:
@@ -120,9 +120,9 @@ def told(notes: Iterable[str]) -> list[str]:
 
 def statistics(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The mean and the standard deviation of each channel, in 0..1."""
-    grey = recipe.in_chans == 1
-    mean = recipe.mean or ((0.5,) if grey else IMAGENET_DEFAULT_MEAN)
-    return mean, recipe.std or ((0.5,) if grey else IMAGENET_DEFAULT_STD)
+    colour, same = recipe.in_chans == 3, (0.5,) * recipe.in_chans
+    mean = recipe.mean or (IMAGENET_DEFAULT_MEAN if colour else same)
+    return mean, recipe.std or (IMAGENET_DEFAULT_STD if colour else same)
 
 
 def eval_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
@@ -138,6 +138,8 @@ def eval_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Ima
 
 def train_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
     """timm's augmentations, to uint8 `(C, H, W)`; erasing and mixing follow on the batch."""
+    if recipe.in_chans == 4 and (recipe.auto_augment or recipe.color_jitter):
+        raise LinsightError("augmentation of colours knows no four channels: pass auto_augment=none and color_jitter=0")
     own_crop = recipe.crop_mode in ("pad", "none")
     try:
         crop, colour, final = create_transform(
@@ -174,7 +176,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **timm_args: Any) -> Image
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still wants the batch
+    outlive()  # Ctrl-C and `timeout` reach the whole group
 
 
 def loader(samples: Samples, batches: Batches, *, workers: int, pin: bool) -> Iterable[Batch]:

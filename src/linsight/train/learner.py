@@ -30,6 +30,11 @@ def _is_frozen_norm(module: nn.Module) -> bool:
     return norm and not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def warmup_epochs(recipe: Recipe) -> float:
+    """The epochs of warm-up: the recipe's, or a quarter of the run where that would never get out of its warm-up."""
+    return recipe.warmup_epochs if recipe.warmup_epochs < recipe.epochs else recipe.epochs / 4
+
+
 class Learner:
     """A model in training. All of its state but the number of updates done is in `state`.
 
@@ -99,7 +104,7 @@ class Learner:
                 self.optimiser,
                 recipe.sched,
                 num_epochs=recipe.epochs,
-                warmup_epochs=recipe.warmup_epochs,
+                warmup_epochs=warmup_epochs(recipe),
                 warmup_lr=recipe.warmup_lr * scale,
                 min_lr=recipe.min_lr * scale,
                 cooldown_epochs=recipe.cooldown_epochs,
@@ -109,15 +114,15 @@ class Learner:
             )
         except (TypeError, ValueError) as error:
             raise LinsightError(f"opt_args or sched_args cannot be used: {error}") from error
+        if self.schedule is None:  # which else applies the scales
+            for group in self.optimiser.param_groups:
+                group["lr"] *= group.get("lr_scale", 1.0)
 
     def _scale_new(self) -> None:
-        """Part the groups of the optimiser by whether `init` filled them; timm's schedules know `lr_scale`."""
+        """Part the groups of the optimiser by whether `init` filled them, by their `lr_scale`."""
         recipe, named = self.recipe, dict(self.model.named_parameters())
         if recipe.new_lr_scale == 1:
             return
-        change = {"lr_scale": recipe.new_lr_scale}
-        if recipe.sched == "none":
-            change = {"lr": self.lr * recipe.new_lr_scale}
         new = {id(named[name]) for name in self.new}
         for group in list(self.optimiser.param_groups):
             parts: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -125,7 +130,8 @@ class Learner:
                 parts[id(parameter) in new].append(parameter)
             group["params"] = parts[0]
             if parts[1]:
-                self.optimiser.add_param_group({**group, "params": parts[1], **change})
+                scale = group.get("lr_scale", 1.0) * recipe.new_lr_scale
+                self.optimiser.add_param_group({**group, "params": parts[1], "lr_scale": scale})
 
     @property
     def evaluated(self) -> nn.Module:
@@ -139,8 +145,9 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last update."""
-        return self.optimiser.param_groups[0]["lr"]
+        """The learning rate of the last update, before a layer's or a new part's own scale."""
+        group = min(self.optimiser.param_groups, key=lambda group: abs(group.get("lr_scale", 1.0) - 1))
+        return group["lr"] / group.get("lr_scale", 1.0)
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
         """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""

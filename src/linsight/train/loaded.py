@@ -18,7 +18,7 @@ from linsight.runtime.device import pick_device
 
 from ._predict import Prediction, likeliest
 from .evaluation import probabilities
-from .images import Normalise, eval_transform, statistics
+from .images import MODE_OF, Normalise, eval_transform, statistics
 from .model import Trained, image_size, load_trained
 from .run import SUMMARY, kept_recipe
 
@@ -33,7 +33,7 @@ class Transform:
     """
 
     def __init__(self, recipe: Recipe, img_size: tuple[int, int]) -> None:
-        self.mode = "L" if recipe.in_chans == 1 else "RGB"
+        self.mode = MODE_OF[recipe.in_chans]
         self._fill = recipe.fill
         self._resize: Callable[[Image.Image], Tensor] = eval_transform(recipe, img_size)
         self._normalise = Normalise(recipe, _CPU)

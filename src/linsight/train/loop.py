@@ -3,6 +3,7 @@
 import math
 import pathlib
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,17 +11,18 @@ from torch import Tensor, nn
 
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
-from linsight.recipe import Recipe
+from linsight.recipe import Recipe, change
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.figures import require_matplotlib
-from linsight.runtime.signals import Interrupted, Stop
+from linsight.runtime.launch import refuse_copies
+from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
 
 from . import _figures
 from ._feeds import open_feeds, refuse
 from .datasets import Data, open_data
 from .evaluation import probabilities, score
 from .images import Batch, told
-from .learner import Learner
+from .learner import Learner, warmup_epochs
 from .model import WEIGHTS, build, count_of, image_size, left_new, load_trained, save, start_from
 from .progress import Silent
 from .random import seed_step
@@ -34,9 +36,10 @@ def train(
 
     Raises:
         LinsightError: the data, the model or the folder cannot be used, or the loss is no longer a number.
-        Interrupted: SIGINT or SIGTERM; the state is saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the state is saved, once there is one.
     """
-    return _go(Run.start(recipe, out, name), report or Silent())
+    refuse_copies()
+    return _go(Run.start(change(recipe, {}), out, name), report or Silent())
 
 
 def resume(
@@ -47,6 +50,7 @@ def resume(
     It goes on with as many threads as it started with, since sums over others round differently.
     Only fields that the result does not depend on may be overridden (device, workers, save_every ...).
     """
+    refuse_copies()
     return _go(Run.resume(path, overrides or {}), report or Silent())
 
 
@@ -54,20 +58,33 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
     if run.finished:
         report.note(f"the run in '{run.path}' is finished")
         return run.summary()
+    try:
+        with Unwinding():
+            return _run(run, report)
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(f"stopped at once; {run.way()}", exit_code(stopped)) from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise LinsightError(
+            f"out of memory with batch_size={run.recipe.batch_size}: set it lower, or grad_checkpointing; {run.way()}"
+        ) from error
+    finally:
+        report.end()
+        run.close()
+
+
+def _run(run: Run, report: Silent) -> dict[str, Any]:
     if run.recipe.figures:
         require_matplotlib("drawing curves.png and predictions.png (--no-figures goes without)")
     if run.threads:
         torch.set_num_threads(run.threads)
+    report.busy("reading what data there is")
     data = open_data(run.recipe)
     for note in data.notes:
         report.note(note)
-    state = run.load_state()
-    trainer = Trainer(run, data, report, state)
-    try:
-        with Stop() as stop:
-            return trainer.run_epochs(stop)
-    finally:
-        report.end()
+    report.busy("building the model")
+    trainer = Trainer(run, data, report, run.load_state())
+    with Stop() as stop:
+        return trainer.run_epochs(stop)
 
 
 class Trainer:
@@ -96,6 +113,11 @@ class Trainer:
         self.learner = Learner(
             recipe, model, device, self.dtype, classes=len(data.classes), updates=self.steps, new=new
         )
+        warmup = warmup_epochs(recipe)
+        if warmup != recipe.warmup_epochs:
+            report.note(
+                f"a warm-up of {recipe.warmup_epochs} epochs would take all {recipe.epochs}: it is {warmup:g} of them"
+            )
         self.epoch = self.step = 0
         self.notes, self.told = list[str](), False
         self.best: tuple[float, int] = (-1.0, 0)
@@ -123,7 +145,8 @@ class Trainer:
         """From where we are to the summary, or to where `stop` says so."""
         self.stop = stop
         epochs = self.learner.epochs
-        self.report.begin(epochs, self.steps, self.epoch, self.step)
+        outputs = self.recipe.num_classes or len(self.data.classes)
+        self.report.begin(epochs, self.steps, self.epoch, self.step, outputs)
         while self.epoch < epochs:
             self._train_epoch()
             self._end_epoch()
@@ -136,7 +159,7 @@ class Trainer:
         if self.step == self.steps:
             return
         clock = time.perf_counter()
-        for batch in self.feeds.train:
+        for batch in self._watched(self.feeds.train):
             refuse(self.recipe, batch.bad)
             self.bad += batch.bad
             self.notes += batch.notes
@@ -155,6 +178,26 @@ class Trainer:
                 self._interrupt()
             if self.recipe.save_every and self.step % self.recipe.save_every == 0:
                 self._save()
+
+    def _watched(self, feed: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of `feed`; where a process that reads them is killed, the end of the run is one line."""
+        batches = iter(feed)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                if self.stop.code:  # by the same signal
+                    self._save()
+                    self._interrupt()
+                raise LinsightError(
+                    f"a process that reads images was killed, most likely for want of memory: set workers lower; "
+                    f"{self.run.way()}"
+                ) from error
+            yield batch
 
     def _update(self, batch: Batch) -> None:
         found = self.learner.loss(batch, self.epoch)
@@ -189,7 +232,9 @@ class Trainer:
         if not self.images:
             raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
         learner = self.learner
-        scores = score(learner.scored, self.feeds.val, learner.normalise, self.dtype, self.after_val_batch)
+        scores = score(
+            learner.scored, self._watched(self.feeds.val), learner.normalise, self.dtype, self.after_val_batch
+        )
         self._require_finite(scores.loss)
         self.epoch_seconds += time.perf_counter() - clock
         self.seconds += self.epoch_seconds
@@ -216,15 +261,15 @@ class Trainer:
                 epoch=self.epoch + 1,
             )
         self.run.record(row)
+        self.epoch, self.step = self.epoch + 1, 0
+        self._reset_sums()
+        self._save()  # before it is told: who listens may be gone
         self.report.epoch(row, learner.epochs)
         for line in [] if self.told else told(self.notes):
             self.report.note(line)
         self.notes, self.told = [], True  # the images are the same in every epoch
         if bad:
             self.report.note(f"skipped {len(bad)} unreadable images: {'; '.join(bad[:3])}{' ...' if bad[3:] else ''}")
-        self.epoch, self.step = self.epoch + 1, 0
-        self._reset_sums()
-        self._save()
 
     def after_val_batch(self, batch: Batch) -> None:
         """Refuse a bad image where those are refused; stop, with the state saved, if that was asked."""
@@ -236,8 +281,7 @@ class Trainer:
 
     def _interrupt(self) -> None:
         raise Interrupted(
-            f"stopped in epoch {self.epoch + 1}, after {self.step} of {self.steps} steps; "
-            f"go on with: linsight train --resume {self.run.path}",
+            f"stopped in epoch {self.epoch + 1}, after {self.step} of {self.steps} steps; {self.run.way()}",
             self.stop.code,
         )
 

@@ -1,6 +1,7 @@
 """Building the model of a recipe; saving it with all that is needed to use it, and loading it again."""
 
 import dataclasses
+import difflib
 import json
 import pathlib
 from typing import Any
@@ -9,13 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from timm.data import ImageNetInfo
+from timm.models import is_model
 from torch import Tensor, nn
 
 from linsight.checkpoints import LoadReport, load_published, table_grids
 from linsight.errors import CheckpointError, LinsightError
-from linsight.models import create_model
-from linsight.recipe import FIELDS, Recipe, check, parse
-from linsight.runtime.files import replacing, to_json
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model
+from linsight.recipe import FIELDS, Recipe, check, check_value, parse
+from linsight.runtime.files import replacing, to_json, writing
 
 WEIGHTS = "best.safetensors"
 # The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
@@ -55,6 +57,9 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
     for name in recipe.model_args:
         if name in arguments:
             raise LinsightError(f"model_args has '{name}', which is a field of its own")
+    if recipe.model_args.get("features_only"):
+        raise LinsightError("model_args has features_only: such a model gives maps and has no classifier, leave it out")
+    require_classifier(recipe.model)
     try:
         return create_model(
             recipe.model,
@@ -65,6 +70,20 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
         )
     except TypeError as error:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
+
+
+def require_classifier(name: str) -> None:
+    """Raise a LinsightError where the model `name` has no classifier; the one of its kind that has is named."""
+    own = VARIANTS.get(name)
+    if own is not None and own.dense:
+        same = [
+            other.name
+            for other in VARIANTS.values()
+            if not other.dense and (other.host, other.attention) == (own.host, own.attention)
+        ]
+        near = difflib.get_close_matches(name, same, n=1, cutoff=0)
+        way = f"take '{near[0]}'" if near else "take one that 'linsight list' shows a top-1 of"
+        raise LinsightError(f"'{name}' gives the maps of its stages and has no classifier: {way}")
 
 
 def start_from(
@@ -113,7 +132,7 @@ def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: 
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
-    with replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)}))
 
 
@@ -174,6 +193,32 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     model.load_state_dict(state)
 
 
+def load_source(source: str, checkpoint: str | None = None, from_size: str | None = None) -> Trained:
+    """A run, or a model by name with published weights: a file or an address, by default where its authors put them.
+
+    from_size: of the images that such weights were made for, as text, where they do not tell.
+
+    Raises:
+        CheckpointError: nothing there, or a name alone of a model whose weights linsight cannot fetch.
+        LinsightError: `from_size` is none, or a run was given, which tells its own.
+    """
+    sides = parse("from_size", from_size or "")
+    check_value("from_size", sides)
+    if checkpoint is None and not pathlib.Path(source).exists() and (source in HOSTS or is_model(source)):
+        entry = VARIANTS.get(source) or ARCHITECTURES.get(source)
+        if entry is None or not entry.weights.startswith("https://"):
+            raise CheckpointError(
+                f"'{source}' is the name of a model, without weights: give published ones with --checkpoint FILE, or "
+                f"the folder of a run in place of the name"
+            )
+        checkpoint = entry.weights
+    if checkpoint is not None:
+        return load_named(source, checkpoint, from_size=(sides * 2)[:2] or None)
+    if sides:
+        raise LinsightError("--from-size goes with --checkpoint: a run tells the size of its images")
+    return load_trained(source)
+
+
 def load_named(name: str, checkpoint: str, *, from_size: tuple[int, int] | None = None) -> Trained:
     """The model called `name` with published weights, prepared for as its pretrained_cfg says.
 
@@ -182,6 +227,7 @@ def load_named(name: str, checkpoint: str, *, from_size: tuple[int, int] | None 
     A thousand classes are taken for those of ImageNet-1K, by their WordNet ids; others are called by
     their index.
     """
+    require_classifier(name)
     model = create_model(name)
     load_published(model, checkpoint, from_size=from_size)
     cfg: Any = model.pretrained_cfg

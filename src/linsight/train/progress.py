@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.status import Status
 
 
 class Silent:
@@ -15,8 +16,11 @@ class Silent:
     def note(self, text: str) -> None:
         """One line that the user should see."""
 
-    def begin(self, epochs: int, steps: int, epoch: int, step: int) -> None:
-        """The run starts, or goes on, at `epoch` and `step` of `epochs` times `steps`."""
+    def busy(self, text: str) -> None:
+        """Before the first step: the run is at this."""
+
+    def begin(self, epochs: int, steps: int, epoch: int, step: int, classes: int = 0) -> None:
+        """The run starts, or goes on, at `epoch` and `step` of `epochs` times `steps`; the model tells `classes`."""
 
     def step(self, epoch: int, step: int, images: int, loss: float) -> None:
         """`step` steps of `epoch` are done, the last with `images` images."""
@@ -33,38 +37,58 @@ class Lines(Silent):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.classes = 0
 
     def note(self, text: str) -> None:
         """See `Silent`."""
         self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
+    def begin(self, epochs: int, steps: int, epoch: int, step: int, classes: int = 0) -> None:
+        """See `Silent`."""
+        self.classes = classes
+
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """See `Silent`."""
         skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
         number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
+        fifth = f"  top-5 {row['top5']:.2f}" if self.classes > 5 else ""  # else it is 100 %
         self.note(
             f"epoch {number}  loss {row['train_loss']:.4f}  val {row['val_loss']:.4f}"
-            f"  top-1 {row['top1']:.2f}  top-5 {row['top5']:.2f}  {row['images_per_second']:.0f} images/s"
+            f"  top-1 {row['top1']:.2f}{fifth}  {row['images_per_second']:.0f} images/s"
             f"  {row['seconds']:.1f} s{skipped}"
         )
 
 
 class Bars(Lines):
-    """A reporter of a line an epoch, above two bars."""
+    """A reporter of a line an epoch, above two bars; before the first step, beside a spinner."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
+        self.spinner: Status | None = None
         text = TextColumn("{task.fields[text]}")
-        self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text, console=console, transient=True
-        )
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text)
+        self.bars = Progress(*columns, console=console, transient=True)
 
-    def begin(self, epochs: int, steps: int, epoch: int, step: int) -> None:
+    def busy(self, text: str) -> None:
         """See `Silent`."""
+        if self.spinner is None:
+            self.spinner = self.console.status(text)
+            self.spinner.start()
+        self.spinner.update(f"{text} ...")
+
+    def _rest(self) -> None:
+        if self.spinner is not None:
+            self.spinner.stop()
+            self.spinner = None
+
+    def begin(self, epochs: int, steps: int, epoch: int, step: int, classes: int = 0) -> None:
+        """See `Silent`."""
+        super().begin(epochs, steps, epoch, step, classes)
+        self._rest()
         self.steps, self.images, self.seen = steps, 0, 0
         self.started = self.shown = time.perf_counter()
         self.total = self.bars.add_task("run", total=epochs * steps, completed=epoch * steps + step, text="")
-        self.one = self.bars.add_task("epoch", total=steps, completed=step, text="")
+        self.one = self.bars.add_task("epoch", total=steps, completed=step, text="the first batch ...")
         self.bars.start()
 
     def step(self, epoch: int, step: int, images: int, loss: float) -> None:
@@ -88,6 +112,7 @@ class Bars(Lines):
 
     def end(self) -> None:
         """See `Silent`."""
+        self._rest()
         self.bars.stop()
 
 

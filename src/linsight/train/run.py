@@ -7,6 +7,8 @@ import pathlib
 import pickle
 import platform
 import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -16,18 +18,20 @@ import torchvision
 import linsight
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import RESUMABLE, Recipe, check, parse
-from linsight.runtime.files import replacing, to_json, write_json, write_text
+from linsight.runtime.files import hold, replacing, require_folder, to_json, write_json, write_text, writing
 
 CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"
+LOCK = ".linsight-lock"
 
 
 class Run:
-    """The folder of a run. Make one with `start` or `resume`."""
+    """The folder of a run, held by it alone until `close`. Make one with `start` or `resume`."""
 
     def __init__(self, path: pathlib.Path, name: str, recipe: Recipe, data: dict[str, Any] | None) -> None:
         self.path, self.name, self.recipe, self.data = path, name, recipe, data
         self.rows: list[dict[str, Any]] = []
         self.threads = recipe.threads
+        self._release: Callable[[], Any] | None = None
 
     @classmethod
     def start(cls, recipe: Recipe, out: str | pathlib.Path | None, name: str) -> "Run":
@@ -38,9 +42,14 @@ class Run:
             path = next(path for path in tries if not path.exists())
         else:
             path = pathlib.Path(out)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise LinsightError(f"'{path}' exists and is not empty: go on with --resume {path}, or give another --out")
+        cls._check_new(path)
         return cls(path, name, recipe, None)
+
+    @staticmethod
+    def _check_new(path: pathlib.Path) -> None:
+        require_folder(path)
+        if path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
+            raise LinsightError(f"'{path}' exists and is not empty: go on with --resume {path}, or give another --out")
 
     @classmethod
     def resume(cls, path: str | pathlib.Path, overrides: dict[str, Any]) -> "Run":
@@ -59,6 +68,8 @@ class Run:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise LinsightError(f"'{path / CONFIG}' is damaged: {error}") from error
         run = cls(path, name, check(dataclasses.replace(recipe, **given)), data)
+        if not run.finished:
+            run._hold()
         if "threads" not in given:  # sums over another number of threads round differently
             run.threads = int(threads)
         return run
@@ -75,34 +86,50 @@ class Run:
                 if self.data.get(key) != value:
                     raise LinsightError(f"the data of '{self.path}' has changed ({key}): it cannot be resumed")
             return
-        self.data = data
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(
-            self.path / CONFIG,
-            {
-                "name": self.name,
-                "recipe": dataclasses.asdict(self.recipe),
-                "data": data,
-                "threads": torch.get_num_threads(),
-                "versions": {
-                    "linsight": linsight.__version__,
-                    "torch": torch.__version__,
-                    "torchvision": torchvision.__version__,
-                    "timm": timm.__version__,
-                    "python": platform.python_version(),
-                },
-                "command": sys.argv,
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        self._check_new(self.path)  # another run may have begun and ended there since `start`
+        config = {
+            "name": self.name,
+            "recipe": dataclasses.asdict(self.recipe),
+            "data": data,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "linsight": linsight.__version__,
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "timm": timm.__version__,
+                "python": platform.python_version(),
             },
-        )
+            "command": sys.argv,
+        }
+        with writing(self.path / CONFIG):
+            write_json(self.path / CONFIG, config)
+        self.data = data
+
+    def _hold(self) -> None:
+        self._release = weakref.finalize(self, hold(self.path, LOCK))
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self._release is not None:
+            self._release()
+
+    def way(self) -> str:
+        """How to go on with the run, after whatever ended it."""
+        return "nothing was written" if self.data is None else f"go on with: linsight train --resume {self.path}"
 
     def record(self, row: dict[str, Any]) -> None:
         """Add the metrics of an epoch."""
         self.rows.append(row)
-        write_text(self.path / METRICS, "".join(to_json(entry) + "\n" for entry in self.rows))
+        with writing(self.path / METRICS):
+            write_text(self.path / METRICS, "".join(to_json(entry) + "\n" for entry in self.rows))
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write the summary: the run is finished."""
-        write_json(self.path / SUMMARY, summary)
+        with writing(self.path / SUMMARY):
+            write_json(self.path / SUMMARY, summary)
 
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run."""
@@ -110,8 +137,9 @@ class Run:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write all that it takes to go on."""
-        with replacing(self.path / STATE) as temporary:
-            torch.save(state, temporary)
+        # torch itself would not say why it cannot write
+        with writing(self.path / STATE), replacing(self.path / STATE) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     def load_state(self) -> dict[str, Any] | None:
         """The state that `save_state` wrote last, None if nothing yet. Metrics that it does not cover are forgotten."""

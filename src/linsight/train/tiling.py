@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from linsight.errors import ImageError, LinsightError, UnknownNameError
+from linsight.recipe import change
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.files import replacing
 from linsight.runtime.signals import Interrupted, Stop
 from linsight.streaming import stream
 
-from ._predict import Prediction, likeliest
+from ._predict import Prediction, likeliest, require_top
 from .images import statistics
 from .model import Trained
 from .progress import Tiles
@@ -62,7 +63,11 @@ def predict_stream(
         LinsightError: no such file, a folder, more than one image with `scratch`, no readable image at all, or a bad
             one where those are refused; a model that does not stream; maps that do not fit.
     """
+    require_top(top)
+    change(trained.recipe, {"on_bad_image": on_bad_image})
     files = [pathlib.Path(path) for path in paths]
+    if not files:
+        raise LinsightError("no image is given: name image files")
     for file in files:
         _check_file(file)
     if tiling.scratch is not None and len(files) > 1:
@@ -140,6 +145,7 @@ def _streamed(
     """The output of `linsight.stream` for a file. more: others follow, so a stop with the last tile is one, too."""
     if tiling.dtype not in _DTYPES:
         raise UnknownNameError("dtype", tiling.dtype, _DTYPES)
+    change(trained.recipe, {"device": tiling.device, "amp": tiling.amp})
     where = pick_device(tiling.device)
     precision, _ = pick_dtype(tiling.amp, where)
     mean, std = statistics(trained.recipe)

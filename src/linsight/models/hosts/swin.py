@@ -194,6 +194,9 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
         """Raise for arguments that could not be honoured."""
         refuse_unbiased(attention, given.get("qkv_bias", True))
         check_pool(given.get("global_pool", "avg"))
+        size, patch = (to_2tuple(given.get(key) or side) for key, side in (("img_size", 224), ("patch_size", 4)))
+        if size[0] < patch[0] or size[1] < patch[1]:
+            raise LinsightError(f"img_size={size}: a side is at least that of a patch")
         if given.get("strict_img_size") or given.get("dynamic_img_size") is False:
             raise LinsightError("this host takes images of any size: leave strict_img_size and dynamic_img_size out")
         if given.get("embed_layer", PatchEmbed) is not PatchEmbed:

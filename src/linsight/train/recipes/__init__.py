@@ -1,8 +1,19 @@
 """The shipped recipes: ours, and those of the papers' tables. `about` says what to expect, on what, and the command."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._base import Shipped, published
 from ._own import FINETUNE, OWN
 
-RECIPES: dict[str, Shipped] = {**OWN, **dict(published())}
+if TYPE_CHECKING:
+    RECIPES: dict[str, Shipped]
 
-__all__ = ["FINETUNE", "RECIPES", "Shipped"]
+__all__ = ["FINETUNE", "OWN", "RECIPES", "Shipped"]
+
+
+def __getattr__(name: str) -> Any:
+    """`RECIPES`, all of them, made when it is asked for: those of papers need the models."""
+    if name != "RECIPES":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    globals()[name] = {**OWN, **dict(published())}
+    return globals()[name]

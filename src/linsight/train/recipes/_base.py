@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from linsight.models import ARCHITECTURES, VARIANTS, Training, default_config
 from linsight.recipe import Recipe
+
+if TYPE_CHECKING:
+    from linsight.models import Training
 
 GPUS = 8  # GPUs that the published commands are for
 
@@ -101,6 +103,8 @@ BASES: dict[str, Mapping[str, Any]] = {
 
 def published() -> Iterator[tuple[str, Shipped]]:
     """The recipes of all papers, by name."""
+    from linsight.models import ARCHITECTURES, VARIANTS, default_config  # a command's help goes without
+
     for model, entry in (VARIANTS | ARCHITECTURES).items():
         config = default_config(model)
         seen = {"crop_pct": config["crop_pct"], "eval_crop": config["crop_mode"]}
@@ -111,7 +115,7 @@ def published() -> Iterator[tuple[str, Shipped]]:
             yield name, Shipped(_about(name, row, recipe, entry.published), recipe, published=True)
 
 
-def _about(name: str, row: Training, recipe: Recipe, known: Mapping[str, Any]) -> str:
+def _about(name: str, row: "Training", recipe: Recipe, known: Mapping[str, Any]) -> str:
     top1 = known.get("top1") if row.best else row.top1
     about = "about " if known.get("plotted") else ""
     result = f"{about}{top1} % top-1" if top1 else "top-1 not published"

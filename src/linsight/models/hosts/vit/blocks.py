@@ -155,6 +155,8 @@ def host_arguments(
     steps: Steps | None = None,
 ) -> dict[str, Any]:
     """Arguments that make timm's VisionTransformer the host, beside those `given`; `grid` is that of its image size."""
+    if 0 in grid:
+        raise LinsightError(f"img_size gives a grid of {grid[0]}x{grid[1]} patches: a side is at least that of a patch")
     for name, value in _ALWAYS.items():
         if given.get(name, value) != value:
             raise LinsightError(f"{name}={given[name]}: this host takes images of any size, leave it out")
