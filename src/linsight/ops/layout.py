@@ -17,10 +17,7 @@ from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 
-
-def traced() -> bool:
-    """True while a graph is made, where to compare sizes would be a guard on them, or freeze them."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+from .sizes import traced
 
 
 class Grid(NamedTuple):

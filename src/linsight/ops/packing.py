@@ -13,7 +13,8 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 
-from .layout import Grid, Layout, traced
+from .layout import Grid, Layout
+from .sizes import traced
 
 
 def pack(images: Sequence[Tensor], grids: Sequence[Grid | tuple[int, int]]) -> tuple[Tensor, Layout]:

@@ -5,12 +5,13 @@ symbolic, a tile takes the rows and columns it needs, and each image of a padded
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .layout import Grid, Tile
+from .sizes import traced
 from .states import accumulator, full_precision
 
 Mode = Literal["bilinear", "bicubic", "bicubic-antialias"]
@@ -33,13 +34,13 @@ def resize_matrix(
     `new` may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, count, old)`, and
     `device` is that of `new`.
     """
-    per_image = isinstance(new, Tensor)
-    if isinstance(new, Tensor):
+    per_image = _each(new)
+    if per_image:
         assert count is not None
         device = new.device
     elif count is None:
         count = new - start
-    length = new[:, None, None].to(dtype) if isinstance(new, Tensor) else new
+    length = new[:, None, None].to(dtype) if per_image else new
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     place = torch.arange(count, **factory)[:, None] + (start + 0.5)
     place = place * (old / length) - 0.5  # where each new sample falls among the old ones
@@ -59,6 +60,11 @@ def resize_matrix(
         weights[..., 0] += taps[..., :2].sum(-1)
         weights[..., -1] += taps[..., -2:].sum(-1)
     return weights if per_image else weights.reshape(count, old)
+
+
+def _each(length: Any) -> TypeGuard[Tensor]:
+    """True for `(B,)`, a length for each image; one of all is no tensor, but under torch.jit.trace one of no axes."""
+    return isinstance(length, Tensor) and length.ndim > 0
 
 
 def _cubic(x: Tensor, a: float = -0.75) -> Tensor:
@@ -83,8 +89,8 @@ def pool_matrix(
     may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, new, count)`, and `device`
     is that of `old`.
     """
-    per_image = isinstance(old, Tensor)
-    if isinstance(old, Tensor):
+    per_image = _each(old)
+    if per_image:
         assert count is not None
         old, device = old[:, None, None], old.device
     elif count is None:
@@ -100,7 +106,7 @@ def pool_matrix(
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """R_y x R_x^T: `x` `(..., h, w, C)`, `rows` `(..., H, h)`, `columns` alike -> `(..., H, W, C)`."""
     with full_precision(x):
-        x = torch.matmul(rows.to(x), x.flatten(-2)).unflatten(-1, x.shape[-2:])  # (..., H, w, C)
+        x = torch.matmul(rows.to(x), x.flatten(-2)).unflatten(-1, (columns.shape[-1], x.shape[-1]))  # (..., H, w, C)
         return torch.matmul(columns.to(x).unsqueeze(-3), x)
 
 
@@ -111,7 +117,7 @@ def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> T
     """
     grid = tile.grid
     table = table.to(accumulator(table.dtype))
-    native = not torch.compiler.is_compiling() and (grid.height, grid.width) == tuple(size) and tile.sizes is None
+    native = not traced() and (grid.height, grid.width) == tuple(size) and tile.sizes is None
     if native:
         return tile.take_grid(table)
     (top, bottom), (left, right) = tile.rows, tile.columns

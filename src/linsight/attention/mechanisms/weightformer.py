@@ -34,6 +34,9 @@ from linsight.ops import (
     LayoutLike,
     Tile,
     accumulator,
+    at_least,
+    at_most,
+    divided,
     dynamic_depthwise_conv,
     full_precision,
     mask_tokens,
@@ -190,7 +193,7 @@ def pool_pairs(x: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | i
     image has, H*W or `(B, 1, 1)`.
     """
     height, width, _ = tile.grid
-    down, right = min(2, height), min(2, width)
+    down, right = at_most(height, 2), at_most(width, 2)
     rows, columns, stride, start = height // down, width // right, tile.seen[1], 0
     above = before = 0  # cells of the grid that begin before those of the tile
     if not tile.is_whole:
@@ -199,7 +202,8 @@ def pool_pairs(x: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | i
         start = (above * down - tile.rows[0]) * stride + before * right - tile.columns[0]
     # Gathered, as slices of the grid would make a graph for each size of one cell, and are slower to differentiate.
     cell = torch.arange(rows * columns, device=x.device)[:, None, None]
-    corner = start + cell // max(1, columns) * (down * stride) + cell % max(1, columns) * right
+    row, column = divided(cell, at_least(columns, 1))
+    corner = start + row * (down * stride) + column * right
     inner = torch.arange(down, device=x.device)[:, None] * stride + torch.arange(right, device=x.device)
     tokens = x.index_select(1, (corner + inner).flatten()).unflatten(1, (rows * columns, down * right))
     cells = tokens.mean(dim=2, dtype=accumulator(x.dtype))

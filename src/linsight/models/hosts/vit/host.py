@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from linsight.attention import Rename, recast
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, LayoutLike, traced
+from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy, table_for
 
 from ...parts.images import check_images
 from ...parts.siamese import Merge, Pair
@@ -148,7 +148,6 @@ class VisionTransformer(timm_vit.VisionTransformer):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        *,
         sizes: Tensor | Sequence[Sequence[int]] | None = None,
     ) -> Any:
         """Images `(B, 3, H, W)` of any size -> logits `(B, classes)`.
@@ -177,7 +176,6 @@ class VisionTransformer(timm_vit.VisionTransformer):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        *,
         sizes: Tensor | Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """Images `(B, 3, H, W)` of any size -> normed tokens `(B, P + h*w, C)`; `sizes` as of `forward`."""
@@ -223,11 +221,26 @@ class VisionTransformer(timm_vit.VisionTransformer):
         found: list[Any] = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
         return found if intermediates_only else (self.norm(x), found)
 
+    def prefix_tokens(self) -> Tensor | None:
+        """`(1, P, C)`, the tokens in front of the grid, at their places in the table where it has some."""
+        first = [t for t in (self.cls_token, self.reg_token, getattr(self, "dist_token", None)) if t is not None]
+        if not first:
+            return None
+        tokens = torch.cat(first, dim=1) if len(first) > 1 else first[0]
+        placed = self.pos_embed is not None and not self.no_embed_class
+        return tokens + self.pos_embed[:, : self.num_prefix_tokens] if placed else tokens
+
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """timm's, which cannot view the tokens of an empty batch: it sees one image more."""
-        if traced() or x.shape[0]:
-            return super()._pos_embed(x)
-        return super()._pos_embed(torch.cat([x, x.new_zeros(1, *x.shape[1:])]))[:0]
+        """As timm's, of a map `(B, h, w, C)`, but the table is resampled by matrices: sizes may be unknown in a graph,
+        gradients go through it, and a batch may be empty.
+        """
+        grid, first, x = Grid(x.shape[1], x.shape[2]), self.prefix_tokens(), x.flatten(1, 2)
+        if self.pos_embed is not None:
+            table = self.pos_embed if self.no_embed_class else self.pos_embed[:, self.num_prefix_tokens :]
+            x = x + table_for(table, self.patch_embed.grid_size, Tile.whole(grid), "bicubic-antialias").to(table.dtype)
+        if first is not None:
+            x = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
+        return x if self.pos_embed is None else self.pos_drop(x)
 
     def _embed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Grid]:
         _refuse_masks(attn_mask, is_causal)
