@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linsight.attention import create_attention
+from linsight.attention import create_attention, one_node
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
@@ -37,6 +37,7 @@ class Attention2d(nn.Module):
         super().__init__()
         self.layer = create_attention(attention, channels, num_heads, grid=grid, device=device, dtype=dtype, **options)
 
+    @one_node
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Mix the places of `x`; `keep` `(B, H, W)` is False where they are not to be seen.
 

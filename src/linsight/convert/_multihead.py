@@ -15,6 +15,7 @@ from linsight.attention import (
     entered,
     held,
     merge_heads,
+    one_node,
     require,
     split_heads,
 )
@@ -101,6 +102,7 @@ class MultiheadAttention(nn.Module):
         if bias:
             nn.init.zeros_(self.out_proj.bias)
 
+    @one_node
     def forward(
         self,
         query: Tensor,
@@ -111,7 +113,6 @@ class MultiheadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        *,
         grid: GridLike | None = None,
         key_grid: GridLike | None = None,
     ) -> tuple[Tensor, None]:

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .dispatch import fused_form
-from .sizes import traced
+from .sizes import freezes, traced
 from .states import autocasts, full_precision
 
 _FEW = 2**17  # numbers: of more, one compiled convolution is quicker than nine products
@@ -47,7 +47,7 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
         return fused(x, size, kernels)
     x = x.to(kernels.dtype)
     batch, _, channels = x.shape
-    if torch.jit.is_tracing() or (batch == 0 and not traced()):  # no group count that is frozen, or 0
+    if freezes() or (batch == 0 and not traced()):  # no group count that is kept, or 0
         return shifted_products(x, size, kernels)
     if torch.compiler.is_compiling() and (batch != 1 or statically_known_true(size[0] * size[1] * channels <= _FEW)):
         return shifted_products(x, size, kernels)

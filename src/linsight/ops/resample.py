@@ -34,15 +34,12 @@ def resize_matrix(
     `new` may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, count, old)`, and
     `device` is that of `new`.
     """
-    per_image = _each(new)
-    if per_image:
-        assert count is not None
-        device = new.device
-    elif count is None:
-        count = new - start
-    length = new[:, None, None].to(dtype) if per_image else new
+    length: Any = new
+    if per_image := _each(new):
+        length, device = new[:, None, None].to(dtype), new.device
+    places: Any = new - start if count is None else count
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    place = torch.arange(count, **factory)[:, None] + (start + 0.5)
+    place = torch.arange(places, **factory)[:, None] + (start + 0.5)
     place = place * (old / length) - 0.5  # where each new sample falls among the old ones
     if mode == "bilinear":
         place = place.clamp(0, old - 1)
@@ -59,7 +56,7 @@ def resize_matrix(
         weights = taps[..., 2:-2].clone()
         weights[..., 0] += taps[..., :2].sum(-1)
         weights[..., -1] += taps[..., -2:].sum(-1)
-    return weights if per_image else weights.reshape(count, old)
+    return weights if per_image else weights.reshape(places, old)
 
 
 def _each(length: Any) -> TypeGuard[Tensor]:
@@ -89,18 +86,16 @@ def pool_matrix(
     may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, new, count)`, and `device`
     is that of `old`.
     """
-    per_image = _each(old)
-    if per_image:
-        assert count is not None
-        old, device = old[:, None, None], old.device
-    elif count is None:
-        count = old - start
-    bins, place = torch.arange(new, device=device)[:, None], torch.arange(count, device=device) + start
-    first = bins * old // new
-    last = ((bins + 1) * old + new - 1) // new
+    length: Any = old
+    if per_image := _each(old):
+        length, device = old[:, None, None], old.device
+    places: Any = old - start if count is None else count
+    bins, place = torch.arange(new, device=device)[:, None], torch.arange(places, device=device) + start
+    first = bins * length // new
+    last = ((bins + 1) * length + new - 1) // new
     inside = ((place >= first) & (place < last)).to(dtype)
     weights = inside / (last - first)
-    return weights if per_image else weights.reshape(new, count)
+    return weights if per_image else weights.reshape(new, places)
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ While a graph is made, a size may be a symbol (torch.compile, torch.export), a t
 `torch.fx.Proxy`. To compare one is to guard the graph, which some exporters then drop, or to freeze it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +15,17 @@ def traced(*given: Any) -> bool:
 
     given: tensors or sizes that torch.fx may have put a `Proxy` in the place of: nothing can be asked of one.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or any(map(is_proxy, given))  # type: ignore[attr-defined,no-untyped-call]
+    return torch.compiler.is_compiling() or freezes() or any(map(is_proxy, given))
 
 
 def leaves() -> bool:
     """True while a graph is made that runs elsewhere: it is to hold torch's own operators, in their plain forms."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return torch.compiler.is_exporting() or freezes()
+
+
+def freezes() -> bool:
+    """True under torch.jit.trace, which keeps plain numbers, such as how many groups a convolution has."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def is_proxy(x: Any) -> bool:
@@ -39,7 +43,7 @@ def at_most(side: Any, high: Any) -> Any:
     return _extreme(side, high, min, torch.sym_min, torch.minimum)
 
 
-def _extreme(a: Any, b: Any, known: Callable[..., Any], symbolic: Callable[..., Any], traced: Callable[..., Any]) -> Any:
+def _extreme(a: Any, b: Any, known: Any, symbolic: Any, traced: Any) -> Any:
     if isinstance(a, Tensor) or isinstance(b, Tensor):  # sizes under torch.jit.trace
         return traced(*(x if isinstance(x, Tensor) else torch.tensor(x) for x in (a, b)))
     return known(a, b) if type(a) is type(b) is int else symbolic(a, b)

@@ -182,7 +182,8 @@ def segments(place: Tensor, total: Tensor, count: int) -> Tensor:
 def pseudo_inverse(a: Tensor, start: Literal["exact", "original"]) -> Tensor:
     """Z `(B, H, m, m)` of row-stochastic matrices `a`: six steps of third order towards the pseudo-inverse."""
     sums = a.sum(dim=-2)
-    z = a.transpose(-1, -2) / (F.pad(sums.flatten(), (0, 1)).amax() if start == "original" else sums.amax(dim=-1)[..., None, None])
+    most = F.pad(sums.flatten(), (0, 1)).amax() if start == "original" else sums.amax(dim=-1)[..., None, None]
+    z = a.transpose(-1, -2) / most
     one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(_STEPS):
         az = a @ z

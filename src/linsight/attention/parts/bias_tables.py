@@ -103,7 +103,11 @@ class AgentTables(nn.Module):
             if sides is not None:
                 down, across = (self._of_agents(side) for side in sides)
                 rows, columns = stretches(block, (down.shape[-1], across.shape[-1]), tile)
-                bias = bias + (down @ rows.transpose(-1, -2))[..., None] + (across @ columns.transpose(-1, -2))[..., None, :]
+                bias = (
+                    bias
+                    + (down @ rows.transpose(-1, -2))[..., None]
+                    + (across @ columns.transpose(-1, -2))[..., None, :]
+                )
             bias = bias.flatten(-2)
             if first is None:
                 return F.pad(bias, (tile.prefix, 0)) if tile.prefix else bias

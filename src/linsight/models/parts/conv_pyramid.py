@@ -105,7 +105,7 @@ class ConvMerge(Fusable):
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """A map `(B, C, H, W)` with zeros at the right and bottom, where its sides are no multiples."""
     # Not -n % multiple: of this form, sizes after padding and strides are simple terms in a graph.
-    low, right = ((n + multiple - 1) // multiple * multiple - n for n in x.shape[2:])
+    low, right = ((n + multiple - 1) // multiple * multiple - n for n in (x.shape[2], x.shape[3]))
     # There, whether there is padding must not be asked: each answer would be a graph of its own.
     return F.pad(x, (0, right, 0, low)) if traced(low) or low or right else x
 

@@ -8,7 +8,7 @@ from timm.models._manipulate import checkpoint
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
-from linsight.attention import Fusable
+from linsight.attention import Node
 from linsight.ops import Grid, Tile
 
 from ..seams import set_grid
@@ -35,7 +35,7 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class PreNorm(Fusable):
+class PreNorm(Node):
     """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
 
     gives_residual = False  # hands the layer x before the norm

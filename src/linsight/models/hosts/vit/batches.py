@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout, Tile, each_grid, mask_tokens, table_for, traced
+from linsight.ops import Grid, Layout, Tile, each_grid, mask_tokens, traced
 
 from ...parts.images import check_images
+from ...parts.positions import with_positions
 
 
 def embed_padded(model: Any, images: Tensor, sizes: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Layout]:
@@ -35,7 +36,7 @@ def embed_padded(model: Any, images: Tensor, sizes: Tensor | Sequence[Sequence[i
     if model.pos_embed is not None:
         table = model.pos_embed if model.no_embed_class else model.pos_embed[:, first:]
         tile = Tile.whole(layout.grid._replace(prefix=0), layout.sizes)
-        x = x + table_for(table, model.patch_embed.grid_size, tile, "bicubic-antialias").to(x.dtype)
+        x = with_positions(x, table, model.patch_embed.grid_size, tile, "bicubic-antialias")
     prefix = model.prefix_tokens()
     if prefix is not None:
         x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from linsight.attention import Rename, recast
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy, table_for
+from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy
 
-from ...parts.images import check_images
+from ...parts.images import check_images, refuse_fx
+from ...parts.positions import with_positions
 from ...parts.siamese import Merge, Pair
 from ...parts.stepsnet import Steps, block_widths, check_last, opened, widened
 from ...plan import plan
@@ -155,11 +156,13 @@ class VisionTransformer(timm_vit.VisionTransformer):
         `sizes` `(B, 2)` is the height and width of each image in pixels, where a batch is padded at the bottom and
         right. Padding, whatever is in it, has no effect.
         """
-        if sizes is None:
-            return super().forward(x, attn_mask, is_causal)
-        _refuse_masks(attn_mask, is_causal)
-        x, layout = embed_padded(self, x, sizes)
-        return classify(self, self._normed(x, layout), layout)
+        if is_proxy(sizes):
+            _refuse_masks(None, False, sizes)
+        elif sizes is not None:
+            _refuse_masks(attn_mask, is_causal)
+            x, layout = embed_padded(self, x, sizes)
+            return classify(self, self._normed(x, layout), layout)
+        return super().forward(x, attn_mask, is_causal)
 
     def forward_packed(self, images: Sequence[Tensor], *, pre_logits: bool = False) -> Any:
         """Images `(3, H_i, W_i)`, each of a size of its own -> logits `(images, classes)`, without any padding."""
@@ -237,7 +240,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         grid, first, x = Grid(x.shape[1], x.shape[2]), self.prefix_tokens(), x.flatten(1, 2)
         if self.pos_embed is not None:
             table = self.pos_embed if self.no_embed_class else self.pos_embed[:, self.num_prefix_tokens :]
-            x = x + table_for(table, self.patch_embed.grid_size, Tile.whole(grid), "bicubic-antialias").to(table.dtype)
+            x = with_positions(x, table, self.patch_embed.grid_size, Tile.whole(grid), "bicubic-antialias")
         if first is not None:
             x = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
         return x if self.pos_embed is None else self.pos_drop(x)
@@ -256,30 +259,32 @@ class VisionTransformer(timm_vit.VisionTransformer):
         self, blocks: nn.Sequential, x: Tensor, layout: LayoutLike, take: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """The residual stream `(B, P + H*W, C)` behind `blocks`, and behind each of those to `take`."""
-        first = opened(x, self.widths)
+        first, known = opened(x, self.widths, self.embed_dim), (self.widths or [self.embed_dim])[0]
+        if self.norm_pair is not None and is_proxy(x):
+            refuse_fx("two residual streams")
         stream, taken = first if self.norm_pair is None else Pair.of(first), []
         for i, block in enumerate(blocks):
-            stream = self._widened(stream, x, self.widths[i])
+            stream, known = self._widened(stream, x, self.widths[i], known), self.widths[i]
             stream = checkpoint(block, stream, layout) if self.grad_checkpointing else block(stream, layout)
             if i in take:
-                taken.append(self._whole(stream, x))
-        return self._whole(stream, x), taken
+                taken.append(self._whole(stream, x, known))
+        return self._whole(stream, x, known), taken
 
-    def _widened(self, stream: Tensor | Pair, x: Tensor, width: int) -> Tensor | Pair:
+    def _widened(self, stream: Tensor | Pair, x: Tensor, width: int, known: int) -> Tensor | Pair:
         if isinstance(stream, Pair):
-            return Pair(widened(stream.x, x, width), widened(stream.y, x, width))
-        return widened(stream, x, width)
+            return Pair(widened(stream.x, x, width, known), widened(stream.y, x, width, known))
+        return widened(stream, x, width, known)
 
-    def _whole(self, stream: Tensor | Pair, x: Tensor) -> Tensor:
-        """The tensor that a stream stands for: all channels, those of later steps too; of two streams, merged."""
-        stream = self._widened(stream, x, self.embed_dim)
-        if isinstance(stream, Tensor):
-            return stream
-        assert self.norm_pair is not None
-        return self.norm_pair(stream)
+    def _whole(self, stream: Tensor | Pair, x: Tensor, known: int) -> Tensor:
+        """The tensor that a stream of `known` channels stands for: all channels, of later steps too; of two, merged."""
+        stream = self._widened(stream, x, self.embed_dim, known)
+        return self.norm_pair(stream) if isinstance(stream, Pair) and self.norm_pair is not None else stream  # type: ignore[return-value]
 
 
-def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+@torch.fx.wrap  # where a graph is made, they are not known yet: it asks
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool, sizes: Any = None) -> None:
+    if sizes is not None:
+        raise LinsightError("a graph of torch.fx takes no sizes=: call the model itself, or export it with sizes=")
     if attn_mask is not None or is_causal:
         raise CapabilityError("this host takes no attn_mask or is_causal: its layers take keep= and score_bias=")
 
