@@ -101,9 +101,8 @@ class WholePatches(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, ceil(H / p), ceil(W / p), C)`."""
-        high, wide = (
-            to_multiple(side, size) for side, size in zip((x.shape[2], x.shape[3]), self.patch_size, strict=True)
-        )
+        down, right = self.patch_size
+        high, wide = to_multiple(x.shape[2], down), to_multiple(x.shape[3], right)
         x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
         return self.norm(x.permute(0, 2, 3, 1))
 

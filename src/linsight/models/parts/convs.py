@@ -70,9 +70,8 @@ class ConvEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, H*W, C)` and its grid."""
-        low, wide = (
-            self.proj.kernel_size[0] - 2 * int(self.proj.padding[0]) - side for side in (x.shape[2], x.shape[3])
-        )
+        least = self.proj.kernel_size[0] - 2 * int(self.proj.padding[0])
+        low, wide = least - x.shape[2], least - x.shape[3]
         if traced(low) or low > 0 or wide > 0:
             x = F.pad(x, (0, at_least(wide, 0), 0, at_least(low, 0)))
         x = self.proj(x)
