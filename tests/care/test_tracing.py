@@ -19,7 +19,7 @@ from linsight.ops import Grid, Tile, at_least, at_most, divided, table_for
 from matrix import subjects
 from matrix.graphs import OnImages
 from test_hosts import MECHANISMS, SMALL, build, sizes
-from test_matrix import named, rest_is_full
+from test_matrix import named
 
 pytestmark = [
     pytest.mark.timeout(300),  # where cores are shared

@@ -1,6 +1,7 @@
 """Modules that torch.fx has as one node, as those of torch.nn: what they do depends on sizes that it does not know."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,16 +22,19 @@ def one_node(forward: Forward) -> Forward:
 
     @functools.wraps(forward)
     def called(self: Any, *given: Any, **named: Any) -> Any:
-        x: Any = given[0] if given else next(iter(named.values()), None)
-        if not is_proxy(x):
-            return forward(self, *given, **named)
-        if x.tracer.root is self:
+        if is_proxy(given):  # all arguments of what is traced itself
             raise LinsightError(
                 f"torch.fx has a {type(self).__name__} as one node, so there is nothing to trace in it: trace the "
                 f"model around it, take features by forward_intermediates, or a graph by torch.export"
             )
+        x: Any = given[0] if given else next(iter(named.values()), None)
+        if not is_proxy(x):
+            return forward(self, *given, **named)
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), given, named)
 
+    # Not `__wrapped__`: torch.fx would go by the code of that, and fail at arguments by keyword only.
+    called.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    del called.__wrapped__
     return called  # type: ignore[return-value]
 
 

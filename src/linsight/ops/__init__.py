@@ -38,7 +38,7 @@ from .packing import Groups, each_grid, pack, unpack
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import Turn, check_rotary, rotate
-from .sizes import at_least, at_most, divided, is_proxy, leaves, traced
+from .sizes import at_least, at_most, divided, is_proxy, leaves, traced, unflatten
 from .states import (
     LogSumExp,
     Moments,
@@ -130,6 +130,7 @@ __all__ = [
     "table_for",
     "tiles",
     "traced",
+    "unflatten",
     "unpack",
     "use_form",
 ]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .layout import Tile
-from .sizes import divided, traced
+from .sizes import divided, traced, unflatten
 from .states import accumulator, full_precision
 
 _KEYS = 25  # keys of a query that are gathered at once
@@ -140,7 +140,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rows: _Side, columns: _Side, width:
     scores = torch.cat([(_gather(k, p) @ q[..., None])[..., 0] for p in places], dim=-1)
     if table is not None:
         at = (rows.offset[..., None] * table.shape[-1] + columns.offset[..., None, :]).flatten(2)
-        scores = scores + table.flatten(1).index_select(1, at.flatten()).unflatten(1, at.shape).transpose(0, 1)
+        scores = scores + unflatten(table.flatten(1).index_select(1, at.flatten()), 1, at.shape).transpose(0, 1)
     inside = (rows.inside[..., None] & columns.inside[..., None, :]).flatten(2)
     scores = scores.masked_fill(~inside[:, None], torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).split(some, dim=-1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .layout import Tile
 from .resample import pool_matrix, separable
-from .sizes import leaves, traced
+from .sizes import leaves, traced, unflatten
 from .states import LogSumExp, accumulator, full_precision, mask_tokens
 
 
@@ -25,19 +25,19 @@ def pool_tokens(x: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
     the batch is padded.
     """
     dtype, width = accumulator(x.dtype), x.shape[2:]
-    canvas = x[:, tile.prefix :].to(dtype).flatten(2).unflatten(1, (tile.height, tile.width))
+    canvas = unflatten(x[:, tile.prefix :].to(dtype).flatten(2), 1, (tile.height, tile.width))
     learning = x.requires_grad and torch.is_grad_enabled()
     if tile.is_whole and tile.sizes is None and not learning and not traced():
         # One pass over memory. Its gradient is not deterministic on a GPU, and each size would be a graph of its own.
         pooled = F.adaptive_avg_pool2d(canvas.permute(0, 3, 1, 2), size)
-        return pooled.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, width)
+        return unflatten(pooled.permute(0, 2, 3, 1).flatten(1, 2), -1, width)
     sides: tuple[Any, ...] = tile.grid[:2] if tile.sizes is None else tile.sizes.to(x.device).unbind(1)
     places = ((tile.top, tile.height), (tile.left, tile.width))
     rows, columns = (
         pool_matrix(side, cells, start=start, count=count, device=x.device, dtype=dtype)
         for side, cells, (start, count) in zip(sides, size, places, strict=True)
     )
-    return separable(canvas, rows, columns).flatten(1, 2).unflatten(-1, width)
+    return unflatten(separable(canvas, rows, columns).flatten(1, 2), -1, width)
 
 
 def gather_state(pooled: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: Tensor | None = None) -> LogSumExp:

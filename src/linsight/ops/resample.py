@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .layout import Grid, Tile
-from .sizes import traced
+from .sizes import traced, unflatten
 from .states import accumulator, full_precision
 
 Mode = Literal["bilinear", "bicubic", "bicubic-antialias"]
@@ -101,7 +101,7 @@ def pool_matrix(
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """R_y x R_x^T: `x` `(..., h, w, C)`, `rows` `(..., H, h)`, `columns` alike -> `(..., H, W, C)`."""
     with full_precision(x):
-        x = torch.matmul(rows.to(x), x.flatten(-2)).unflatten(-1, (columns.shape[-1], x.shape[-1]))  # (..., H, w, C)
+        x = unflatten(torch.matmul(rows.to(x), x.flatten(-2)), -1, (columns.shape[-1], x.shape[-1]))  # (..., H, w, C)
         return torch.matmul(columns.to(x).unsqueeze(-3), x)
 
 
@@ -120,7 +120,7 @@ def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> T
     factory: dict[str, Any] = {"device": table.device, "dtype": table.dtype}
     rows = resize_matrix(size[0], height, mode, start=top, count=bottom - top, **factory)
     columns = resize_matrix(size[1], width, mode, start=left, count=right - left, **factory)
-    canvas = table.unflatten(1, tuple(size))
+    canvas = unflatten(table, 1, tuple(size))
     if tile.sizes is not None:
         return separable(canvas.expand(rows.shape[0], -1, -1, -1), rows, columns).flatten(1, 2)
     return separable(canvas[0], rows, columns).flatten(0, 1)[None]  # a batch of 1 would be guarded in exported graphs

@@ -4,6 +4,7 @@ While a graph is made, a size may be a symbol (torch.compile, torch.export), a t
 `torch.fx.Proxy`. To compare one is to guard the graph, which some exporters then drop, or to freeze it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,3 +54,11 @@ def divided(places: Tensor, size: Any) -> tuple[Tensor, Tensor]:
     """Whole numbers `places` divided by a size, and what remains; for exporters that know no remainder by a symbol."""
     whole = places // size
     return whole, places - whole * size
+
+
+def unflatten(x: Tensor, axis: int, sizes: Sequence[Any]) -> Tensor:
+    """`x.unflatten(axis, sizes)`; the exporter that traces would keep all sizes of `x` behind that."""
+    if not freezes():
+        return x.unflatten(axis, tuple(sizes))
+    axis = axis % x.ndim
+    return x.reshape([*(x.shape[i] for i in range(axis)), *sizes, *(x.shape[i] for i in range(axis + 1, x.ndim))])

@@ -41,6 +41,7 @@ from linsight.ops import (
     full_precision,
     mask_tokens,
     pad_prefix,
+    unflatten,
 )
 
 from ..block import Block
@@ -95,7 +96,7 @@ class KernelCells(Pool):
 
     def finish(self, core: Any, state: Tensor, done: Done) -> Tensor:
         """K / (|K| + 1), `(B, C, 3, 3)`."""
-        cells = state.to(core.w.dtype).unflatten(1, self.size).permute(0, 3, 1, 2)
+        cells = unflatten(state.to(core.w.dtype), 1, self.size).permute(0, 3, 1, 2)
         kernels = core.wfm(cells).to(state.dtype)
         with full_precision(state):
             return kernels / (torch.linalg.vector_norm(kernels, dim=(2, 3), keepdim=True) + 1)
@@ -205,7 +206,7 @@ def pool_pairs(x: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | i
     row, column = divided(cell, at_least(columns, 1))
     corner = start + row * (down * stride) + column * right
     inner = torch.arange(down, device=x.device)[:, None] * stride + torch.arange(right, device=x.device)
-    tokens = x.index_select(1, (corner + inner).flatten()).unflatten(1, (rows * columns, down * right))
+    tokens = unflatten(x.index_select(1, (corner + inner).flatten()), 1, (rows * columns, down * right))
     cells = tokens.mean(dim=2, dtype=accumulator(x.dtype))
     if tile.sizes is None:
         return cells, None, height * width

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import FittedTable, Tile, accumulator, full_precision, resize_matrix, separable
+from linsight.ops import FittedTable, Tile, accumulator, full_precision, resize_matrix, separable, unflatten
 
 _BLOCK = 7  # side of `an` and `na`, whatever the grid
 _AXES = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}  # of each table along a side of a grid
@@ -121,8 +121,8 @@ class AgentTables(nn.Module):
         rows, columns = (
             resize_matrix(self.side, new, "bilinear", device=table.device, dtype=table.dtype) for new in self.agent_grid
         )
-        canvas = table.flatten(2).unflatten(1, (self.side, self.side))
-        return separable(canvas, rows, columns).flatten(1, 2).unflatten(2, table.shape[2:])
+        canvas = unflatten(table.flatten(2), 1, (self.side, self.side))
+        return unflatten(separable(canvas, rows, columns).flatten(1, 2), 2, table.shape[2:])
 
 
 def stretches(like: Tensor, old: tuple[int, int], tile: Tile) -> list[Tensor]:

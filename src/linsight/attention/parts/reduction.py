@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import Grid, at_least, pool_matrix, traced
+from linsight.ops import Grid, at_least, pool_matrix, traced, unflatten
 
 
 class Reduction(nn.Module):
@@ -27,7 +27,7 @@ class Reduction(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """`(B, H*W, C)` -> `(B, h*w, C)` and its grid."""
-        canvas = x.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        canvas = unflatten(x, 1, (grid.height, grid.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
         if self.pool:
             rows, columns = (pool_matrix(n, self.pool, device=x.device, dtype=x.dtype) for n in grid[:2])
             canvas = rows @ canvas @ columns.T

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from linsight.attention import Block, Layer, Node, create_core, mechanism, recast
 from linsight.errors import LinsightError
-from linsight.ops import Grid
+from linsight.ops import Grid, unflatten
 
 from ..parts.images import CheckedImages
 from ..parts.partition import Partition, half_shift, to_multiple, within
@@ -114,7 +114,7 @@ class Merging(timm_swin.PatchMerging):
         """`(B, H, W, C)` -> `(B, ceil(H / 2), ceil(W / 2), C')`."""
         high, wide = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
         x = F.pad(x, (0, 0, 0, 2 * wide - x.shape[2], 0, 2 * high - x.shape[1]))
-        x = x.unflatten(2, (wide, 2)).unflatten(1, (high, 2))  # (B, h, dy, w, dx, C)
+        x = unflatten(unflatten(x, 2, (wide, 2)), 1, (high, 2))  # (B, h, dy, w, dx, C)
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
@@ -133,7 +133,7 @@ class SwinStage(timm_swin.SwinTransformerStage):
         for block, last, width in zip(self.blocks, known, self.widths, strict=False):
             x = widened(x, whole, width, last)
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
-        return widened(x, whole, self.width, self.widths[-1]).unflatten(1, (grid.height, grid.width))
+        return unflatten(widened(x, whole, self.width, self.widths[-1]), 1, (grid.height, grid.width))
 
     def set_input_size(
         self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linsight.ops import Grid, at_most, divided, traced
+from linsight.ops import Grid, at_most, divided, traced, unflatten
 
 
 def to_multiple(side: int, size: int) -> int:
@@ -49,7 +49,7 @@ class Partition:
 
     def cut(self, x: Tensor) -> Tensor:
         """`(B, H*W, ...)` -> `(B * rectangles, h*w, ...)`, those of an image together."""
-        x = x.unflatten(1, self.grid[:2])
+        x = unflatten(x, 1, self.grid[:2])
         if any(self.padding):
             low, right = (padded - side for padded, side in zip(self.padded, self.grid[:2], strict=True))
             x = F.pad(x, (*[0, 0] * (x.ndim - 3), 0, right, 0, low))
@@ -57,7 +57,7 @@ class Partition:
 
     def join(self, x: Tensor) -> Tensor:
         """`(B * rectangles, h*w, C)` -> `(B, H*W, C)`, without the padding."""
-        x = x.unflatten(0, (-1, *self.counts)).unflatten(3, self.inner[:2])
+        x = unflatten(unflatten(x, 0, (-1, *self.counts)), 3, self.inner[:2])
         x = self._roll(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), 1)
         for axis, side, padding in zip((1, 2), self.grid[:2], self.padding, strict=True):
             if padding and not self.graph:
@@ -102,7 +102,7 @@ class Partition:
 
     def _cut(self, x: Tensor) -> Tensor:
         (rows, columns), (h, w) = self.counts, self.inner[:2]
-        x = x.unflatten(2, (columns, w)).unflatten(1, (rows, h))  # (B, rows, h, columns, w, ...)
+        x = unflatten(unflatten(x, 2, (columns, w)), 1, (rows, h))  # (B, rows, h, columns, w, ...)
         return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 

@@ -9,7 +9,7 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
 from linsight.attention import Node
-from linsight.ops import Grid, Tile
+from linsight.ops import Grid, Tile, unflatten
 
 from ..seams import set_grid
 from .convs import ConvMlp
@@ -108,4 +108,4 @@ class Stage(nn.Module):
 
 def as_map(x: Tensor, grid: Grid) -> Tensor:
     """Tokens `(B, P + H*W, C)` -> `(B, C, H, W)`, without the prefix."""
-    return x[:, grid.prefix :].transpose(1, 2).unflatten(2, (grid.height, grid.width))
+    return unflatten(x[:, grid.prefix :].transpose(1, 2), 2, (grid.height, grid.width))

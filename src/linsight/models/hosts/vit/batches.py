@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout, Tile, each_grid, mask_tokens, traced
+from linsight.ops import Grid, Layout, Tile, each_grid, mask_tokens, traced, unflatten
 
 from ...parts.images import check_images
 from ...parts.positions import with_positions
@@ -27,7 +27,7 @@ def embed_padded(model: Any, images: Tensor, sizes: Tensor | Sequence[Sequence[i
     _check_sizes(sizes, images)
     inside = Layout(Grid(*images.shape[2:]), sizes).keep(images.device)
     assert inside is not None
-    images = images.masked_fill(~inside.unflatten(1, images.shape[2:])[:, None], 0)
+    images = images.masked_fill(~unflatten(inside, 1, images.shape[2:])[:, None], 0)
     x = model.patch_embed(images)  # (B, h, w, C)
     first = model.num_prefix_tokens
     patch = torch.as_tensor(model.patch_embed.patch_size, device=sizes.device)
@@ -71,7 +71,7 @@ def classify(model: Any, x: Tensor, layout: Layout, pre_logits: bool = False) ->
     if model.global_pool == "token":  # all that the head reads are prefix tokens
         count = model.num_prefix_tokens
         first = each_grid(lambda part, own: part[:, :count], x, layout)
-        return model.forward_head(first.unflatten(1, (-1, count)).flatten(0, 1), pre_logits=pre_logits)
+        return model.forward_head(unflatten(first, 1, (-1, count)).flatten(0, 1), pre_logits=pre_logits)
     if layout.is_packed:
         pooled = each_grid(lambda part, own: model.pool(part)[:, None], x, layout)[0]
     else:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from linsight.attention import Rename, recast
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy
+from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy, unflatten
 
 from ...parts.images import check_images, refuse_fx
 from ...parts.positions import with_positions
@@ -210,7 +210,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         for tokens in map(self.norm, taken) if norm else taken:
             prefix, spatial = tokens[:, : grid.prefix], tokens[:, grid.prefix :]
             if output_fmt == "NCHW":
-                spatial = spatial.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2).contiguous()
+                spatial = unflatten(spatial, 1, (grid.height, grid.width)).permute(0, 3, 1, 2).contiguous()
             prefixes.append(prefix)
             maps.append(spatial)
         with_prefix = return_prefix_tokens and grid.prefix > 0
