@@ -15,8 +15,8 @@ them is seen. `dense_windows` is that.
 `steps=` widens a stage from step to step (StepsNet, arXiv 2511.14329, which published the budgets of its Swin but not
 the widths: those of `steps_swin_*` are ours).
 
-A compiled or exported graph with windows serves all sizes that leave several in each stage: whether there is
-one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.
+A traced, compiled or exported graph with windows is right at every size, also where a stage has a single window,
+which is not shifted: the shift is computed from the size.
 """
 
 from collections.abc import Mapping, Sequence

@@ -56,7 +56,7 @@ def heads_of(width: int, dim: int, num_heads: int) -> int:
 
 
 def opened(whole: Tensor, widths: Sequence[int], full: int) -> Tensor:
-    """Those of the `full` channels of `whole` that the first of blocks of these `widths` takes; channels last."""
+    """The channels of `whole`, of `full` in all, that the first of blocks of these `widths` takes; channels last."""
     width = widths[0] if widths else full
     return whole if width == full else whole[..., :width]
 
