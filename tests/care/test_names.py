@@ -72,7 +72,7 @@ def test_a_run_draws_and_prints_classes_as_they_are(tmp_path, photos, drawn, mon
     sure = [int(title.get_text().partition("\N{NO-BREAK SPACE}%")[0].split()[-1]) for title in titles]
     wrong = [value for value, colour in zip(sure, colours, strict=True) if colour == "tab:red"]
     assert len(wrong) > 1 and wrong == sorted(wrong, reverse=True)
-    assert drawn[1].get_suptitle().endswith(f": {len(wrong)} of 12 images that it was not trained on")
+    assert drawn[1].get_suptitle().endswith(f": {len(wrong)} of {len(NAMES)} images that it was not trained on")
 
     file = tmp_path / "[/bold]" / "[red] a :cat:.png"
     file.parent.mkdir(parents=True)

@@ -11,6 +11,7 @@ from .core import Core, Rename
 from .create import create_attention, create_block, create_core, is_block
 from .fusing import INFERENCE_FORMS, Fusable, recast
 from .layer import Attention, Layer
+from .nodes import Node, one_node
 from .on_grid import OnGrid
 from .packed import each_image
 from .parts.token_conv import TokenConv
@@ -35,6 +36,7 @@ __all__ = [
     "Fusable",
     "Layer",
     "Mechanism",
+    "Node",
     "OnGrid",
     "Option",
     "Paper",
@@ -59,6 +61,7 @@ __all__ = [
     "list_attentions",
     "mechanism",
     "merge_heads",
+    "one_node",
     "recast",
     "register",
     "require",

@@ -8,10 +8,10 @@ from linsight.ops import LayoutLike
 
 from .capabilities import Capabilities, Structure
 from .core import Rename
-from .fusing import Fusable
+from .nodes import Node
 
 
-class Block(Fusable):
+class Block(Node):
     """A mechanism registered with `kind="block"`: residual connections, norms and MLP are its own.
 
     The constructor takes `(dim, num_heads, *, mlp_ratio, drop_path, ..., device=None, dtype=None)`;

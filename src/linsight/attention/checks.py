@@ -90,7 +90,7 @@ def _check_layout(layout: Layout) -> None:
     for grid in layout.grids or (layout.grid,):
         if (
             not isinstance(grid, Grid)
-            or not all(isinstance(side, Integral | torch.SymInt) for side in grid)
+            or not all(type(side) is int or isinstance(side, Integral | torch.SymInt) for side in grid)
             or 0 in grid[:2]
         ):
             raise LinsightError(f"a layout of {grid!r:.60}: pass a Grid(height, width) of at least one token")

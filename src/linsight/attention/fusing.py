@@ -1,9 +1,11 @@
 """The seam between modules and their inference forms, which `linsight.fuse` has; and how a module becomes another."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
+
+from linsight.errors import LinsightError
 
 # Class -> what makes the inference form of an instance; filled by `linsight.fuse`. For the class itself, no subclass:
 # a derived one may compute something else.
@@ -31,3 +33,10 @@ class Fusable(nn.Module):
         """The module to put in the place of this one, for inference; itself where there is none better."""
         form = INFERENCE_FORMS.get(type(self))
         return self if form is None else form(self)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse `torch.jit.script`, which asks each module of a model."""
+        raise LinsightError(
+            f"torch.jit.script cannot compile a {type(self).__name__}: use torch.export or torch.compile, or "
+            f"torch.jit.trace where TorchScript is needed"
+        )

@@ -12,7 +12,7 @@ from linsight.ops import Grid, Layout, LayoutLike, each_grid, mask_tokens
 from .capabilities import Capabilities, Structure
 from .checks import check_asked, check_beside, entered, held
 from .core import Core, Rename
-from .fusing import Fusable
+from .nodes import Node
 from .packed import mark_packed, mix_packed
 from .parts.reduction import Reduction
 from .projections import PROJECTIONS
@@ -20,7 +20,7 @@ from .registry import require
 from .tokens import Tokens, merge_heads, split_heads
 
 
-class Layer(Fusable):
+class Layer(Node):
     """The module that a host calls: tokens and their layout in, tokens out. `Attention` is the usual one.
 
     A mechanism registered with `kind="layer"` derives from it, with a constructor that takes

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linsight.attention import create_attention
+from linsight.attention import create_attention, one_node
 from linsight.errors import LinsightError
-from linsight.ops import Grid
+from linsight.ops import Grid, unflatten
 
 
 class Attention2d(nn.Module):
@@ -37,6 +37,7 @@ class Attention2d(nn.Module):
         super().__init__()
         self.layer = create_attention(attention, channels, num_heads, grid=grid, device=device, dtype=dtype, **options)
 
+    @one_node
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Mix the places of `x`; `keep` `(B, H, W)` is False where they are not to be seen.
 
@@ -52,7 +53,7 @@ class Attention2d(nn.Module):
         height, width = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
         out = self.layer(tokens, Grid(height, width), keep=None if keep is None else keep.flatten(1))
-        out = out.transpose(1, 2).unflatten(2, (height, width))
+        out = unflatten(out.transpose(1, 2), 2, (height, width))
         return out.contiguous() if x.is_contiguous() else out
 
     def set_grid(self, grid: tuple[int, int]) -> None:

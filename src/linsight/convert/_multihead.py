@@ -15,11 +15,12 @@ from linsight.attention import (
     entered,
     held,
     merge_heads,
+    one_node,
     require,
     split_heads,
 )
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, mask_tokens, traced
+from linsight.ops import Grid, Layout, mask_tokens, traced, unflatten
 
 from ._place import GridLike, check_prefix, lies_on_grid, locate, refuse, score_bias, table_grid
 
@@ -101,6 +102,7 @@ class MultiheadAttention(nn.Module):
         if bias:
             nn.init.zeros_(self.out_proj.bias)
 
+    @one_node
     def forward(
         self,
         query: Tensor,
@@ -111,7 +113,6 @@ class MultiheadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        *,
         grid: GridLike | None = None,
         key_grid: GridLike | None = None,
     ) -> tuple[Tensor, None]:
@@ -222,7 +223,7 @@ class MultiheadAttention(nn.Module):
             bias = score_bias(mask, mask, q)
             if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != q.shape[0] * self.num_heads):
                 raise LinsightError(f"attn_mask has shape {tuple(mask.shape)}: give (M, N), or (batch * heads, M, N)")
-            bias = bias if mask.ndim == 2 else bias.unflatten(0, (q.shape[0], self.num_heads))
+            bias = bias if mask.ndim == 2 else unflatten(bias, 0, (q.shape[0], self.num_heads))
         if padding is not None:
             padding = padding if padding.ndim != 1 else padding[None]
             if padding.ndim != 2 or not (padding.dtype == torch.bool or padding.is_floating_point()):

@@ -22,7 +22,7 @@ from .inner import (
     inner_step,
     kernel_gradient,
 )
-from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, pad_prefix, tiles, traced
+from .layout import Grid, Layout, LayoutLike, Tile, as_layout, check_tokens, pad_prefix, tiles
 from .linear import (
     LinearState,
     affine_read,
@@ -35,9 +35,10 @@ from .linear import (
 from .maps import FEATURE_MAPS
 from .neighbourhood import AxisWindow, axis_window, neighbourhood_attention
 from .packing import Groups, each_grid, pack, unpack
-from .pooled import gather_pooled, gather_state, pool_tokens, read_pooled
+from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import Turn, check_rotary, rotate
+from .sizes import at_least, at_most, divided, is_proxy, leaves, traced, unflatten
 from .states import (
     LogSumExp,
     Moments,
@@ -82,6 +83,9 @@ __all__ = [
     "apply_state",
     "as_features",
     "as_layout",
+    "at_least",
+    "at_most",
+    "attend",
     "autocasts",
     "axis_window",
     "causal_linear_attention",
@@ -91,6 +95,7 @@ __all__ = [
     "circular_correlation",
     "count_tokens",
     "depthwise_conv",
+    "divided",
     "dynamic_depthwise_conv",
     "each_grid",
     "fit_grid",
@@ -103,7 +108,9 @@ __all__ = [
     "inner_forward",
     "inner_gradient",
     "inner_step",
+    "is_proxy",
     "kernel_gradient",
+    "leaves",
     "linear_absorb",
     "linear_attention",
     "linear_read",
@@ -124,6 +131,7 @@ __all__ = [
     "table_for",
     "tiles",
     "traced",
+    "unflatten",
     "unpack",
     "use_form",
 ]

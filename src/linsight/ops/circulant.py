@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sizes import divided
 from .states import accumulator, full_precision
 
 
@@ -23,7 +24,7 @@ def circular_correlation(a: Tensor, b: Tensor) -> Tensor:
     """
     dtype = accumulator(a.dtype)
     a, b = a.to(dtype), b.to(dtype)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         with full_precision(a):
             return by_matrices(a, b)
     if torch.compiler.is_compiling():
@@ -67,7 +68,7 @@ operator.register_autograd(_backward, setup_context=_save)
 
 def by_matrices(a: Tensor, b: Tensor) -> Tensor:
     """The correlation by products with matrices of cosines and sines, for exported graphs."""
-    height, width = a.shape[-2:]
+    height, width = a.shape[-2], a.shape[-1]
     half = width // 2 + 1  # the rest of the spectrum of a real map mirrors it
     factory: dict[str, Any] = {"device": a.device, "dtype": a.dtype}
     cos_y, sin_y = _waves(height, height, **factory)
@@ -89,6 +90,7 @@ def by_matrices(a: Tensor, b: Tensor) -> Tensor:
 def _waves(length: int, frequencies: int, **factory: Any) -> tuple[Tensor, Tensor]:
     """cos and sin of 2 pi p f / length, each `(length, frequencies)`; the length may be symbolic."""
     places = torch.arange(length, device=factory["device"])[:, None]
-    turns = places * torch.arange(frequencies, device=factory["device"]) % length  # whole turns cost digits
+    # Whole turns cost digits.
+    _, turns = divided(places * torch.arange(frequencies, device=factory["device"]), length)
     angles = turns.to(factory["dtype"]) * (2 * math.pi / length)
     return angles.cos(), angles.sin()

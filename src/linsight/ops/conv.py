@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .dispatch import fused_form
-from .layout import traced
+from .sizes import freezes, traced, unflatten
 from .states import autocasts, full_precision
 
 _FEW = 2**17  # numbers: of more, one compiled convolution is quicker than nine products
@@ -47,7 +47,7 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
         return fused(x, size, kernels)
     x = x.to(kernels.dtype)
     batch, _, channels = x.shape
-    if batch == 0 and not traced():  # no group count of 0
+    if freezes() or (batch == 0 and not traced()):  # no group count that is kept, or 0
         return shifted_products(x, size, kernels)
     if torch.compiler.is_compiling() and (batch != 1 or statically_known_true(size[0] * size[1] * channels <= _FEW)):
         return shifted_products(x, size, kernels)
@@ -81,7 +81,7 @@ class Convolved(NamedTuple):
                 out = dynamic_depthwise_conv(self.x, self.size, self.weight)
             else:
                 out = depthwise_conv(self.x, self.size, self.weight, self.bias)
-        return out.unflatten(-1, (self.heads, -1))
+        return unflatten(out, -1, (self.heads, -1))
 
     def rows(self, images: slice, first: int, end: int) -> Tensor:
         """The convolution of the rows from `first` to `end` of some images."""
@@ -112,9 +112,9 @@ def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | N
 def shifted_products(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
     """`dynamic_depthwise_conv` by its definition: sum over taps of x shifted by the tap, times the tap."""
     height, width = size
-    k = kernels.shape[-1]
+    k = int(kernels.shape[-1])  # which torch.jit.trace has as a tensor
     pad = k // 2
-    canvas = F.pad(x.unflatten(1, size), (0, 0, pad, pad, pad, pad))  # (B, H + 2p, W + 2p, C)
+    canvas = F.pad(unflatten(x, 1, size), (0, 0, pad, pad, pad, pad))  # (B, H + 2p, W + 2p, C)
     taps = kernels.flatten(2).permute(2, 0, 1)[:, :, None, None]  # (k*k, B, 1, 1, C)
     out = canvas[:, :height, :width] * taps[0]
     for t in range(1, k * k):

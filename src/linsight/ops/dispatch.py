@@ -17,6 +17,8 @@ from torch import Tensor
 
 from linsight.errors import LinsightError, UnknownNameError
 
+from .sizes import leaves, traced
+
 
 class Form(NamedTuple):
     """Another way to compute an operator.
@@ -152,7 +154,7 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
     Raises:
         LinsightError: a form that was asked for by `use_form` cannot run on this device.
     """
-    if _forced or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if _forced or traced() or leaves():
         return _choose_fused(operator, x)
     like = (operator, x.device.type, x.shape[-1], torch.is_grad_enabled())
     if like not in _chosen:
@@ -161,7 +163,7 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
 
 
 def _choose_fused(operator: str, x: Tensor) -> Callable[..., Any] | None:
-    if _forced == "plain" or x.is_meta or torch.compiler.is_exporting():
+    if _forced == "plain" or x.is_meta or leaves():
         return None
     for form in FORMS[operator]:
         if not form.entry or (form.widest and x.shape[-1] > form.widest):

@@ -16,6 +16,7 @@ from torch import Tensor
 from .dispatch import fused_form
 from .maps import FEATURE_MAPS
 from .rotary import Turn
+from .sizes import unflatten
 from .states import full_precision, widened
 
 
@@ -58,7 +59,7 @@ class Features(NamedTuple):
         """`mapped` as products with values see it: turned, where there is a rotation."""
         if self.turn is None:
             return mapped
-        return self.turn.rotate(mapped.flatten(2)).unflatten(2, mapped.shape[2:])
+        return unflatten(self.turn.rotate(mapped.flatten(2)), 2, mapped.shape[2:])
 
 
 def as_features(x: "Features | Tensor") -> Features:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layout import Tile
+from .sizes import unflatten
 from .states import accumulator, apply_state, full_precision, mask_tokens, outer_sum
 
 InnerLoss = Literal["dot", "mse"]
@@ -99,15 +100,15 @@ def kernel_gradient(k: Tensor, v: Tensor, tile: Tile, side: int = 3) -> Tensor:
     Returns `(B, C, side, side)`.
     """
     pad, dtype = side // 2, accumulator(v.dtype)
-    canvas = F.pad(k.to(dtype).unflatten(1, tile.seen), (0, 0, pad, pad, pad, pad))
-    v = tile.inner_grid(v.to(dtype)).unflatten(1, (tile.height, tile.width))
+    canvas = F.pad(unflatten(k.to(dtype), 1, tile.seen), (0, 0, pad, pad, pad, pad))
+    v = unflatten(tile.inner_grid(v.to(dtype)), 1, (tile.height, tile.width))
     top, left = tile.top - tile.rows[0], tile.left - tile.columns[0]
     taps = [
         (canvas[:, y : y + tile.height, x : x + tile.width] * v).sum(dim=(1, 2))
         for y in range(top, top + side)
         for x in range(left, left + side)
     ]
-    return -torch.stack(taps, dim=-1).unflatten(-1, (side, side))
+    return -unflatten(torch.stack(taps, dim=-1), -1, (side, side))
 
 
 def inner_step(w: Tensor, gradient: InnerGradient, *, scale: float, rate: float, clip: tuple[int, ...] = ()) -> Tensor:

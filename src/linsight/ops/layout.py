@@ -17,10 +17,7 @@ from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 
-
-def traced() -> bool:
-    """True while a graph is made, where to compare sizes would be a guard on them, or freeze them."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+from .sizes import traced, unflatten
 
 
 class Grid(NamedTuple):
@@ -232,14 +229,14 @@ class Tile:
         if self.is_whole:
             return x
         (top, bottom), (left, right) = self.rows, self.columns
-        return x.unflatten(1, (self.grid.height, self.grid.width))[:, top:bottom, left:right].flatten(1, 2)
+        return unflatten(x, 1, (self.grid.height, self.grid.width))[:, top:bottom, left:right].flatten(1, 2)
 
     def put(self, whole: Tensor, x: Tensor) -> None:
         """Write `x` `(B, prefix + height*width, ...)`, the tile's own tokens, to their place in the whole sequence."""
         whole[:, : self.prefix] = x[:, : self.prefix]
-        canvas = whole[:, self.grid.prefix :].unflatten(1, (self.grid.height, self.grid.width))
+        canvas = unflatten(whole[:, self.grid.prefix :], 1, (self.grid.height, self.grid.width))
         rows, columns = slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
-        canvas[:, rows, columns] = x[:, self.prefix :].unflatten(1, (self.height, self.width))
+        canvas[:, rows, columns] = unflatten(x[:, self.prefix :], 1, (self.height, self.width))
 
     def inner(self, x: Tensor) -> Tensor:
         """The tile's own tokens `(B, prefix + height*width, ...)` out of those with the halo."""
@@ -252,7 +249,7 @@ class Tile:
         if self.halo == 0:
             return x
         top, left = self.top - self.rows[0], self.left - self.columns[0]
-        return x.unflatten(1, self.seen)[:, top : top + self.height, left : left + self.width].flatten(1, 2)
+        return unflatten(x, 1, self.seen)[:, top : top + self.height, left : left + self.width].flatten(1, 2)
 
 
 def pad_prefix(x: Tensor, prefix: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .conv import Convolved, made
 from .dispatch import fused_form
 from .features import Features, as_features
+from .sizes import unflatten
 from .states import Moments, accumulator, apply_state, full_precision, mask_tokens, outer_sum
 
 _CHUNK = 64  # causal: tokens that see each other through an explicit triangle
@@ -145,7 +146,7 @@ def causal_linear_attention(
     pad = -n % _CHUNK
 
     def chunked(x: Tensor) -> Tensor:  # (B, N, H, D) -> (B, chunks, H, 64, D)
-        return F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, _CHUNK)).transpose(2, 3)
+        return unflatten(F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)), 1, (-1, _CHUNK)).transpose(2, 3)
 
     with full_precision(v):
         qc, kc, vc = chunked(q), chunked(k), chunked(v)

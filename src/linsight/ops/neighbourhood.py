@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .layout import Tile
+from .sizes import divided, traced, unflatten
 from .states import accumulator, full_precision
 
 _KEYS = 25  # keys of a query that are gathered at once
@@ -71,7 +72,7 @@ def neighbourhood_attention(
     down, across = (AxisWindow(window), AxisWindow(window)) if isinstance(window, int) else window
     dtype, own = accumulator(v.dtype), (tile.grid.height, tile.grid.width)
     lengths = (
-        [torch.full((1, 1), side, device=v.device) for side in own]
+        [torch.full((1, 1), side, dtype=torch.long, device=v.device) for side in own]
         if tile.sizes is None
         else tile.sizes.to(v.device)[:, :, None].unbind(1)
     )
@@ -83,7 +84,7 @@ def neighbourhood_attention(
         bias = None if table is None else table.to(dtype)
         parts = []
         for some in _cut(q, v, down.kernel * across.kernel):
-            y, x = some // tile.width, some % tile.width
+            y, x = divided(some, tile.width)
             parts.append(_attend(q.index_select(2, some), k, v, rows.at(y), columns.at(x), tile.seen[1], bias))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
 
@@ -122,7 +123,7 @@ def _side(start: int, count: int, length: Tensor, window: AxisWindow, seen: tupl
 def _cut(q: Tensor, v: Tensor, keys: int) -> tuple[Tensor, ...]:
     """The places of the queries `(B, H, n, D)`, in so many parts that each gathers little; one if it is recorded."""
     places = torch.arange(q.shape[2], device=q.device)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or traced():
         return (places,)
     each = q.shape[0] * q.shape[1] * min(keys, _KEYS) * max(q.shape[-1], v.shape[-1])
     return places.split(max(1, _AT_ONCE // max(1, each)))
@@ -131,18 +132,18 @@ def _cut(q: Tensor, v: Tensor, keys: int) -> tuple[Tensor, ...]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: _Side, columns: _Side, width: int, table: Tensor | None) -> Tensor:
     """Outputs `(B, H, n, E)` of queries `(B, H, n, D)`."""
     batch, heads, count, _ = k.shape
+    keys = int(rows.index.shape[-1]) * int(columns.index.shape[-1])
+    some = [min(_KEYS, keys - first) for first in range(0, keys, _KEYS)]  # told one by one, for exporters
     first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * count
-    places = ((rows.index[..., None] * width + columns.index[..., None, :]).flatten(2)[:, None] + first).split(
-        _KEYS, -1
-    )
+    places = ((rows.index[..., None] * width + columns.index[..., None, :]).flatten(2)[:, None] + first).split(some, -1)
     k, v = k.flatten(0, 2), v.flatten(0, 2)
     scores = torch.cat([(_gather(k, p) @ q[..., None])[..., 0] for p in places], dim=-1)
     if table is not None:
         at = (rows.offset[..., None] * table.shape[-1] + columns.offset[..., None, :]).flatten(2)
-        scores = scores + table.flatten(1).index_select(1, at.flatten()).unflatten(1, at.shape).transpose(0, 1)
+        scores = scores + unflatten(table.flatten(1).index_select(1, at.flatten()), 1, at.shape).transpose(0, 1)
     inside = (rows.inside[..., None] & columns.inside[..., None, :]).flatten(2)
     scores = scores.masked_fill(~inside[:, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1).split(_KEYS, dim=-1)
+    weights = scores.softmax(dim=-1).split(some, dim=-1)
     parts = [w[..., None, :] @ _gather(v, p) for w, p in zip(weights, places, strict=True)]
     return functools.reduce(torch.add, parts)[..., 0, :]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from linsight.errors import LinsightError
 
-from .layout import Grid, Layout, traced
+from .layout import Grid, Layout
+from .sizes import traced, unflatten
 
 
 def pack(images: Sequence[Tensor], grids: Sequence[Grid | tuple[int, int]]) -> tuple[Tensor, Layout]:
@@ -65,7 +66,7 @@ class Groups:
                 f"a tensor of shape {tuple(x.shape)} came with packed images: give (1, {sum(lengths)}, ...)"
             )
         if len(self._members) == 1:
-            return [x.unflatten(1, (len(lengths), lengths[0])).squeeze(0)]
+            return [unflatten(x, 1, (len(lengths), lengths[0])).squeeze(0)]
         pieces = x.split(lengths, dim=1)  # at once: the gradient of slices would be as many whole sequences
         return [torch.cat([pieces[i] for i in group]) if group[1:] else pieces[group[0]] for group in self._members]
 

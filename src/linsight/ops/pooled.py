@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .layout import Tile
 from .resample import pool_matrix, separable
+from .sizes import leaves, traced, unflatten
 from .states import LogSumExp, accumulator, full_precision, mask_tokens
 
 
@@ -24,19 +25,19 @@ def pool_tokens(x: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
     the batch is padded.
     """
     dtype, width = accumulator(x.dtype), x.shape[2:]
-    canvas = x[:, tile.prefix :].to(dtype).flatten(2).unflatten(1, (tile.height, tile.width))
+    canvas = unflatten(x[:, tile.prefix :].to(dtype).flatten(2), 1, (tile.height, tile.width))
     learning = x.requires_grad and torch.is_grad_enabled()
-    if tile.is_whole and tile.sizes is None and not learning and not torch.compiler.is_compiling():
+    if tile.is_whole and tile.sizes is None and not learning and not traced():
         # One pass over memory. Its gradient is not deterministic on a GPU, and each size would be a graph of its own.
         pooled = F.adaptive_avg_pool2d(canvas.permute(0, 3, 1, 2), size)
-        return pooled.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, width)
+        return unflatten(pooled.permute(0, 2, 3, 1).flatten(1, 2), -1, width)
     sides: tuple[Any, ...] = tile.grid[:2] if tile.sizes is None else tile.sizes.to(x.device).unbind(1)
     places = ((tile.top, tile.height), (tile.left, tile.width))
     rows, columns = (
         pool_matrix(side, cells, start=start, count=count, device=x.device, dtype=dtype)
         for side, cells, (start, count) in zip(sides, size, places, strict=True)
     )
-    return separable(canvas, rows, columns).flatten(1, 2).unflatten(-1, width)
+    return unflatten(separable(canvas, rows, columns).flatten(1, 2), -1, width)
 
 
 def gather_state(pooled: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: Tensor | None = None) -> LogSumExp:
@@ -72,6 +73,13 @@ def read_pooled(q: Tensor, pooled: Tensor, values: Tensor, bias: Tensor | None) 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     dtype = accumulator(v.dtype)
     with full_precision(v):
-        return F.scaled_dot_product_attention(
-            q.transpose(1, 2).to(dtype), k.transpose(1, 2).to(dtype), v.to(dtype), bias
-        )
+        return attend(q.transpose(1, 2).to(dtype), k.transpose(1, 2).to(dtype), v.to(dtype), bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    """torch's scaled dot-product attention, of heads `(B, H, N, D)`.
+
+    How its output lies in memory is the kernel's, and another one in a graph that leaves: what views it goes by a copy.
+    """
+    out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
+    return out.clone(memory_format=torch.contiguous_format) if leaves() else out

@@ -5,12 +5,13 @@ symbolic, a tile takes the rows and columns it needs, and each image of a padded
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .layout import Grid, Tile
+from .sizes import traced, unflatten
 from .states import accumulator, full_precision
 
 Mode = Literal["bilinear", "bicubic", "bicubic-antialias"]
@@ -33,15 +34,12 @@ def resize_matrix(
     `new` may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, count, old)`, and
     `device` is that of `new`.
     """
-    per_image = isinstance(new, Tensor)
-    if isinstance(new, Tensor):
-        assert count is not None
-        device = new.device
-    elif count is None:
-        count = new - start
-    length = new[:, None, None].to(dtype) if isinstance(new, Tensor) else new
+    length: Any = new
+    if per_image := _each(new):
+        length, device = new[:, None, None].to(dtype), new.device
+    places: Any = new - start if count is None else count
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    place = torch.arange(count, **factory)[:, None] + (start + 0.5)
+    place = torch.arange(places, **factory)[:, None] + (start + 0.5)
     place = place * (old / length) - 0.5  # where each new sample falls among the old ones
     if mode == "bilinear":
         place = place.clamp(0, old - 1)
@@ -58,7 +56,12 @@ def resize_matrix(
         weights = taps[..., 2:-2].clone()
         weights[..., 0] += taps[..., :2].sum(-1)
         weights[..., -1] += taps[..., -2:].sum(-1)
-    return weights if per_image else weights.reshape(count, old)
+    return weights if per_image else weights.reshape(places, old)
+
+
+def _each(length: Any) -> TypeGuard[Tensor]:
+    """True for `(B,)`, a length for each image; one of all is no tensor, but under torch.jit.trace one of no axes."""
+    return isinstance(length, Tensor) and length.ndim > 0
 
 
 def _cubic(x: Tensor, a: float = -0.75) -> Tensor:
@@ -83,24 +86,22 @@ def pool_matrix(
     may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, new, count)`, and `device`
     is that of `old`.
     """
-    per_image = isinstance(old, Tensor)
-    if isinstance(old, Tensor):
-        assert count is not None
-        old, device = old[:, None, None], old.device
-    elif count is None:
-        count = old - start
-    bins, place = torch.arange(new, device=device)[:, None], torch.arange(count, device=device) + start
-    first = bins * old // new
-    last = ((bins + 1) * old + new - 1) // new
+    length: Any = old
+    if per_image := _each(old):
+        length, device = old[:, None, None], old.device
+    places: Any = old - start if count is None else count
+    bins, place = torch.arange(new, device=device)[:, None], torch.arange(places, device=device) + start
+    first = bins * length // new
+    last = ((bins + 1) * length + new - 1) // new
     inside = ((place >= first) & (place < last)).to(dtype)
     weights = inside / (last - first)
-    return weights if per_image else weights.reshape(new, count)
+    return weights if per_image else weights.reshape(new, places)
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """R_y x R_x^T: `x` `(..., h, w, C)`, `rows` `(..., H, h)`, `columns` alike -> `(..., H, W, C)`."""
     with full_precision(x):
-        x = torch.matmul(rows.to(x), x.flatten(-2)).unflatten(-1, x.shape[-2:])  # (..., H, w, C)
+        x = unflatten(torch.matmul(rows.to(x), x.flatten(-2)), -1, (columns.shape[-1], x.shape[-1]))  # (..., H, w, C)
         return torch.matmul(columns.to(x).unsqueeze(-3), x)
 
 
@@ -111,7 +112,7 @@ def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> T
     """
     grid = tile.grid
     table = table.to(accumulator(table.dtype))
-    native = not torch.compiler.is_compiling() and (grid.height, grid.width) == tuple(size) and tile.sizes is None
+    native = not traced() and (grid.height, grid.width) == tuple(size) and tile.sizes is None
     if native:
         return tile.take_grid(table)
     (top, bottom), (left, right) = tile.rows, tile.columns
@@ -119,7 +120,7 @@ def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> T
     factory: dict[str, Any] = {"device": table.device, "dtype": table.dtype}
     rows = resize_matrix(size[0], height, mode, start=top, count=bottom - top, **factory)
     columns = resize_matrix(size[1], width, mode, start=left, count=right - left, **factory)
-    canvas = table.unflatten(1, tuple(size))
+    canvas = unflatten(table, 1, tuple(size))
     if tile.sizes is not None:
         return separable(canvas.expand(rows.shape[0], -1, -1, -1), rows, columns).flatten(1, 2)
     return separable(canvas[0], rows, columns).flatten(0, 1)[None]  # a batch of 1 would be guarded in exported graphs

@@ -14,6 +14,7 @@ from torch import Tensor
 from linsight.errors import LinsightError
 
 from .layout import Tile
+from .sizes import unflatten
 from .states import accumulator
 
 _BASE = 10000.0
@@ -66,7 +67,7 @@ class Turn(NamedTuple):
     def turned(self, x: Tensor) -> Tensor:
         """Grid tokens `(B, h*w, C)`, turned."""
         cos, sin = self._places(self.cos), self._places(self.sin)
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        a, b = unflatten(x, -1, (-1, 2)).unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
     def _places(self, table: Tensor) -> Tensor:

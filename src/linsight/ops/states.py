@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .sizes import traced
+
 State: TypeAlias = Any  # a tensor, a named tuple of states, or what has a `merge`
 
 _STRETCH = 2**14  # tokens that one product sums over
@@ -71,7 +73,7 @@ def outer_sum(k: Tensor, v: Tensor) -> Tensor:
     Run eagerly, in stretches of tokens: a product adds up in one row of numbers on some processors, which loses digits
     as a million of them go by.
     """
-    if torch.compiler.is_compiling() or k.shape[1] <= _STRETCH:
+    if traced() or k.shape[1] <= _STRETCH:
         return k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
     pairs = zip(k.split(_STRETCH, dim=1), v.split(_STRETCH, dim=1), strict=True)
     return torch.stack([outer_sum(*pair) for pair in pairs]).sum(dim=0)

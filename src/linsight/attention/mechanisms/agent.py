@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from linsight.errors import LinsightError
-from linsight.ops import Tile, read_pooled, separable
+from linsight.ops import Tile, read_pooled, separable, unflatten
 
 from ..capabilities import Capabilities, Structure
 from ..core import Core, Rename
@@ -129,7 +129,7 @@ class Agent(Core):
         v = grid_values(tokens, keys)
         old = (keys.grid.height, keys.grid.width)
         rows, columns = stretches(v, old, queries)
-        v = separable(v.unflatten(1, old), rows[0, 0], columns[0, 0]).flatten(1, 2)
+        v = separable(unflatten(v, 1, old), rows[0, 0], columns[0, 0]).flatten(1, 2)
         return tokens._replace(v=split_heads(v, self.num_heads))
 
     def set_grid(self, grid: tuple[int, int]) -> None:

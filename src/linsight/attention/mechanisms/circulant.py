@@ -61,7 +61,7 @@ class Circulant(Core):
         gate = self.gate(merge_heads(tokens.v) if tokens.x is None else tokens.x)
         with full_precision(q):
             scores = circular_correlation(q, k) * (height * width) ** -0.5
-            weights = scores.flatten(2).softmax(dim=-1).unflatten(2, (height, width))
+            weights = scores.flatten(2).softmax(dim=-1).reshape(scores.shape)
             out = circular_correlation(weights, v).flatten(2).transpose(1, 2)
             out = out * F.silu(gate.to(dtype))
         return split_heads(out, self.num_heads).to(tokens.q.dtype)
@@ -69,4 +69,5 @@ class Circulant(Core):
     @staticmethod
     def _map(x: Tensor, height: int, width: int) -> Tensor:
         """`(B, N, heads, D)` -> `(B, C, H, W)`, contiguous: an FFT over strided axes is several times slower."""
-        return merge_heads(x).transpose(1, 2).unflatten(2, (height, width)).contiguous()
+        x = merge_heads(x).transpose(1, 2).contiguous()
+        return x.view(x.shape[0], x.shape[1], height, width)

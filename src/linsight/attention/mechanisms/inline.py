@@ -83,7 +83,9 @@ class HeadLinear(nn.Conv1d):
         weight = self.weight.to(x.dtype).view(self.groups, self.out_channels // self.groups, -1)
         bias = self.bias.to(x.dtype).view(self.groups, 1, -1)
         with full_precision(x):
-            out = torch.baddbmm(bias, split_heads(x, self.groups).transpose(0, 1), weight.mT)  # (H, B, out / H)
+            out = torch.baddbmm(
+                bias, split_heads(x, self.groups).transpose(0, 1), weight.transpose(-1, -2)
+            )  # (H, B, out / H)
         return out.transpose(0, 1).flatten(1)
 
 

@@ -80,7 +80,7 @@ class GatherInverse(Gather):
         """B v and Z B v."""
         k, q = (landmarks.transpose(1, 2) for landmarks in done)
         with full_precision(mean):
-            scores = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+            scores = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
             return Answers(mean, pseudo_inverse(scores, core.start) @ mean)
 
 
@@ -163,7 +163,7 @@ def places(tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
     rows = torch.arange(tile.height, device=device)[:, None] + tile.top
     columns = torch.arange(tile.width, device=device) + tile.left
     if tile.sizes is None:
-        height, width = (torch.full((1, 1), side, device=device) for side in tile.grid[:2])
+        height, width = (torch.full((1, 1), side, dtype=torch.long, device=device) for side in tile.grid[:2])
     else:
         height, width = tile.sizes.to(device).split(1, dim=1)
     place = tile.grid.prefix + (rows * width[..., None] + columns).flatten(1)
@@ -182,7 +182,8 @@ def segments(place: Tensor, total: Tensor, count: int) -> Tensor:
 def pseudo_inverse(a: Tensor, start: Literal["exact", "original"]) -> Tensor:
     """Z `(B, H, m, m)` of row-stochastic matrices `a`: six steps of third order towards the pseudo-inverse."""
     sums = a.sum(dim=-2)
-    z = a.mT / (F.pad(sums.flatten(), (0, 1)).amax() if start == "original" else sums.amax(dim=-1)[..., None, None])
+    most = F.pad(sums.flatten(), (0, 1)).amax() if start == "original" else sums.amax(dim=-1)[..., None, None]
+    z = a.transpose(-1, -2) / most
     one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(_STEPS):
         az = a @ z

@@ -127,7 +127,7 @@ class Performer(KernelCore):
         """Omega x' `(B, n, H, m)` of `x` `(B, n, H, D)`, in the accumulator's dtype."""
         x = x.to(accumulator(x.dtype))
         with full_precision(x):
-            return x * x.shape[-1] ** -0.25 @ self.projection_matrix.to(x.dtype).mT
+            return x * x.shape[-1] ** -0.25 @ self.projection_matrix.to(x.dtype).transpose(-1, -2)
 
     def features(self, name: Literal["q", "k"], x: Tensor, tile: Tile, done: Done) -> Features:
         """phi."""
@@ -142,7 +142,7 @@ class Performer(KernelCore):
 def orthogonal_rows(count: int, width: int, *, scaling: int) -> Tensor:
     """`(count, width)` in float32, on the CPU: random rows, orthogonal in blocks of `width`; `scaling` as above."""
     squares = [torch.randn(width, width, device="cpu") for _ in range(-(-count // width))]
-    rows = torch.cat([torch.linalg.qr(square).Q.mT for square in squares])[:count]
+    rows = torch.cat([torch.linalg.qr(square).Q.transpose(-1, -2) for square in squares])[:count]
     if scaling:
         return rows * width**0.5
     return rows * torch.randn(count, width, device="cpu").norm(dim=1, keepdim=True)

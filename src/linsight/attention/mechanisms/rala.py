@@ -39,6 +39,7 @@ from linsight.ops import (
     full_precision,
     mask_tokens,
     outer_sum,
+    unflatten,
 )
 
 from ..capabilities import Capabilities, Structure
@@ -89,7 +90,7 @@ class WeightedSums(Round):
 
     def finish(self, core: Any, state: LogSumExp, done: Done) -> LinearState:
         """The weighted means of rot(f(k)) v^T and of f(k)."""
-        means = state.mean()[:, :, 0].unflatten(-1, (done[0].shape[-1], -1))
+        means = unflatten(state.mean()[:, :, 0], -1, (done[0].shape[-1], -1))
         return LinearState(means[..., :-1], means[..., -1])
 
 
@@ -135,7 +136,7 @@ class GatedRotary(Core):
             [rows[:, None].expand(-1, right - left, -1), columns.expand(bottom - top, -1, -1)], dim=-1
         ).flatten(0, 1)[:, None]
         spatial = x[:, tile.prefix :]
-        a, b = spatial.unflatten(-1, (-1, 2)).unbind(-1)
+        a, b = unflatten(spatial, -1, (-1, 2)).unbind(-1)
         turned = spatial * angles.cos() + torch.stack([-b, a], dim=-1).flatten(-2) * angles.sin()
         return torch.cat([x[:, : tile.prefix], turned], dim=1) if tile.prefix else turned
 

@@ -6,9 +6,8 @@ Vaswani et al., "Attention Is All You Need", NeurIPS 2017, equation 1; computed 
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from linsight.ops import Layout
+from linsight.ops import Layout, attend
 
 from ..capabilities import Capabilities, Cost, Structure
 from ..core import Core
@@ -65,5 +64,5 @@ class Softmax(Core):
         if self.causal and mask is not None:
             triangle = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             mask = mask & triangle if mask.dtype == torch.bool else mask.masked_fill(~triangle, float("-inf"))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
+        out = attend(q, k, v, mask, causal=self.causal and mask is None)
         return out.transpose(1, 2)

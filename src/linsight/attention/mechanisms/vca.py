@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import Tile, read_pooled
+from linsight.ops import Tile, leaves, read_pooled
 
 from ..capabilities import Capabilities, Structure
 from ..core import Core, Rename
@@ -59,6 +59,8 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., E)`; the shape is kept."""
+        if leaves():  # not every exporter knows it
+            return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (self.eps or 0)) * self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 

@@ -34,10 +34,14 @@ from linsight.ops import (
     LayoutLike,
     Tile,
     accumulator,
+    at_least,
+    at_most,
+    divided,
     dynamic_depthwise_conv,
     full_precision,
     mask_tokens,
     pad_prefix,
+    unflatten,
 )
 
 from ..block import Block
@@ -92,7 +96,7 @@ class KernelCells(Pool):
 
     def finish(self, core: Any, state: Tensor, done: Done) -> Tensor:
         """K / (|K| + 1), `(B, C, 3, 3)`."""
-        cells = state.to(core.w.dtype).unflatten(1, self.size).permute(0, 3, 1, 2)
+        cells = unflatten(state.to(core.w.dtype), 1, self.size).permute(0, 3, 1, 2)
         kernels = core.wfm(cells).to(state.dtype)
         with full_precision(state):
             return kernels / (torch.linalg.vector_norm(kernels, dim=(2, 3), keepdim=True) + 1)
@@ -190,7 +194,7 @@ def pool_pairs(x: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | i
     image has, H*W or `(B, 1, 1)`.
     """
     height, width, _ = tile.grid
-    down, right = min(2, height), min(2, width)
+    down, right = at_most(height, 2), at_most(width, 2)
     rows, columns, stride, start = height // down, width // right, tile.seen[1], 0
     above = before = 0  # cells of the grid that begin before those of the tile
     if not tile.is_whole:
@@ -199,9 +203,10 @@ def pool_pairs(x: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | i
         start = (above * down - tile.rows[0]) * stride + before * right - tile.columns[0]
     # Gathered, as slices of the grid would make a graph for each size of one cell, and are slower to differentiate.
     cell = torch.arange(rows * columns, device=x.device)[:, None, None]
-    corner = start + cell // max(1, columns) * (down * stride) + cell % max(1, columns) * right
+    row, column = divided(cell, at_least(columns, 1))
+    corner = start + row * (down * stride) + column * right
     inner = torch.arange(down, device=x.device)[:, None] * stride + torch.arange(right, device=x.device)
-    tokens = x.index_select(1, (corner + inner).flatten()).unflatten(1, (rows * columns, down * right))
+    tokens = unflatten(x.index_select(1, (corner + inner).flatten()), 1, (rows * columns, down * right))
     cells = tokens.mean(dim=2, dtype=accumulator(x.dtype))
     if tile.sizes is None:
         return cells, None, height * width

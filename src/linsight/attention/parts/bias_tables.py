@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import FittedTable, Tile, accumulator, full_precision, resize_matrix, separable
+from linsight.ops import FittedTable, Tile, accumulator, full_precision, resize_matrix, separable, unflatten
 
 _BLOCK = 7  # side of `an` and `na`, whatever the grid
 _AXES = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}  # of each table along a side of a grid
@@ -74,9 +74,9 @@ class AgentTables(nn.Module):
             return self._lay(tile, self.an_bias, sides, None if self.ac_bias is None else self.ac_bias[0])
         sides = None
         if self.ha_bias is not None and self.wa_bias is not None:
-            sides = self.ha_bias[0, :, :, 0].mT, self.wa_bias[0, :, 0].mT
-        first = None if self.ca_bias is None else self.ca_bias[0].mT
-        return self._lay(tile, self.na_bias, sides, first).mT.contiguous()
+            sides = self.ha_bias[0, :, :, 0].transpose(-1, -2), self.wa_bias[0, :, 0].transpose(-1, -2)
+        first = None if self.ca_bias is None else self.ca_bias[0].transpose(-1, -2)
+        return self._lay(tile, self.na_bias, sides, first).transpose(-1, -2).contiguous()
 
     def set_grids(self, keys: tuple[int, int], queries: tuple[int, int]) -> None:
         """Resample the tables, if there are any, to other grids, each along its own side."""
@@ -99,11 +99,15 @@ class AgentTables(nn.Module):
         with full_precision(block):
             block = self._of_agents(block)
             rows, columns = stretches(block, (_BLOCK, _BLOCK), tile)
-            bias = rows[:, None] @ (block @ columns[:, None].mT)
+            bias = rows[:, None] @ (block @ columns[:, None].transpose(-1, -2))
             if sides is not None:
                 down, across = (self._of_agents(side) for side in sides)
                 rows, columns = stretches(block, (down.shape[-1], across.shape[-1]), tile)
-                bias = bias + (down @ rows.mT)[..., None] + (across @ columns.mT)[..., None, :]
+                bias = (
+                    bias
+                    + (down @ rows.transpose(-1, -2))[..., None]
+                    + (across @ columns.transpose(-1, -2))[..., None, :]
+                )
             bias = bias.flatten(-2)
             if first is None:
                 return F.pad(bias, (tile.prefix, 0)) if tile.prefix else bias
@@ -117,8 +121,8 @@ class AgentTables(nn.Module):
         rows, columns = (
             resize_matrix(self.side, new, "bilinear", device=table.device, dtype=table.dtype) for new in self.agent_grid
         )
-        canvas = table.flatten(2).unflatten(1, (self.side, self.side))
-        return separable(canvas, rows, columns).flatten(1, 2).unflatten(2, table.shape[2:])
+        canvas = unflatten(table.flatten(2), 1, (self.side, self.side))
+        return unflatten(separable(canvas, rows, columns).flatten(1, 2), 2, table.shape[2:])
 
 
 def stretches(like: Tensor, old: tuple[int, int], tile: Tile) -> list[Tensor]:

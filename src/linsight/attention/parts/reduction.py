@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import Grid, pool_matrix
+from linsight.ops import Grid, at_least, pool_matrix, traced, unflatten
 
 
 class Reduction(nn.Module):
@@ -27,12 +27,13 @@ class Reduction(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """`(B, H*W, C)` -> `(B, h*w, C)` and its grid."""
-        canvas = x.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        canvas = unflatten(x, 1, (grid.height, grid.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
         if self.pool:
             rows, columns = (pool_matrix(n, self.pool, device=x.device, dtype=x.dtype) for n in grid[:2])
             canvas = rows @ canvas @ columns.T
-        elif grid.height < self.ratio or grid.width < self.ratio:
-            canvas = F.pad(canvas, (0, max(0, self.ratio - grid.width), 0, max(0, self.ratio - grid.height)))
+        elif traced() or grid.height < self.ratio or grid.width < self.ratio:
+            low, right = (at_least(self.ratio - side, 0) for side in grid[:2])
+            canvas = F.pad(canvas, (0, right, 0, low))
         canvas = self.sr(canvas)
         x = self.norm(canvas.flatten(2).transpose(1, 2))
         return F.gelu(x) if self.pool else x, Grid(canvas.shape[2], canvas.shape[3])

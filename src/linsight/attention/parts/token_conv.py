@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import Tile, accumulator, depthwise_conv, full_precision, mask_tokens, shifted_products
+from linsight.ops import Tile, accumulator, depthwise_conv, full_precision, mask_tokens, shifted_products, traced
 
 from ..tokens import Tokens, merge_heads, split_heads
 
@@ -39,7 +39,7 @@ class TokenConv(nn.Conv2d):
         assert bias is not None
         if self.repeats > 1:
             weight, bias = weight.repeat(self.repeats, 1, 1, 1), bias.repeat(self.repeats)
-        if varies and torch.compiler.is_compiling():
+        if varies and traced():
             return (shifted_products(x, size, weight.transpose(0, 1)) + bias).to(x.dtype)
         if not wide:
             return depthwise_conv(x, size, weight, bias)

@@ -30,7 +30,7 @@ from linsight.attention import (
     split_heads,
 )
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout
+from linsight.ops import Grid, Layout, unflatten
 
 from ..parts.convs import ConvEmbed
 from ..parts.partition import Partition
@@ -120,7 +120,7 @@ class CrossShapedAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid, residual: Tensor | None = None) -> Tensor:
         """`(B, H*W, C)`; the shape is kept. `residual`: the residual stream, for a mechanism that reads it."""
         count = len(self.branches)
-        shares = self.qkv(x).unflatten(-1, (3, count, -1)).unbind(3)  # each (B, H*W, 3, C / count)
+        shares = unflatten(self.qkv(x), -1, (3, count, -1)).unbind(3)  # each (B, H*W, 3, C / count)
         reads = all(branch.core.reads_residual for branch in self.branches)  # type: ignore[union-attr]
         parts = (residual if residual is not None and reads else x).chunk(count, -1)
         outs = [branch(qkv, grid, part) for branch, qkv, part in zip(self.branches, shares, parts, strict=True)]

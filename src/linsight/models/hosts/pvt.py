@@ -24,6 +24,7 @@ from linsight.ops import FittedTable, Grid, Tile, fit_grid, fit_square, table_fo
 
 from ..parts.convs import ConvEmbed
 from ..parts.images import POOLS, check_pool
+from ..parts.positions import with_positions
 from ..parts.pyramid import Pyramid
 from ..parts.stages import PreNorm, Stage, StageSize, as_map, init_linear
 from ..plan import Choice, plan
@@ -58,7 +59,7 @@ class PVTStage(OnGrid, Stage):
 
     def place(self, x: Tensor, tile: Tile) -> Tensor:
         """With the position table, without prefix."""
-        return x + table_for(self.pos_embed[:, self.prefix :], self.size, tile, "bilinear").to(x.dtype)
+        return with_positions(x, self.pos_embed[:, self.prefix :], self.size, tile, "bilinear")
 
     def prefix_tokens(self) -> Tensor | None:
         """The class token at its place in the table."""

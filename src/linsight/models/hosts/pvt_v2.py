@@ -20,6 +20,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from linsight.attention import Block, recast
+from linsight.ops import unflatten
 
 from ..parts.images import CheckedImages, check_pool, check_pooled
 from ..plan import Choice, named, plan
@@ -42,7 +43,7 @@ class PVTv2Stage(timm_pvt.PyramidVisionTransformerStage):
         x = x.flatten(1, 2)
         for block in self.blocks:
             x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
-        return self.norm(x).unflatten(1, size).permute(0, 3, 1, 2).contiguous()
+        return unflatten(self.norm(x), 1, size).permute(0, 3, 1, 2).contiguous()
 
 
 class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransformerV2):

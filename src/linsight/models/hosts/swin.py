@@ -15,8 +15,8 @@ them is seen. `dense_windows` is that.
 `steps=` widens a stage from step to step (StepsNet, arXiv 2511.14329, which published the budgets of its Swin but not
 the widths: those of `steps_swin_*` are ours).
 
-A compiled or exported graph with windows serves all sizes that leave several in each stage: whether there is
-one or more is what torch asks of a batch of them, so a stage of a single window is a graph of its own.
+A traced, compiled or exported graph with windows is right at every size, also where a stage has a single window,
+which is not shifted: the shift is computed from the size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +30,9 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Block, Fusable, Layer, create_core, mechanism, recast
+from linsight.attention import Block, Layer, Node, create_core, mechanism, recast
 from linsight.errors import LinsightError
-from linsight.ops import Grid
+from linsight.ops import Grid, unflatten
 
 from ..parts.images import CheckedImages, check_pool
 from ..parts.partition import Partition, half_shift, to_multiple, within
@@ -49,7 +49,7 @@ from ..timm.steps import swin_plan
 Window = int | tuple[int, int] | None
 
 
-class SwinBlock(Fusable):
+class SwinBlock(Node):
     """Pre-norm attention, on the whole grid or in windows, and MLP. Made of a block of timm, whose parts go on."""
 
     def __init__(
@@ -103,7 +103,8 @@ class WholePatches(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, ceil(H / p), ceil(W / p), C)`."""
-        high, wide = (to_multiple(side, size) for side, size in zip(x.shape[2:], self.patch_size, strict=True))
+        down, right = self.patch_size
+        high, wide = to_multiple(x.shape[2], down), to_multiple(x.shape[3], right)
         x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
         return self.norm(x.permute(0, 2, 3, 1))
 
@@ -115,7 +116,7 @@ class Merging(timm_swin.PatchMerging):
         """`(B, H, W, C)` -> `(B, ceil(H / 2), ceil(W / 2), C')`."""
         high, wide = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
         x = F.pad(x, (0, 0, 0, 2 * wide - x.shape[2], 0, 2 * high - x.shape[1]))
-        x = x.unflatten(2, (wide, 2)).unflatten(1, (high, 2))  # (B, h, dy, w, dx, C)
+        x = unflatten(unflatten(x, 2, (wide, 2)), 1, (high, 2))  # (B, h, dy, w, dx, C)
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
@@ -123,17 +124,18 @@ class SwinStage(timm_swin.SwinTransformerStage):
     """timm's stage around blocks that work on tokens and their grid, each on its first `widths[i]` channels."""
 
     widths: list[int]
+    width: int  # of the maps
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, H, W, C)` in and out."""
         x = self.downsample(x)
         grid = Grid(x.shape[1], x.shape[2])
         whole = x.flatten(1, 2)
-        x = opened(whole, self.widths)
-        for block, width in zip(self.blocks, self.widths, strict=True):
-            x = widened(x, whole, width)
+        x, known = opened(whole, self.widths, self.width), [*self.widths[:1], *self.widths]
+        for block, last, width in zip(self.blocks, known, self.widths, strict=False):
+            x = widened(x, whole, width, last)
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
-        return widened(x, whole, whole.shape[-1]).unflatten(1, (grid.height, grid.width))
+        return unflatten(widened(x, whole, self.width, self.widths[-1]), 1, (grid.height, grid.width))
 
     def set_input_size(
         self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
@@ -234,8 +236,9 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
         self.patch_embed.strict_img_size, self.dynamic_img_size = False, True
         for n, (theirs, row) in enumerate(zip(self.layers, choices, strict=True)):
             self.layers[n] = stage = recast(theirs, SwinStage)
-            stage.widths = [block.dim for block in stage.blocks]
+            stage.widths, stage.width = [block.dim for block in stage.blocks], stage.dim
             if isinstance(stage.downsample, timm_swin.PatchMerging):
+                stage.width = stage.downsample.reduction.out_features
                 stage.downsample = recast(stage.downsample, Merging)
             for i, choice in enumerate(row):
                 stage.blocks[i] = _replacement(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Fusable, Rename, recast
-from linsight.ops import Grid
+from linsight.ops import Grid, traced
 
 from .pyramid import PlainPyramid
 
@@ -67,7 +67,7 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, in_chans, H, W)` to tokens `(B, h*w, C)` and their grid."""
         x = pad_to_multiple(x, 4)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not traced(x) and x.device.type == "cpu":
             # Else oneDNN brings each map to a layout of its own, and back.
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.first(x)
@@ -105,9 +105,9 @@ class ConvMerge(Fusable):
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """A map `(B, C, H, W)` with zeros at the right and bottom, where its sides are no multiples."""
     # Not -n % multiple: of this form, sizes after padding and strides are simple terms in a graph.
-    low, right = ((n + multiple - 1) // multiple * multiple - n for n in x.shape[2:])
+    low, right = ((n + multiple - 1) // multiple * multiple - n for n in (x.shape[2], x.shape[3]))
     # There, whether there is padding must not be asked: each answer would be a graph of its own.
-    return F.pad(x, (0, right, 0, low)) if torch.compiler.is_compiling() or low or right else x
+    return F.pad(x, (0, right, 0, low)) if traced(low) or low or right else x
 
 
 def as_tokens(x: Tensor) -> tuple[Tensor, Grid]:

@@ -12,9 +12,11 @@ from linsight.ops import (
     Layout,
     LayoutLike,
     as_layout,
+    at_least,
     each_grid,
     mask_tokens,
     pad_prefix,
+    traced,
 )
 
 
@@ -68,9 +70,10 @@ class ConvEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, H*W, C)` and its grid."""
-        low, wide = (self.proj.kernel_size[0] - 2 * int(self.proj.padding[0]) - side for side in x.shape[2:])
-        if low > 0 or wide > 0:
-            x = F.pad(x, (0, max(0, wide), 0, max(0, low)))
+        least = self.proj.kernel_size[0] - 2 * int(self.proj.padding[0])
+        low, wide = least - x.shape[2], least - x.shape[3]
+        if traced(low) or low > 0 or wide > 0:
+            x = F.pad(x, (0, at_least(wide, 0), 0, at_least(low, 0)))
         x = self.proj(x)
         return self.norm(x.flatten(2).transpose(1, 2)), Grid(x.shape[2], x.shape[3])
 

@@ -1,7 +1,7 @@
 """The doors of every model: one line for images, maps and pooling that it cannot take or give."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from .indices import Indices, in_order
 
 def check_images(model: Any, x: Tensor) -> None:
     """Raise a LinsightError unless `x` is `(B, in_chans, H, W)` with the model's dtype, on its device."""
-    if traced():
+    if traced(x):
         return
     channels = model.in_chans
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.shape[2] * x.shape[3]:
@@ -43,6 +43,14 @@ def check_pooled(name: str, num_classes: int) -> None:
     """Raise where classes are asked of a map that is not pooled."""
     if not name and num_classes:
         raise LinsightError("global_pool='' leaves a map, which the classifier cannot take: pass num_classes=0, too")
+
+
+def refuse_fx(what: str) -> NoReturn:
+    """Raise for a `Proxy` that has come to what torch.fx cannot follow."""
+    raise LinsightError(
+        f"torch.fx cannot follow {what}: take features by forward_intermediates or features_only=True, or a graph by "
+        f"torch.export"
+    )
 
 
 class CheckedImages:

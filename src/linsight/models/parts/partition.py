@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linsight.ops import Grid
+from linsight.ops import Grid, at_most, divided, traced, unflatten
 
 
 def to_multiple(side: int, size: int) -> int:
@@ -27,25 +27,29 @@ class Partition:
         self.grid = grid
         height, width = (side if size is None else size for side, size in zip(grid[:2], sizes, strict=True))
         self.inner = Grid(height, width)
-        # In a graph, whether there is padding must not be asked: each answer would be a graph of its own.
-        graph = torch.compiler.is_compiling()
+        self.counts = tuple(
+            1 if size is None else (side + size - 1) // size for side, size in zip(grid[:2], sizes, strict=True)
+        )
+        # In a graph, whether there is padding or a shift must not be asked: an answer would hold for some sizes only.
+        self.graph = traced(*grid)
         self.padding = tuple(
-            size not in (None, 1) and (graph or side % size != 0) for side, size in zip(grid[:2], sizes, strict=True)
+            size is not None and not (type(size) is int and size == 1) and (self.graph or side % size != 0)
+            for side, size in zip(grid[:2], sizes, strict=True)
         )
         self.padded = tuple(
-            to_multiple(side, size) if padding else side
-            for side, size, padding in zip(grid[:2], self.inner[:2], self.padding, strict=True)
+            count * size if padding else side
+            for count, size, side, padding in zip(self.counts, self.inner[:2], grid[:2], self.padding, strict=True)
         )
-        self.counts = tuple(1 if size is None else side // size for side, size in zip(self.padded, sizes, strict=True))
-        # A side of one rectangle is not shifted.
+        # A side of one rectangle is not shifted, by 0. Others are larger than it by a rectangle at least.
         self.shift = tuple(
-            step if step and (always or side > size) else 0
+            step if always or not step else at_most(side - size, step)
             for step, side, size in zip(shift, self.padded, self.inner[:2], strict=True)
         )
+        self.shifted = any(type(step) is not int or step for step in self.shift)
 
     def cut(self, x: Tensor) -> Tensor:
         """`(B, H*W, ...)` -> `(B * rectangles, h*w, ...)`, those of an image together."""
-        x = x.unflatten(1, self.grid[:2])
+        x = unflatten(x, 1, self.grid[:2])
         if any(self.padding):
             low, right = (padded - side for padded, side in zip(self.padded, self.grid[:2], strict=True))
             x = F.pad(x, (*[0, 0] * (x.ndim - 3), 0, right, 0, low))
@@ -53,10 +57,10 @@ class Partition:
 
     def join(self, x: Tensor) -> Tensor:
         """`(B * rectangles, h*w, C)` -> `(B, H*W, C)`, without the padding."""
-        x = x.unflatten(0, (-1, *self.counts)).unflatten(3, self.inner[:2])
+        x = unflatten(unflatten(x, 0, (-1, *self.counts)), 3, self.inner[:2])
         x = self._roll(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), 1)
         for axis, side, padding in zip((1, 2), self.grid[:2], self.padding, strict=True):
-            if padding and not torch.compiler.is_compiling():
+            if padding and not self.graph:
                 x = x.narrow(axis, 0, side)
             elif padding:  # not by a slice: a graph would ask whether it is all there is
                 x = x.index_select(axis, torch.arange(side, device=x.device))
@@ -75,7 +79,7 @@ class Partition:
 
     def apart(self, x: Tensor) -> Tensor | None:
         """`(B * rectangles, 1, h*w, h*w)`, -100 between tokens of different regions; None without a shift."""
-        if not any(self.shift):
+        if not self.shifted:
             return None
         regions = []
         for padded, size, shift in zip(self.padded, self.inner[:2], self.shift, strict=True):
@@ -86,17 +90,25 @@ class Partition:
         return apart.expand(x.shape[0], *apart.shape).flatten(0, 1)
 
     def _roll(self, x: Tensor, sign: int) -> Tensor:
-        return x.roll([sign * step for step in self.shift], (1, 2)) if any(self.shift) else x
+        if not self.shifted:
+            return x
+        if all(type(step) is int for step in self.shift):
+            return x.roll([sign * step for step in self.shift], (1, 2))
+        for axis, side, step in zip((1, 2), self.padded, self.shift, strict=True):
+            if type(step) is not int or step:
+                _, places = divided(torch.arange(side, device=x.device) + (side - sign * step), side)
+                x = x.index_select(axis, places)
+        return x
 
     def _cut(self, x: Tensor) -> Tensor:
         (rows, columns), (h, w) = self.counts, self.inner[:2]
-        x = x.unflatten(2, (columns, w)).unflatten(1, (rows, h))  # (B, rows, h, columns, w, ...)
+        x = unflatten(unflatten(x, 2, (columns, w)), 1, (rows, h))  # (B, rows, h, columns, w, ...)
         return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def within(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
     """A window that is not larger than the grid."""
-    return min(window[0], grid[0]), min(window[1], grid[1])
+    return at_most(grid[0], window[0]), at_most(grid[1], window[1])
 
 
 def half_shift(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from linsight.errors import LinsightError
+from linsight.ops import unflatten
 
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, make_block
@@ -261,7 +262,7 @@ def _run_in_turn(parts: Sequence[Any], x: Tensor) -> Tensor:
     for part in parts[:-1]:
         x = part(x)
     tokens, grid = parts[-1](x)
-    return tokens.unflatten(1, (grid.height, grid.width))
+    return unflatten(tokens, 1, (grid.height, grid.width))
 
 
 class PlainPyramid(Pyramid):

@@ -8,8 +8,8 @@ from timm.models._manipulate import checkpoint
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
-from linsight.attention import Fusable
-from linsight.ops import Grid, Tile
+from linsight.attention import Node
+from linsight.ops import Grid, Tile, unflatten
 
 from ..seams import set_grid
 from .convs import ConvMlp
@@ -35,7 +35,7 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class PreNorm(Fusable):
+class PreNorm(Node):
     """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
 
     gives_residual = False  # hands the layer x before the norm
@@ -108,4 +108,4 @@ class Stage(nn.Module):
 
 def as_map(x: Tensor, grid: Grid) -> Tensor:
     """Tokens `(B, P + H*W, C)` -> `(B, C, H, W)`, without the prefix."""
-    return x[:, grid.prefix :].transpose(1, 2).unflatten(2, (grid.height, grid.width))
+    return unflatten(x[:, grid.prefix :].transpose(1, 2), 2, (grid.height, grid.width))

@@ -55,15 +55,14 @@ def heads_of(width: int, dim: int, num_heads: int) -> int:
     return width * num_heads // dim
 
 
-def opened(whole: Tensor, widths: Sequence[int]) -> Tensor:
-    """The channels of `whole` that the first of blocks of these `widths` takes; channels last."""
-    width = widths[0] if widths else whole.shape[-1]
-    return whole if width == whole.shape[-1] else whole[..., :width]
+def opened(whole: Tensor, widths: Sequence[int], full: int) -> Tensor:
+    """The channels of `whole`, of `full` in all, that the first of blocks of these `widths` takes; channels last."""
+    width = widths[0] if widths else full
+    return whole if width == full else whole[..., :width]
 
 
-def widened(part: Tensor, whole: Tensor, width: int) -> Tensor:
-    """`part`, the processed first channels of `whole`, followed by the fresh ones up to `width`; channels last."""
-    known = part.shape[-1]
+def widened(part: Tensor, whole: Tensor, width: int, known: int) -> Tensor:
+    """`part`, the `known` processed channels of `whole`, followed by the fresh ones up to `width`; channels last."""
     return part if known == width else torch.cat([part, whole[..., known:width]], dim=-1)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Attention, OnGrid
-from linsight.ops import FittedTable, LayoutLike
+from linsight.ops import FittedTable, LayoutLike, unflatten
 
 
 class WindowAttention(OnGrid, Attention):
@@ -33,7 +33,7 @@ class WindowAttention(OnGrid, Attention):
         """See `Attention.forward`; `x` are the tokens of one window."""
         area = self.window[0] * self.window[1]
         bias: Tensor = self.relative_position_bias_table[self.relative_position_index]
-        bias = bias.unflatten(0, (area, area)).permute(2, 0, 1)[None]  # (1, heads, area, area)
+        bias = unflatten(bias, 0, (area, area)).permute(2, 0, 1)[None]  # (1, heads, area, area)
         return super().forward(x, layout, score_bias=bias if score_bias is None else bias + score_bias, **kwargs)
 
     def table_grids(self) -> dict[str, tuple[int, int]]:
@@ -48,7 +48,7 @@ class WindowAttention(OnGrid, Attention):
         """Resample the table to another window, for good; bicubic, as published tables are."""
         if window != self.window:
             old = self.relative_position_bias_table
-            rows = old.detach().T.unflatten(1, tuple(2 * side - 1 for side in self.window))[None]
+            rows = unflatten(old.detach().T, 1, tuple(2 * side - 1 for side in self.window))[None]
             new = F.interpolate(rows, tuple(2 * side - 1 for side in window), mode="bicubic")[0].flatten(1).T
             self.relative_position_bias_table = nn.Parameter(new.contiguous(), old.requires_grad)
             self.window = window

@@ -35,8 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linsight.attention import Rename
 from linsight.errors import LinsightError
+from linsight.ops import is_proxy
 
-from ...parts.images import check_images
+from ...parts.images import check_images, refuse_fx
 from .cnn import cut
 from .parts import CrossAttention, Exchange, FeatureNorm, Writer
 from .types import Decision, Exit, ExitLogits, Latents, Network, State
@@ -217,6 +218,8 @@ class DynamicPerceiver(nn.Module):
         return Exit(to, logits, state)
 
     def _begin(self, images: Tensor) -> State:
+        if is_proxy(images):
+            refuse_fx("a network of several exits")
         check_images(self, images)
         # a copy: PyTorch's counter of operations cannot follow a view of a parameter
         return State(0, images, torch.stack([self.latent]))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Rename, Tokens, create_core, merge_heads, split_heads
-from linsight.ops import Grid, Layout
+from linsight.ops import Grid, Layout, unflatten
 
 
 class CrossAttention(nn.Module):
@@ -114,7 +114,7 @@ class Writer(CrossLayer):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """`(B, dim, H, W)` and `(B, L, latent_dim)` to `(B, dim, H, W)`."""
         tokens = super().forward(x.flatten(2).transpose(1, 2), z)
-        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        return unflatten(tokens.transpose(1, 2), 2, x.shape[2:])
 
 
 class Exchange(nn.Module):

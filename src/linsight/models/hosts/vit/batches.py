@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout, Tile, each_grid, mask_tokens, table_for
+from linsight.ops import Grid, Layout, Tile, each_grid, mask_tokens, traced, unflatten
 
 from ...parts.images import check_images
+from ...parts.positions import with_positions
 
 
 def embed_padded(model: Any, images: Tensor, sizes: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, Layout]:
@@ -26,19 +27,20 @@ def embed_padded(model: Any, images: Tensor, sizes: Tensor | Sequence[Sequence[i
     _check_sizes(sizes, images)
     inside = Layout(Grid(*images.shape[2:]), sizes).keep(images.device)
     assert inside is not None
-    images = images.masked_fill(~inside.unflatten(1, images.shape[2:])[:, None], 0)
+    images = images.masked_fill(~unflatten(inside, 1, images.shape[2:])[:, None], 0)
     x = model.patch_embed(images)  # (B, h, w, C)
     first = model.num_prefix_tokens
     patch = torch.as_tensor(model.patch_embed.patch_size, device=sizes.device)
     layout = Layout(Grid(x.shape[1], x.shape[2], first), (sizes + patch - 1) // patch)
-    # timm's own way of a map of one token, for what is in front of the grid: which tokens there are, is its business.
-    prefix = model._pos_embed(x[:, :1, :1])[:, :first]
     x = x.flatten(1, 2)
     if model.pos_embed is not None:
         table = model.pos_embed if model.no_embed_class else model.pos_embed[:, first:]
         tile = Tile.whole(layout.grid._replace(prefix=0), layout.sizes)
-        x = x + table_for(table, model.patch_embed.grid_size, tile, "bicubic-antialias").to(x.dtype)
-    return model.norm_pre(torch.cat([prefix, model.pos_drop(x)], dim=1)), layout
+        x = with_positions(x, table, model.patch_embed.grid_size, tile, "bicubic-antialias")
+    prefix = model.prefix_tokens()
+    if prefix is not None:
+        x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
+    return model.norm_pre(x if model.pos_embed is None else model.pos_drop(x)), layout
 
 
 def embed_packed(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Layout]:
@@ -69,7 +71,7 @@ def classify(model: Any, x: Tensor, layout: Layout, pre_logits: bool = False) ->
     if model.global_pool == "token":  # all that the head reads are prefix tokens
         count = model.num_prefix_tokens
         first = each_grid(lambda part, own: part[:, :count], x, layout)
-        return model.forward_head(first.unflatten(1, (-1, count)).flatten(0, 1), pre_logits=pre_logits)
+        return model.forward_head(unflatten(first, 1, (-1, count)).flatten(0, 1), pre_logits=pre_logits)
     if layout.is_packed:
         pooled = each_grid(lambda part, own: model.pool(part)[:, None], x, layout)[0]
     else:
@@ -99,7 +101,7 @@ def _check_sizes(sizes: Tensor, images: Tensor) -> None:
             f"sizes of shape {tuple(sizes.shape)}, {sizes.dtype}: give the height and width in pixels of each of the "
             f"{len(images)} images, as whole numbers ({len(images)}, 2)"
         )
-    if sizes.device.type != "cpu" or torch.compiler.is_compiling():  # to read them would be to wait for the device
+    if sizes.device.type != "cpu" or traced():  # to read them would be to wait for the device
         return
     high, wide = images.shape[2:]
     for i, (height, width) in enumerate(sizes.tolist()):

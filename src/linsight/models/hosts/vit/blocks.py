@@ -10,7 +10,7 @@ from timm.layers import LayerNorm
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from linsight.attention import Fusable, Rename, is_block
+from linsight.attention import Node, Rename, is_block
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import Layout, LayoutLike, as_layout
 
@@ -49,7 +49,7 @@ def attention_layer(choice: Choice, grid: tuple[int, int]) -> type[nn.Module]:
     return Layer
 
 
-class Block(timm_vit.Block, Fusable):
+class Block(timm_vit.Block, Node):
     """timm's pre-norm block around a linsight layer, behind a position encoding `cpe` where the host has one."""
 
     cpe: CPE | None

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from linsight.attention import OnGrid, Rename, recast
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, Layout, LayoutLike, traced
+from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy, unflatten
 
-from ...parts.images import check_format, check_images, check_pool
+from ...parts.images import check_format, check_images, check_pool, refuse_fx
 from ...parts.indices import Indices, in_order
+from ...parts.positions import with_positions
 from ...parts.siamese import Merge, Pair
 from ...parts.stepsnet import Steps, block_widths, check_last, opened, widened
 from ...plan import plan
@@ -173,7 +174,6 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        *,
         sizes: Tensor | Sequence[Sequence[int]] | None = None,
     ) -> Any:
         """Images `(B, 3, H, W)` of any size -> logits `(B, classes)`.
@@ -181,11 +181,13 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         `sizes` `(B, 2)` is the height and width of each image in pixels, where a batch is padded at the bottom and
         right. Padding, whatever is in it, has no effect.
         """
-        if sizes is None:
-            return super().forward(x, attn_mask, is_causal)
-        _refuse_masks(attn_mask, is_causal)
-        x, layout = embed_padded(self, x, sizes)
-        return classify(self, self._normed(x, layout), layout)
+        if is_proxy(sizes):
+            _refuse_masks(None, False, sizes)
+        elif sizes is not None:
+            _refuse_masks(attn_mask, is_causal)
+            x, layout = embed_padded(self, x, sizes)
+            return classify(self, self._normed(x, layout), layout)
+        return super().forward(x, attn_mask, is_causal)
 
     def forward_packed(self, images: Sequence[Tensor], *, pre_logits: bool = False) -> Any:
         """Images `(3, H_i, W_i)`, each of a size of its own -> logits `(images, classes)`, without any padding."""
@@ -202,7 +204,6 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        *,
         sizes: Tensor | Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """Images `(B, 3, H, W)` of any size -> normed tokens `(B, P + h*w, C)`; `sizes` as of `forward`."""
@@ -233,7 +234,7 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         for tokens in map(self.norm, taken) if norm else taken:
             prefix, spatial = tokens[:, : grid.prefix], tokens[:, grid.prefix :]
             if output_fmt == "NCHW":
-                spatial = spatial.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2).contiguous()
+                spatial = unflatten(spatial, 1, (grid.height, grid.width)).permute(0, 3, 1, 2).contiguous()
             prefixes.append(prefix)
             maps.append(spatial)
         with_prefix = return_prefix_tokens and grid.prefix > 0
@@ -247,11 +248,26 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         found: list[Any] = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
         return found if intermediates_only else (self.norm(x), found)
 
+    def prefix_tokens(self) -> Tensor | None:
+        """`(1, P, C)`, the tokens in front of the grid, at their places in the table where it has some."""
+        first = [t for t in (self.cls_token, self.reg_token, getattr(self, "dist_token", None)) if t is not None]
+        if not first:
+            return None
+        tokens = torch.cat(first, dim=1) if len(first) > 1 else first[0]
+        placed = self.pos_embed is not None and not self.no_embed_class
+        return tokens + self.pos_embed[:, : self.num_prefix_tokens] if placed else tokens
+
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """timm's, which cannot view the tokens of an empty batch: it sees one image more."""
-        if traced() or x.shape[0]:
-            return super()._pos_embed(x)
-        return super()._pos_embed(torch.cat([x, x.new_zeros(1, *x.shape[1:])]))[:0]
+        """As timm's, of a map `(B, h, w, C)`, but the table is resampled by matrices: sizes may be unknown in a graph,
+        gradients go through it, and a batch may be empty.
+        """
+        grid, first, x = Grid(x.shape[1], x.shape[2]), self.prefix_tokens(), x.flatten(1, 2)
+        if self.pos_embed is not None:
+            table = self.pos_embed if self.no_embed_class else self.pos_embed[:, self.num_prefix_tokens :]
+            x = with_positions(x, table, self.patch_embed.grid_size, Tile.whole(grid), "bicubic-antialias")
+        if first is not None:
+            x = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
+        return x if self.pos_embed is None else self.pos_drop(x)
 
     def _embed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Grid]:
         _refuse_masks(attn_mask, is_causal)
@@ -267,27 +283,26 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         self, blocks: nn.Sequential, x: Tensor, layout: LayoutLike, take: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """The residual stream `(B, P + H*W, C)` behind `blocks`, and behind each of those to `take`."""
-        first = opened(x, self.widths)
+        first, known = opened(x, self.widths, self.embed_dim), (self.widths or [self.embed_dim])[0]
+        if self.norm_pair is not None and is_proxy(x):
+            refuse_fx("two residual streams")
         stream, taken = first if self.norm_pair is None else Pair.of(first), []
         for i, block in enumerate(blocks):
-            stream = self._widened(stream, x, self.widths[i])
+            stream, known = self._widened(stream, x, self.widths[i], known), self.widths[i]
             stream = checkpoint(block, stream, layout) if self.grad_checkpointing else block(stream, layout)
             if i in take:
-                taken.append(self._whole(stream, x))
-        return self._whole(stream, x), taken
+                taken.append(self._whole(stream, x, known))
+        return self._whole(stream, x, known), taken
 
-    def _widened(self, stream: Tensor | Pair, x: Tensor, width: int) -> Tensor | Pair:
+    def _widened(self, stream: Tensor | Pair, x: Tensor, width: int, known: int) -> Tensor | Pair:
         if isinstance(stream, Pair):
-            return Pair(widened(stream.x, x, width), widened(stream.y, x, width))
-        return widened(stream, x, width)
+            return Pair(widened(stream.x, x, width, known), widened(stream.y, x, width, known))
+        return widened(stream, x, width, known)
 
-    def _whole(self, stream: Tensor | Pair, x: Tensor) -> Tensor:
-        """The tensor that a stream stands for: all channels, those of later steps too; of two streams, merged."""
-        stream = self._widened(stream, x, self.embed_dim)
-        if isinstance(stream, Tensor):
-            return stream
-        assert self.norm_pair is not None
-        return self.norm_pair(stream)
+    def _whole(self, stream: Tensor | Pair, x: Tensor, known: int) -> Tensor:
+        """The tensor that a stream of `known` channels stands for: all channels, of later steps too; of two, merged."""
+        stream = self._widened(stream, x, self.embed_dim, known)
+        return self.norm_pair(stream) if isinstance(stream, Pair) and self.norm_pair is not None else stream  # type: ignore[return-value]
 
 
 def _pools(class_token: bool, attentive: bool = True) -> tuple[str, ...]:
@@ -295,7 +310,10 @@ def _pools(class_token: bool, attentive: bool = True) -> tuple[str, ...]:
     return (*(("token",) if class_token else ()), "avg", "max", "avgmax", *(("map", "prr") if attentive else ()), "")
 
 
-def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+@torch.fx.wrap  # where a graph is made, they are not known yet: it asks
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool, sizes: Any = None) -> None:
+    if sizes is not None:
+        raise LinsightError("a graph of torch.fx takes no sizes=: call the model itself, or export it with sizes=")
     if attn_mask is not None or is_causal:
         raise CapabilityError("this host takes no attn_mask or is_causal: its layers take keep= and score_bias=")
 
