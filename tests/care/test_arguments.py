@@ -224,8 +224,6 @@ def test_windows_of_the_mechanism():
 
 
 def test_what_two_arguments_say():
-    refused(lambda: build("swin_tiny", "inline", steps=[[(32, 1)], [(64, 1)]], depths=(1, 1)), "depths", "steps=")
-    refused(lambda: linsight.create_model("vit_tiny", steps=[(96, 1), (192, 1)], depth=2), "depth", "steps=")
     refused(lambda: linsight.create_attention("agent", 16, 2, reduction=2, pool=2), "reduction=2", "pool=2")
 
 

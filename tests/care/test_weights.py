@@ -163,7 +163,7 @@ def test_tables_of_a_layer():
     for given, options in ((state, {}), (plain(state), {"from_grid": (4, 8)})):
         load_published(layers[2], given, **options)
         torch.testing.assert_close(layers[2].core.positions, layers[1].core.positions)
-    refused(lambda: load_published(layers[2], plain(state)), "from_grid=(height, width) in tokens")
+    load_published(layers[0], plain(state))  # where nothing tells, a layer alone is made for its grid
     refused(lambda: load_published(layers[2], plain(state), from_size=OLD), "pass from_grid=")
 
 

@@ -58,11 +58,12 @@ class Grids:
     def published(self, key: str, table: Tensor) -> Sides | None:
         """The square grid of `table` that is the model's own, or else that of a published size of images.
 
-        A table with as many rows as an oblong one of the model may be any: None.
+        A table with as many rows as an oblong one of the model may be any: None. A layer alone is made for its grid.
         """
         own = self.own(key)
         if own is None or self.fit(key, table, own) is not None:
-            return own if own and own[0] == own[1] else None
+            alone = not hasattr(self.model, "set_input_size")
+            return own if own and (alone or own[0] == own[1]) else None
         for size in sorted(_published_sizes(self.model)):
             old = self._moved(key, size, "size")
             if old is not None and self.fit(key, table, old) is not None:

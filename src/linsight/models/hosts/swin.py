@@ -208,8 +208,6 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
     def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
         """Arguments that have no effect with these mechanisms, and why: for `create_model` to refuse."""
         found: dict[str, str] = {}
-        if arguments.get("steps") is not None:
-            found["depths"] = "steps= has the blocks of each stage"
         kinds = named(attention)
         if arguments.get("attention_window") is None and not any(kind.quadratic for kind in kinds):
             found["dense_windows"] = f"'{attention}' sees the whole grid"

@@ -94,11 +94,6 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
             raise LinsightError("dropped patches leave no grid: pass patch_drop_rate=0")
 
     @staticmethod
-    def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
-        """Arguments that have no effect beside others, and why: for `create_model` to refuse."""
-        return {} if arguments.get("steps") is None else {"depth": "steps= has the blocks"}
-
-    @staticmethod
     def adopt(
         model: timm_vit.VisionTransformer, *, norm: str = "pre", steps: Steps | None = None
     ) -> "VisionTransformer":
