@@ -58,6 +58,7 @@ def create_attention(
     if entry.kind == "block":
         raise LinsightError(f"'{name}' is a whole block, not an attention layer: use it in a model")
     check_size(dim, num_heads, grid)
+    check_factory(device, dtype)
     layer = {key: options.pop(key) for key in _LAYER_OPTIONS if key in options}
     for key, value in layer.items():
         fits, words = _LAYER_OPTIONS[key]
@@ -79,6 +80,16 @@ def create_attention(
         raise LinsightError(f"qkv_bias=True: '{name}' projects queries, keys and values without a bias, leave it out")
     around: Any = core.layer or Attention
     return around(core, dim, device=device, dtype=dtype, **layer)
+
+
+def check_factory(device: Any, dtype: Any) -> None:
+    """Raise a LinsightError unless these are a device and a dtype of torch, or None."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise LinsightError(f"dtype={dtype!r} must be a torch.dtype, as torch.float32")
+    try:
+        torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise LinsightError(f"device={device!r} is no device of torch, as 'cpu' or 'cuda:0' are") from error
 
 
 def create_core(
