@@ -223,10 +223,7 @@ def test_windows_of_the_mechanism():
     build("swin_tiny", "inline,softmax,softmax,softmax", attention_window=4)
 
 
-def test_what_no_block_would_get():
-    refused(
-        lambda: linsight.create_model("vit_tiny", attention="inline:99/softmax"), "leaves no block to softmax", "12"
-    )
+def test_what_is_no_device_and_no_dtype():
     refused(lambda: linsight.create_attention("inline", 16, 2, dtype="float32"), "torch.dtype")
     refused(lambda: linsight.create_attention("inline", 16, 2, device="nowhere"), "nowhere", "'cpu'")
 
