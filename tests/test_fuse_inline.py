@@ -94,6 +94,15 @@ def test_native_bfloat16_has_the_error_of_plain(folds, monkeypatch, autocast, me
     assert folded <= 2 * plain
 
 
+def test_sums_of_bfloat16_products_are_those_of_float32():
+    """What one product loses by rounding, the second adds again: 16 digits of two instead of 8."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 700, 16).bfloat16(), torch.randn(2, 700, 24).bfloat16()
+    exact = k.double().mT @ v.double()
+    error = (halves.outer_sum(k, v).double() - exact).abs().max() / exact.abs().max()
+    assert error < 2**-14 < (exact.bfloat16().double() - exact).abs().max() / exact.abs().max()
+
+
 def test_dropout_of_the_projection_does_nothing_in_inference():
     mixing, x = layer(proj_drop=0.5), torch.randn(1, GRID.tokens, 16)
     close(linsight.fuse(mixing.train())(x, GRID), mixing.eval()(x, GRID), 1e-5)

@@ -55,8 +55,9 @@ class FoldedInLine(Attention):
         check_beside(x, lies, residual=residual)
         maps = (getattr(self, projection.name) for projection in PROJECTIONS[self.layout_name])
         linears = [Linear(linear.weight, linear.bias) for linear in maps]
-        form = of_few if dtype == accumulator(dtype) and is_few(x) else of_many
-        return form(self.core, x, linears, Linear(self.proj.weight, self.proj.bias), lies, residual, dtype)  # type: ignore[arg-type]
+        core: Any = self.core
+        given = (core, x, linears, Linear(self.proj.weight, self.proj.bias), lies, residual)
+        return of_few(*given) if dtype == accumulator(dtype) and is_few(x) else of_many(*given, dtype)
 
     def _pays_in(self, x: Tensor, residual: Tensor | None) -> torch.dtype | None:
         """The dtype of products with which folding pays, or None.
@@ -135,13 +136,7 @@ def of_many(
 
 
 def of_few(
-    core: InLine,
-    x: Tensor,
-    linears: list[Linear],
-    proj: Linear,
-    layout: Layout,
-    residual: Tensor | None,
-    dtype: torch.dtype,
+    core: InLine, x: Tensor, linears: list[Linear], proj: Linear, layout: Layout, residual: Tensor | None
 ) -> Tensor:
     """The formula, of one image, in the fewest calls, each of which takes longer than what it computes."""
     _, n, width = x.shape
