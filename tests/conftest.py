@@ -1,6 +1,7 @@
 """Every test starts from the same random state; property tests draw the same examples every time."""
 
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, and those that tests start; before torch reads it
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -12,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 from timm.layers import weight_init
+
+from linsight import cli
 
 settings.register_profile("linsight", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.load_profile("linsight")
@@ -31,3 +34,17 @@ def undrawn(monkeypatch, request):
     draw, loads = getattr(weight_init, "_trunc_normal_", None), getattr(request.module, "LOADS", False)
     if draw is not None:  # a private one of timm's
         monkeypatch.setattr(weight_init, "_trunc_normal_", lambda x, *args: x if loads or x.is_meta else draw(x, *args))
+
+
+@pytest.fixture
+def linsight(monkeypatch, capsys):
+    """Run a command in this process: its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["linsight", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run

@@ -12,7 +12,6 @@ import pytest
 import timm
 from PIL import Image
 
-from linsight import cli
 from linsight.errors import LinsightError
 from linsight.recipe import FIELDS, Recipe
 from linsight.runtime.launch import is_command
@@ -53,20 +52,6 @@ def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(resolve("digits", {**TINY, "data": data}), out=folder)
     return folder
-
-
-@pytest.fixture
-def linsight(monkeypatch, capsys):
-    """Run a command in this process: its exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["linsight", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["list"], ["eval"], ["bench"]], ids=" ".join)

@@ -16,7 +16,6 @@ from linsight.train.loop import Trainer
 from linsight.train.progress import Silent
 from linsight.train.run import Run
 
-LOADS = True
 # Convolutions with batch norms, then a block.
 HOST = "stem=((8,1),),stages=((16,1,2),)"
 RUN = {"model": "compact_pico", "attention": "linear", "model_args": HOST, "epochs": 1, "warmup_epochs": 0}

@@ -29,7 +29,6 @@ from linsight.train.chosen import told_channels
 from linsight.train.model import load_named, save, start_from
 from test_hosts import SMALL, build
 
-LOADS = True
 OLD, SIZES = (64, 128), [(128, 64), (128, 256), (64, 64)]
 # Every host with tables, and every mechanism with some.
 TABLED = [
