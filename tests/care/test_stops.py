@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from test_commands import TINY, data, linsight  # noqa: F401
+from test_commands import TINY, data  # noqa: F401
 
 from linsight.errors import LinsightError
 from linsight.runtime import signals
@@ -97,7 +97,7 @@ def test_a_signal_before_the_first_step(data, tmp_path, monkeypatch):  # noqa: F
     assert resume(tmp_path / "run")["epochs"] == 3
 
 
-def test_a_command_that_is_stopped_says_so(linsight, monkeypatch):  # noqa: F811
+def test_a_command_that_is_stopped_says_so(linsight, monkeypatch):
     from linsight import catalogue
 
     for number in STOPS:
