@@ -14,7 +14,7 @@ from .layout import Grid, Tile
 from .sizes import traced, unflatten
 from .states import accumulator, full_precision
 
-Mode = Literal["bilinear", "bicubic", "bicubic-antialias"]
+Mode = Literal["bilinear", "bicubic", "bilinear-antialias", "bicubic-antialias"]
 
 
 def resize_matrix(
@@ -29,7 +29,7 @@ def resize_matrix(
 ) -> Tensor:
     """Rows `start` to `start + count` of the `(new, old)` matrix of `F.interpolate`, align_corners=False.
 
-    "bicubic-antialias" is its antialias=True.
+    "bilinear-antialias" and "bicubic-antialias" are its antialias=True.
 
     `new` may be `(B,)`, a length for each image; then `count` is needed, the result is `(B, count, old)`, and
     `device` is that of `new`.
@@ -44,11 +44,12 @@ def resize_matrix(
     if mode == "bilinear":
         place = place.clamp(0, old - 1)
         weights = (1 - (place - torch.arange(old, **factory)).abs()).clamp(min=0)
-    elif mode == "bicubic-antialias":
+    elif mode.endswith("-antialias"):
         # The kernel widens where the table shrinks; taps beyond the rim do not count, and padding stays at the rim.
         wide: Any = (old / length).clamp(min=1) if isinstance(length, Tensor) else torch.sym_max(old / length, 1.0)
         distance = (place.clamp(max=old - 0.5) - torch.arange(old, **factory)).abs()
-        weights = _cubic(distance / wide, -0.5)
+        distance = distance / wide
+        weights = _cubic(distance, -0.5) if mode == "bicubic-antialias" else (1 - distance).clamp(min=0)
         weights = weights / weights.sum(-1, keepdim=True)
     else:
         # Taps beyond the rim are those of the rim.

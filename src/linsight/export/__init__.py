@@ -1,0 +1,24 @@
+"""Models that leave the house: ONNX, torch.export and AOTInductor files, checked before they are called done.
+
+>>> from linsight.export import export_onnx, open_exported
+>>> done = export_onnx(model, "model.onnx")
+>>> logits = open_exported("model.onnx").model(images)
+"""
+
+from .files import Facts, Opened, open_exported
+from .onnx import export_onnx
+from .program import export_aoti, export_program
+from .served import Served
+from .verify import Checked, Exported
+
+__all__ = [
+    "Checked",
+    "Exported",
+    "Facts",
+    "Opened",
+    "Served",
+    "export_aoti",
+    "export_onnx",
+    "export_program",
+    "open_exported",
+]
