@@ -32,7 +32,7 @@ FLOORS = (
     ("parallel", "api"),
     ("",),  # linsight/__init__.py
     ("train",),
-    ("convert",),
+    ("convert", "export"),
     ("adapters", "bench"),
     ("catalogue", "doctor"),
     ("cli",),
