@@ -3,9 +3,10 @@
     python benchmarks/cifar10.py --data path/to/cifar10 --readme README.md
     python benchmarks/cifar10.py --data path/to/cifar10 --epochs 4
 
-Both are trained by the recipe `cifar10`, one after the other, about an hour each on two CPU cores: let nothing else
-run. A run in `--out` that is finished is taken as it is, a stopped one goes on. Then both are timed side by side, in
-rounds that alternate: on the batches that they were trained on, and on one image of 512 pixels.
+Both are trained by the recipe `cifar10`, one after the other, about an hour each on two CPU cores. A run in `--out`
+that is finished is taken as it is, a stopped one goes on. Then both are timed side by side, in rounds that alternate
+(let nothing else run meanwhile): a step of training on the batches that they were trained on, and a forward of one
+image of 512 pixels.
 """
 
 import argparse
@@ -28,9 +29,9 @@ from linsight.train.progress import reporter
 from linsight.train.run import CONFIG
 
 OURS, SOFTMAX = "inline_compact_nano", "compact_nano"
-SIZES = ((32, 32, 256), (512, 512, 1))  # height, width, images at a time
+TIMES = (("train", (32, 32, 256)), ("infer", (512, 512, 1)))  # step; height, width, images at a time
 BLOCK = re.compile(r"(<!-- results: cifar10 -->\n).*?(?=\n```bash)", re.DOTALL)
-HEADER = ("CIFAR-10, 32 pixels", "parameters", "top-1 %", "training", "256 images", "one of 512 pixels")
+HEADER = ("CIFAR-10, 32 pixels", "parameters", "top-1 %", "a step of training on 256", "one image of 512 pixels")
 
 
 def learn(model: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -43,25 +44,24 @@ def learn(model: str, options: argparse.Namespace) -> dict[str, Any]:
     return train(resolve("cifar10", given), out=folder, name=model, report=report)
 
 
-def speeds(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of all sizes: ours, then softmax; both as `linsight eval` runs them."""
-    setting = Setting(options.device, "off", options.threads, options.seconds, fused=True)
-    group = Group((Subject("model", OURS),), Subject("model", SOFTMAX))
-    *_, done = room.bench(Plan((group,), SIZES, setting, ("infer",)))
-    return done.rows
+def speeds(options: argparse.Namespace) -> list[tuple[float, float]]:
+    """Milliseconds of ours and of softmax, for each of `TIMES`; forwards as `linsight eval` runs them."""
+    group, found = Group((Subject("model", OURS),), Subject("model", SOFTMAX)), []
+    for step, size in TIMES:
+        setting = Setting(options.device, "off", options.threads, options.seconds, fused=step == "infer")
+        *_, done = room.bench(Plan((group,), (size,), setting, (step,)))
+        ours, other = (float(row[f"{step}_step_time"]) for row in done.rows)
+        found.append((ours, other))
+    return found
 
 
-def table(summaries: Sequence[dict[str, Any]], timed: Sequence[dict[str, Any]]) -> str:
-    """In Markdown, ours first; `timed` are the rows of a size, then those of the next."""
+def table(summaries: Sequence[dict[str, Any]], timed: Sequence[tuple[float, float]]) -> str:
+    """In Markdown, ours first."""
     lines = [HEADER, ["---"] * len(HEADER)]
     for place, summary in enumerate(summaries):
-        times = []
-        for ours, other in zip(timed[::2], timed[1::2], strict=True):
-            row, ratio = (ours, other)[place], float(ours["infer_ratio"])
-            times.append(f"{float(row['infer_step_time']):.0f} ms" + (f" ({ratio:.2f})" if place == 0 else ""))
+        times = [f"{pair[place]:.0f} ms" + ("" if place else f" ({pair[0] / pair[1]:.2f})") for pair in timed]
         name = f"`{summary['model']}` ({summary['attention']})"
-        minutes = f"{summary['seconds'] / 60:.0f} min"
-        lines.append([name, f"{summary['params'] / 1e6:.2f} M", f"{summary['top1']:.1f}", minutes, *times])
+        lines.append([name, f"{summary['params'] / 1e6:.2f} M", f"{summary['top1']:.1f}", *times])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

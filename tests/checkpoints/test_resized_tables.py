@@ -105,3 +105,19 @@ def test_windows_of_timm_are_resized():
         torch.testing.assert_close(model.state_dict()[key], resampled(state[key], model.state_dict()[key]))
     with pytest.raises(CheckpointError, match="pass resize=True"):
         load_published(of_timm("swin_tiny"), state, resize=False)
+
+
+def test_a_stage_that_falls_within_a_stripe():
+    """2x4 tokens are cut into stripes of both kinds, 2x2 are seen whole: a convolution lies in two parts, or in one."""
+    wide = distinct(build("cswin_tiny", "softmax", img_size=(32, 64)))
+    square = build("cswin_tiny", "softmax", img_size=32)
+    state = export_published(wide)
+    load_published(square, state)
+    found = export_published(square)
+    for leaf in ("weight", "bias"):
+        stem = "stage3.0.attns.{}.get_v." + leaf
+        halves = [state[stem.format(i)] for i in range(2)]
+        assert torch.equal(found[stem.format(0)], torch.cat(halves)) and stem.format(1) not in found
+    back = build("cswin_tiny", "softmax", img_size=(32, 64))
+    load_published(back, found)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in export_published(back).items())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linsight.attention import Attention
 
 from ._grids import Grids, Made
-from ._projections import Entry, regroup
+from ._projections import Entry, regroup, share
 from ._stem import adapt_stem
 from .keys import is_constant, key_map, to_ours
 from .report import Mismatch, shape_text
@@ -83,6 +83,10 @@ def convert(model: nn.Module, tensors: Mapping[str, Tensor], *, named: bool) -> 
     for path, layer in model.named_modules():
         if isinstance(layer, Attention):
             regroup(entries, unwrapped_key(f"{path}.") if path else "", layer.layout_name)
+        for pattern in getattr(layer, "in_parts", ()):
+            names = dict(layer.named_parameters()).keys()
+            count = sum(pattern.format(i) in names for i in range(len(names)))
+            share(entries, unwrapped_key(f"{path}.") + pattern if path else pattern, count)
     return entries
 
 

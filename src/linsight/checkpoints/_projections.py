@@ -1,5 +1,6 @@
-"""Projections of queries, keys and values: fused or apart, whichever the other side has."""
+"""Projections of queries, keys and values, fused or apart, and tensors in parts: as the other side has them."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,23 @@ def regroup(entries: dict[str, Entry], prefix: str, layout: str) -> None:
                     for projection in PROJECTIONS[layout]:
                         entries[f"{prefix}{projection.name}.{leaf}"] = _joined([rows[p] for p in projection.parts])
                 break
+
+
+def share(entries: dict[str, Entry], pattern: str, count: int) -> None:
+    """Cut the tensor that lies in the parts `pattern` into `count` parts along its first side, in place.
+
+    pattern: a key with {} for the number of the part. Rows that `count` does not divide stay as they are.
+    """
+    keys = list(itertools.takewhile(entries.__contains__, map(pattern.format, itertools.count())))
+    parts = [entries[key] for key in keys]
+    if len(parts) in (0, count) or len({part.tensor.shape[1:] for part in parts if part.tensor.ndim}) != 1:
+        return
+    whole = _joined(parts)
+    if whole.tensor.shape[0] % count == 0:
+        for key in keys:
+            del entries[key]
+        for i, tensor in enumerate(whole.tensor.chunk(count)):
+            entries[pattern.format(i)] = Entry(whole.key, tensor)
 
 
 def _rows(entries: list[Entry], source: tuple[Projection, ...]) -> dict[str, Entry]:

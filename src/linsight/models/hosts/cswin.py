@@ -89,7 +89,12 @@ class CrossShapedAttention(nn.Module):
     """Projections around one branch for the whole grid or, with `split`, two with half the heads each.
 
     The first has vertical stripes of `split` columns, the second horizontal ones. `grid`: see `create_core`.
+    in_parts: keys of tensors that lie in a part for each branch, as many as the size of images asks for.
     """
+
+    # Also of a branch that is not here: a file of another size may have it.
+    published = tuple(Rename(f"branches.{i}.get_v.", f"branches.{i}.lepe.") for i in range(2))
+    in_parts = ("branches.{}.lepe.weight", "branches.{}.lepe.bias")
 
     def __init__(
         self,
