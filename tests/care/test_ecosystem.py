@@ -83,12 +83,12 @@ def test_a_saved_model_is_one_of_transformers(kind, transformers, tmp_path):
     theirs = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         wanted = model(x)
-        assert torch.equal(theirs(x).logits, wanted)
+        torch.testing.assert_close(theirs(x).logits, wanted)
         theirs.save_pretrained(tmp_path / "again")
         again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "again").eval()
-        assert torch.equal(again(x).logits, wanted)
+        torch.testing.assert_close(again(x).logits, wanted)
         back = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()
-        assert torch.equal(back(x), wanted)
+        torch.testing.assert_close(back(x), wanted)
         found = transformers.AutoModel.from_pretrained(folder).eval()(x, output_hidden_states=True)
     assert theirs.config.id2label[1] == "b"
     torch.testing.assert_close(found.last_hidden_state, model.forward_features(x))

@@ -46,11 +46,12 @@ def in_own_keys(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]
 
     def told(key: str) -> str:
         key = unflattened(key, names)
-        return next((key.replace(part, own) for part, own in others.items() if part in key), key)
+        return next((key.replace(part, ours) for part, ours in others.items() if part in key), key)
 
     votes = Counter(way for key in state for way in _ways(told(key), own, wrapped))
-    (off, on), most = max(votes.items(), key=lambda vote: (vote[1], -len("".join(vote[0]))), default=(("", ""), 0))
-    if 2 * most <= min(len(own), len(state)):  # another model's
+    best, (_, second) = [*votes.most_common(2), (("", ""), 0), (("", ""), 0)][:2]
+    (off, on), most = best
+    if second == most or 2 * most <= min(len(own), len(state)):  # several such models, or another
         return state
 
     def rename(key: str) -> str:
@@ -65,9 +66,11 @@ def in_own_keys(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]
 
 def _ways(key: str, own: Collection[str], wrapped: str) -> Iterator[tuple[str, str]]:
     """The ways to one of the keys `own`: up to six modules taken off the front of `key`, and the wrapper put on."""
-    cuts = [0, *(i + 1 for i, char in enumerate(key) if char == ".")][:7]
-    for on in {"", wrapped}:
-        yield from ((key[:cut], on) for cut in cuts if on + key[cut:] in own)
+    for cut in [0, *(i + 1 for i, char in enumerate(key) if char == ".")][:7]:
+        if key[cut:] in own:
+            yield key[:cut], ""
+        if wrapped and not key[:cut].endswith(wrapped) and wrapped + key[cut:] in own:
+            yield key[:cut], wrapped
 
 
 def _metadata(told: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
