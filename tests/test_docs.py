@@ -25,6 +25,9 @@ OTHERS = (
     "transformers",
     "diffusers",
     "segmentation_models_pytorch",
+    "accelerate",
+    "lightning",
+    "peft",
 )  # which a snippet may need, and warn of themselves
 
 

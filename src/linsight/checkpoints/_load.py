@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save as to_bytes
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureDictNet, FeatureGetterNet
 from torch import Tensor, nn
 
 from linsight.attention import Attention
@@ -25,7 +25,7 @@ from .guess import describe
 from .keys import key_map, to_published
 from .read import read
 from .report import LoadReport, shortened, table
-from .unwrap import beneath, clean_state, shared_prefix, unwrap, unwrapped_key
+from .unwrap import beneath, clean_state, in_lists, shared_prefix, unwrap, unwrapped_key
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,11 +75,12 @@ def load_published(
     if any(tensor.is_meta for tensor in own.values()):
         raise CheckpointError("the model is on the meta device: give it memory first, model.to_empty(device='cpu')")
     rules = key_map(inner)
-    found, beside = beneath(found, {*own, *(to_published(key, own[key], rules)[0] for key in own)}, name)
+    known = {*own, *(to_published(key, own[key], rules)[0] for key in own)}
+    found, beside = beneath(in_lists(found, inner), known, name)
     refuse_adapters([*found.tensors, *found.others], own, name)
     tensors, folded = fold(found.tensors, own, name)
     made = Made(found.tables, found.size, size, grid)
-    pruned = any(isinstance(module, FeatureGetterNet) for module in model.modules())
+    pruned = any(isinstance(module, FeatureGetterNet | FeatureDictNet) for module in model.modules())
     fitted = fit(inner, tensors, head=head, resize=resize, pruned=pruned, made=made)
     if fitted.problems and (strict or not fitted.ready):
         summary = describe(inner, tensors, fitted, made)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from linsight.attention.on_grid import GRIDS
 from linsight.errors import CheckpointError
+from linsight.models.parts.keys import lists, unflattened
 
 PLAIN = ("model", "state_dict", "model_state_dict", "module", "net")
 EMA = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "_backbone.", "timm_model.")
 IMG_SIZE = "img_size"  # beside `GRIDS` in the metadata of a state dict: height and width of images
 # Modules around modules, wherever they are: torch.compile, FSDP, activation checkpoints.
 _AROUND = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -143,6 +144,13 @@ def clean_state(model: nn.Module) -> dict[str, Tensor]:
     return {unwrapped_key(key): tensor for key, tensor in model.state_dict().items()}
 
 
+def in_lists(found: Unwrapped, model: nn.Module) -> Unwrapped:
+    """A file whose keys have the lists of `model` as lists: `layers.0` for the `layers_0` of timm's `features_only`."""
+    names = lists(model)
+    tensors = {unflattened(key, names): tensor for key, tensor in found.tensors.items()}
+    return found._replace(tensors=tensors, tables={unflattened(key, names): grid for key, grid in found.tables.items()})
+
+
 def beneath(found: Unwrapped, wanted: Collection[str], source: str) -> tuple[Unwrapped, tuple[str, ...]]:
     """The part of a file that a model of the keys `wanted` is from, and the keys of what is beside it.
 
@@ -171,9 +179,9 @@ def beneath(found: Unwrapped, wanted: Collection[str], source: str) -> tuple[Unw
 
 
 def _splits(key: str) -> Iterable[tuple[str, str]]:
-    """`key` itself, and the ways to take up to three modules off its front."""
+    """`key` itself, and the ways to take up to six modules off its front."""
     yield "", key
-    for dot in [i for i, char in enumerate(key) if char == "."][:3]:
+    for dot in [i for i, char in enumerate(key) if char == "."][:6]:
         yield key[: dot + 1], key[dot + 1 :]
 
 

@@ -32,7 +32,8 @@ from linsight.attention import Paper
 from linsight.errors import LinsightError, UnknownNameError
 
 from .doors import building, checked
-from .parts.dense import DenseFeatures
+from .parts.dense import DenseFeatures, Features
+from .parts.images import FORMATS, check_format
 from .parts.indices import in_order
 from .rows import Architecture, Host, Variant
 from .seams import refuse_idle
@@ -246,7 +247,7 @@ def _build_variant(variant: Variant, cfg: dict[str, Any], **kwargs: Any) -> nn.M
         options = variant.options if attention == variant.attention else {}
     if variant.dense:  # which gives features whether asked to or not
         kwargs.pop("features_only", None)
-    maps = {"out_indices": kwargs.pop("out_indices")} if variant.dense and "out_indices" in kwargs else {}
+    maps = {key: kwargs.pop(key) for key in ("out_indices", "output_fmt") if variant.dense and key in kwargs}
     check_known(variant.name, host.model_cls, kwargs)
     args = {"img_size": cfg["input_size"][-2:], **host.args, **variant.args, **kwargs}
     if hasattr(host.model_cls, "idle"):
@@ -256,7 +257,7 @@ def _build_variant(variant: Variant, cfg: dict[str, Any], **kwargs: Any) -> nn.M
         variant.name,
         pretrained=False,
         pretrained_cfg=cfg,
-        feature_cfg=dict(host.feature_cfg),
+        feature_cfg=_feature_cfg(host.feature_cfg, args),
         attention=attention,
         attention_options=options,
         **args,
@@ -275,17 +276,28 @@ def _build_architecture(entry: Architecture, cfg: dict[str, Any], **kwargs: Any)
     check_known(entry.name, entry.model_cls, kwargs)
     if kwargs.get("features_only") and "out_indices" in kwargs:
         kwargs["out_indices"] = in_order(kwargs["out_indices"], len(entry.feature_cfg["out_indices"]))  # type: ignore[index]
+    feature_cfg = _feature_cfg(entry.feature_cfg or {}, kwargs)
     return build_model_with_cfg(
         entry.model_cls,
         entry.name,
         pretrained=False,
         pretrained_cfg=cfg,
-        feature_cfg=dict(entry.feature_cfg or {}),
+        feature_cfg=feature_cfg,
         **{"img_size": cfg["input_size"][-2:], **entry.args, **kwargs},
     )
 
 
-_FEATURES = ("features_only", "out_indices", "feature_cls")  # which timm takes
+def _feature_cfg(known: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """How timm's `features_only` wraps a model, with the format of maps, which is taken out of what is `given`."""
+    cfg = dict(known)
+    if "output_fmt" in given:
+        cfg["output_fmt"] = given.pop("output_fmt")
+        if not issubclass(cfg.get("feature_cls", nn.Module), Features):  # timm's others only note it
+            check_format(cfg["output_fmt"], FORMATS[:1])
+    return cfg
+
+
+_FEATURES = ("features_only", "out_indices", "feature_cls", "output_fmt")  # the last one is ours, the others timm's
 _TIMMS = (*_FEATURES, "pretrained_model_args")
 
 

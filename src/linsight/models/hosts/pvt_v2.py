@@ -10,7 +10,7 @@ Any image size: strides round upwards, and nothing is padded to a multiple.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import to_2tuple
@@ -55,6 +55,10 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
     sr_ratios: timm's, of the keys of mechanisms of quadratic cost.
     """
 
+    names_of_timm: ClassVar[Mapping[str, str]] = {
+        ".attn.sr.": ".attn.reduction.sr.",
+        ".attn.norm.": ".attn.reduction.norm.",
+    }
     stages: nn.Sequential
 
     def __init__(

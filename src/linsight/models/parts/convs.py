@@ -54,23 +54,20 @@ class ConvEmbed(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        # Not read off the convolution, in whose place others put modules of their own, as LoRA does.
+        self.kernel, self.stride, self.padding = kernel, stride, padding
         self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
-    @property
-    def stride(self) -> int:
-        """By what the sides of a map are divided."""
-        return self.proj.stride[0]
-
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the tokens of a map of `size`."""
-        (kernel, _), (stride, _), padding = self.proj.kernel_size, self.proj.stride, self.proj.padding[0]
-        height, width = ((max(side + 2 * int(padding), kernel) - kernel) // stride + 1 for side in size)
+        padded = (max(side + 2 * self.padding, self.kernel) for side in size)
+        height, width = ((side - self.kernel) // self.stride + 1 for side in padded)
         return height, width
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, H*W, C)` and its grid."""
-        least = self.proj.kernel_size[0] - 2 * int(self.proj.padding[0])
+        least = self.kernel - 2 * self.padding
         low, wide = least - x.shape[2], least - x.shape[3]
         if traced(low) or low > 0 or wide > 0:
             x = F.pad(x, (0, at_least(wide, 0), 0, at_least(low, 0)))

@@ -1,21 +1,56 @@
 """Backbones of detection and segmentation: a map from each stage, as the published ones give them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.models import get_model_args, get_model_traits
+from timm.models._builder import pretrained_cfg_for_features
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from linsight.attention import Rename
 
+from .images import FORMATS, check_format
+from .keys import AnyKeys
 
-class Features(FeatureGetterNet):
-    """timm's `features_only` wrapper around a model, with what training asks of one."""
+
+class Features(AnyKeys, FeatureGetterNet):
+    """timm's `features_only` wrapper around a model, with what training asks of one.
+
+    `return_layers`, by which transformers asks for all maps up to the last one, is as in timm's other wrappers: names
+    of modules of `feature_info`, with the places of their maps as text; None for those of `out_indices`.
+    """
 
     model: Any
+    return_layers: Mapping[str, str] | None = None
+
+    def __init__(self, model: nn.Module, *timm_args: Any, output_fmt: str = "NCHW", **timm_kwargs: Any) -> None:
+        check_format(output_fmt, getattr(model, "map_formats", FORMATS))
+        super().__init__(model, *timm_args, output_fmt=output_fmt, **timm_kwargs)
+
+    @classmethod
+    def around(cls, model: nn.Module, **asked: Any) -> "Features":
+        """The wrapper around a model that was built, with its configuration, as timm's factory puts it on."""
+        like: Any = model
+        wrapped: Any = cls(model, **asked)
+        wrapped.in_chans, wrapped._traits = like.in_chans, dict(like._traits)
+        wrapped.pretrained_cfg = wrapped.default_cfg = pretrained_cfg_for_features(like.pretrained_cfg)
+        return wrapped
+
+    @property
+    def places(self) -> list[int]:
+        """The places of the maps that a call gives."""
+        last = self.out_indices[-1]
+        asked = None if self.return_layers is None else sorted(map(int, self.return_layers.values()))
+        return list(self.out_indices) if asked is None else [place for place in asked if place <= last]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The maps, in order."""
+        named = {"norm": self.norm, "output_fmt": self.output_fmt}
+        maps: list[Tensor] = self.model.forward_intermediates(x, indices=self.places, intermediates_only=True, **named)
+        return maps
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -56,14 +91,22 @@ class DenseFeatures(Features):
         checkpoint of a classifier, so that is loaded with `head=False`.
     out_indices: the stages whose maps are given, in order; those behind the last one are dropped.
 
-    Images of any size, `(B, C, H, W)` -> maps `(B, C_i, H_i, W_i)`; `feature_info` tells channels and strides.
+    Images of any size, `(B, C, H, W)` -> maps `(B, C_i, H_i, W_i)`, or `(B, H_i, W_i, C_i)` with `output_fmt="NHWC"`;
+    `feature_info` tells channels and strides.
     """
 
     published = (*(Rename(f"norm{i}.", f"norm{i}.") for i in range(4)), Rename("", "model."))
     num_classes = 0
 
-    def __init__(self, model: nn.Module, *, normed: bool, out_indices: int | Sequence[int] = (0, 1, 2, 3)) -> None:
-        super().__init__(model, out_indices)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        normed: bool,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        output_fmt: str = "NCHW",
+    ) -> None:
+        super().__init__(model, out_indices, output_fmt=output_fmt)
         like: Any = next(model.parameters())
         factory = {"device": like.device, "dtype": like.dtype}
         self.norms = [f"norm{i}" for i in self.out_indices] if normed else []
@@ -76,6 +119,10 @@ class DenseFeatures(Features):
     def forward(self, x: Tensor) -> list[Tensor]:
         """The maps of the stages."""
         maps = super().forward(x)
-        for i, name in enumerate(self.norms):
-            maps[i] = self[name](maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        for i, place in enumerate(self.places):
+            if f"norm{place}" in self.norms:
+                maps[i] = self._normed(self[f"norm{place}"], maps[i])
         return maps
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x) if self.output_fmt == "NHWC" else norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,6 +1,7 @@
 """The doors of every model: one line for images, maps and pooling that it cannot take or give."""
 
 from collections.abc import Collection
+from enum import Enum
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from linsight.errors import LinsightError
 from linsight.ops import traced
 
 from .indices import Indices, in_order
+from .keys import AnyKeys
 
 
 def check_images(model: Any, x: Tensor) -> None:
@@ -23,10 +25,19 @@ def check_images(model: Any, x: Tensor) -> None:
     check_kind(x, next(model.parameters(), None), "images", "model")
 
 
-def check_format(output_fmt: str, known: Collection[str] = ("NCHW",)) -> None:
+FORMATS = ("NCHW", "NHWC")  # of maps
+
+
+def check_format(output_fmt: str, known: Collection[str] = FORMATS) -> None:
     """Raise unless maps are asked for in a format that a host has."""
     if output_fmt not in known:
-        raise LinsightError(f"output_fmt='{output_fmt}' is not one of {', '.join(known)}")
+        shown = output_fmt.value if isinstance(output_fmt, Enum) else output_fmt
+        raise LinsightError(f"output_fmt={shown!r} is not one of {', '.join(known)}")
+
+
+def in_format(x: Tensor, output_fmt: str) -> Tensor:
+    """A map `(B, C, H, W)` in the format that is asked for."""
+    return x.permute(0, 2, 3, 1).contiguous() if output_fmt == "NHWC" else x
 
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")  # timm's, of maps
@@ -53,7 +64,7 @@ def refuse_fx(what: str) -> NoReturn:
     )
 
 
-class CheckedImages:
+class CheckedImages(AnyKeys):
     """A class of timm behind this one sees images and places of maps that were looked at.
 
     `maps` is how many maps it gives.
@@ -78,11 +89,14 @@ class CheckedImages:
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """As timm's; maps come in the order of their places."""
+        """As timm's; maps come in the order of their places, `output_fmt="NHWC"` too."""
         check_images(self, x)
         check_format(output_fmt)
         taken = in_order(indices, self.maps)
-        return super().forward_intermediates(x, taken, norm, stop_early, output_fmt, intermediates_only)  # type: ignore[misc]
+        found = super().forward_intermediates(x, taken, norm, stop_early, "NCHW", intermediates_only)  # type: ignore[misc]
+        final, maps = (None, found) if intermediates_only else found
+        maps = [in_format(x, output_fmt) for x in maps]
+        return maps if intermediates_only else (final, maps)
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True

@@ -15,12 +15,13 @@ from linsight.ops import unflatten
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, make_block
 from ..steps import Mix, Sample, StreamPlan, sampled
-from .images import check_format, check_images, check_pool, check_pooled
+from .images import check_format, check_images, check_pool, check_pooled, in_format
 from .indices import Indices, in_order
+from .keys import AnyKeys
 from .stages import Stage, StageSize, init_linear
 
 
-class Pyramid(nn.Module):
+class Pyramid(AnyKeys, nn.Module):
     """The base class. A host makes `stem`, calls `grow`, makes `norm` and `head`, then draws the initial weights.
 
     What is its own are `make_downsample`, `make_block` and perhaps `make_stage`. See `PlainPyramid`.
@@ -235,6 +236,7 @@ class Pyramid(nn.Module):
             x, last_features = self.run_stage(stage, x)
             if i in take:
                 maps.append(self.norm_map(x) if norm and i == final else x)
+        maps = [in_format(x, output_fmt) for x in maps]
         if intermediates_only:
             return maps
         return self.norm_features(last_features) if i == final else x, maps

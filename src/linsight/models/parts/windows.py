@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from timm.layers import trunc_normal_
-from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,26 +14,27 @@ from linsight.ops import FittedTable, LayoutLike, unflatten
 class WindowAttention(OnGrid, Attention):
     """Attention in a window, with Swin's relative position bias: a table `((2h-1) * (2w-1), heads)` for the scores."""
 
-    relative_position_index: Tensor
-
     def __init__(self, *args: Any, window: tuple[int, int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.window = window
         table = self.proj.weight.new_zeros(_places(window), self.num_heads)
         self.relative_position_bias_table = nn.Parameter(trunc_normal_(table, std=0.02))
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Which row of the table each pair of tokens reads; for timm to call after `to_empty`, too."""
-        index = get_relative_position_index(*self.window, device=self.relative_position_bias_table.device)
-        self.register_buffer("relative_position_index", index.flatten(), persistent=False)
 
     def forward(self, x: Tensor, layout: LayoutLike, *, score_bias: Tensor | None = None, **kwargs: Any) -> Tensor:
         """See `Attention.forward`; `x` are the tokens of one window."""
-        area = self.window[0] * self.window[1]
-        bias: Tensor = self.relative_position_bias_table[self.relative_position_index]
-        bias = unflatten(bias, 0, (area, area)).permute(2, 0, 1)[None]  # (1, heads, area, area)
+        bias = self.bias()
         return super().forward(x, layout, score_bias=bias if score_bias is None else bias + score_bias, **kwargs)
+
+    def bias(self) -> Tensor:
+        """The bias of each pair of tokens of the window, `(1, heads, h*w, h*w)`.
+
+        Token (i, j) reads of (k, l) the row for i - k and j - l. No buffer tells which one that is: libraries that
+        build models without memory would have to know that it must be filled again.
+        """
+        h, w = self.window
+        rows = unflatten(self.relative_position_bias_table, 0, (2 * h - 1, 2 * w - 1))
+        pairs = rows.unfold(0, h, 1).unfold(1, w, 1).flip(-2, -1)  # (h, w, heads, h, w)
+        return pairs.permute(2, 0, 1, 3, 4).reshape(1, self.num_heads, h * w, h * w)
 
     def table_grids(self) -> dict[str, tuple[int, int]]:
         """The window of the bias table."""
@@ -52,7 +52,6 @@ class WindowAttention(OnGrid, Attention):
             new = F.interpolate(rows, tuple(2 * side - 1 for side in window), mode="bicubic")[0].flatten(1).T
             self.relative_position_bias_table = nn.Parameter(new.contiguous(), old.requires_grad)
             self.window = window
-            self.init_non_persistent_buffers()
 
 
 def fit_bias_table(table: Tensor, window: tuple[int, int], grid: tuple[int, int] | None = None) -> FittedTable | None:

@@ -1,8 +1,11 @@
 """The published keys of timm's classes, as `published` tells them of our own."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+from timm.models._features import FeatureDictNet
+from timm.models.pvt_v2 import Attention as PVTv2Attention
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
@@ -39,7 +42,24 @@ def _swin(model: Any) -> tuple[Rename, ...]:
     return (*merges, Rename("head.", "head.fc."))
 
 
+def _flattened(model: Any) -> tuple[Rename, ...]:
+    """Of timm's `features_only` wrapper, whose lists of stages are flattened: `layers_0` for our `layers.0`."""
+    rules = []
+    for name, stage in model.items():
+        flat = re.fullmatch(r"(layers|stages|blocks)_(\d+)", name)
+        if flat is None:
+            continue
+        ours = f"{flat[1]}.{flat[2]}."
+        rules.append(Rename(ours, f"{name}."))
+        for path, part in stage.named_modules():
+            if isinstance(part, PVTv2Attention):
+                parts = ("sr.", "norm.")
+                rules += [Rename(f"{ours}{path}.reduction.{one}", f"{name}.{path}.{one}") for one in parts]
+    return tuple(rules)
+
+
 _OF_TIMM: dict[type[nn.Module], Callable[[Any], tuple[Rename, ...]]] = {
     PyramidVisionTransformerV2: _pvt_v2,
     SwinTransformer: _swin,
+    FeatureDictNet: _flattened,
 }

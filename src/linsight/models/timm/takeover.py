@@ -29,6 +29,7 @@ def add_timm_host(
     *,
     sized: bool = True,
     extra: Sequence[str] = (),
+    output_fmt: str = "NCHW",
     **always: Any,
 ) -> None:
     """Let `create_model` take the models that the timm module `module` defines.
@@ -36,12 +37,13 @@ def add_timm_host(
     host: the class, whose `adopt` makes such a model one of ours, of a choice for each block and the size of images.
     depths: the blocks of each stage of such a model.  sized: whether timm's class takes `img_size`.
     extra: names of arguments of the host that timm's class lacks.  always: arguments that the host needs.
+    output_fmt: of the maps that timm's `features_only` gives of these models.
     """
 
     def create(
         name: str, attention: str, options: Mapping[str, Any] | None, *, pretrained: bool, **kwargs: Any
     ) -> nn.Module:
-        features, indices = _features(kwargs)
+        features = _features(kwargs)
         size = kwargs.get("img_size") if sized else kwargs.pop("img_size", None)
         host.check(attention, kwargs)
         refuse_idle(host.idle(attention, kwargs), kwargs)
@@ -49,11 +51,8 @@ def add_timm_host(
         model: Any = create_fetched(name, pretrained=pretrained, **{**always, **kwargs})
         blocks, size = depths(model), size or model.pretrained_cfg["input_size"][-2:]
         model = host.adopt(model, plan(attention, blocks, options), to_2tuple(size), **given)
-        if not features:
-            return model
-        wrapped = Features(model, tuple(range(len(blocks))) if indices is None else indices)
-        wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
-        return wrapped
+        usual = {"out_indices": tuple(range(len(blocks))), "output_fmt": output_fmt}
+        return model if features is None else Features.around(model, **{**usual, **features})
 
     TIMM_HOSTS[module] = create
 
@@ -63,6 +62,7 @@ add_timm_host(
     SwinTransformer,
     depths=lambda model: [len(stage.blocks) for stage in model.layers],
     extra=("attention_window",),
+    output_fmt="NHWC",
     strict_img_size=False,
 )
 add_timm_host(
@@ -73,12 +73,16 @@ add_timm_host(
 )
 
 
-def _features(kwargs: dict[str, Any]) -> tuple[bool, Any]:
-    """Takes out of `kwargs` whether maps are asked for, and which."""
-    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
-    if indices is not None and not features:
-        raise LinsightError(f"out_indices={indices} has no effect: pass features_only=True, too")
-    return features, indices
+def _features(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Takes out of `kwargs` which maps are asked for, and how; None where none are."""
+    features = kwargs.pop("features_only", False)
+    if kwargs.pop("feature_cls", "getter") != "getter":
+        raise LinsightError("feature_cls=: maps come by forward_intermediates here, 'getter', leave it out")
+    asked: dict[str, Any] = {key: kwargs.pop(key) for key in ("out_indices", "output_fmt") if key in kwargs}
+    for key, value in asked.items():
+        if not features:
+            raise LinsightError(f"{key}={value} has no effect: pass features_only=True, too")
+    return asked if features else None
 
 
 def _timm_vit(
@@ -93,15 +97,11 @@ def _timm_vit(
     shape = {key: value for key, value in kwargs.items() if key in ("img_size", "patch_size", "depth")}
     plain = timm.create_model(name, device="meta", **shape)
     (choices,) = plan(attention, [len(plain.blocks)], options)
-    features, indices = _features(kwargs)
+    features = _features(kwargs)
     ours = host_arguments(choices, plain.patch_embed.grid_size, kwargs, **extra)
     extra.pop("cpe", None)
     model = VisionTransformer.adopt(create_fetched(name, pretrained=pretrained, **{**kwargs, **ours}), **extra)
-    if not features:
-        return model
-    wrapped = Features(model, 3 if indices is None else indices)
-    wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
-    return wrapped
+    return model if features is None else Features.around(model, **{"out_indices": 3, **features})
 
 
 TIMM_HOSTS["timm.models.vision_transformer"] = _timm_vit
@@ -124,6 +124,8 @@ def _on_host(
     """The model of timm called `base`, on its host, with weights that were saved, else with its own."""
     given = {**(pretrained_cfg or {}), **(pretrained_cfg_overlay or {})}
     saved = any(map(given.get, ("source", "file", "state_dict", "url", "hf_hub_id")))
+    if saved and given.get("num_classes") is not None:  # which some writers tell there alone
+        kwargs.setdefault("num_classes", given["num_classes"])
     model: Any = create_model(base, pretrained=pretrained and not saved, **kwargs)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **given, "architecture": ON_HOST}
     model.pretrained_model_args = pretrained_model_args  # which tell the size of images of the weights

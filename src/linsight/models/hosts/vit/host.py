@@ -31,8 +31,9 @@ from linsight.attention import OnGrid, Rename, recast
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy, unflatten
 
-from ...parts.images import check_format, check_images, check_pool, refuse_fx
+from ...parts.images import FORMATS, check_format, check_images, check_pool, in_format, refuse_fx
 from ...parts.indices import Indices, in_order
+from ...parts.keys import AnyKeys
 from ...parts.positions import with_positions
 from ...parts.siamese import Merge, Pair
 from ...parts.stepsnet import Steps, block_widths, check_last, opened, widened
@@ -52,7 +53,7 @@ _SIAMESE = (
 )
 
 
-class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
+class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
     """timm's VisionTransformer, all its arguments, and
 
     attention: a mechanism, or `"inline:4/softmax"` for the first 4 blocks and the rest.
@@ -63,6 +64,7 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         wide in all of them.
     """
 
+    map_formats = (*FORMATS, "NLC")
     norm_pair: Merge | None
 
     def __init__(
@@ -221,15 +223,16 @@ class VisionTransformer(OnGrid, timm_vit.VisionTransformer):
         is_causal: bool = False,
     ) -> Any:
         """As timm's: the tokens after the blocks `indices`, as maps or sequences, and the final ones."""
-        check_format(output_fmt, ("NCHW", "NLC"))
+        check_format(output_fmt, self.map_formats)
         take = in_order(indices, len(self.blocks))
         x, grid = self._embed(x, attn_mask, is_causal)
         x, taken = self._through(self.blocks[: take[-1] + 1] if stop_early else self.blocks, x, grid, take)
         prefixes, maps = [], []
         for tokens in map(self.norm, taken) if norm else taken:
             prefix, spatial = tokens[:, : grid.prefix], tokens[:, grid.prefix :]
-            if output_fmt == "NCHW":
+            if output_fmt != "NLC":
                 spatial = unflatten(spatial, 1, (grid.height, grid.width)).permute(0, 3, 1, 2).contiguous()
+                spatial = in_format(spatial, output_fmt)
             prefixes.append(prefix)
             maps.append(spatial)
         with_prefix = return_prefix_tokens and grid.prefix > 0
