@@ -90,7 +90,7 @@ def open_inputs(
 
 
 class _Opening:
-    """What is found while places are opened."""
+    """Sections and lines that are gathered while places are opened."""
 
     def __init__(self, image_key: str | None, result: pathlib.Path | None) -> None:
         self.image_key, self.result = image_key, result
@@ -102,6 +102,7 @@ class _Opening:
 
     def open(self, places: Sequence[str]) -> Inputs:
         """The images of places that are there."""
+        places = [place for place in places if not self._is_result(place)]
         self.seen = set() if len(places) > 1 else None
         for loose, group in itertools.groupby(places, _is_picture):
             if loose:
@@ -157,7 +158,7 @@ class _Opening:
             return
         archive = Archive(path, partly=True)
         if archive.torn:
-            self.torn.append(f"{shown(path)}: {archive.torn}; what lies before is predicted")
+            self.torn.append(f"{shown(path)}: {archive.torn}")
         tree = archive.tree()
         self.notes += [f"in {shown(path)}: {line}" for line in (tree.left_out(), *tree.notes) if line]
         self.sections.append(Members(archive, tree.pictures))
@@ -177,11 +178,12 @@ class _Opening:
         self.seen.add(whole)
         return not known
 
-    def _is_result(self, path: pathlib.Path) -> bool:
+    def _is_result(self, path: str | pathlib.Path) -> bool:
+        """True for the result, and for what lies in the folder of its parts."""
         if self.result is None:
             return False
-        own = os.path.abspath(self.result)
-        return os.path.abspath(path) == own or os.path.abspath(path).startswith(f"{own}.parts{os.sep}")
+        own, whole = os.path.abspath(self.result), os.path.abspath(path)
+        return whole == own or f"{whole}{os.sep}".startswith(f"{own}.parts{os.sep}")
 
 
 def is_packed(name: str) -> bool:

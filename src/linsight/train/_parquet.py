@@ -82,7 +82,7 @@ def _row_group(path: pathlib.Path, group: int, key: str) -> Any:
 
 
 def _stored(cell: Any, folder: str) -> BinaryIO:
-    """What is in a cell of images: bytes, a path, or both; raises OSError where there is none."""
+    """The image of a cell, which has bytes, a path, or both; raises OSError where there is none."""
     cell = {"bytes": cell} if isinstance(cell, bytes) else {"path": cell} if isinstance(cell, str) else cell or {}
     if cell.get("bytes"):
         return io.BytesIO(cell["bytes"])

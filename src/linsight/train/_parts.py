@@ -30,7 +30,7 @@ _PARTS = 256  # or so, where that makes smaller parts
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a result is made of.
+    """A result before it is made.
 
     images: how many.  chunk: so many are a part.  classes: what to call those of the model.  top: how many to tell.
     extra: names of arrays.  facts: what the result depends on, by name.  times: those of the files, by place.
@@ -80,7 +80,7 @@ class Parts:
 
     @classmethod
     def of(cls, folder: pathlib.Path) -> "Parts | None":
-        """Those that a folder has, None where it has no plan."""
+        """The parts that a folder has, None where it has no plan."""
         path = folder / _PLAN
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
@@ -181,6 +181,7 @@ def begin(out: pathlib.Path, plan: Plan) -> Parts | None:
             raise LinsightError(
                 f"'{out}' exists, and is not what this command wrote: give another --out, or move it away"
             )
+        kept.clear()  # what is left where a process was killed just then
         return None
     if kept is not None and not other:
         return kept
@@ -249,9 +250,7 @@ def merge_predictions(out: str | pathlib.Path, folders: Sequence[str | pathlib.P
         if other := plain[0].other(plain[1]):
             raise LinsightError(f"'{path}' is of another prediction than '{first.folder}' ({other})")
         if parts.plan.chunk != first.plan.chunk:
-            raise LinsightError(
-                f"'{path}' and '{first.folder}' were made with different --batch-size: give all the same"
-            )
+            raise LinsightError(f"'{path}' and '{first.folder}' have parts of different --batch-size")
         found.append(parts)
     plan = found[0].plan
     require_table(out, plan.extra)

@@ -135,7 +135,7 @@ class Rows:
 
 
 def _digests(files: Iterable[str], *content: Any) -> tuple[str, str]:
-    """Of what is given and the sizes of files, and of their times; files that are gone have none."""
+    """Digests of `content` with the sizes of files, and of their times; files that are gone have none."""
     sizes, times = array.array("q"), array.array("q")
     for file in files:
         try:

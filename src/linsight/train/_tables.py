@@ -18,7 +18,7 @@ _TOGETHER = 16384  # rows of a group of a Parquet file
 
 
 class Row(NamedTuple):
-    """What is known of an image: its likeliest classes, best first, with their probabilities, or why there are none.
+    """The likeliest classes of an image, best first, with their probabilities, or why there are none.
 
     extra: arrays of float32 by their names, as asked for.
     """

@@ -31,6 +31,7 @@ _LEFT_OUT = {
     "special": ("pipe or device", "pipes and devices"),
 }
 _SHOWN = 3
+_NUMBER = re.compile(r"[0-9]+")
 
 
 @dataclasses.dataclass
@@ -97,14 +98,15 @@ def walk(folder: str | pathlib.Path) -> Tree:
     return tree
 
 
-def in_order(name: str) -> tuple[list[str | tuple[int, str]], str]:
+def in_order(name: str) -> tuple[str, str]:
     """A key that puts 10.png behind 9.png, as timm's readers do."""
-    pieces = re.split(r"([0-9]+)", name.lower())
-    key: list[str | tuple[int, str]] = []
-    for place, piece in enumerate(pieces):
-        digits = piece.lstrip("0")
-        key.append((len(digits), digits) if place % 2 else piece)
-    return key, name
+    return _NUMBER.sub(_sized, name.lower()), name
+
+
+def _sized(found: re.Match[str]) -> str:
+    """A number behind the count of its digits, before any letter."""
+    digits = found[0].lstrip("0")
+    return f"\0{chr(len(digits))}{digits}"
 
 
 def shown(name: object) -> str:

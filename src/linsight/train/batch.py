@@ -114,10 +114,10 @@ def predict_to(
         recipe = dataclasses.replace(recipe, fill=fill)
     note = note if copy.rank == 0 else lambda line: None  # one of all copies tells
     inputs = open_inputs(places, image_key=image_key, result=out)
-    for line in (*inputs.notes, *inputs.torn):
+    if inputs.torn and recipe.on_bad_image == "refuse":
+        raise LinsightError(f"{inputs.torn[0]} (on_bad_image=skip takes what lies before)")
+    for line in (*inputs.notes, *(f"{line}; what lies before is predicted" for line in inputs.torn)):
         note(line)
-    if inputs.torn:
-        refuse(recipe, [*inputs.torn])
     asked = _Asked(trained, recipe, top, extra)
     parts = begin(out, asked.plan(inputs))
     if parts is None:
@@ -159,7 +159,7 @@ class _Asked:
         self.normalise = Normalise(recipe, device)
 
     def plan(self, inputs: Inputs) -> Plan:
-        """What the result will be made of."""
+        """The result as it will be."""
         recipe = self.recipe
         images, times = inputs.marks()
         facts = {"weights": _digest(self.trained), **images, "top": str(self.top)}
@@ -169,7 +169,7 @@ class _Asked:
         return Plan(len(inputs), chunk, self.titles, self.top, self.extra, facts, times)
 
     def rows(self, images: Tensor, name: str, trusted: bool) -> list[dict[str, Any]]:
-        """What is found in uint8 images `(B, C, H, W)`: places of classes, probabilities and arrays, or an error.
+        """For each of uint8 images `(B, C, H, W)`, places of classes, probabilities and arrays, or an error.
 
         name: of the first image.  trusted: the model gave numbers before, so that it is the image's fault if not.
         """
