@@ -62,6 +62,15 @@ def code_of(number):
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
+def count(parts):
+    return len(list(parts.glob("part-*")))
+
+
+def wait(parts, number):
+    while count(parts) < number:
+        time.sleep(0.001)
+
+
 def main(folder):
     torch.set_num_threads(1)
     trained, images = load_trained(folder / "best.safetensors"), [folder / "images"]
@@ -82,10 +91,10 @@ def main(folder):
     seen = []
     for kill in range(10):
         number = child(lambda kill=kill: predict("killed.csv", report=Slow(), workers=kill % 2))
-        time.sleep(draw.uniform(0.03, 0.18))
+        wait(folder / "killed.csv.parts", (seen or [[0, 0]])[-1][1] + draw.randint(0, 2))
+        time.sleep(draw.uniform(0, 0.01))
         os.kill(number, signal.SIGKILL)
-        parts = folder / "killed.csv.parts"
-        seen.append([code_of(number), len(list(parts.glob("part-*"))), (folder / "killed.csv").exists()])
+        seen.append([code_of(number), count(folder / "killed.csv.parts"), (folder / "killed.csv").exists()])
     assert code_of(child(lambda: predict("killed.csv"))) == 0
     found["kills"], found["killed"] = seen, text("killed.csv")
 
@@ -112,7 +121,7 @@ def main(folder):
         predict("shared.csv", report=Slow())
 
     ranks = [child(lambda rank=rank: share(rank)) for rank in range(2)]
-    time.sleep(0.1)
+    wait(folder / "shared.csv.parts", 3)
     os.kill(ranks[1], signal.SIGKILL)  # one is killed, the other ends
     found["first"] = [*map(code_of, ranks), (folder / "shared.csv").exists()]
     ranks = [child(lambda rank=rank: share(rank)) for rank in range(2)]
