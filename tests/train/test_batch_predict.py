@@ -260,6 +260,27 @@ def test_values_that_are_no_numbers(trained, tmp_path):
     assert not (tmp_path / "b.csv").exists()
 
 
+def test_a_model_without_weights_is_known_by_its_file(trained, tmp_path):
+    """As an exported one, which is a file and a module that shows nothing of it."""
+
+    class Exported(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    folder, file = folder_of(tmp_path / "pics", 3), tmp_path / "model.onnx"
+    model = dataclasses.replace(trained, model=Exported(), path=file)
+    for content, refused in ((b"one", False), (b"two", True)):
+        file.write_bytes(content)
+        if refused:
+            with pytest.raises(LinsightError, match=r"of another prediction \(weights: "):
+                predict_to(model, [folder], tmp_path / "o.csv", **PLAIN)
+        else:
+            predict_to(model, [folder], tmp_path / "o.csv", **PLAIN)
+    assert [row["error"] for row in rows_of(tmp_path / "o.csv")] == ["", "", ""]
+    with pytest.raises(LinsightError, match="gives classes, and no features"):
+        predict_to(model, [folder], tmp_path / "o.jsonl", features=True, **PLAIN)
+
+
 def test_what_cannot_be_is_one_line(weights, linsight, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "pics", 2)
@@ -267,6 +288,8 @@ def test_what_cannot_be_is_one_line(weights, linsight, tmp_path, monkeypatch):
     (tmp_path / "there.csv").write_text("mine")
     parquet.write_table(pa.table({"n": [1]}), "n.parquet")
     os.mkfifo("pipe")
+    with zipfile.ZipFile("no.zip", "w") as file:
+        file.writestr("a.txt", "no picture")
     cases = [
         (("pics", "--out", "o.npy"), "add --stream and --output"),
         (("pics", "--out", "o.txt"), "'o.txt' has to end in .csv, .jsonl, .parquet"),
@@ -286,6 +309,7 @@ def test_what_cannot_be_is_one_line(weights, linsight, tmp_path, monkeypatch):
         (("pipe", "--out", "o.csv"), "is no file and no folder"),
         (("n.parquet", "--out", "o.csv"), "say which to use with image_key="),
         (("n.parquet", "--out", "o.csv", "--image-key", "m"), "unknown column of 'n.parquet' 'm'"),
+        (("no.zip", "--out", "o.csv"), "no image in 'no.zip' (in 'no.zip': 1 file of another kind left out: .txt 1)"),
         (("n.parquet",), "name a file for what is found, --out FILE.csv"),
     ]
     for arguments, message in cases:
@@ -353,7 +377,10 @@ def test_a_damaged_part_is_made_anew(trained, tmp_path):
     predict_to(trained, [folder], tmp_path / "o.csv", shard=(1, 2), **given)
     first = next((tmp_path / "o.csv.parts").glob("part-000000*"))
     first.write_bytes(first.read_bytes()[:10])  # as after a power cut
-    with pytest.raises(LinsightError, match=r"part-000000.* was damaged and is removed: give the same command again"):
+    first.with_name(first.name.replace("000000", "a")).write_text("of somebody else")
+    with pytest.raises(
+        LinsightError, match=r"part-000000.* was damaged and is removed: the same command predicts it again"
+    ):
         predict_to(trained, [folder], tmp_path / "o.csv", shard=(2, 2), **given)
     assert not (tmp_path / "o.csv").exists()
     predict_to(trained, [folder], tmp_path / "o.csv", **given)

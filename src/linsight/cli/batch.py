@@ -38,7 +38,7 @@ ImageKey = Annotated[str | None, typer.Option(help=FIELDS["image_key"].metadata[
 
 def check(given: Mapping[str, Any], out: str | None, streamed: bool) -> dict[str, Any]:
     """The options for a file of many images that were given, read; refused where there is none."""
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     for name in given:
         if out is None or streamed:
             raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --out FILE.csv, without --stream")

@@ -57,9 +57,10 @@ def _unwritten(path: pathlib.Path, error: OSError) -> LinsightError:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Wait until a file, or the names in a folder, are where a power cut leaves them, as far as the system can."""
-    with contextlib.suppress(OSError):  # a folder cannot be opened everywhere
-        descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are where a power cut leaves them."""
+    folder = path.is_dir()
+    with contextlib.suppress(*([OSError] if folder else [])):  # which not every system can open or write out
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:

@@ -15,7 +15,7 @@ from ._archives import SUFFIXES, Archive
 from ._parquet import Table, hugging_face_images, hugging_face_splits
 from ._sections import Files, Members, Rows, Section
 from ._sources import Source, first_line
-from ._trees import count, in_order, shown, walk
+from ._trees import count, in_order, shown, some, walk
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _HUB = "hfds/"
@@ -120,7 +120,8 @@ class _Opening:
             )
         inputs = Inputs(self.sections, tuple(self.notes), tuple(self.torn))
         if not len(inputs):
-            raise LinsightError("no image is given: name image files, folders, .tar, .zip or .parquet files")
+            why = f" ({self.notes[0]})" if self.notes else ""
+            raise LinsightError(f"no image in {some(places)}{why}" if places else "no image is given: name some")
         return inputs
 
     def _open(self, place: str) -> None:

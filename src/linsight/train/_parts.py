@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -87,10 +88,13 @@ class Parts:
             lists: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
             }
-            return cls(folder, Plan(**lists))
+            plan = Plan(**lists)
+            if not (isinstance(plan.facts, dict) and isinstance(plan.times, dict) and plan.images > 0 < plan.chunk):
+                raise ValueError
+            return cls(folder, plan)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise LinsightError(f"'{path}' cannot be read: remove '{folder}' to begin anew") from error
 
     def images(self, number: int) -> range:
@@ -99,9 +103,8 @@ class Parts:
 
     def there(self) -> set[int]:
         """The numbers of the parts that are there."""
-        ends = f"-{self.key}.jsonl"
-        names = [name for name in os.listdir(self.folder) if name.startswith("part-") and name.endswith(ends)]
-        return {int(name.removeprefix("part-").removesuffix(ends)) for name in names}
+        named = re.compile(rf"part-(\d+)-{self.key}\.jsonl")
+        return {int(found[1]) for found in map(named.fullmatch, os.listdir(self.folder)) if found}
 
     def missing(self) -> list[int]:
         """The numbers of the parts that are not."""
@@ -129,7 +132,7 @@ class Parts:
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             path.unlink(missing_ok=True)
-            raise LinsightError(f"'{path}' was damaged and is removed: give the same command again") from error
+            raise LinsightError(f"'{path}' was damaged and is removed: the same command predicts it again") from error
         yield from rows
 
     def keep(self) -> None:
