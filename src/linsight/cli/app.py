@@ -1,4 +1,4 @@
-"""The command line: `linsight train | eval | predict | bench | advise | list | info | doctor`.
+"""The command line: `linsight train | eval | predict | merge | bench | advise | list | info | doctor`.
 
 Commands import what they need when they run. Anything a user can mend is a LinsightError: one line
 on standard error, exit code 2.

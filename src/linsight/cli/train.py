@@ -1,4 +1,4 @@
-"""The commands train, eval and predict."""
+"""The commands train, eval, predict and merge."""
 
 import dataclasses
 import inspect
@@ -18,6 +18,7 @@ from linsight.runtime.text import printable
 from linsight.train.progress import reporter, tile_reporter
 from linsight.train.recipes import OWN
 
+from . import batch
 from .show import Command, make_table, terminal
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
@@ -43,6 +44,7 @@ def register(app: typer.Typer) -> None:
     )(_train)
     app.command("eval", cls=Command)(evaluate)
     app.command("predict", cls=Command)(predict)
+    app.command("merge", cls=Command)(batch.merge)
 
 
 def _train(**options: Any) -> None:
@@ -232,7 +234,9 @@ def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, i
 
 def predict(
     source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
-    images: Annotated[list[str], typer.Argument(help="image files, and folders of them")],
+    images: Annotated[
+        list[str], typer.Argument(help="image files, folders; with --out .tar, .zip, .parquet, hfds/NAME")
+    ],
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
     from_size: _From = None,
     top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
@@ -260,14 +264,18 @@ def predict(
         str | None,
         typer.Option(metavar="classes|features|map", help="what to give; none: classes", **_STREAM),
     ] = None,
-    out: Annotated[
-        str | None, typer.Option(metavar="FILE.npy", help="where features or the map are written", **_STREAM)
-    ] = None,
+    out: batch.Out = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the stopped run in --scratch", **_STREAM)
     ] = False,
+    logits: batch.Logits = False,
+    features: batch.Features = False,
+    shard: batch.Shard = None,
+    batch_size: batch.BatchSize = None,
+    workers: batch.Workers = None,
+    image_key: batch.ImageKey = None,
 ) -> None:
-    """Say what a trained model sees in images."""
+    """Say what a trained model sees in images: here, or with --out FILE.csv, of any number of them, in a file."""
     from linsight.train import predict as run
     from linsight.train.model import load_source
 
@@ -276,6 +284,8 @@ def predict(
     given: dict[str, Any] = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
     given |= {"level": level, "mpp": mpp}
     given = {name: value for name, value in given.items() if value is not None}
+    many = {"logits": logits, "features": features, "shard": shard, "batch_size": batch_size, "workers": workers}
+    many = batch.check(many | {"image_key": image_key}, out, streamed)
     if streamed:
         if img_size is not None:
             raise typer.BadParameter("--img-size does not go with --stream, which takes images as they are")
@@ -284,8 +294,13 @@ def predict(
             load_source(source, checkpoint, from_size), images, given, output, out, top, on_bad_image, as_json
         )
         return
-    for name in [*given, *(["output"] if output is not None else []), *(["out"] if out is not None else [])]:
+    for name in [*given, *(["output"] if output is not None else [])]:
         raise typer.BadParameter(f"--{name} goes with --stream")
+    if out is not None:
+        batch.run(
+            load_source(source, checkpoint, from_size), images, out, as_json, top=top, fill=fill, **settings, **many
+        )
+        return
     trained, notes = load_source(source, checkpoint, from_size), list[str]()
     done, bad = run(trained, images, top=top, **settings, fill=fill, note=notes.append)
     _tell(notes)

@@ -13,6 +13,10 @@ from linsight.errors import LinsightError
 _HELD: set[pathlib.Path] = set()  # by this process, which a lock of the system does not keep from itself
 
 
+class HeldError(LinsightError):
+    """A folder in which another process works."""
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path in the same folder, which becomes `path` if the block ends well."""
@@ -52,6 +56,17 @@ def _unwritten(path: pathlib.Path, error: OSError) -> LinsightError:
     return LinsightError(f"'{path}' cannot be written: {error.strerror or error}")
 
 
+def sync(path: pathlib.Path) -> None:
+    """Wait until a file, or the names in a folder, are where a power cut leaves them."""
+    folder = path.is_dir()
+    with contextlib.suppress(*([OSError] if folder else [])):  # which not every system can open or write out
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Write `text` to `path` in one move."""
     with replacing(path) as temporary:
@@ -77,7 +92,7 @@ def hold(folder: pathlib.Path, name: str) -> Callable[[], None]:
     name: of the file in it that is locked. Processes that this one forks do not hold it, and cannot let go of it.
     """
     path = folder.resolve() / name
-    taken = LinsightError(f"another run works in '{folder}': wait for its end, or give another folder")
+    taken = HeldError(f"another run works in '{folder}': wait for its end, or give another folder")
     if path in _HELD:  # to open and close its file would let go of the lock
         raise taken
     try:

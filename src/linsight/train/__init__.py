@@ -11,7 +11,9 @@ from linsight.runtime.lazy import lazily
 from linsight.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
+    from ._parts import merge_predictions
     from ._predict import Prediction, predict
+    from .batch import Written, predict_to
     from .chosen import resolve, suggest
     from .datasets import Data, open_data
     from .evaluation import evaluate
@@ -31,13 +33,16 @@ __all__ = [
     "Recipe",
     "Tiling",
     "Trained",
+    "Written",
     "evaluate",
     "evaluate_exits",
     "load_run",
     "load_trained",
+    "merge_predictions",
     "open_data",
     "predict",
     "predict_stream",
+    "predict_to",
     "resolve",
     "resume",
     "save_stream",
@@ -47,7 +52,9 @@ __all__ = [
 
 # Imported when they are asked for: the help of a command needs the recipes alone.
 _HOMES = {
+    "_parts": ("merge_predictions",),
     "_predict": ("Prediction", "predict"),
+    "batch": ("Written", "predict_to"),
     "chosen": ("resolve", "suggest"),
     "datasets": ("Data", "open_data"),
     "evaluation": ("evaluate",),

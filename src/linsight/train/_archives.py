@@ -9,6 +9,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from linsight.errors import LinsightError
@@ -36,12 +37,18 @@ _HEADER = 512  # bytes of a header in a tar; so many zeros are its end
 class Archive:
     """The files of a tar or a zip, by their names. It may be copied to other processes.
 
+    torn: what is wrong with the end of a tar, "" where nothing is.
+
+    Args:
+        path: of the archive.
+        partly: take a tar whose end is damaged for what can be read of it.
+
     Raises:
         LinsightError: no such archive, a compressed or encrypted one, a damaged one, names that lead out of it.
     """
 
-    def __init__(self, path: str | pathlib.Path) -> None:
-        self.path = str(path)
+    def __init__(self, path: str | pathlib.Path, *, partly: bool = False) -> None:
+        self.path, self.partly, self.torn = str(path), partly, ""
         self.members: dict[str, Any] = {}  # of a tar: where its bytes lie; of a zip: what it knows of it
         self.folders: set[str] = set()
         self.lost: list[str] = []  # links that lead to nothing in the archive
@@ -61,8 +68,7 @@ class Archive:
         except LinsightError:
             raise
         except _DAMAGE as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise LinsightError(f"{shown(path)} is no readable {kind} file: {line}") from error
+            raise LinsightError(f"{shown(path)} is no readable {kind} file: {_line(error)}") from error
 
     def tree(self) -> Tree:
         """The names of its files and folders."""
@@ -78,11 +84,16 @@ class Archive:
         try:
             if isinstance(member, zipfile.ZipInfo):
                 return io.BytesIO(self._zip().read(member))
-            with open(self.path, "rb") as file:
-                file.seek(member[0])
-                return io.BytesIO(file.read(member[1]))
+            return self.cut(self.path, *member)
         except _DAMAGE as error:
             raise OSError(f"damaged in the archive: {error}") from error
+
+    @staticmethod
+    def cut(path: str, start: int, size: int) -> BinaryIO:
+        """A piece of a file, as a file."""
+        with open(path, "rb") as file:
+            file.seek(start)
+            return io.BytesIO(file.read(size))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}
@@ -108,28 +119,15 @@ class Archive:
 
     def _read_tar(self) -> None:
         links: dict[str, str] = {}
-        before = -1
         with tarfile.open(self.path, "r:") as file:
-            for member in file:
-                if member.size < 0 or member.offset <= before or member.issparse():
-                    raise tarfile.ReadError(f"member {shown(member.name)} has no plain size")
-                before = member.offset
-                name = self._name(member.name)
-                self.members.pop(name, None)  # of members of one name, the last is the one that is unpacked
-                links.pop(name, None)
-                if member.isfile():
-                    self.members[name] = (member.offset_data, member.size)
-                elif member.isdir():
-                    self.folders.add(name)
-                elif member.islnk():
-                    links[name] = posixpath.normpath(member.linkname).lstrip("/")
-                elif member.issym():
-                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
-            end = file.offset
-        with open(self.path, "rb") as raw:
-            raw.seek(end)
-            if raw.read(_HEADER) != bytes(_HEADER):
-                raise tarfile.ReadError(f"cut short or damaged at byte {end}, pack it anew")
+            try:
+                self._read_members(file, links)
+            except LinsightError:
+                raise
+            except _DAMAGE as error:
+                if not self.partly or not self.members:
+                    raise
+                self.torn = _line(error)
         for name in links:
             target, passed = name, set[str]()
             while target in links and target not in passed:  # a link may lead to a link, and in a circle
@@ -140,8 +138,42 @@ class Archive:
             else:
                 self.lost.append(name)
 
+    def _read_members(self, file: tarfile.TarFile, links: dict[str, str]) -> None:
+        for member in _members(file):
+            name = self._name(member.name)
+            self.members.pop(name, None)  # of members of one name, the last is the one that is unpacked
+            links.pop(name, None)
+            if member.isfile():
+                self.members[name] = (member.offset_data, member.size)
+            elif member.isdir():
+                self.folders.add(name)
+            elif member.islnk():
+                links[name] = posixpath.normpath(member.linkname).lstrip("/")
+            elif member.issym():
+                links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+
     def _name(self, name: str) -> str:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if ".." in parts:
             raise LinsightError(f"{shown(self.path)} has a member whose name leads out of it: {shown(name)}")
         return "/".join(parts)
+
+
+def _members(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Each member of a tar, of which none is kept; raises a ReadError where it is damaged or cut short."""
+    before = -1
+    kept: Any = file
+    while (member := file.next()) is not None:
+        kept.members = []  # a thousand bytes each
+        if member.size < 0 or member.offset <= before or member.issparse():
+            raise tarfile.ReadError(f"member {shown(member.name)} has no plain size")
+        before = member.offset
+        yield member
+    with open(str(file.name), "rb") as raw:
+        raw.seek(file.offset)
+        if raw.read(_HEADER) != bytes(_HEADER):
+            raise tarfile.ReadError(f"cut short or damaged at byte {file.offset}, pack it anew")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

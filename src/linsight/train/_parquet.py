@@ -1,8 +1,11 @@
 """Data sets of Hugging Face, and Parquet files, as sources."""
 
+import bisect
 import contextlib
+import functools
 import glob
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -29,12 +32,7 @@ class Rows:
 
     def open(self, index: int) -> BinaryIO:
         """The image of a row, undecoded; raises OSError where there is none."""
-        image = self.rows[index][self.key] or {}
-        if image.get("bytes"):
-            return io.BytesIO(image["bytes"])
-        if not image.get("path"):
-            raise OSError("no image there")
-        return open(pathlib.Path(self.folder, image["path"]), "rb")
+        return _stored(self.rows[index][self.key], self.folder)
 
     def filename(self, index: int) -> str:
         """The file that a row is of, or the row's number."""
@@ -42,6 +40,55 @@ class Rows:
             if path := (self.rows[index][self.key] or {}).get("path"):
                 return str(path)
         return f"row {index}"
+
+
+class Table:
+    """The images of a Parquet file, by row, of which a row group is in memory at a time.
+
+    Raises:
+        LinsightError: it is no Parquet file, is damaged, or has no column of images.
+    """
+
+    def __init__(self, path: pathlib.Path, image_key: str | None) -> None:
+        hf = import_datasets()
+        from pyarrow import parquet
+
+        self.path, name = path, str(path)
+        try:
+            with parquet.ParquetFile(path) as file:
+                counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                kinds = hf.Features.from_arrow_schema(file.schema_arrow)
+        except Exception as error:  # of a damaged file it raises anything
+            raise LinsightError(f"{shown(path)} is no readable Parquet file: {first_line(error)}") from error
+        self.ends = list(itertools.accumulate(counts))
+        self.key = _image_column(name, kinds, image_key)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def open(self, index: int) -> BinaryIO:
+        """The image of a row, undecoded; raises OSError where there is none."""
+        group = bisect.bisect_right(self.ends, index)
+        images = _row_group(self.path, group, self.key)
+        return _stored(images[index - self.ends[group]].as_py(), str(self.path.parent))
+
+
+@functools.lru_cache(maxsize=1)
+def _row_group(path: pathlib.Path, group: int, key: str) -> Any:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[key], use_threads=False)[key]
+
+
+def _stored(cell: Any, folder: str) -> BinaryIO:
+    """The image of a cell, which has bytes, a path, or both; raises OSError where there is none."""
+    cell = {"bytes": cell} if isinstance(cell, bytes) else {"path": cell} if isinstance(cell, str) else cell or {}
+    if cell.get("bytes"):
+        return io.BytesIO(cell["bytes"])
+    if not cell.get("path"):
+        raise OSError("no image there")
+    return open(pathlib.Path(folder, cell["path"]), "rb")
 
 
 def split_files(label: str, names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -152,6 +199,13 @@ def hugging_face(name: str, cache: str | None, split: str, image_key: str | None
     return _source(name, table, "", image_key, label_key)
 
 
+def hugging_face_images(name: str, split: str, image_key: str | None) -> Rows:
+    """The images of a split of a data set of Hugging Face, which needs no labels."""
+    hf = import_datasets()
+    table = _of_hub(name, lambda: hf.load_dataset(name, split=split))
+    return _undecoded(name, table, _image_column(name, table.features, image_key), "")
+
+
 def hugging_face_splits(name: str) -> list[str]:
     """The names of the splits of a data set of Hugging Face."""
     hf = import_datasets()
@@ -170,19 +224,14 @@ def import_datasets() -> Any:
 def _source(name: str, table: Any, folder: str, image_key: str | None, label_key: str | None) -> Source:
     hf = import_datasets()
     kinds = table.features
-    image_key = image_key or _column(name, kinds, _IMAGES, "image_key", hf.Image, _is_bytes)
+    image_key = _image_column(name, kinds, image_key)
     rest = {key: kind for key, kind in kinds.items() if key != image_key}
     label_key = label_key or _column(name, rest, _LABELS, "label_key", hf.ClassLabel, _is_label)
-    for key in (image_key, label_key):
-        if key not in kinds:
-            raise UnknownNameError(f"column of {shown(name)}", key, kinds)
+    if label_key not in kinds:
+        raise UnknownNameError(f"column of {shown(name)}", label_key, kinds)
     if not _is_label(kinds[label_key]):
         raise LinsightError(
             f"the column {shown(label_key)} of {shown(name)} has no label a row: name another, label_key="
-        )
-    if not _is_image(kinds[image_key]):
-        raise LinsightError(
-            f"the column {shown(image_key)} of {shown(name)} has no image a row: name another, image_key="
         )
     labels = _of_hub(name, lambda: table.select_columns(label_key)[:][label_key])
     if isinstance(kinds[label_key], hf.ClassLabel):
@@ -193,8 +242,25 @@ def _source(name: str, table: Any, folder: str, image_key: str | None, label_key
         classes = sort_classes(shown(name), set(said) - {""})
         place = {label: index for index, label in enumerate(classes)}
         targets = [place.get(plain(label), -1) for label in said]
-    images = _of_hub(name, lambda: table.select_columns(image_key).cast_column(image_key, hf.Image(decode=False)))
-    return Reading(Rows(images, image_key, folder), targets, classes)
+    return Reading(_undecoded(name, table, image_key, folder), targets, classes)
+
+
+def _undecoded(name: str, table: Any, image_key: str, folder: str) -> Rows:
+    """The images of a table."""
+    kind = import_datasets().Image(decode=False)
+    return Rows(_of_hub(name, lambda: table.select_columns(image_key).cast_column(image_key, kind)), image_key, folder)
+
+
+def _image_column(name: str, kinds: Mapping[str, Any], image_key: str | None) -> str:
+    """The column of images, `image_key` where it is given; a LinsightError where there is none."""
+    image_key = image_key or _column(name, kinds, _IMAGES, "image_key", import_datasets().Image, _is_bytes)
+    if image_key not in kinds:
+        raise UnknownNameError(f"column of {shown(name)}", image_key, kinds)
+    if not _is_image(kinds[image_key]):
+        raise LinsightError(
+            f"the column {shown(image_key)} of {shown(name)} has no image a row: name another, image_key="
+        )
+    return image_key
 
 
 def _text(label: Any) -> str:

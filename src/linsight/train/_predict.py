@@ -16,6 +16,7 @@ from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
 from ._feeds import refuse
+from ._inputs import is_packed
 from ._sources import Source, images_under
 from ._trees import shown
 from .evaluation import probabilities
@@ -66,6 +67,8 @@ def predict(
     for path in map(pathlib.Path, paths):
         if not os.path.exists(path):
             raise LinsightError(f"no such image or folder: {shown(path)}")
+        if path.is_file() and is_packed(path.name):
+            raise LinsightError(f"{shown(path)} may have many images: name a file for what is found, --out FILE.csv")
         found = images_under(path, aside) if path.is_dir() else [path]
         if not found:
             raise LinsightError(f"no image in the folder {shown(path)}{''.join(f' ({line})' for line in aside[-1:])}")

@@ -31,6 +31,7 @@ _LEFT_OUT = {
     "special": ("pipe or device", "pipes and devices"),
 }
 _SHOWN = 3
+_NUMBER = re.compile(r"[0-9]+")
 
 
 @dataclasses.dataclass
@@ -76,7 +77,7 @@ def sort_tree(label: str, names: Iterable[str], folders: Iterable[str]) -> Tree:
         while (folder := folder.rpartition("/")[0]) and folder not in found:
             found.add(folder)
     found = {folder for folder in found if folder and not any(map(hidden, folder.split("/")))}
-    return Tree(label, sorted(pictures, key=_in_order), sorted(others), found)
+    return Tree(label, sorted(pictures, key=in_order), sorted(others), found)
 
 
 def walk(folder: str | pathlib.Path) -> Tree:
@@ -95,6 +96,17 @@ def walk(folder: str | pathlib.Path) -> Tree:
         if found[kind]
     ]
     return tree
+
+
+def in_order(name: str) -> tuple[str, str]:
+    """A key that puts 10.png behind 9.png, as timm's readers do."""
+    return _NUMBER.sub(_sized, name.lower()), name
+
+
+def _sized(found: re.Match[str]) -> str:
+    """A number behind the count of its digits, before any letter."""
+    digits = found[0].lstrip("0")
+    return f"\0{chr(len(digits))}{digits}"
 
 
 def shown(name: object) -> str:
@@ -153,13 +165,3 @@ def _entries(root: str) -> Iterator[tuple[str, str]]:
 
 def _identity(about: os.stat_result) -> tuple[int, int]:
     return about.st_dev, about.st_ino
-
-
-def _in_order(name: str) -> tuple[list[str | tuple[int, str]], str]:
-    """A key that puts 10.png behind 9.png, as timm's readers do."""
-    pieces = re.split(r"([0-9]+)", name.lower())
-    key: list[str | tuple[int, str]] = []
-    for place, piece in enumerate(pieces):
-        digits = piece.lstrip("0")
-        key.append((len(digits), digits) if place % 2 else piece)
-    return key, name

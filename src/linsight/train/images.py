@@ -20,7 +20,7 @@ from linsight.recipe import Recipe
 from linsight.runtime.signals import outlive
 
 from ._sources import Arrays, Source
-from .random import Batches, seed_sample
+from .random import seed_sample
 
 MODE_OF = {channels: mode for mode, channels in MODES.items()}
 
@@ -179,7 +179,7 @@ def _start_worker(_: int) -> None:
     outlive()  # Ctrl-C and `timeout` reach the whole group
 
 
-def loader(samples: Samples, batches: Batches, *, workers: int, pin: bool) -> Iterable[Batch]:
+def loader(samples: Samples, batches: Iterable[list[tuple[int, ...]]], *, workers: int, pin: bool) -> Iterable[Batch]:
     """A loader to iterate once an epoch."""
     return DataLoader(
         samples,

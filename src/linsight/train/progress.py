@@ -187,6 +187,76 @@ def tile_reporter(console: Console) -> Tiles:
     return TileBar(console) if console.is_terminal else TileLines(console)
 
 
+class Images:
+    """A reporter of how many images are predicted, which says nothing; the base of the others."""
+
+    def begin(self, done: int, total: int) -> None:
+        """`done` of `total` images were predicted before."""
+        self.first, self.done, self.total, self.started = done, done, total, time.perf_counter()
+
+    def step(self, images: int) -> None:
+        """So many more are."""
+        self.done += images
+
+    def end(self) -> None:
+        """No more will be."""
+
+    def speed(self) -> str:
+        """Images a second, and about how long the others take."""
+        rate = max(self.done - self.first, 1) / max(time.perf_counter() - self.started, 1e-9)
+        return f"{rate:,.{0 if rate >= 10 else 1}f} images/s, about {_clock((self.total - self.done) / rate)} left"
+
+
+class ImageLines(Images):
+    """A reporter of a line a minute."""
+
+    every = 60.0
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def begin(self, done: int, total: int) -> None:
+        """See `Images`."""
+        super().begin(done, total)
+        self.said = self.started
+
+    def step(self, images: int) -> None:
+        """See `Images`."""
+        super().step(images)
+        if time.perf_counter() - self.said >= self.every:
+            self.said = time.perf_counter()
+            line = f"{self.done:,} of {self.total:,} images, {self.speed()}"
+            self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+class ImageBar(Images):
+    """A reporter with a bar."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("images, {task.fields[text]}"))
+        self.bar = Progress(SpinnerColumn(), *columns, console=console, transient=True)
+
+    def begin(self, done: int, total: int) -> None:
+        """See `Images`."""
+        super().begin(done, total)
+        self.task = self.bar.add_task("images", total=total, completed=done, text="the first batch ...")
+        self.bar.start()
+
+    def step(self, images: int) -> None:
+        """See `Images`."""
+        super().step(images)
+        self.bar.update(self.task, completed=self.done, text=self.speed())
+
+    def end(self) -> None:
+        """See `Images`."""
+        self.bar.stop()
+
+
+def image_reporter(console: Console) -> Images:
+    """The reporter of images that fits the console."""
+    return ImageBar(console) if console.is_terminal else ImageLines(console)
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
