@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from linsight import load_run
-from linsight.export import export_onnx, load_exported, open_exported, verify
+from linsight.export import export_onnx, export_program, load_exported, open_exported, verify
 from linsight.export import onnx as room
 from linsight.train import load_trained, predict
 
@@ -222,3 +222,26 @@ def test_static_half_and_compiled_files(run, tmp_path, linsight, data):
         assert linsight("predict", tmp_path / name, *images)[0] == 0
     one_line(linsight("predict", tmp_path / "s.onnx", images[0], "--img-size", "32"), "exported for images of 16x16")
     one_line(linsight("predict", tmp_path / "c.pt2", images[0]), "machine code, of AOTInductor")
+
+
+def test_missing_packages_cost_one_line(run, tmp_path, linsight, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    one_line(
+        linsight("export", run, "--onnx", tmp_path / "m.onnx"), "needs the package 'onnx': pip install -e '.[export]'"
+    )
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    one_line(linsight("export", run, "--compiled", tmp_path / "m.pt2"), "needs a C++ compiler, and none is installed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path, small, facts):
+    with pytest.raises(ValueError, match=r"a torch\.nn\.Module: a str came"):
+        export_onnx("small", tmp_path / "m.onnx")
+
+    def by_value(module, x):
+        return module.head.weight.new_zeros(4) if x[0].sum().item() > 0 else module.head(x[0].mean((1, 2)))[None]
+
+    small.register_forward_hook(lambda module, given, output: by_value(module, given))
+    with pytest.raises(ValueError, match=r"'small' has no exported form: .*; --static exports for one size") as error:
+        export_program(small, tmp_path / "m.pt2", facts=facts)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

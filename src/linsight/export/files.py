@@ -1,8 +1,5 @@
 """Opening an exported file again, without running what is in it."""
 
-import contextlib
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +12,7 @@ from linsight.runtime.text import printable
 
 from .archive import read_program
 from .facts import KEY, Facts
-from .runs import OnnxModel, ProgramModel
+from .runs import OnnxModel, ProgramModel, one_line, quiet
 
 SUFFIXES = (".onnx", ".pt2")
 
@@ -50,28 +47,6 @@ def open_exported(path: str | Path) -> Opened:
         raise
     except Exception as error:  # of other libraries, for damaged files
         raise CheckpointError(f"'{path}' cannot be read: {one_line(error)}") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, libraries neither warn nor log: what goes wrong is said in one line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def one_line(error: BaseException) -> str:
-    """The reason behind an error of another library, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = (line.strip() for line in str(error).splitlines())
-    text = next((line for line in lines if line), type(error).__name__)
-    return printable(text[:300])
 
 
 def _open_onnx(path: Path) -> Opened:

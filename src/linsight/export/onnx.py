@@ -11,9 +11,9 @@ from linsight.errors import LinsightError, MissingExtraError
 from linsight.runtime.files import require_place
 
 from .facts import KEY, Facts
-from .files import open_exported, quiet
+from .files import open_exported
 from .placing import placing
-from .runs import OnnxModel
+from .runs import OnnxModel, quiet
 from .trace import Traced, traced
 from .verify import Exported
 

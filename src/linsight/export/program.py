@@ -12,8 +12,9 @@ from linsight.errors import LinsightError
 from linsight.runtime.files import require_place
 
 from .facts import KEY, Facts
-from .files import open_exported, quiet
+from .files import open_exported
 from .placing import placing
+from .runs import quiet
 from .trace import Traced, traced
 from .verify import Exported
 
@@ -91,5 +92,6 @@ def _program(of: Traced) -> torch.export.ExportedProgram:
 
 
 def _save(program: torch.export.ExportedProgram, facts: Facts, path: Path) -> None:
-    with path.open("wb") as file:  # torch itself would not say why it cannot write
-        torch.export.save(program, file, extra_files={KEY: facts.dumps()})
+    content = io.BytesIO()  # where torch itself cannot write, it ends the process
+    torch.export.save(program, content, extra_files={KEY: facts.dumps()})
+    path.write_bytes(content.getbuffer())

@@ -1,16 +1,21 @@
 """Exported files as modules: sessions of onnxruntime, and programs of torch.export."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from linsight.errors import LinsightError, MissingExtraError
+from linsight.runtime.text import printable
 
 from .facts import KEY
 
+T = TypeVar("T")
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -18,6 +23,28 @@ _DTYPES = {
     "tensor(uint8)": torch.uint8,
 }
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # where both are, the first
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, libraries neither warn nor log: what goes wrong is said in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def one_line(error: BaseException) -> str:
+    """The reason behind an error of another library, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = (line.strip() for line in str(error).splitlines())
+    text = next((line for line in lines if line), type(error).__name__)
+    return printable(text[:300])
 
 
 class OnnxModel(nn.Module):
@@ -52,7 +79,8 @@ class OnnxModel(nn.Module):
         """
         sides = [side if isinstance(side, int) else None for side in self.input.shape]
         require_input(x, _DTYPES.get(self.input.type), sides)
-        outputs: Sequence[Any] = self.session.run(None, {self.input.name: x.detach().cpu().contiguous().numpy()})
+        given = {self.input.name: x.detach().cpu().contiguous().numpy()}
+        outputs: Sequence[Any] = _answered(x, lambda: self.session.run(None, given))
         tensors = [torch.from_numpy(output) for output in outputs]
         return tensors[0] if len(tensors) == 1 else tensors
 
@@ -83,16 +111,28 @@ class ProgramModel(nn.Module):
         """
         require_input(x, self.dtype, self.sides)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return self.run(x.detach().cpu())
+            return _answered(x, lambda: self.run(x.detach().cpu()))
+
+
+def _answered(x: Tensor, run: Callable[[], T]) -> T:
+    """The result of `run`; what a library raises is a LinsightError of one line."""
+    try:
+        return run()
+    except Exception as error:
+        raise LinsightError(f"this file does not take images of {_sides(x.shape)}: {one_line(error)}") from error
+
+
+def _sides(sides: Sequence[int | None]) -> str:
+    return ", ".join("any" if side is None else str(side) for side in sides)
 
 
 def require_input(x: Tensor, dtype: torch.dtype | None, sides: Sequence[int | None]) -> None:
     """Raise a LinsightError unless an input has this dtype and these sides, of which None are free."""
-    taken = ", ".join("any" if side is None else str(side) for side in sides)
+    taken = _sides(sides)
     name = str(dtype).removeprefix("torch.")
     if not isinstance(x, Tensor):
         raise LinsightError(f"this file takes a tensor of {name} ({taken}): a {type(x).__name__} came")
     fits = x.ndim == len(sides) and all(side in (None, own) for side, own in zip(sides, x.shape, strict=True))
     if not fits or dtype not in (None, x.dtype):
-        given = f"{str(x.dtype).removeprefix('torch.')} ({', '.join(map(str, x.shape))})"
+        given = f"{str(x.dtype).removeprefix('torch.')} ({_sides(x.shape)})"
         raise LinsightError(f"this file takes {name} ({taken}): {given} came")

@@ -14,7 +14,7 @@ from linsight.errors import LinsightError
 from linsight.fuse import fused
 
 from .facts import Facts
-from .files import one_line
+from .runs import one_line
 from .served import Served
 from .verify import PIXELS, TOLERANCE, Checked, Run, answers, compare, error_of, evaluation, unseen
 
@@ -72,6 +72,10 @@ def traced(
     tolerance: the largest error that is accepted; by default, 1e-4 of the largest number, 1e-3 for pixels. In half
     precision twice that of the model itself in it is, too.
     """
+    if not isinstance(model, nn.Module):
+        raise LinsightError(f"a model is exported, a torch.nn.Module: a {type(model).__name__} came")
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model = copy.deepcopy(model).cpu()
     facts = facts or facts_of(model)
     facts = facts._replace(pixels=isinstance(model, Served), version=linsight.__version__)
     with evaluation(model):
