@@ -1,5 +1,6 @@
 """`linsight export`, and what it wrote in `predict` and `eval`."""
 
+import contextlib
 import json
 import os
 import resource
@@ -179,19 +180,34 @@ def test_a_file_that_answers_otherwise_is_not_kept(small, facts, tmp_path, monke
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("form", ["onnx", "program", "safetensors"])
+@contextlib.contextmanager
+def full_disk():
+    """While entered, no file can be larger than 1000 bytes: the system's own error, as of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("form", ["program", "safetensors"])
 def test_a_full_disk_leaves_what_was_there(run, tmp_path, linsight, form):
     path = tmp_path / f"m.{'pt2' if form == 'program' else form}"
     path.write_bytes(b"before")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    try:
+    with full_disk():
         done = linsight("export", run, f"--{form}", path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     one_line(done, f"'{path}' cannot be written: ")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_full_disk_leaves_no_part_of_an_onnx_file(small, facts, tmp_path, monkeypatch, large):
+    path = tmp_path / "m.onnx"
+    monkeypatch.setattr(room, "LARGE", 10 if large else 10**9)
+    with full_disk(), pytest.raises(ValueError, match=f"'{path}' cannot be written: "):
+        export_onnx(small, path, facts=facts)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -238,10 +254,9 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, small, facts):
     with pytest.raises(ValueError, match=r"a torch\.nn\.Module: a str came"):
         export_onnx("small", tmp_path / "m.onnx")
 
-    def by_value(module, x):
-        return module.head.weight.new_zeros(4) if x[0].sum().item() > 0 else module.head(x[0].mean((1, 2)))[None]
-
-    small.register_forward_hook(lambda module, given, output: by_value(module, given))
+    small.register_forward_hook(lambda module, given, output: output if output.sum().item() > 99 else output + 1)
     with pytest.raises(ValueError, match=r"'small' has no exported form: .*; --static exports for one size") as error:
         export_program(small, tmp_path / "m.pt2", facts=facts)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"the model itself does not take 2x5x16x16: .*channels"):
+        export_program(small, tmp_path / "m.pt2", facts=facts._replace(input_size=(5, 16, 16)))

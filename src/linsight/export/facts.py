@@ -1,4 +1,4 @@
-"""What an exported file says of itself, as JSON in its metadata."""
+"""The facts of an exported file, as JSON in its metadata."""
 
 import json
 import math
@@ -10,10 +10,11 @@ from linsight.errors import CheckpointError
 from linsight.runtime.files import to_json
 
 KEY = "linsight"  # of the metadata
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class Facts(NamedTuple):
-    """What a file says of itself.
+    """A file's own account of itself.
 
     model: its name.  classes: their names, in the order of the outputs; () where unknown.
     input_size: channels, height and width.  mean, std: of each channel, in 0..1.
@@ -89,6 +90,7 @@ def _sound(facts: Facts) -> bool:
     channels = facts.input_size[0] if isinstance(facts.input_size, tuple) and facts.input_size else 0
     return (
         all(isinstance(getattr(facts, name), str) for name in texts)
+        and facts.dtype in DTYPES
         and all(isinstance(getattr(facts, name), bool) for name in ("dynamic", "pixels", "run"))
         and all(_all(getattr(facts, name), str) for name in lists)
         and isinstance(facts.recipe, dict)

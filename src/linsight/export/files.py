@@ -104,7 +104,4 @@ def program_model(program: torch.export.ExportedProgram, facts: Facts) -> Progra
     channels, *size = facts.input_size
     sides: list[int | None] = [None, None, None] if facts.dynamic else [1, *size]
     sides.insert(3 if facts.pixels else 1, channels)
-    dtype = torch.uint8 if facts.pixels else getattr(torch, facts.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise LinsightError(f"no such dtype: '{printable(facts.dtype)}'")
-    return ProgramModel(program, dtype, sides)
+    return ProgramModel(program, torch.uint8 if facts.pixels else getattr(torch, facts.dtype), sides)

@@ -18,6 +18,7 @@ from .trace import Traced, traced
 from .verify import Exported
 
 OPSET = 20
+OLDEST = 18  # that torch writes
 LARGE = 1_900_000_000  # bytes of weights that one file of protobuf has room for
 
 
@@ -56,6 +57,11 @@ def export_onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "export", "exporting to ONNX")
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST <= opset <= newest:
+        raise LinsightError(f"opset {opset} cannot be written: {OLDEST} to {newest} can")
     with traced(model, facts, tolerance, half) as of, quiet():
         program = of.attempt("ONNX", lambda: _program(of, opset))
         for node in program.model.graph.all_nodes():
@@ -84,7 +90,7 @@ def _program(of: Traced, opset: int) -> Any:
         verbose=False,
     )
     if program.model.opset_imports.get("") != opset:
-        raise LinsightError(f"opset {opset} cannot be written, {program.model.opset_imports.get('')} can")
+        raise LinsightError(f"opset {opset} cannot be written of this model: take {OPSET}")
     return program
 
 

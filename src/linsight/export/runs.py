@@ -85,7 +85,7 @@ class OnnxModel(nn.Module):
         return tensors[0] if len(tensors) == 1 else tensors
 
     def metadata(self) -> str:
-        """What the file says of itself, as JSON; "" for one of others."""
+        """The facts in the file, as JSON; "" for one of others."""
         return self.session.get_modelmeta().custom_metadata_map.get(KEY, "")
 
 

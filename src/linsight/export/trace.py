@@ -1,4 +1,4 @@
-"""What every export needs: the model in evaluation mode, an example, free dimensions, inputs to check with."""
+"""The start of every export: the model in evaluation mode, an example, free dimensions, inputs to check with."""
 
 import contextlib
 import copy
@@ -92,11 +92,12 @@ def traced(
         example = _cast(_images(facts, 0, _BATCH if facts.dynamic else 1, *size[1:]), dtype)
         pairs = tuple((_cast(x, _dtype(reference)), _cast(x, dtype)) for x in examples)
         limit = (PIXELS if facts.pixels else TOLERANCE) if tolerance is None else tolerance
+        answers(given, example)  # which says in one line what is wrong with it
+        with torch.no_grad():
+            outputs = tuple(_names(given(example), given, facts.pixels))
         if half:
             found = [error_of(answers(given, mine), answers(reference, x)) for x, mine in pairs]
             limit = max(limit, 2 * max(found))
-        with torch.no_grad():
-            outputs = tuple(_names(given(example), given, facts.pixels))
         facts = facts._replace(
             dtype=str(dtype).removeprefix("torch."),
             inputs=("pixels" if facts.pixels else "images",),
@@ -106,7 +107,7 @@ def traced(
 
 
 def facts_of(model: nn.Module) -> Facts:
-    """What a model says of itself by its `pretrained_cfg`."""
+    """The facts of a model, by its `pretrained_cfg`."""
     if isinstance(model, Served):
         height, width = model.size
         inner = facts_of(model.model)

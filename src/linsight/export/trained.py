@@ -13,7 +13,7 @@ from linsight.recipe import Recipe, change
 from linsight.runtime.files import require_place
 from linsight.train import Trained, load_trained
 from linsight.train.images import statistics
-from linsight.train.model import KEPT, image_size, save
+from linsight.train.model import KEPT, image_size, packed
 
 from .facts import Facts
 from .files import SUFFIXES, Opened, data_of, open_exported
@@ -108,13 +108,13 @@ class ExportPlan:
         with placing(path) as temporary, traced(trained.model, self.facts, half=self.half) as of:
             about = {"run": trained.run, "titles": trained.titles}
             recipe = dataclasses.replace(trained.recipe, img_size=self.facts.input_size[1:])
-            save(temporary, state, recipe, trained.classes, **about)
+            temporary.write_bytes(packed(state, recipe, trained.classes, **about))
             again = load_trained(temporary).model
             checks = compare(of.reference, again, [(x, x) for x, _ in of.inputs], of.limit, "the file of weights")
         return Exported(path, "safetensors", checks, of.limit, facts=of.facts)
 
     def row(self, done: Exported) -> dict[str, Any]:
-        """What a report tells of a file."""
+        """The facts that a report tells of a file."""
         files = [done.path, data_of(done.path)]
         return {
             "form": done.form,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from linsight.errors import LinsightError
-from linsight.runtime.text import printable
 
 from .facts import Facts
+from .runs import one_line
 
 TOLERANCE = 1e-4  # of the largest number that the model answers
 PIXELS = 1e-3  # where the graph rounds to whole pixels, of which one may fall on the other side
@@ -60,10 +60,13 @@ def answers(model: Run, x: Tensor) -> list[Tensor]:
     """The tensors that a model gives.
 
     Raises:
-        LinsightError: one of them has a number that is none: nothing can be compared with it.
+        LinsightError: it does not take the input, or gives a number that is none: nothing can be compared with it.
     """
-    with torch.no_grad():
-        found: list[Tensor] = tree_leaves(model(x))
+    try:
+        with torch.no_grad():
+            found: list[Tensor] = tree_leaves(model(x))
+    except Exception as error:  # the model may be anybody's
+        raise LinsightError(f"the model itself does not take {_shape(x)}: {one_line(error)}") from error
     if not all(bool(tensor.isfinite().all()) for tensor in found):
         raise LinsightError(
             f"the model itself answers {_shape(x)} in {str(x.dtype).removeprefix('torch.')} with what is no number: "
@@ -87,8 +90,9 @@ def compare(
         try:
             found: list[Tensor] = tree_leaves(run(given))
         except Exception as error:  # of another library: whatever it raises, the file is of no use
-            reason = printable(" ".join(str(error).split())[:300])
-            raise LinsightError(f"{form} fails on {_shape(x)}, which the model takes: {reason}{way}") from error
+            raise LinsightError(
+                f"{form} fails on {_shape(x)}, which the model takes: {one_line(error)}{way}"
+            ) from error
         worst = error_of(found, wanted)
         if not worst <= tolerance:
             raise LinsightError(

@@ -144,14 +144,20 @@ def asked_size(trained: Trained, img_size: Any) -> Any:
 
 
 def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> None:
-    """Write weights as safetensors, with the recipe's part that rebuilds the model in the metadata."""
+    """Write weights as `packed` makes them."""
+    content = packed(state, recipe, classes, **facts)
+    with writing(path), replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def packed(state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> bytes:
+    """Weights as a file of safetensors, with the recipe's part that rebuilds the model in the metadata."""
     about = {"recipe": {name: getattr(recipe, name) for name in KEPT}, "classes": classes, **facts}
     about["grids"] = table_grids(state)  # of its position tables, which their rows do not tell
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
-    with writing(path), replacing(path) as temporary:
-        temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)}))
+    return to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)})
 
 
 def load_trained(source: str | pathlib.Path) -> Trained:
