@@ -107,6 +107,15 @@ def named(name):
     return change
 
 
+def spec(kind, context):
+    text = json.dumps([1, {"type": kind, "context": json.dumps(context), "children_spec": []}])
+
+    def change(program):
+        program["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = text
+
+    return change
+
+
 MODEL, WEIGHTS, CONSTANTS = "models/model.json", "model_weights_config.json", "model_constants_config.json"
 
 
@@ -124,11 +133,17 @@ def attacks(mark):
     yield "guard by a subscript", {MODEL: edited(guard(f"L[{code}] == 1"))}, {}
     yield "target", {MODEL: edited(target("torch.os.system"))}, {}
     yield "name", {MODEL: edited(named(f"x = {code} #"))}, {}
+    enum = {"__enum__": True, "fqn": "evil:Kind", "name": "A"}
+    yield "module of an enum", {MODEL: edited(spec("builtins.tuple", enum))}, {}
+    factory = {"default_factory_module": "evil", "default_factory_name": "Kind", "dict_context": []}
+    yield "module of a factory", {MODEL: edited(spec("collections.defaultdict", factory))}, {}
 
 
-@pytest.mark.parametrize("number", range(9))
-def test_what_a_package_would_run_is_refused(package, tmp_path, number):
+@pytest.mark.parametrize("number", range(11))
+def test_what_a_package_would_run_is_refused(package, tmp_path, number, monkeypatch):
     mark = tmp_path / "mark"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
     name, changes, extra = list(attacks(mark))[number]
     path = rewritten(package[0], tmp_path / "evil.pt2", changes, extra)
     with pytest.raises(CheckpointError, match="not safe to read") as error:

@@ -30,17 +30,18 @@ _COMPILED = "data/aotinductor/"
 _NAME = re.compile(r"[\w.]*")
 _TEXTS = {
     "target": re.compile(
-        r"torch\.ops\.(aten|prims)\.(?!__[^aox])\w+\.(?!_)\w+|(_operator|math)\.[a-z]\w*|torch\._?sym_\w+"
+        r"torch\.ops\.(aten|prims|linsight|torchvision)\.(?!__[^aox])\w+\.(?!_)\w+|(_operator|math)\.[a-z]\w*|"
+        r"torch\.ops\.higher_order\.wrap_with_(autocast|set_grad_enabled)|torch\._?sym_\w+"
     ),
     "as_string": re.compile(r"[a-z_]{0,20}"),  # "tanh" of gelu, "floor" of a division: no file has such a name
     "torch_version": re.compile(r"[\w.+<= -]*"),
-    **dict.fromkeys(("in_spec", "out_spec"), re.compile(r'[\w\s\[\]{}",:.\\]*')),
 }
+_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 _FUNCTIONS = re.compile(
     r"Symbol|Integer|Rational|Float|Add|Mul|Pow|Max|Min|Mod|And|Or|Not|Eq|Ne|Le|Lt|Ge|Gt|Equality|Unequality|"
     r"(Strict)?(LessThan|GreaterThan)|floor|ceiling|(Floor|Clean)Div|PythonMod|ModularIndexing|Where|Identity|"
     r"(Floor|Ceil|Trunc|Round)ToInt|Int(TrueDiv)|FloatTrueDiv|(Float)?Pow|PowByNatural|ToFloat|(Trunc)?To(Float|Int)|"
-    r"min|max|abs|int|float|torch\._?sym_[a-z_]+|math\.[a-z]+"
+    r"Abs|Piecewise|(OpaqueUnary|Bitwise)Fn_\w+|[LR]Shift|min|max|abs|int|float|torch\._?sym_[a-z_]+|math\.[a-z]+"
 )
 _SYMBOL = re.compile(r"[a-z]{1,4}\d*|True|False|int_oo|L")
 _PLAIN = (
@@ -126,7 +127,15 @@ def _check(value: Any, key: str, path: Path) -> None:
 def _is_plain(text: str, key: str) -> bool:
     if key in ("expr_str", "guards_code"):
         return _is_expression(text)
+    if key in ("in_spec", "out_spec"):
+        return not text or _is_spec(json.loads(text)[1])
     return bool(_TEXTS.get(key, _NAME).fullmatch(text))
+
+
+def _is_spec(spec: Any) -> bool:
+    """True for plain containers in each other, whose keys are texts: others import modules by their names."""
+    plain = spec["type"] in _CONTAINERS and "{" not in (spec["context"] or "")
+    return plain and all(map(_is_spec, spec["children_spec"]))
 
 
 def _is_expression(text: str) -> bool:
