@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_what_was_there(run, tmp_path, linsight, form):
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("large", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_full_disk_leaves_no_part_of_an_onnx_file(small, facts, tmp_path, monkeypatch, large):
     path = tmp_path / "m.onnx"
     monkeypatch.setattr(room, "LARGE", 10 if large else 10**9)
