@@ -20,6 +20,7 @@ from linsight.train.recipes import OWN
 
 from . import batch
 from .show import Command, make_table, terminal
+from .source import Source, load
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
 _ABOUT = "\n\n".join(
@@ -138,7 +139,7 @@ _Fill = Annotated[float | None, typer.Option(help=FIELDS["fill"].metadata["help"
 
 
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
+    source: Source,
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
     from_size: _From = None,
     data: Annotated[str | None, typer.Option(help="what to evaluate on; none: the run's own data")] = None,
@@ -160,7 +161,6 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second. Or, with --budget, its exits."""
     from linsight.train import evaluate as run
-    from linsight.train.model import load_source
 
     images: dict[str, Any] = {
         "img_size": img_size,
@@ -176,11 +176,13 @@ def evaluate(
     }
     _check(images)
     if budget is not None:
-        _evaluate_exits(load_source(source, checkpoint, from_size), budget, out, as_json, images)
+        exits = load(source, checkpoint, from_size, option="--budget")
+        _evaluate_exits(exits, budget, out, as_json, images)
         return
     if out is not None:
         raise typer.BadParameter("--out goes with --budget")
-    result = run(load_source(source, checkpoint, from_size), **images)
+    trained = load(source, checkpoint, from_size, images)
+    result = run(trained, **images)
     if as_json:
         typer.echo(to_json(result))
         return
@@ -233,7 +235,7 @@ def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, i
 
 
 def predict(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, its best.safetensors, or a model's name")],
+    source: Source,
     images: Annotated[
         list[str], typer.Argument(help="image files, folders; with --out .tar, .zip, .parquet, hfds/NAME")
     ],
@@ -277,7 +279,6 @@ def predict(
 ) -> None:
     """Say what a trained model sees in images: here, or with --out FILE.csv, of any number of them, in a file."""
     from linsight.train import predict as run
-    from linsight.train.model import load_source
 
     settings: dict[str, Any] = {"device": device, "amp": amp, "on_bad_image": on_bad_image, "img_size": img_size}
     _check(settings)
@@ -290,18 +291,16 @@ def predict(
         if img_size is not None:
             raise typer.BadParameter("--img-size does not go with --stream, which takes images as they are")
         given |= {"device": device, "amp": amp, "fill": fill}
-        _predict_stream(
-            load_source(source, checkpoint, from_size), images, given, output, out, top, on_bad_image, as_json
-        )
+        trained = load(source, checkpoint, from_size, option="--stream")
+        _predict_stream(trained, images, given, output, out, top, on_bad_image, as_json)
         return
     for name in [*given, *(["output"] if output is not None else [])]:
         raise typer.BadParameter(f"--{name} goes with --stream")
     if out is not None:
-        batch.run(
-            load_source(source, checkpoint, from_size), images, out, as_json, top=top, fill=fill, **settings, **many
-        )
+        trained = load(source, checkpoint, from_size, settings)
+        batch.run(trained, images, out, as_json, top=top, fill=fill, **settings, **many)
         return
-    trained, notes = load_source(source, checkpoint, from_size), list[str]()
+    trained, notes = load(source, checkpoint, from_size, settings), list[str]()
     done, bad = run(trained, images, top=top, **settings, fill=fill, note=notes.append)
     _tell(notes)
     _tell_classes(done, bad, as_json)

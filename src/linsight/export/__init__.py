@@ -5,10 +5,12 @@
 >>> logits = open_exported("model.onnx").model(images)
 """
 
-from .files import Facts, Opened, open_exported
+from .facts import Facts
+from .files import Opened, open_exported
 from .onnx import export_onnx
 from .program import export_aoti, export_program
 from .served import Served
+from .trained import load_exported
 from .verify import Checked, Exported
 
 __all__ = [
@@ -20,5 +22,6 @@ __all__ = [
     "export_aoti",
     "export_onnx",
     "export_program",
+    "load_exported",
     "open_exported",
 ]

@@ -1,53 +1,20 @@
-"""What travels with an exported file, and opening one again."""
+"""Opening an exported file again, without running what is in it."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linsight.errors import CheckpointError, LinsightError, MissingExtraError
+from linsight.runtime.text import printable
 
-KEY = "linsight"  # of the metadata, JSON
+from .archive import read_program
+from .facts import KEY, Facts
+from .runs import OnnxModel, ProgramModel, one_line, quiet
 
-
-class Facts(NamedTuple):
-    """What a file says of itself.
-
-    model: its name.  classes: their names, in the order of the outputs; () where unknown.
-    input_size: channels, height and width.  mean, std: of each channel, in 0..1.
-    dynamic: batch, height and width are free.  pixels: the graph takes uint8 `(B, H, W, C)`, and gives probabilities.
-    recipe: the fields by which a run rebuilds its model and prepares images; {} of no run.
-    """
-
-    model: str = ""
-    classes: tuple[str, ...] = ()
-    input_size: tuple[int, int, int] = (3, 224, 224)
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    dynamic: bool = True
-    pixels: bool = False
-    recipe: Mapping[str, Any] = {}
-
-    def dumps(self) -> str:
-        """The facts as JSON."""
-        return json.dumps(self._asdict(), allow_nan=False)
-
-    @classmethod
-    def loads(cls, text: str, path: Path) -> "Facts":
-        """The facts of the file `path`.
-
-        Raises:
-            CheckpointError: it has none, or not such.
-        """
-        try:
-            given = json.loads(text)
-            lists = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-            return cls(**lists)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"'{path}' was not exported by linsight: it does not say what it takes") from error
+SUFFIXES = (".onnx", ".pt2")
 
 
 class Opened(NamedTuple):
@@ -57,65 +24,84 @@ class Opened(NamedTuple):
     facts: Facts
 
 
-class OnnxModel(nn.Module):
-    """A session of onnxruntime as a module.
-
-    Args:
-        content: a file, or what is in it.
-        threads: of one operator; None: as many as torch uses.
-    """
-
-    def __init__(self, content: Path | bytes, threads: int | None = None) -> None:
-        super().__init__()
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError("onnxruntime", "export", "running ONNX files") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
-        given = content if isinstance(content, bytes) else str(content)
-        self.session = onnxruntime.InferenceSession(given, options, providers=onnxruntime.get_available_providers())
-        self.input = self.session.get_inputs()[0].name
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """The outputs of the graph, on the CPU."""
-        outputs: Sequence[Any] = self.session.run(None, {self.input: x.detach().cpu().contiguous().numpy()})
-        tensors = [torch.from_numpy(output) for output in outputs]
-        return tensors[0] if len(tensors) == 1 else tensors
-
-    def metadata(self) -> str:
-        """What the file says of itself, as JSON; "" for one of others."""
-        return self.session.get_modelmeta().custom_metadata_map.get(KEY, "")
-
-
 def open_exported(path: str | Path) -> Opened:
-    """An exported model: `.onnx` by onnxruntime, `.pt2` by torch.
+    """An exported model: `.onnx` by onnxruntime, `.pt2` of torch.export by torch.
+
+    Nothing in the file is run but its graph. Files of AOTInductor are machine code, and are not opened here.
 
     Raises:
-        CheckpointError: no such file, damaged, or not exported by linsight.
+        CheckpointError: no such file, damaged, not safe to read, or not exported by linsight.
+        LinsightError: neither of these by its name.
         MissingExtraError: onnxruntime is not installed.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no such file: '{path}'")
-    readers = {".onnx": _open_onnx, ".pt2": _open_program}
-    if path.suffix not in readers:
-        raise LinsightError(f"'{path}' is no exported model by its name: {', '.join(readers)} are")
+        raise CheckpointError(f"'{path}' is a folder" if path.is_dir() else f"no such file: '{path}'")
+    readers = dict(zip(SUFFIXES, (_open_onnx, _open_program), strict=True))
+    if path.suffix.lower() not in readers:
+        raise LinsightError(f"'{path}' is no exported model by its name: {', '.join(SUFFIXES)} are")
     try:
-        return readers[path.suffix](path)
+        with quiet():
+            return readers[path.suffix.lower()](path)
     except LinsightError:
         raise
     except Exception as error:  # of other libraries, for damaged files
-        raise CheckpointError(f"'{path}' cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise CheckpointError(f"'{path}' cannot be read: {one_line(error)}") from error
 
 
 def _open_onnx(path: Path) -> Opened:
-    model = OnnxModel(path)
-    return Opened(model, Facts.loads(model.metadata(), path))
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingExtraError("onnx", "export", "reading ONNX files") from error
+    model = onnx.load(str(path), load_external_data=False)
+    for tensor in _tensors(model, onnx.TensorProto):
+        _require_beside(tensor, path)
+    facts = Facts.loads({entry.key: entry.value for entry in model.metadata_props}.get(KEY, ""), path)
+    return Opened(OnnxModel(path), facts)
+
+
+def _tensors(message: Any, kind: type) -> Iterator[Any]:
+    """All tensors in a message of protobuf, however deep: of functions and inner graphs, too."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in [value] if hasattr(value, "ListFields") else value:
+            if isinstance(part, kind):
+                yield part
+            else:
+                yield from _tensors(part, kind)
+
+
+def _require_beside(tensor: Any, path: Path) -> None:
+    """Raise unless a tensor lies in the file, or in the one that linsight writes beside it."""
+    if tensor.data_location != tensor.EXTERNAL:
+        return
+    place = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+    beside = data_of(path)
+    if place != beside.name or beside.is_symlink():
+        raise CheckpointError(
+            f"'{path}' has weights in another file, '{printable(place)}', which is not read: of files beside it, only "
+            f"'{beside.name}' is"
+        )
+    if not beside.is_file():
+        raise CheckpointError(f"'{path}' lacks the file of its weights, '{beside.name}', which belongs beside it")
+
+
+def data_of(path: Path) -> Path:
+    """The file beside an ONNX file that has its weights, where they are too large for one."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _open_program(path: Path) -> Opened:
-    texts = {KEY: ""}
-    program = torch.export.load(str(path), extra_files=texts)
-    return Opened(program.module(), Facts.loads(texts[KEY], path))
+    program, text = read_program(path)
+    facts = Facts.loads(text, path)
+    return Opened(program_model(program, facts), facts)
+
+
+def program_model(program: torch.export.ExportedProgram, facts: Facts) -> ProgramModel:
+    """A program with the check of its input that its facts ask for."""
+    channels, *size = facts.input_size
+    sides: list[int | None] = [None, None, None] if facts.dynamic else [1, *size]
+    sides.insert(3 if facts.pixels else 1, channels)
+    return ProgramModel(program, torch.uint8 if facts.pixels else getattr(torch, facts.dtype), sides)

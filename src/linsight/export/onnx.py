@@ -1,81 +1,112 @@
 """ONNX files, by torch's exporter, run by onnxruntime before they are kept."""
 
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from linsight.errors import MissingExtraError
-from linsight.runtime.files import replacing
+from linsight.errors import LinsightError, MissingExtraError
+from linsight.runtime.files import require_place
 
-from .files import KEY, Facts, OnnxModel
+from .facts import KEY, Facts
+from .files import open_exported
+from .placing import placing
+from .runs import OnnxModel, quiet
 from .trace import Traced, traced
-from .verify import TOLERANCE, Exported, compare
+from .verify import Exported
 
 OPSET = 20
+OLDEST = 18  # that torch writes
+LARGE = 1_900_000_000  # bytes of weights that one file of protobuf has room for
 
 
 def export_onnx(
-    model: nn.Module, path: str | Path, *, facts: Facts | None = None, opset: int = OPSET, tolerance: float = TOLERANCE
+    model: nn.Module,
+    path: str | Path,
+    *,
+    facts: Facts | None = None,
+    opset: int = OPSET,
+    tolerance: float | None = None,
+    half: bool = False,
 ) -> Exported:
     """Write `model` as an ONNX file, and compare what onnxruntime makes of it with the model.
 
-    The graph has one input, `images`, and the outputs `output`, or `output_0` and so on. Batch, height and width are
-    free, unless `facts` say otherwise, and the file is checked at three of each that the export did not see.
+    The graph has one input, `images`, and one output, `output`; that of a `Served` has `pixels` and `probabilities`.
+    Several outputs are called as the model calls them, or `output_0` and so on. Batch, height and width are free,
+    unless `facts` say otherwise, and the file is checked at three of each that the export did not see. Weights of more
+    than 1.9 GB lie in a file of their own beside it, `NAME.onnx.data`.
 
     Args:
-        model: of images `(B, C, H, W)`, or of pixels, as a `Served`. Sums over tokens stay in float32 in half models.
+        model: of images `(B, C, H, W)`, or of pixels, as a `Served`.
         path: where the file will be; it stays as it was if the export fails.
         facts: what the file will say of itself; by default, what the model's `pretrained_cfg` says.
         opset: of ONNX.
-        tolerance: the largest error that is accepted, as a share of the largest number that the model answers.
+        tolerance: the largest error that is accepted, as a share of the largest number that the model answers; by
+            default 1e-4, and 1e-3 for pixels, which the graph rounds.
+        half: weights and images are float16; sums over tokens stay in float32. Twice the model's own error in float16
+            is accepted.
 
     Raises:
-        LinsightError: the model cannot be exported so, or the file answers otherwise than the model.
+        LinsightError: the model cannot be exported so, the file answers otherwise than the model, or cannot be written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
+    path = Path(path)
+    require_place(path)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "export", "exporting to ONNX")
-    path = Path(path)
-    with traced(model, facts) as of, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about its own insides
-        program: Any = of.attempt("ONNX", lambda: _program(of, opset))
-        program.model.metadata_props[KEY] = of.facts.dumps()
-        with replacing(path) as temporary:
-            program.save(temporary)
-            run = OnnxModel(temporary)
-            checks = compare(of.model, lambda x: tree_leaves(run(x)), of.inputs, tolerance, "the ONNX file")
-    return Exported(path, f"ONNX, opset {opset}", checks)
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST <= opset <= newest:
+        raise LinsightError(f"opset {opset} cannot be written: {OLDEST} to {newest} can")
+    with traced(model, facts, tolerance, half) as of, quiet():
+        program = of.attempt("ONNX", lambda: _program(of, opset))
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # lines of code, and where they are on this machine
+        large = sum(value.const_value.nbytes for value in program.model.graph.initializers.values()) > LARGE
+        with placing(path) as temporary:
+            _save(program, of.facts, temporary, large)
+            run = of.attempt("ONNX", lambda: OnnxModel(temporary))
+            checks = of.check(run, "the ONNX file")
+            del run  # some systems keep a file in its place while it is read
+            _save(program, of.told(checks), temporary, large)
+            of.check(open_exported(temporary).model, "the ONNX file", first=True)
+            wide = nodes_in_float32(temporary) if half else ()
+    return Exported(path, f"ONNX, opset {opset}", checks, of.limit, wide, of.told(checks))
 
 
 def _program(of: Traced, opset: int) -> Any:
-    outputs = len(tree_leaves(of.model(of.example)))
-    names = ["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)]
-    return torch.onnx.export(
+    program: Any = torch.onnx.export(
         of.model,
         (of.example,),
         dynamo=True,
         dynamic_shapes=(of.dims,) if of.dims else None,
         opset_version=opset,
-        input_names=["images"],
-        output_names=names,
+        input_names=list(of.facts.inputs),
+        output_names=list(of.facts.outputs),
         verbose=False,
     )
+    if program.model.opset_imports.get("") != opset:
+        raise LinsightError(f"opset {opset} cannot be written of this model: take {OPSET}")
+    return program
 
 
-def nodes_of_sums(path: str | Path) -> list[str]:
-    """Names of the nodes of a half-precision file that compute in float32: those behind a cast to it."""
+def _save(program: Any, facts: Facts, path: Path, large: bool) -> None:
+    program.model.metadata_props[KEY] = facts.dumps()
+    program.save(path, external_data=True if large else None)
+
+
+def nodes_in_float32(path: str | Path) -> tuple[str, ...]:
+    """Names of the nodes of a half-precision file that compute in float32: those that read or give such numbers."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    wide = {output for node in graph.node if node.op_type == "Cast" and _to_float(node) for output in node.output}
-    return [node.name for node in graph.node if wide.intersection(node.input)]
-
-
-def _to_float(node: Any) -> bool:
-    return any(attribute.name == "to" and attribute.i == 1 for attribute in node.attribute)
+    wide = {
+        value.name
+        for value in (*graph.value_info, *graph.output)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
+    return tuple(node.name for node in graph.node if node.op_type != "Cast" and wide.intersection(node.output))

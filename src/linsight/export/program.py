@@ -1,66 +1,97 @@
 """torch.export and AOTInductor files, loaded anew before they are kept."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from linsight.errors import LinsightError
-from linsight.runtime.files import replacing
+from linsight.runtime.files import require_place
 
-from .files import KEY, Facts
+from .facts import KEY, Facts
+from .files import open_exported
+from .placing import placing
+from .runs import quiet
 from .trace import Traced, traced
-from .verify import TOLERANCE, Exported, compare
+from .verify import Exported
 
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def export_program(
-    model: nn.Module, path: str | Path, *, facts: Facts | None = None, tolerance: float = TOLERANCE
+    model: nn.Module,
+    path: str | Path,
+    *,
+    facts: Facts | None = None,
+    tolerance: float | None = None,
+    half: bool = False,
 ) -> Exported:
     """Write `model` as a torch.export package (`.pt2`), and compare the file with the model; see `export_onnx`."""
-    path = Path(path)
-    with traced(model, facts) as of:
+    path = _package(path)
+    with traced(model, facts, tolerance, half) as of, quiet():
         program = _program(of)
-        with replacing(path) as temporary:
-            torch.export.save(program, str(temporary), extra_files={KEY: of.facts.dumps()})
-            run = torch.export.load(str(temporary)).module()
-            checks = compare(of.model, lambda x: tree_leaves(run(x)), of.inputs, tolerance, "the package")
-    return Exported(path, "torch.export", checks)
+        with placing(path) as temporary:
+            _save(program, of.facts, temporary)
+            checks = of.check(open_exported(temporary).model, "the package")
+            _save(program, of.told(checks), temporary)
+            of.check(open_exported(temporary).model, "the package", first=True)
+    return Exported(path, "torch.export", checks, of.limit, facts=of.told(checks))
 
 
 def export_aoti(
-    model: nn.Module, path: str | Path, *, facts: Facts | None = None, tolerance: float = TOLERANCE
+    model: nn.Module,
+    path: str | Path,
+    *,
+    facts: Facts | None = None,
+    tolerance: float | None = None,
+    half: bool = False,
 ) -> Exported:
     """Compile `model` for this kind of processor (`.pt2`, AOTInductor), and compare the file with the model.
 
-    It is loaded by `torch._inductor.aoti_load_package`, in Python or C++.
+    It is loaded by `torch._inductor.aoti_load_package`, in Python or C++; its facts are its metadata, "linsight".
 
     Raises:
         LinsightError: there is no C++ compiler, or see `export_onnx`.
     """
+    path = _package(path)
     if not any(map(shutil.which, COMPILERS)):
         raise LinsightError("AOTInductor needs a C++ compiler, and none is installed: export to ONNX or torch.export")
-    path = Path(path)
     inductor: Any = torch._inductor
-    with traced(model, facts) as of:
+    compiled = io.BytesIO()
+    with traced(model, facts, tolerance, half) as of, quiet():
         program = _program(of)
-        with replacing(path) as temporary:
-            config = {"aot_inductor.metadata": {KEY: of.facts.dumps()}}
-            of.attempt(
-                "compiled",
-                lambda: inductor.aoti_compile_and_package(
-                    program, package_path=str(temporary), inductor_configs=config
-                ),
-            )
-            run = inductor.aoti_load_package(str(temporary))
-            checks = compare(of.model, lambda x: tree_leaves(run(x)), of.inputs, tolerance, "the compiled file")
-    return Exported(path, "AOTInductor", checks)
+        config = {"aot_inductor.metadata": {KEY: of.facts.dumps()}}
+        of.attempt(
+            "compiled",
+            lambda: inductor.aoti_compile_and_package(program, package_path=compiled, inductor_configs=config),
+        )
+        with placing(path) as temporary:
+            temporary.write_bytes(compiled.getvalue())
+            run = of.attempt("compiled", lambda: inductor.aoti_load_package(str(temporary)))
+            checks = of.check(run, "the compiled file")
+    return Exported(path, "AOTInductor", checks, of.limit, facts=of.facts)
+
+
+def _package(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise LinsightError(f"'{path}': the name of a package must end with .pt2, by which torch knows it")
+    require_place(path)
+    return path
 
 
 def _program(of: Traced) -> torch.export.ExportedProgram:
     shapes = (dict.fromkeys(of.dims, torch.export.Dim.DYNAMIC),) if of.dims else None
-    return of.attempt("exported", lambda: torch.export.export(of.model, (of.example,), dynamic_shapes=shapes))
+    program = of.attempt("exported", lambda: torch.export.export(of.model, (of.example,), dynamic_shapes=shapes))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines of code, and where they are on this machine
+    return program
+
+
+def _save(program: torch.export.ExportedProgram, facts: Facts, path: Path) -> None:
+    content = io.BytesIO()  # where torch itself cannot write, it ends the process
+    torch.export.save(program, content, extra_files={KEY: facts.dumps()})
+    path.write_bytes(content.getbuffer())

@@ -1,17 +1,22 @@
-"""What every export needs: the model in evaluation mode, an example, free dimensions, inputs to check with."""
+"""The start of every export: the model in evaluation mode, an example, free dimensions, inputs to check with."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+import linsight
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 
-from .files import Facts
-from .verify import evaluation, unseen
+from .facts import Facts
+from .runs import one_line
+from .served import Served
+from .verify import PIXELS, TOLERANCE, Checked, Run, answers, compare, error_of, evaluation, unseen
 
 T = TypeVar("T")
 _BATCH = 2  # of the example: one image would be taken for a constant
@@ -20,65 +25,129 @@ _BATCH = 2  # of the example: one image would be taken for a constant
 class Traced(NamedTuple):
     """A model ready to be exported.
 
+    reference: what it is compared with, in float32 where the model is in half precision.
     example: the input that it is traced with.  dims: its free dimensions by number, {} for none.
-    inputs: others to check with, of other batches and sizes where these are free.
+    inputs: others to check with, of other batches and sizes where these are free: the reference's, and the model's.
+    limit: the largest error that is accepted.
     """
 
     model: nn.Module
+    reference: nn.Module
     facts: Facts
     example: Tensor
     dims: dict[int, Any]
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[tuple[Tensor, Tensor], ...]
+    limit: float
 
     def attempt(self, form: str, export: Callable[[], T]) -> T:
-        """What `export` gives.
+        """The result of `export`.
 
         Raises:
             LinsightError: it raised, in one line.
         """
         try:
             return export()
-        except LinsightError:
+        except (LinsightError, OSError):
             raise
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             way = "; --static exports for one size" if self.dims else ""
-            raise LinsightError(f"'{self.facts.model}' has no {form} form: {reason.strip()[:300]}{way}") from error
+            raise LinsightError(f"'{self.facts.model}' has no {form} form: {one_line(error)}{way}") from error
+
+    def check(self, run: Run, form: str, first: bool = False) -> tuple[Checked, ...]:
+        """The errors of an exported file, at all inputs, or at the first alone; see `compare`."""
+        inputs = self.inputs[:1] if first else self.inputs
+        return compare(self.reference, run, inputs, self.limit, form, static=not self.dims)
+
+    def told(self, checks: tuple[Checked, ...]) -> Facts:
+        """The facts with what was checked."""
+        return self.facts._replace(checks=tuple((check.shape, check.error) for check in checks))
 
 
 @contextlib.contextmanager
-def traced(model: nn.Module, facts: Facts | None) -> Iterator[Traced]:
-    """The forms for inference of `model`, which stays as it is, with what to trace and check them with."""
+def traced(
+    model: nn.Module, facts: Facts | None, tolerance: float | None = None, half: bool = False
+) -> Iterator[Traced]:
+    """The forms for inference of `model`, which stays as it is, with what to trace and check them with.
+
+    tolerance: the largest error that is accepted; by default, 1e-4 of the largest number, 1e-3 for pixels. In half
+    precision twice that of the model itself in it is, too.
+    """
+    if not isinstance(model, nn.Module):
+        raise LinsightError(f"a model is exported, a torch.nn.Module: a {type(model).__name__} came")
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model = copy.deepcopy(model).cpu()
     facts = facts or facts_of(model)
-    channels, *size = facts.input_size
-    height, width = size
-
-    def images(batch: int, height: int, width: int) -> Tensor:
-        generator = torch.Generator().manual_seed(batch + height + width)
-        if facts.pixels:
-            return torch.randint(0, 256, (batch, height, width, channels), dtype=torch.uint8, generator=generator)
-        return torch.randn(batch, channels, height, width, generator=generator).to(_dtype(model))
-
-    names = {0: "batch", 1: "height", 2: "width"} if facts.pixels else {0: "batch", 2: "height", 3: "width"}
-    dims = {dim: torch.export.Dim(name) for dim, name in names.items()} if facts.dynamic else {}
-    shapes = unseen(_BATCH, (height, width)) if facts.dynamic else [(_BATCH, height, width)]
-    inputs = tuple(images(*shape) for shape in shapes)
+    facts = facts._replace(pixels=isinstance(model, Served), version=linsight.__version__)
     with evaluation(model):
-        yield Traced(fused(model), facts, images(_BATCH, height, width), dims, inputs)
+        reference = fused(model)
+        given = _halved(reference) if half else reference
+        dtype = _dtype(given)
+        if half and _dtype(reference) != torch.float32:
+            raise LinsightError(f"half precision is made of float32, and the model is {facts.dtype} already")
+        size = facts.input_size
+        names = {0: "batch", 1: "height", 2: "width"} if facts.pixels else {0: "batch", 2: "height", 3: "width"}
+        dims = {dim: torch.export.Dim(name) for dim, name in names.items()} if facts.dynamic else {}
+        shapes = unseen(_BATCH, size[1:]) if facts.dynamic else [(1, *size[1:])] * 3
+        examples = [_images(facts, number, *shape) for number, shape in enumerate(shapes)]
+        example = _cast(_images(facts, 0, _BATCH if facts.dynamic else 1, *size[1:]), dtype)
+        pairs = tuple((_cast(x, _dtype(reference)), _cast(x, dtype)) for x in examples)
+        limit = (PIXELS if facts.pixels else TOLERANCE) if tolerance is None else tolerance
+        answers(given, example)  # which says in one line what is wrong with it
+        with torch.no_grad():
+            outputs = tuple(_names(given(example), given, facts.pixels))
+        if half:
+            found = [error_of(answers(given, mine), answers(reference, x)) for x, mine in pairs]
+            limit = max(limit, 2 * max(found))
+        facts = facts._replace(
+            dtype=str(dtype).removeprefix("torch."),
+            inputs=("pixels" if facts.pixels else "images",),
+            outputs=outputs,
+        )
+        yield Traced(given, reference, facts, example, dims, pairs, limit)
 
 
 def facts_of(model: nn.Module) -> Facts:
-    """What a model says of itself by its `pretrained_cfg`."""
+    """The facts of a model, by its `pretrained_cfg`."""
+    if isinstance(model, Served):
+        height, width = model.size
+        inner = facts_of(model.model)
+        return inner._replace(input_size=(len(model.mean), height, width), **model.preparation())
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    size = tuple(cfg.get("input_size", (3, 224, 224)))
-    return Facts(
-        str(cfg.get("architecture", type(model).__name__)),
-        (),
-        size,
-        tuple(cfg.get("mean", ())),
-        tuple(cfg.get("std", ())),
-    )
+    known: dict[str, Any] = {name: cfg[name] for name in ("interpolation", "crop_pct", "crop_mode") if cfg.get(name)}
+    known |= {name: tuple(cfg[name]) for name in ("input_size", "mean", "std") if cfg.get(name)}
+    return Facts(model=str(cfg.get("architecture") or type(model).__name__), **known)
+
+
+def _images(facts: Facts, number: int, batch: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(number + batch + height + width)
+    channels = facts.input_size[0]
+    if facts.pixels:
+        return torch.randint(0, 256, (batch, height, width, channels), dtype=torch.uint8, generator=generator)
+    return torch.randn(batch, channels, height, width, generator=generator)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _halved(model: nn.Module) -> nn.Module:
+    """A copy in float16, but for the pixels that it prepares."""
+    twin = copy.deepcopy(model)
+    (twin.model if isinstance(twin, Served) else twin).half()
+    return twin
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _names(given: Any, model: nn.Module, pixels: bool) -> list[str]:
+    """Names of the outputs: their own, those of the layers that maps are of, or numbers."""
+    if isinstance(given, Tensor):
+        return ["probabilities" if pixels else "output"]
+    count = len(tree_leaves(given))
+    info: Any = getattr(model, "feature_info", None)
+    names = [*given] if isinstance(given, dict) else [*getattr(given, "_fields", ())]
+    if not names and hasattr(info, "module_name"):
+        names = list(info.module_name())
+    return list(map(str, names)) if len(names) == count else [f"output_{i}" for i in range(count)]

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from linsight.errors import LinsightError
 
+from .facts import Facts
+from .runs import one_line
+
 TOLERANCE = 1e-4  # of the largest number that the model answers
-Run = Callable[[Tensor], Sequence[Tensor]]
+PIXELS = 1e-3  # where the graph rounds to whole pixels, of which one may fall on the other side
+Run = Callable[[Tensor], Any]
 
 
 class Checked(NamedTuple):
@@ -23,11 +27,18 @@ class Checked(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """A file that was written and checked."""
+    """A file that was written and checked.
+
+    limit: the largest error that would have been accepted.  float32: nodes of a half-precision file that stay in it.
+    facts: what the file says of itself.
+    """
 
     path: Path
     form: str
     checks: tuple[Checked, ...]
+    limit: float = TOLERANCE
+    float32: tuple[str, ...] = ()
+    facts: Facts = Facts()
 
     @property
     def error(self) -> float:
@@ -36,7 +47,7 @@ class Exported(NamedTuple):
 
 
 def unseen(batch: int, size: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
-    """Batches and sizes to check at: one image, oblong; more images, smaller and odd; as many, a prime by a round one."""
+    """Batches and sizes to check at: one image, oblong; more images, smaller and odd; as many, narrow."""
     height, width = size
     return (
         (1, height + height // 3 + 1, width),
@@ -45,29 +56,64 @@ def unseen(batch: int, size: tuple[int, int]) -> tuple[tuple[int, int, int], ...
     )
 
 
-def compare(model: nn.Module, run: Run, inputs: Sequence[Tensor], tolerance: float, form: str) -> tuple[Checked, ...]:
-    """The errors of `run` on `inputs`, beside those of the model.
+def answers(model: Run, x: Tensor) -> list[Tensor]:
+    """The tensors that a model gives.
+
+    Raises:
+        LinsightError: it does not take the input, or gives a number that is none: nothing can be compared with it.
+    """
+    try:
+        with torch.no_grad():
+            found: list[Tensor] = tree_leaves(model(x))
+    except Exception as error:  # the model may be anybody's
+        raise LinsightError(f"the model itself does not take {_shape(x)}: {one_line(error)}") from error
+    if not all(bool(tensor.isfinite().all()) for tensor in found):
+        raise LinsightError(
+            f"the model itself answers {_shape(x)} in {str(x.dtype).removeprefix('torch.')} with what is no number: "
+            f"nothing can be compared with that"
+        )
+    return found
+
+
+def compare(
+    model: Run, run: Run, inputs: Sequence[tuple[Tensor, Tensor]], tolerance: float, form: str, static: bool = False
+) -> tuple[Checked, ...]:
+    """The errors of `run` beside the model, at pairs of inputs: the model's, and the same in the dtype of the file.
 
     Raises:
         LinsightError: it fails, or one of them exceeds `tolerance`.
     """
     checks = []
-    for x in inputs:
-        with torch.no_grad():
-            wanted = tree_leaves(model(x))
+    way = "" if static else "; --static exports for one size"
+    for x, given in inputs:
+        wanted = answers(model, x)
         try:
-            found = run(x)
+            found: list[Tensor] = tree_leaves(run(given))
         except Exception as error:  # of another library: whatever it raises, the file is of no use
-            reason = " ".join(str(error).split())[:300]
-            raise LinsightError(f"{form} fails on {_shape(x)}, which the model takes: {reason}") from error
-        worst = max(_error(*pair) for pair in zip(found, wanted, strict=True))
+            raise LinsightError(
+                f"{form} fails on {_shape(x)}, which the model takes: {one_line(error)}{way}"
+            ) from error
+        worst = error_of(found, wanted)
         if not worst <= tolerance:
             raise LinsightError(
                 f"{form} answers {_shape(x)} otherwise than the model, off by {worst:.1e} of its largest number: "
-                f"refused; --static exports for one size"
+                f"refused{way}"
             )
         checks.append(Checked(tuple(x.shape), worst))
     return tuple(checks)
+
+
+def error_of(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest error of some tensors, each as a share of the largest number of its own."""
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted]:
+        return float("inf")
+    errors = [_error(*pair) for pair in zip(found, wanted, strict=True) if pair[1].numel()]
+    return float(torch.tensor([0.0, *errors]).max())  # nan stays nan
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    largest = wanted.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((found.double() - wanted.double()).abs().max() / largest)
 
 
 @contextlib.contextmanager
@@ -80,13 +126,6 @@ def evaluation(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in before.items():
             module.training = training
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    if found.shape != wanted.shape:
-        return float("inf")
-    largest = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((found.double() - wanted.double()).abs().max() / largest)
 
 
 def _shape(x: Tensor) -> str:

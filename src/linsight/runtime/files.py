@@ -52,6 +52,18 @@ def require_folder(folder: pathlib.Path) -> None:
         raise LinsightError(f"nothing can be written to '{folder}': '{above}' is no folder with that permission")
 
 
+def require_place(path: pathlib.Path) -> None:
+    """Raise, before anything is computed for it, unless the file `path` can be written, or replaced."""
+    if path.is_dir():
+        raise LinsightError(f"'{path}' is a folder: give the name of a file")
+    if path.exists() and not path.is_file():
+        raise LinsightError(f"'{path}' is no file of a disk, and would be replaced by one: give another name")
+    folder = path.absolute().parent
+    if not folder.exists():
+        raise LinsightError(f"'{path}' cannot be written: there is no folder '{path.parent}'")
+    require_folder(folder)
+
+
 def _unwritten(path: pathlib.Path, error: OSError) -> LinsightError:
     return LinsightError(f"'{path}' cannot be written: {error.strerror or error}")
 

@@ -20,8 +20,8 @@ from ._inputs import is_packed
 from ._sources import Source, images_under
 from ._trees import shown
 from .evaluation import probabilities
-from .images import Normalise, Samples, eval_transform, loader, told
-from .model import Trained, image_size
+from .images import Normalise, Samples, Unprepared, eval_transform, loader, told, whole_image
+from .model import Trained, asked_size, image_size
 from .random import Batches
 
 
@@ -59,7 +59,7 @@ def predict(
             bad image where those are refused; or the model gives what is no number.
     """
     settings = {"batch_size": batch_size, "device": device, "amp": amp, "on_bad_image": on_bad_image}
-    settings["img_size"] = trained.recipe.img_size if img_size is None else img_size
+    settings["img_size"] = asked_size(trained, img_size)
     recipe = change(trained.recipe, settings)
     require_top(top)
     files: list[pathlib.Path] = []
@@ -84,12 +84,14 @@ def predict(
     dtype, _ = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
     source = _Files(files, trained.classes)
-    samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0, recipe.fill)
-    normalise = Normalise(recipe, where)
+    transform = whole_image if trained.pixels else eval_transform(recipe, image_size(recipe, model))
+    samples = Samples(source, transform, recipe.in_chans, 0, recipe.fill)
+    normalise = Unprepared(recipe, where) if trained.pixels else Normalise(recipe, where)
     done: list[Prediction] = []
     bad: list[str] = []
     notes: list[str] = []
-    for batch in loader(samples, Batches(len(files), recipe.batch_size, shuffle=False), workers=0, pin=False):
+    many = 1 if trained.pixels else recipe.batch_size  # images of many sizes make no batch
+    for batch in loader(samples, Batches(len(files), many, shuffle=False), workers=0, pin=False):
         bad += batch.bad
         notes += batch.notes
         refuse(recipe, batch.bad)

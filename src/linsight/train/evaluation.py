@@ -19,8 +19,8 @@ from linsight.runtime.finite import require_finite
 
 from ._feeds import default_workers, refuse
 from .datasets import open_data, open_evaluation, under
-from .images import Batch, Normalise, Samples, eval_transform, loader, told
-from .model import Trained, image_size
+from .images import Batch, Normalise, Samples, Unprepared, eval_transform, loader, told, whole_image
+from .model import WEIGHTS, Trained, asked_size, image_size
 from .random import Batches
 from .run import CONFIG
 
@@ -105,12 +105,12 @@ def prepare(
 ) -> Evaluation:
     """Get ready to evaluate on `data`, by default on what the run was evaluated on."""
     settings = {"batch_size": batch_size, "device": device, "amp": amp, "workers": workers}
-    settings |= {"on_bad_image": on_bad_image, "img_size": trained.recipe.img_size if img_size is None else img_size}
+    settings |= {"on_bad_image": on_bad_image, "img_size": asked_size(trained, img_size)}
     recipe = change(trained.recipe, settings)
     config = trained.path.parent / CONFIG
     if data is not None:
         recipe = dataclasses.replace(recipe, data=data, data_dir=data_dir)
-    elif trained.run and config.exists():
+    elif trained.run and trained.path.name == WEIGHTS and config.exists():
         kept = json.loads(config.read_text(encoding="utf-8"))["recipe"]
         recipe = dataclasses.replace(recipe, **{name: parse(name, kept[name]) for name in _DATA})
     else:
@@ -125,11 +125,14 @@ def prepare(
     where = pick_device(recipe.device)
     dtype, precision = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
-    samples = Samples(source, eval_transform(recipe, image_size(recipe, model)), recipe.in_chans, 0, recipe.fill)
-    batches = Batches(len(source), recipe.batch_size, shuffle=False)
+    transform = whole_image if trained.pixels else eval_transform(recipe, image_size(recipe, model))
+    samples = Samples(source, transform, recipe.in_chans, 0, recipe.fill)
+    # images of many sizes make no batch
+    batches = Batches(len(source), 1 if trained.pixels else recipe.batch_size, shuffle=False)
     count = min(default_workers() if recipe.workers is None else recipe.workers, len(batches))
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
-    return Evaluation(recipe, model, feed, Normalise(recipe, where), dtype, precision, source.notes)
+    normalise = Unprepared(recipe, where) if trained.pixels else Normalise(recipe, where)
+    return Evaluation(recipe, model, feed, normalise, dtype, precision, source.notes)
 
 
 class Scores(NamedTuple):

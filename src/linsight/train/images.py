@@ -12,6 +12,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
 
 from linsight.data import Decoded
 from linsight.data.pictures import MODES, first_line
@@ -133,7 +134,13 @@ def eval_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Ima
         crop_pct=recipe.crop_pct,
         crop_mode=recipe.eval_crop,
         use_prefetcher=True,
+        mean=statistics(recipe)[0],
     )
+
+
+def whole_image(image: Image.Image) -> Tensor:
+    """An image as it is, uint8 `(C, H, W)`."""
+    return pil_to_tensor(image)
 
 
 def train_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
@@ -206,3 +213,11 @@ class Normalise:
         """uint8 `(B, C, H, W)` -> float32, normalised, on the device."""
         images = images.to(self.device, non_blocking=True).float().sub_(self.mean).mul_(self.scale)
         return images.contiguous(memory_format=self.format)
+
+
+class Unprepared(Normalise):
+    """uint8 images as they are, on the device, for a model that prepares them itself."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 `(B, C, H, W)` -> the same, on the device."""
+        return images.to(self.device, non_blocking=True)

@@ -19,7 +19,7 @@ from linsight.runtime.device import pick_device
 from ._predict import Prediction, likeliest
 from .evaluation import probabilities
 from .images import MODE_OF, Normalise, eval_transform, statistics
-from .model import Trained, image_size, load_trained
+from .model import WEIGHTS, Trained, image_size, load_trained
 from .run import SUMMARY, kept_recipe
 
 _CPU = torch.device("cpu")
@@ -112,7 +112,8 @@ def load_run(source: str | pathlib.Path, *, device: str = "cpu") -> LoadedRun:
         CheckpointError: nothing there, not such a file, damaged, or not of this model.
     """
     trained = load_trained(source)
-    recipe = kept_recipe(trained.path.parent) or trained.recipe
+    at_home = trained.path.name == WEIGHTS  # of an exported file, what lies beside it may be of another run
+    recipe = (kept_recipe(trained.path.parent) if at_home else None) or trained.recipe
     size = image_size(recipe, trained.model)
     summary = trained.path.parent / SUMMARY
     return LoadedRun(
@@ -122,7 +123,7 @@ def load_run(source: str | pathlib.Path, *, device: str = "cpu") -> LoadedRun:
         size,
         *statistics(recipe),
         recipe,
-        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+        json.loads(summary.read_text(encoding="utf-8")) if at_home and summary.exists() else {},
         trained.path,
     )
 

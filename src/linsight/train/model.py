@@ -21,7 +21,7 @@ from linsight.runtime.files import replacing, to_json, writing
 
 WEIGHTS = "best.safetensors"
 # The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
-_KEPT = [
+KEPT = [
     name
     for name, field in FIELDS.items()
     if (field.metadata["group"] == "Model" and not name.startswith(("init", "from")))
@@ -36,6 +36,8 @@ class Trained:
     path: the file of its weights.
     run: whether a run of ours wrote that file; published weights do not name their classes.
     titles: what to call the classes in a prediction, where that is not their name.
+    pixels: the model takes whole images of uint8, each as large as it is, and prepares them itself.
+    fixed: it takes images of one size, that of the recipe, or has its own way to bring them to it.
     """
 
     model: nn.Module
@@ -44,6 +46,8 @@ class Trained:
     path: pathlib.Path
     run: bool = True
     titles: tuple[str, ...] = ()
+    pixels: bool = False
+    fixed: bool = False
 
 
 def build(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -125,15 +129,35 @@ def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
     return int(size[0]), int(size[-1])
 
 
+def asked_size(trained: Trained, img_size: Any) -> Any:
+    """The size of images that was asked for, by default that of the run.
+
+    Raises:
+        LinsightError: the model takes images of its own size alone.
+    """
+    if img_size is None:
+        return trained.recipe.img_size
+    if trained.fixed:
+        own = "x".join(map(str, trained.recipe.img_size))
+        raise LinsightError(f"'{trained.path}' was exported for images of {own}, and takes no --img-size")
+    return img_size
+
+
 def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> None:
-    """Write weights as safetensors, with the recipe's part that rebuilds the model in the metadata."""
-    about = {"recipe": {name: getattr(recipe, name) for name in _KEPT}, "classes": classes, **facts}
+    """Write weights as `packed` makes them."""
+    content = packed(state, recipe, classes, **facts)
+    with writing(path), replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def packed(state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> bytes:
+    """Weights as a file of safetensors, with the recipe's part that rebuilds the model in the metadata."""
+    about = {"recipe": {name: getattr(recipe, name) for name in KEPT}, "classes": classes, **facts}
     about["grids"] = table_grids(state)  # of its position tables, which their rows do not tell
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
-    with writing(path), replacing(path) as temporary:
-        temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)}))
+    return to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)})
 
 
 def load_trained(source: str | pathlib.Path) -> Trained:
@@ -165,7 +189,9 @@ def load_trained(source: str | pathlib.Path) -> Trained:
     recipe = check(Recipe(**{name: parse(name, value) for name, value in given}))
     model = build(recipe, len(classes))
     load_state(model, state, str(path))
-    return Trained(model.eval(), recipe, classes, path)
+    titles = tuple(map(str, about.get("titles", ())))
+    titles = titles if len(titles) == len(classes) else ()
+    return Trained(model.eval(), recipe, classes, path, run=bool(about.get("run", True)), titles=titles)
 
 
 def kept_fields(path: pathlib.Path) -> dict[str, Any]:
@@ -193,10 +219,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     model.load_state_dict(state)
 
 
-def load_source(source: str, checkpoint: str | None = None, from_size: str | None = None) -> Trained:
+def load_source(source: str, checkpoint: str | None = None, from_size: str | None = None, *, hint: str = "") -> Trained:
     """A run, or a model by name with published weights: a file or an address, by default where its authors put them.
 
     from_size: of the images that such weights were made for, as text, where they do not tell.
+    hint: another way than weights, told where a name has none.
 
     Raises:
         CheckpointError: nothing there, or a name alone of a model whose weights linsight cannot fetch.
@@ -209,7 +236,7 @@ def load_source(source: str, checkpoint: str | None = None, from_size: str | Non
         if entry is None or not entry.weights.startswith("https://"):
             raise CheckpointError(
                 f"'{source}' is the name of a model, without weights: give published ones with --checkpoint FILE, or "
-                f"the folder of a run in place of the name"
+                f"the folder of a run in place of the name{hint}"
             )
         checkpoint = entry.weights
     if checkpoint is not None:
@@ -219,9 +246,10 @@ def load_source(source: str, checkpoint: str | None = None, from_size: str | Non
     return load_trained(source)
 
 
-def load_named(name: str, checkpoint: str, *, from_size: tuple[int, int] | None = None) -> Trained:
+def load_named(name: str, checkpoint: str | None, *, from_size: tuple[int, int] | None = None) -> Trained:
     """The model called `name` with published weights, prepared for as its pretrained_cfg says.
 
+    checkpoint: None leaves the weights as they are initialised.
     from_size: as of `load_published`.
 
     A thousand classes are taken for those of ImageNet-1K, by their WordNet ids; others are called by
@@ -229,7 +257,8 @@ def load_named(name: str, checkpoint: str, *, from_size: tuple[int, int] | None 
     """
     require_classifier(name)
     model = create_model(name)
-    load_published(model, checkpoint, from_size=from_size)
+    if checkpoint is not None:
+        load_published(model, checkpoint, from_size=from_size)
     cfg: Any = model.pretrained_cfg
     recipe = Recipe(
         model=name,
@@ -248,4 +277,4 @@ def load_named(name: str, checkpoint: str, *, from_size: tuple[int, int] | None 
         info = ImageNetInfo("imagenet-1k")
         classes = tuple(info.label_names())
         titles = tuple(f"{name} {info.label_name_to_description(name)}" for name in classes)
-    return Trained(model.eval(), recipe, classes, pathlib.Path(checkpoint), run=False, titles=titles)
+    return Trained(model.eval(), recipe, classes, pathlib.Path(checkpoint or name), run=False, titles=titles)
