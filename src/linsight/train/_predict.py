@@ -19,9 +19,9 @@ from ._feeds import refuse
 from ._inputs import is_packed
 from ._sources import Source, images_under
 from ._trees import shown
-from .evaluation import probabilities
-from .images import Normalise, Samples, Unprepared, eval_transform, loader, told, whole_image
-from .model import Trained, asked_size, image_size
+from .evaluation import preparation, probabilities
+from .images import Samples, loader, told
+from .model import Trained, asked_size
 from .random import Batches
 
 
@@ -84,14 +84,12 @@ def predict(
     dtype, _ = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
     source = _Files(files, trained.classes)
-    transform = whole_image if trained.pixels else eval_transform(recipe, image_size(recipe, model))
-    samples = Samples(source, transform, recipe.in_chans, 0, recipe.fill)
-    normalise = Unprepared(recipe, where) if trained.pixels else Normalise(recipe, where)
+    way = preparation(trained, recipe, model, where)
+    samples = Samples(source, way.transform, recipe.in_chans, 0, recipe.fill)
     done: list[Prediction] = []
     bad: list[str] = []
     notes: list[str] = []
-    many = 1 if trained.pixels else recipe.batch_size  # images of many sizes make no batch
-    for batch in loader(samples, Batches(len(files), many, shuffle=False), workers=0, pin=False):
+    for batch in loader(samples, Batches(len(files), way.batch_size, shuffle=False), workers=0, pin=False):
         bad += batch.bad
         notes += batch.notes
         refuse(recipe, batch.bad)
@@ -99,7 +97,7 @@ def predict(
             continue
         names = ", ".join(f"'{files[target]}'" for target in batch.targets[:1].tolist())
         some = f"{names} or another of {len(batch.images)} images" if len(batch.images) > 1 else names
-        best = require_finite(probabilities(model, batch.images, normalise, dtype), some).sort(descending=True)
+        best = require_finite(probabilities(model, batch.images, way.normalise, dtype), some).sort(descending=True)
         for target, values, indices in zip(batch.targets.tolist(), *best, strict=True):
             done.append(likeliest(trained, files[target], values, indices, top))
     for line in told(notes):

@@ -24,9 +24,9 @@ from ._inputs import Inputs, open_inputs
 from ._parts import Parts, Plan, begin, chunk_size, finish
 from ._predict import require_top
 from ._tables import require_table
-from .evaluation import probabilities
-from .images import Batch, Normalise, Samples, eval_transform, loader, told
-from .model import Trained, image_size
+from .evaluation import preparation, probabilities
+from .images import Batch, Samples, loader, told
+from .model import Trained, asked_size
 from .progress import Images
 
 _NO_NUMBERS = "the model gives values that are no numbers"
@@ -107,7 +107,7 @@ def predict_to(
     require_table(out, extra)
     settings: dict[str, Any] = {"batch_size": batch_size, "device": _device(device, copy), "amp": amp}
     settings |= {"on_bad_image": on_bad_image, "workers": workers}
-    settings["img_size"] = trained.recipe.img_size if img_size is None else img_size
+    settings["img_size"] = asked_size(trained, img_size)
     recipe = change(trained.recipe, settings)
     if fill is not None:
         check_fill(fill)
@@ -155,15 +155,18 @@ class _Asked:
         self.model: Any = fused(trained.model.to(device).eval())
         if "features" in extra and not hasattr(self.model, "forward_head"):
             raise LinsightError(f"'{trained.path}' gives classes, and no features: leave them out")
-        self.size = image_size(recipe, self.model)
-        self.normalise = Normalise(recipe, device)
+        self.way = preparation(trained, recipe, self.model, device)
 
     def plan(self, inputs: Inputs) -> Plan:
         """The result as it will be."""
         recipe = self.recipe
         images, times = inputs.marks()
         facts = {"weights": _digest(self.trained), **images, "top": str(self.top)}
-        facts |= {"size of images": "x".join(map(str, self.size)), "amp": recipe.amp, "fill": str(recipe.fill)}
+        facts |= {
+            "size of images": "x".join(map(str, self.way.size or ("their own",))),
+            "amp": recipe.amp,
+            "fill": str(recipe.fill),
+        }
         facts |= {"more": ", ".join(self.extra)} if self.extra else {}
         chunk = chunk_size(len(inputs), recipe.batch_size)
         return Plan(len(inputs), chunk, self.titles, self.top, self.extra, facts, times)
@@ -193,10 +196,10 @@ class _Asked:
     @torch.inference_mode()
     def _answer(self, images: Tensor) -> dict[str, Tensor]:
         if not self.extra:
-            return {"probabilities": probabilities(self.model, images, self.normalise, self.dtype)}
+            return {"probabilities": probabilities(self.model, images, self.way.normalise, self.dtype)}
         found: dict[str, Tensor] = {}
-        with autocast(self.normalise.device, self.dtype):
-            x = self.normalise(images)
+        with autocast(self.way.normalise.device, self.dtype):
+            x = self.way.normalise(images)
             if "features" in self.extra:
                 x = self.model.forward_features(x)
                 found["features"] = self.model.forward_head(x, pre_logits=True).flatten(1)
@@ -217,18 +220,17 @@ class _Work:
 
     def run(self, readers: int, note: Callable[[str], None]) -> None:
         """Predict the parts that are not there, and keep each."""
-        recipe, normalise = self.asked.recipe, self.asked.normalise
+        recipe, way = self.asked.recipe, self.asked.way
         there = self.parts.there()
         left = [self.parts.images(number) for number in self.numbers if number not in there]
         total = sum(len(self.parts.images(number)) for number in self.numbers)
         done = total - sum(map(len, left))
         if done:
             note(f"going on: {done:,} of {total:,} images are done")
-        transform = eval_transform(recipe, self.asked.size)
-        samples = Samples(self.inputs, transform, recipe.in_chans, 0, recipe.fill)
-        batches = _Batches(left, recipe.batch_size)
+        samples = Samples(self.inputs, way.transform, recipe.in_chans, 0, recipe.fill)
+        batches = _Batches(left, way.batch_size)
         workers = min(readers, len(batches))
-        feed = loader(samples, batches, workers=workers, pin=normalise.device.type == "cuda")
+        feed = loader(samples, batches, workers=workers, pin=way.normalise.device.type == "cuda")
         started = time.perf_counter()
         self.report.begin(done, total)
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,14 +126,33 @@ def prepare(
     where = pick_device(recipe.device)
     dtype, precision = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
-    transform = whole_image if trained.pixels else eval_transform(recipe, image_size(recipe, model))
-    samples = Samples(source, transform, recipe.in_chans, 0, recipe.fill)
-    # images of many sizes make no batch
-    batches = Batches(len(source), 1 if trained.pixels else recipe.batch_size, shuffle=False)
+    way = preparation(trained, recipe, model, where)
+    samples = Samples(source, way.transform, recipe.in_chans, 0, recipe.fill)
+    batches = Batches(len(source), way.batch_size, shuffle=False)
     count = min(default_workers() if recipe.workers is None else recipe.workers, len(batches))
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda")
-    normalise = Unprepared(recipe, where) if trained.pixels else Normalise(recipe, where)
-    return Evaluation(recipe, model, feed, normalise, dtype, precision, source.notes)
+    return Evaluation(recipe, model, feed, way.normalise, dtype, precision, source.notes)
+
+
+class Preparation(NamedTuple):
+    """How images become what a model takes.
+
+    transform: of an image, to uint8 `(C, H, W)`.  normalise: of a batch of these.  batch_size: how many may be in one.
+    size: height and width of what the transform gives; None where it gives each image in its own.
+    """
+
+    transform: Callable[[Image.Image], Tensor]
+    normalise: Normalise
+    batch_size: int
+    size: tuple[int, int] | None
+
+
+def preparation(trained: Trained, recipe: Recipe, model: nn.Module, device: torch.device) -> Preparation:
+    """How images become what `model`, the form of `trained` that runs, takes."""
+    if trained.pixels:  # images of many sizes make no batch
+        return Preparation(whole_image, Unprepared(recipe, device), 1, None)
+    size = image_size(recipe, model)
+    return Preparation(eval_transform(recipe, size), Normalise(recipe, device), recipe.batch_size, size)
 
 
 class Scores(NamedTuple):
