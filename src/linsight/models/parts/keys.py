@@ -74,7 +74,7 @@ def _ways(key: str, own: Collection[str], wrapped: str) -> Iterator[tuple[str, s
 
 
 def _metadata(told: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-    """What a state dict tells of each module, by the renamed paths of these; those further inside come last."""
+    """The notes of a state dict on each module, by the renamed paths of these; those further inside come last."""
     found = {}
     for path, about in told.items():
         key = rename(f"{path}.x" if path else "x")

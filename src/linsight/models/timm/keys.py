@@ -43,7 +43,7 @@ def _swin(model: Any) -> tuple[Rename, ...]:
 
 
 def _flattened(model: Any) -> tuple[Rename, ...]:
-    """Of timm's `features_only` wrapper, whose lists of stages are flattened: `layers_0` for our `layers.0`."""
+    """Rules for timm's `features_only` wrapper, whose lists of stages are flattened: `layers_0` for our `layers.0`."""
     rules = []
     for name, stage in model.items():
         flat = re.fullmatch(r"(layers|stages|blocks)_(\d+)", name)
