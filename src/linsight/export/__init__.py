@@ -9,6 +9,7 @@ from .files import Facts, Opened, open_exported
 from .onnx import export_onnx
 from .program import export_aoti, export_program
 from .served import Served
+from .triton import write_triton
 from .verify import Checked, Exported
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "export_onnx",
     "export_program",
     "open_exported",
+    "write_triton",
 ]
