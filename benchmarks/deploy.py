@@ -26,9 +26,11 @@ from torch import nn
 import linsight
 import linsight.bench as room
 from linsight.bench import Cell, Send, Setting, Side, Step, Subject, Worker, alternate
+from linsight.bench.rows import digits
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.export import Facts, export_aoti, export_onnx, export_program, open_exported
 from linsight.fuse import fuse
+from linsight.models import VARIANTS
 from linsight.runtime.files import write_text
 
 BLOCK = re.compile(r"(<!-- generated: deploy -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -196,7 +198,7 @@ def cell_text(side: Side, base: Side) -> str:
     if not side.times:
         return side.error
     ratio = statistics.median(room.ratios(side, base)) if base.times else None
-    shown = f"{1000 * statistics.median(side.times):.3g}"
+    shown = digits(1000 * statistics.median(side.times))
     return shown if ratio is None else f"{shown} ({ratio:.2f})"
 
 
@@ -223,6 +225,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.arguments = arguments
     options.models, options.ways = options.models.split(","), options.ways.split(",")
     options.sizes = sizes(options.sizes)
+    for name in options.models:
+        if name not in VARIANTS:
+            raise UnknownNameError("model", name, VARIANTS)
     for way in options.ways:
         if way not in WAYS:
             raise UnknownNameError("way", way, WAYS)

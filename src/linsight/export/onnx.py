@@ -5,14 +5,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from linsight.errors import MissingExtraError
 from linsight.runtime.files import replacing
 
 from .files import KEY, Facts, OnnxModel
+from .graph import onnx_program
 from .trace import Traced, traced
 from .verify import TOLERANCE, Exported, compare
 
@@ -56,10 +56,9 @@ def export_onnx(
 def _program(of: Traced, opset: int) -> Any:
     outputs = len(tree_leaves(of.model(of.example)))
     names = ["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)]
-    return torch.onnx.export(
+    return onnx_program(
         of.model,
         (of.example,),
-        dynamo=True,
         dynamic_shapes=(of.dims,) if of.dims else None,
         opset_version=opset,
         input_names=["images"],
