@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(180)  # of a machine that is busy
 PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-FACTS = Facts("vit_tiny", ("cat", "a dog"), (3, 32, 32), MEAN, STD)
+FACTS = Facts("compact_pico", ("cat", "a dog"), (3, 32, 32), MEAN, STD)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,9 @@ def folder(tmp_path_factory):
     """A folder with a model, `model.onnx`, `served.onnx` and a photograph."""
     folder = tmp_path_factory.mktemp("server")
     torch.manual_seed(0)
-    model = linsight.create_model("vit_tiny", attention="inline", depth=1, num_classes=2, img_size=32).eval()
-    torch.nn.init.normal_(model.head.weight)  # so that answers differ
+    small = {"stem": ((8, 1),), "stages": ((16, 1, 2),), "num_classes": 2}
+    model = linsight.create_model("compact_pico", attention="linear", img_size=32, **small).eval()
+    torch.nn.init.normal_(model.get_classifier().weight)  # so that answers differ
     export_onnx(model, folder / "model.onnx", facts=FACTS)
     served = Served(model, (32, 32), MEAN, STD)
     export_onnx(served, folder / "served.onnx", facts=FACTS._replace(pixels=True))
@@ -85,6 +86,7 @@ def test_the_server_answers_and_refuses(folder, monkeypatch):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(address, b"no image")
         assert refused.value.code == 400
+        refused.value.close()
         server.shutdown()
 
 

@@ -31,8 +31,9 @@ def _scan_conv(x: Any, height: Any, width: Any, kernels: Any) -> Any:
     Nine shifted products, the plain form, take two to four times as long: each is a pass over memory.
     """
     import onnx_ir as ir
-    from onnxscript.onnx_opset import opset18 as op
+    from onnxscript import onnx_opset
 
+    op: Any = onnx_opset.opset18  # the oldest that torch writes
     channels, side = int(kernels.shape[1]), int(kernels.shape[3])
     pads = [side // 2] * 4
 
@@ -62,6 +63,6 @@ FORMS: dict[str, Callable[..., Any]] = {"dynamic_depthwise_conv": _leave_conv}
 
 def onnx_program(model: nn.Module, inputs: tuple[Tensor, ...], **how: Any) -> Any:
     """`torch.onnx.export`, with the forms of this file."""
-    table = {torch.ops.linsight.conv_of_each.default: _scan_conv}
+    table: dict[Any, Callable[..., Any]] = {torch.ops.linsight.conv_of_each.default: _scan_conv}
     with exported_forms(FORMS):
         return torch.onnx.export(model, inputs, dynamo=True, custom_translation_table=table, **how)
