@@ -4,7 +4,7 @@
 
 Files are written first, each for all sizes and batches, and checked against its model. Then all forms of a model are
 timed in the same rounds, on the same threads, beside softmax on the same host: timm's model, and the file of our host
-with softmax in it. About seven minutes on two CPU cores.
+with softmax in it. About seven minutes on two CPU cores, but for AOTInductor, which is measured where `--ways` has it.
 """
 
 import argparse
@@ -215,7 +215,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", default=",".join(MODELS), help="which of linsight's, by commas")
-    add("--ways", default=",".join(WAYS), help="which forms of them")
+    usual = ",".join(way for way in WAYS if way != "aoti")
+    add("--ways", default=usual, help="which forms of them; aoti, too, takes minutes to compile")
     add("--sizes", default=",".join(f"{pixels}:{batch}" for pixels, batch in SIZES), help="pixels of a side: images")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--seconds", type=float, default=12.0, help="to spend on the rounds of a size; there are three at least")
