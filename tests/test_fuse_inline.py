@@ -169,14 +169,31 @@ def test_compiled(grid, folded):
         torch.testing.assert_close(compiled(x, grid), fused(x, grid), rtol=1e-4, atol=1e-5)
     # torch 2.9 takes every graph for one that is exported.
     exporting = torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(torch.zeros(()))
-    assert products == [5 if folded and not exporting else 2]  # two are the generator's
+    assert products == [4 if folded and not exporting else 2]  # two are the generator's
 
 
-def test_exported_is_plain(folds):
+@pytest.mark.parametrize(("size", "folded"), [((8, 8), True), ((3, 4), False)], ids=str)
+def test_exported_is_folded_where_its_example_has_as_many_tokens_as_channels(folds, size, folded):
+    """And is right at every other size, of both sides of that."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prefix, self.layer = nn.Parameter(torch.randn(1, 1, 16)), linsight.fuse(layer())
+
+        def forward(self, x):
+            tokens = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x.flatten(2).mT], dim=1)
+            return self.layer(tokens, Grid(*x.shape[2:], 1))
+
+    model, free = Model(), torch.export.Dim.DYNAMIC
     with torch.no_grad():
-        program = torch.export.export(linsight.fuse(layer()), (torch.randn(1, 65, 16), Grid(8, 8, 1)))
-        program.module()(torch.randn(1, 65, 16), Grid(8, 8, 1))
-    assert folds == []
+        program = torch.export.export(
+            model, (torch.randn(2, 16, *size),), dynamic_shapes=({0: free, 2: free, 3: free},)
+        )
+        assert folds == (["of_many"] if folded else [])
+        for shape in ((1, 16, 2, 3), (3, 16, 5, 11), (1, 16, 1, 1)):
+            x = torch.randn(shape)
+            close(program.module()(x), model(x), 1e-5)
 
 
 def test_mistakes_are_still_one_line():

@@ -11,6 +11,7 @@ from .onnx import export_onnx
 from .program import export_aoti, export_program
 from .served import Served
 from .trained import load_exported
+from .triton import write_triton
 from .verify import Checked, Exported
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "export_program",
     "load_exported",
     "open_exported",
+    "write_triton",
 ]

@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from linsight.errors import LinsightError, MissingExtraError
@@ -12,6 +11,7 @@ from linsight.runtime.files import require_place
 
 from .facts import KEY, Facts
 from .files import open_exported
+from .graph import onnx_program
 from .placing import placing
 from .runs import OnnxModel, quiet
 from .trace import Traced, traced
@@ -79,10 +79,9 @@ def export_onnx(
 
 
 def _program(of: Traced, opset: int) -> Any:
-    program: Any = torch.onnx.export(
+    program = onnx_program(
         of.model,
         (of.example,),
-        dynamo=True,
         dynamic_shapes=(of.dims,) if of.dims else None,
         opset_version=opset,
         input_names=list(of.facts.inputs),

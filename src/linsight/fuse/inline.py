@@ -14,7 +14,16 @@ from torch.nn import functional as F
 
 from linsight.attention import PROJECTIONS, Attention, check_beside, entered
 from linsight.attention.mechanisms.inline import InLine
-from linsight.ops import Layout, LayoutLike, accumulator, as_layout, autocasts, dynamic_depthwise_conv, full_precision
+from linsight.ops import (
+    Layout,
+    LayoutLike,
+    accumulator,
+    as_layout,
+    autocasts,
+    dynamic_depthwise_conv,
+    full_precision,
+    in_example,
+)
 from linsight.ops.cpu import halves
 
 from .form import form_of
@@ -57,13 +66,15 @@ class FoldedInLine(Attention):
         linears = [Linear(linear.weight, linear.bias) for linear in maps]
         core: Any = self.core
         given = (core, x, linears, Linear(self.proj.weight, self.proj.bias), lies, residual)
-        return of_few(*given) if dtype == accumulator(dtype) and is_few(x) else of_many(*given, dtype)
+        few = dtype == accumulator(dtype) and not torch.compiler.is_compiling() and is_few(x)
+        return of_few(*given) if few else of_many(*given, dtype)
 
     def _pays_in(self, x: Tensor, residual: Tensor | None) -> torch.dtype | None:
         """The dtype of products with which folding pays, or None.
 
         On a CPU in full precision, of as many tokens as channels, or of one small image; in a compiled graph, of four
-        times as many, if that is known; not in an exported one. In bfloat16 where the CPU multiplies that natively.
+        times as many, if that is known; in an exported one, if its example has as many. In bfloat16 where the CPU
+        multiplies that natively.
         """
         if not x.is_cpu or x.requires_grad or x.ndim != 3 or (residual is not None and residual.requires_grad):
             return None
@@ -77,8 +88,10 @@ class FoldedInLine(Attention):
             return dtype if pays else None
         if autocasts(x) or x.dtype != self.proj.weight.dtype or dtype != accumulator(dtype):
             return None
-        if torch.compiler.is_compiling():
-            pays = not torch.compiler.is_exporting() and statically_known_true(n >= 4 * width)
+        if torch.compiler.is_exporting():
+            pays = (in_example(n) or 0) >= width
+        elif torch.compiler.is_compiling():
+            pays = statically_known_true(n >= 4 * width)
         else:
             pays = batch > 0 and (n >= width or is_few(x))
         return dtype if pays else None
@@ -123,15 +136,17 @@ def of_many(
         cross = v.mT @ centred if dtype == wide else halves.outer_sum(v, centred)
         cross = cross.view(batch, heads, -1, width)  # (B, H, E, C)
         k = to_k.weight.view(heads, -1, width)
-        cov = k @ cross.mT  # (B, H, D, E), times n; scaled where it enters a sum
-        scale = k.shape[1] ** -0.5 / n
+        cov = k @ cross.mT * (k.shape[1] ** -0.5 / n)  # (B, H, D, E)
         matrix = (cov @ proj.weight.view(-1, heads, cov.shape[-1]).permute(1, 2, 0)).flatten(1, 2)  # (B, H * D, C)
-        shift = F.linear(mean_v, *proj).baddbmm_(F.linear(mean, *to_q), matrix, alpha=scale)
-        out = torch.baddbmm(shift.to(dtype), centred, (to_q.weight.mT @ matrix).to(dtype), alpha=scale)
+        shift = F.linear(mean_v, *proj) + F.linear(mean, *to_q) @ matrix
+        out = torch.baddbmm(shift.to(dtype), centred, (to_q.weight.mT @ matrix).to(dtype))
         if core.generator is not None:
             kernels = _kernels(core, mean, residual).to(dtype)
             local = dynamic_depthwise_conv(v.add_(mean_v)[:, prefix:], layout.grid[:2], kernels)
-            out[:, prefix:].baddbmm_(local, proj.weight.mT.to(dtype).expand(batch, -1, -1))
+            back = proj.weight.mT.to(dtype)
+            if torch.compiler.is_exporting():  # what is written into a part would be scattered
+                return out + F.pad(local @ back, (0, 0, prefix, 0))
+            out[:, prefix:].baddbmm_(local, back.expand(batch, -1, -1))
     return out
 
 

@@ -10,7 +10,7 @@ from .conv import (
     dynamic_depthwise_conv,
     shifted_products,
 )
-from .dispatch import FORMS, TRITON, ChosenForm, Form, forms, plain_is_asked, use_form
+from .dispatch import FORMS, TRITON, ChosenForm, Form, exported_forms, forms, plain_is_asked, use_form
 from .features import Features, as_features, focus
 from .inner import (
     INNER_MODELS,
@@ -38,7 +38,7 @@ from .packing import Groups, each_grid, pack, unpack
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import Turn, check_rotary, rotate
-from .sizes import at_least, at_most, divided, is_proxy, leaves, traced, unflatten
+from .sizes import at_least, at_most, divided, in_example, is_proxy, leaves, traced, unflatten
 from .states import (
     LogSumExp,
     Moments,
@@ -98,6 +98,7 @@ __all__ = [
     "divided",
     "dynamic_depthwise_conv",
     "each_grid",
+    "exported_forms",
     "fit_grid",
     "fit_square",
     "focus",
@@ -105,6 +106,7 @@ __all__ = [
     "full_precision",
     "gather_pooled",
     "gather_state",
+    "in_example",
     "inner_forward",
     "inner_gradient",
     "inner_step",

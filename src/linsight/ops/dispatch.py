@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -115,6 +115,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 
 _forced = ""
 _chosen: dict[tuple[Any, ...], Callable[..., Any] | None] = {}  # earlier choices, by all that decides them
+_leaving: dict[str, Callable[..., Any]] = {}  # of graphs that leave, see `exported_forms`
 _entries: dict[str, Callable[..., Any]] = {}  # functions of other forms imported so far
 
 
@@ -140,6 +141,18 @@ def use_form(name: str) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def exported_forms(forms: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, graphs that leave have these functions in the place of the plain forms, by operator."""
+    before = dict(_leaving)
+    _leaving.update(forms)
+    try:
+        yield
+    finally:
+        _leaving.clear()
+        _leaving.update(before)
+
+
 def plain_is_asked() -> bool:
     """True inside `use_form("plain")`: no other form runs, not one of a library either."""
     return _forced == "plain"
@@ -148,12 +161,14 @@ def plain_is_asked() -> bool:
 def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
     """The function to compute `operator` with, on tensors like `x` `(..., D)`; None for the plain form.
 
-    Exported graphs have the plain form, which is made of torch's own operators; so do compiled ones on a CPU, where the
-    compiler keeps tiles in the cache by itself.
+    Exported graphs have the plain form, which is made of torch's own operators, unless `exported_forms` has another; so
+    do compiled ones on a CPU, where the compiler keeps tiles in the cache by itself.
 
     Raises:
         LinsightError: a form that was asked for by `use_form` cannot run on this device.
     """
+    if leaves() and not _forced and operator in _leaving:
+        return _leaving[operator]
     if _forced or traced() or leaves():
         return _choose_fused(operator, x)
     like = (operator, x.device.type, x.shape[-1], torch.is_grad_enabled())

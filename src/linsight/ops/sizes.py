@@ -34,6 +34,14 @@ def is_proxy(x: Any) -> bool:
     return isinstance(x, torch.fx.Proxy)
 
 
+def in_example(size: Any) -> int | None:
+    """A size in the example that a graph is made with, to choose a form by, not a result; None where nobody tells."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    known = size if isinstance(size, int) else getattr(getattr(size, "node", None), "hint", None)
+    return None if known is None else int(known)
+
+
 def at_least(side: Any, low: Any) -> Any:
     """The larger of two sizes."""
     return _extreme(side, low, max, torch.sym_max, torch.maximum)
