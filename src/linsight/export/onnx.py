@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from linsight.attention import check_way
 from linsight.errors import MissingExtraError
 from linsight.runtime.files import replacing
 
@@ -41,6 +42,7 @@ def export_onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "export", "exporting to ONNX")
+    check_way(model, "onnx")
     path = Path(path)
     with traced(model, facts) as of, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its own insides

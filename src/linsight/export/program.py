@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from linsight.attention import check_way
 from linsight.errors import LinsightError
 from linsight.runtime.files import replacing
 
@@ -22,6 +23,7 @@ def export_program(
     model: nn.Module, path: str | Path, *, facts: Facts | None = None, tolerance: float = TOLERANCE
 ) -> Exported:
     """Write `model` as a torch.export package (`.pt2`), and compare the file with the model; see `export_onnx`."""
+    check_way(model, "export")
     path = Path(path)
     with traced(model, facts) as of:
         program = _program(of)
@@ -44,6 +46,7 @@ def export_aoti(
     """
     if not any(map(shutil.which, COMPILERS)):
         raise LinsightError("AOTInductor needs a C++ compiler, and none is installed: export to ONNX or torch.export")
+    check_way(model, "export")
     path = Path(path)
     inductor: Any = torch._inductor
     with traced(model, facts) as of:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from timm.layers import Mlp
+from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,8 @@ from linsight.ops import (
     traced,
 )
 
+from .partition import to_multiple
+
 
 class CPE(TokenConv, Fusable):
     """Conditional position encoding, x + conv3x3(x), depthwise, on tokens; prefix tokens pass by.
@@ -34,6 +36,17 @@ class CPE(TokenConv, Fusable):
     def _local(self, x: Tensor, layout: Layout) -> Tensor:
         grid = layout.grid
         return pad_prefix(super().forward(x[:, grid.prefix :], (grid.height, grid.width)), grid.prefix)
+
+
+class WholePatches(PatchEmbed):
+    """timm's patch embedding of any size, padded to whole patches, without its checks, which make a graph for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, ceil(H / p), ceil(W / p), C)`."""
+        down, right = self.patch_size
+        high, wide = to_multiple(x.shape[2], down), to_multiple(x.shape[3], right)
+        x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class ConvEmbed(nn.Module):
