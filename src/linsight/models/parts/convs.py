@@ -3,16 +3,18 @@
 from typing import Any
 
 from timm.layers import Mlp, PatchEmbed
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Fusable, TokenConv
+from linsight.attention import Fusable, TokenConv, recast
 from linsight.ops import (
     Grid,
     Layout,
     LayoutLike,
     as_layout,
     at_least,
+    copied,
     each_grid,
     mask_tokens,
     pad_prefix,
@@ -36,6 +38,19 @@ class CPE(TokenConv, Fusable):
     def _local(self, x: Tensor, layout: Layout) -> Tensor:
         grid = layout.grid
         return pad_prefix(super().forward(x[:, grid.prefix :], (grid.height, grid.width)), grid.prefix)
+
+
+class DenseConv(nn.Conv2d):
+    """A convolution that in a graph that leaves takes a dense copy of its map."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(copied(input), weight, bias)
+
+
+def with_dense_conv(mlp: MlpWithDepthwiseConv) -> MlpWithDepthwiseConv:
+    """timm's MLP, whose convolution sees tokens as they lie, with a `DenseConv`."""
+    mlp.dwconv = recast(mlp.dwconv, DenseConv)
+    return mlp
 
 
 class WholePatches(PatchEmbed):
