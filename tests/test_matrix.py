@@ -8,7 +8,11 @@ import pytest
 import matrix
 from matrix import fused, graphs
 
-pytestmark = pytest.mark.timeout(300)  # tracing and C++ are slow where cores are shared
+pytestmark = [
+    pytest.mark.timeout(300),  # tracing and C++ are slow where cores are shared
+    *map(pytest.mark.filterwarnings, graphs.WARNINGS),
+]
+WAY = {check: way for way, check in graphs.CHECKS.items()}
 
 
 @pytest.mark.parametrize("check", matrix.CHECKS, ids=lambda check: check.__name__)
@@ -24,13 +28,22 @@ def test_options(subject, check):
 
 
 def rest_is_full(subjects, checks, kind="sort"):
-    """Pairs, of which those whose subject is not the first of its kind, or InLine, are for `pytest -m full`."""
+    """Pairs, of which those whose subject is not the first of its kind, or InLine, are for `pytest -m full`.
+
+    Of a way out that a mechanism does not have, the check fails, as its reason says.
+    """
     kinds, pairs = set(), []
     for subject in sorted(subjects, key=lambda subject: subject.name != "inline"):
         marks = [pytest.mark.full] if getattr(subject, kind) in kinds else []
         kinds.add(getattr(subject, kind))
-        pairs += [pytest.param(subject, check, marks=marks) for check in checks]
+        for check in checks:
+            reason = subject.entry.unmet.get(WAY.get(check))
+            pairs.append(pytest.param(subject, check, marks=[*marks, *unmet(reason)]))
     return pairs
+
+
+def unmet(reason):
+    return [pytest.mark.xfail(reason=reason)] if reason else []
 
 
 def named(value):

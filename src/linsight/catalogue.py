@@ -2,11 +2,22 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from linsight.attention import FLAGS, Mechanism, Paper, create_attention, create_block, list_attentions, mechanism
+from linsight.attention import (
+    FLAGS,
+    WAYS,
+    Mechanism,
+    Paper,
+    create_attention,
+    create_block,
+    list_attentions,
+    mechanism,
+    why_not,
+)
 from linsight.bench.counting import count_macs, count_parameters
 from linsight.errors import UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention, default_config
@@ -69,6 +80,7 @@ def model_info(name: str, attention: str | None = None) -> dict[str, Any]:
         row |= {"attention": attention, "published": {}, "weights": "", "code": "", "paper": {}}
     row["params"] = count_parameters(model)
     row["gmacs"] = count_macs(model, torch.empty(1, *size, device="meta")) / 1e9
+    row["ways"] = ways({way: why_not(model, way) for way in WAYS})
     if isinstance(model, DynamicPerceiver):
         row["exit_gmacs"] = [cost / 1e9 for cost in model.exit_costs()]
     return row
@@ -97,7 +109,13 @@ def _mechanism_row(entry: Mechanism) -> dict[str, Any]:
         "paper": _paper_row(entry.paper),
         "capabilities": {flag: entry.can(flag) for flag in FLAGS},
         "cost": entry.structure.cost.value,
+        "ways": ways(entry.unmet),
     }
+
+
+def ways(unmet: Mapping[str, str]) -> dict[str, str]:
+    """Each way out by its name, and "yes", or the reason why there is none."""
+    return {name: unmet.get(way) or "yes" for way, name in WAYS.items()}
 
 
 def _model_row(name: str) -> dict[str, Any]:

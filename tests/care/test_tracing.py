@@ -1,8 +1,6 @@
 """Graphs made in default calls: right at every size, also at those not seen when they were made, or one line."""
 
-import contextlib
 import inspect
-import io
 import itertools
 
 import pytest
@@ -18,32 +16,15 @@ from linsight.errors import LinsightError
 from linsight.models import HOSTS
 from linsight.models.parts.positions import with_positions
 from linsight.ops import Grid, Tile, at_least, at_most, divided, gather_pooled, pool_tokens, read_pooled, table_for
-from matrix import subjects
-from matrix.graphs import OnImages
+from matrix import graphs, subjects
+from matrix.graphs import EXAMPLE, UNSEEN, OnImages, equals, in_onnxruntime, in_onnxruntime_by_tracing, traced
 from test_hosts import MECHANISMS, SMALL, build, sizes
 from test_matrix import named
 
 pytestmark = [
     pytest.mark.timeout(300),  # where cores are shared
-    *(
-        pytest.mark.filterwarnings(f"ignore:{words}")
-        for words in (
-            ":torch.jit.TracerWarning",
-            ".*torch.jit.*:FutureWarning",
-            ".*torch.jit.*:DeprecationWarning",
-            ":DeprecationWarning:torch.onnx",
-            ":DeprecationWarning:copyreg",
-            ".*legacy TorchScript-based ONNX export.*",
-            ".*feature was exported.*",
-            ".*[oO][nN][nN][xX].*",
-            "NOTE. The nodes obtained by tracing:UserWarning",
-        )
-    ),
+    *map(pytest.mark.filterwarnings, graphs.WARNINGS),
 ]
-
-# One that is traced, in the shape of (batch, height, width), and others: larger, flat, and single places.
-TRACED, OTHERS = (2, 4, 5), ((3, 4, 7), (5, 9, 13), (1, 6, 2), (2, 1, 6), (2, 1, 1))
-FREE = {0: "batch", 2: "height", 3: "width"}
 
 
 def other_sizes(host):
@@ -65,56 +46,17 @@ def shallow(host, attention="inline"):
     return build(host, attention, **({"depth": 2} if "depth" in small else {})).eval()
 
 
-def check(call, model, channels, shapes):
-    """`call` answers as `model` does, to 1e-4 of the largest number."""
-    for batch, *size in shapes:
-        x = torch.randn(batch, channels, *size)
-        with torch.no_grad():
-            right, found = model(x), torch.as_tensor(call(x))
-        assert (found - right).abs().max() <= 1e-4 * right.abs().max(), (batch, *size)
-
-
-def traced(model, x):
-    with torch.no_grad():
-        return torch.jit.trace(model, x, check_trace=False)
-
-
 def symbolic(model, x):
     return torch.fx.symbolic_trace(model)
 
 
-def onnx(model, x, **how):
-    """By onnxruntime, of a model exported as everyone does: with gradients recorded."""
-    runtime = pytest.importorskip("onnxruntime")
-    file = io.BytesIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        program = torch.onnx.export(model, (x,), None if how["dynamo"] else file, input_names=["x"], **how)
-        if program is not None:
-            program.save(file)
-    session = runtime.InferenceSession(file.getvalue())
-    return lambda x: session.run(None, {"x": x.numpy()})[0]
-
-
-def exported(model, x):
-    return onnx(model, x, dynamo=True, dynamic_shapes=(FREE,), verbose=False)
-
-
-def exported_by_tracing(model, x):
-    return onnx(model, x, dynamo=False, opset_version=17, dynamic_axes={"x": FREE})
-
-
 def by_torch_export(model, x):
-    dims = dict.fromkeys(FREE, torch.export.Dim.DYNAMIC)
-    return torch.export.export(model, (x,), dynamic_shapes=(dims,), strict=True).module()
+    return graphs.exported(model, x, strict=True)
 
 
-WAYS = (traced, exported, exported_by_tracing)
-FEW = [("inline", exported_by_tracing)]
-LAYERS = [
-    pytest.param(subject, way, marks=[] if way is traced or (subject.name, way) in FEW else [pytest.mark.full])
-    for subject, way in itertools.product(subjects(), WAYS)
-]
-QUICK = [("vit_tiny", traced), ("swin_tiny", traced), ("pvt_tiny", traced), ("vit_tiny", exported_by_tracing)]
+WAYS = (traced, in_onnxruntime, in_onnxruntime_by_tracing)
+LAYERS = [pytest.param(s, marks=[] if s.name == "inline" else [pytest.mark.full]) for s in subjects()]
+QUICK = [("vit_tiny", traced), ("swin_tiny", traced), ("pvt_tiny", traced), ("vit_tiny", in_onnxruntime_by_tracing)]
 MODELS = [
     pytest.param(
         host,
@@ -126,22 +68,21 @@ MODELS = [
         else [pytest.mark.full],
     )
     for host, attention, way in itertools.product(SMALL, MECHANISMS, (symbolic, *WAYS, by_torch_export))
-    if way in (symbolic, traced, exported_by_tracing) or attention in ("inline", "softmax", "agent")
+    if way in (symbolic, traced, in_onnxruntime_by_tracing) or attention in ("inline", "softmax", "agent")
 ]
 
 
-@pytest.mark.parametrize(("subject", "way"), LAYERS, ids=named)
-def test_layers(subject, way):
-    model, (batch, *size) = OnImages(subject.layer()).eval(), TRACED
-    x = torch.randn(1 if way is traced else batch, 16, *size)
-    check(way(model, x), model, 16, OTHERS)
+@pytest.mark.parametrize("subject", LAYERS, ids=named)
+def test_layers_by_the_exporter_that_traces(subject):
+    model, (batch, *size) = OnImages(subject.layer()).eval(), EXAMPLE
+    equals(in_onnxruntime_by_tracing(model, torch.randn(batch, 16, *size)), model, 16, UNSEEN)
 
 
 @pytest.mark.parametrize(("host", "attention", "way"), MODELS, ids=named)
 def test_models(host, attention, way):
     model = shallow(host, attention)
     x = torch.randn(2, 3, *(sizes(host)[1]))
-    check(way(model, x), model, 3, other_sizes(host))
+    equals(way(model, x), model, 3, other_sizes(host))
 
 
 class Pooled(torch.nn.Module):
@@ -161,15 +102,15 @@ class Pooled(torch.nn.Module):
 
 def test_views_of_what_a_kernel_returned():
     model = Pooled().eval()
-    check(exported(model, torch.randn(2, 16, 4, 5)), model, 16, OTHERS)
+    equals(in_onnxruntime(model, torch.randn(2, 16, 4, 5)), model, 16, UNSEEN)
 
 
 @pytest.mark.full
 def test_windows_of_two_kinds():
     """A mixed Swin whose mechanisms have windows of their own, too."""
     model = build("swin_tiny", "inline,softmax", depths=(2, 2), num_heads=(1, 2), attention_window=4).eval()
-    for way in (traced, exported):
-        check(way(model, torch.randn(2, 3, 160, 96)), model, 3, [*other_sizes("swin_tiny"), (1, 64, 64)])
+    for way in (traced, in_onnxruntime):
+        equals(way(model, torch.randn(2, 3, 160, 96)), model, 3, [*other_sizes("swin_tiny"), (1, 64, 64)])
 
 
 class Placed(torch.nn.Module):

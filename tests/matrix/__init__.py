@@ -43,8 +43,7 @@ CHECKS = (
 # Once for the first mechanism of a kind; for all by `pytest -m full`.
 SLOW_CHECKS = (
     precision.a_million_tokens,
-    graphs.compiles_without_breaks,
-    graphs.exports_with_dynamic_sizes,
+    *graphs.CHECKS.values(),
 )
 
 __all__ = ["CHECKS", "SLOW_CHECKS", "VARIANT_CHECKS", "Subject", "subjects"]

@@ -20,6 +20,7 @@ from .registry import Mechanism, Option, Paper, list_attentions, mechanism, regi
 from .rounds import Progress, Round, drive, scan
 from .tiled import run_rounds
 from .tokens import Tokens, merge_heads, split_heads
+from .ways import WAYS, check_way, why_not
 
 for _module in pkgutil.iter_modules(mechanisms.__path__):
     importlib.import_module(f"{mechanisms.__name__}.{_module.name}")
@@ -28,6 +29,7 @@ __all__ = [
     "FLAGS",
     "INFERENCE_FORMS",
     "PROJECTIONS",
+    "WAYS",
     "Attention",
     "Block",
     "Capabilities",
@@ -50,6 +52,7 @@ __all__ = [
     "check_asked",
     "check_beside",
     "check_kind",
+    "check_way",
     "create_attention",
     "create_block",
     "create_core",
@@ -69,4 +72,5 @@ __all__ = [
     "scan",
     "split_heads",
     "unregister",
+    "why_not",
 ]

@@ -1,5 +1,6 @@
 """Mechanisms that are more than an attention: a whole block in place of the host's."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -21,6 +22,7 @@ class Block(Node):
     capabilities: Capabilities = Capabilities()
     structure: Structure = Structure()
     published: ClassVar[tuple[Rename, ...]] = ()
+    unmet: ClassVar[Mapping[str, str]] = {}  # as of a `Core`
     takes: ClassVar[tuple[str, ...]] = ("mlp_ratio", "drop_path_rate")  # what of a host's blocks shapes it, too
 
     def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """The contract of a mechanism: a Core."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class Core(nn.Module):
     extra_dim: int = 0  # width of `tokens.extra`
     out_dim: int | None = None  # width of the outputs, heads merged, where it is not `dim`
     published: ClassVar[tuple[Rename, ...]] = ()  # key map of the layer, beyond qkv and proj
+    unmet: ClassVar[Mapping[str, str]] = {}  # of `WAYS`, those in which no graph of it leaves, and why
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """Outputs `(B, n, H, E)` of the tile's own tokens, of what its halo sees and the finished states."""

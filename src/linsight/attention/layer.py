@@ -1,6 +1,7 @@
 """The layer around a core: projections, checks, and nothing that depends on the image size."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ class Layer(Node):
     capabilities: Capabilities = Capabilities()
     structure: Structure = Structure()
     published: ClassVar[tuple[Rename, ...]] = ()
+    unmet: ClassVar[Mapping[str, str]] = {}  # as of a `Core`
 
     def forward(
         self,

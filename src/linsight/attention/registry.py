@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -18,6 +18,7 @@ from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 from .capabilities import FLAGS, Capabilities, Cost, Structure
 from .core import Core
 from .packed import takes_packed
+from .ways import WAYS
 
 Kind = Literal["core", "layer", "block"]
 
@@ -64,6 +65,11 @@ class Mechanism:
     def quadratic(self) -> bool:
         """True where the cost is that of a score matrix; hosts give such mechanisms their windows and reductions."""
         return self.structure.cost is Cost.QUADRATIC
+
+    @property
+    def unmet(self) -> Mapping[str, str]:
+        """Ways out (see `WAYS`) in which it does not leave, and why; a Core, a Layer and a Block have none."""
+        return getattr(self.factory, "unmet", {})
 
     def can(self, flag: str) -> bool:
         """True where the mechanism has the `flag`, of `FLAGS`, in whichever record it stands."""
@@ -118,6 +124,9 @@ def register(
             raise LinsightError(f"mechanism '{name}' is already registered by {_REGISTRY[name].factory}")
         if kind == "core" and not issubclass(cls, Core):
             raise LinsightError(f"mechanism '{name}' has kind 'core', but {cls.__name__} is not a Core")
+        for way in getattr(cls, "unmet", {}):
+            if way not in WAYS:
+                raise UnknownNameError("way out", way, WAYS)
         own_layer = getattr(cls, "layer", None)
         packed = own_layer is None or takes_packed(own_layer) if kind == "core" else takes_packed(cls)
         can = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)

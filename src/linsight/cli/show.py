@@ -73,8 +73,10 @@ def list_(
         return
     tables = []
     if "mechanisms" in found:
-        rows = [[row["name"], row["complexity"], _able(row)] for row in found["mechanisms"]]
-        tables.append(make_table("mechanisms", ["name", "complexity", "can do"], rows))
+        rows = [[row["name"], row["complexity"], _able(row), ", ".join(_closed(row))] for row in found["mechanisms"]]
+        shown = 4 if any(row[3] for row in rows) else 3
+        columns = ["name", "complexity", "can do", "does not leave by"][:shown]
+        tables.append(make_table("mechanisms", columns, [row[:shown] for row in rows]))
     if "models" in found:
         columns = ["name", "attention", "image", "published top-1 %"]
         for kind, title in (
@@ -140,6 +142,7 @@ def _mechanism(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Tabl
         ("paper", ", ".join(filter(None, paper.values()))),
         ("can do", _able(found)),
         ("cannot do", _able(found, False)),
+        *_ways(found),
     ]
     options = [
         [row["name"], str(row["default"]), ", ".join(map(str, row["choices"])), row["help"]] for row in found["options"]
@@ -172,6 +175,7 @@ def _model(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Table]"]
         ("weights", found["weights"]),
         ("code of its authors", found["code"] and f"https://github.com/{found['code']}"),
         ("recipe", recipe.about if recipe else ""),
+        *_ways(found),
     ]
     return lines, []
 
@@ -204,6 +208,17 @@ def _device(row: dict[str, Any]) -> str:
 
 def _able(row: dict[str, Any], asked: bool = True) -> str:
     return ", ".join(name for name, can in row["capabilities"].items() if can == asked)
+
+
+def _ways(found: dict[str, Any]) -> list[tuple[str, str]]:
+    closed = _closed(found)
+    open_ = ", ".join(name for name in found["ways"] if name not in closed)
+    return [("leaves by", open_), *(("does not leave by", f"{name}: {found['ways'][name]}") for name in closed)]
+
+
+def _closed(row: dict[str, Any]) -> list[str]:
+    """The ways out that there are not."""
+    return [name for name, answer in row["ways"].items() if answer != "yes"]
 
 
 def make_table(title: str, columns: list[str], rows: list[list[str]], *, header: bool = True) -> "Table":

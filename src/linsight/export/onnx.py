@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from linsight.attention import check_way
 from linsight.errors import LinsightError, MissingExtraError
 from linsight.runtime.files import require_place
 
@@ -59,6 +60,7 @@ def export_onnx(
             raise MissingExtraError(package, "export", "exporting to ONNX")
     import onnx
 
+    check_way(model, "onnx")
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST <= opset <= newest:
         raise LinsightError(f"opset {opset} cannot be written: {OLDEST} to {newest} can")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from linsight.attention import check_way
 from linsight.errors import LinsightError
 from linsight.runtime.files import require_place
 
@@ -30,6 +31,7 @@ def export_program(
     half: bool = False,
 ) -> Exported:
     """Write `model` as a torch.export package (`.pt2`), and compare the file with the model; see `export_onnx`."""
+    check_way(model, "export")
     path = _package(path)
     with traced(model, facts, tolerance, half) as of, quiet():
         program = _program(of)
@@ -56,6 +58,7 @@ def export_aoti(
     Raises:
         LinsightError: there is no C++ compiler, or see `export_onnx`.
     """
+    check_way(model, "export")
     path = _package(path)
     if not any(map(shutil.which, COMPILERS)):
         raise LinsightError("AOTInductor needs a C++ compiler, and none is installed: export to ONNX or torch.export")

@@ -38,7 +38,7 @@ from .packing import Groups, each_grid, pack, unpack
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import Turn, check_rotary, rotate
-from .sizes import at_least, at_most, divided, in_example, is_proxy, leaves, traced, unflatten
+from .sizes import at_least, at_most, copied, divided, in_example, is_proxy, leaves, spread, traced, unflatten
 from .states import (
     LogSumExp,
     Moments,
@@ -93,6 +93,7 @@ __all__ = [
     "check_rotary",
     "check_tokens",
     "circular_correlation",
+    "copied",
     "count_tokens",
     "depthwise_conv",
     "divided",
@@ -130,6 +131,7 @@ __all__ = [
     "rotate",
     "separable",
     "shifted_products",
+    "spread",
     "table_for",
     "tiles",
     "traced",

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .dispatch import fused_form
-from .sizes import freezes, traced, unflatten
+from .sizes import copied, freezes, leaves, traced, unflatten
 from .states import autocasts, full_precision
 
 _FEW = 2**17  # numbers: of more, one compiled convolution is quicker than nine products
@@ -49,9 +49,10 @@ def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) ->
     batch, _, channels = x.shape
     if freezes() or (batch == 0 and not traced()):  # no group count that is kept, or 0
         return shifted_products(x, size, kernels)
-    if torch.compiler.is_compiling() and (batch != 1 or statically_known_true(size[0] * size[1] * channels <= _FEW)):
+    one = statically_known_true(batch == 1) if leaves() else batch == 1  # there, not asked of an example
+    if torch.compiler.is_compiling() and (not one or statically_known_true(size[0] * size[1] * channels <= _FEW)):
         return shifted_products(x, size, kernels)
-    if batch == 1:  # compiled, too: graphs of one image are graphs of their own
+    if one:  # compiled, too: graphs of one image are graphs of their own
         with full_precision(x):
             return _convolve(x, size, kernels.transpose(0, 1))
     beside = x.transpose(0, 1).reshape(1, -1, batch * channels)  # (1, H*W, B * C)
@@ -103,7 +104,7 @@ def made(add: Convolved | Tensor | None) -> Tensor | None:
 def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch's convolution of a dense copy: it would bring any other view to (B, C, H, W) order in memory."""
     batch, _, channels = x.shape
-    canvas = x.contiguous().view(batch, *size, channels).permute(0, 3, 1, 2)
+    canvas = copied(x.contiguous().view(batch, *size, channels).permute(0, 3, 1, 2))
     pad = int(weight.shape[-1]) // 2  # which torch.jit.trace has as a tensor
     out = F.conv2d(canvas, weight, bias, padding=pad, groups=channels)
     return out.permute(0, 2, 3, 1).flatten(1, 2)

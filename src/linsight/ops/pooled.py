@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .layout import Tile
 from .resample import pool_matrix, separable
-from .sizes import leaves, traced, unflatten
+from .sizes import copied, traced, unflatten
 from .states import LogSumExp, accumulator, full_precision, mask_tokens
 
 
@@ -81,5 +81,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, causa
 
     How its output lies in memory is the kernel's, and another one in a graph that leaves: what views it goes by a copy.
     """
-    out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
-    return out.clone(memory_format=torch.contiguous_format) if leaves() else out
+    return copied(F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .layout import Grid, Tile
-from .sizes import traced, unflatten
+from .sizes import product, traced, unflatten
 from .states import accumulator, full_precision
 
 Mode = Literal["bilinear", "bicubic", "bilinear-antialias", "bicubic-antialias"]
@@ -102,8 +102,9 @@ def pool_matrix(
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """R_y x R_x^T: `x` `(..., h, w, C)`, `rows` `(..., H, h)`, `columns` alike -> `(..., H, W, C)`."""
     with full_precision(x):
-        x = unflatten(torch.matmul(rows.to(x), x.flatten(-2)), -1, (columns.shape[-1], x.shape[-1]))  # (..., H, w, C)
-        return torch.matmul(columns.to(x).unsqueeze(-3), x)
+        x = unflatten(product(rows.to(x), x.flatten(-2)), -1, (columns.shape[-1], x.shape[-1]))  # (..., H, w, C)
+        columns = columns if columns.ndim == 2 else columns.unsqueeze(-3)
+        return product(columns.to(x), x)
 
 
 def table_for(table: Tensor, size: tuple[int, int], tile: Tile, mode: Mode) -> Tensor:

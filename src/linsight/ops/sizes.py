@@ -64,6 +64,27 @@ def divided(places: Tensor, size: Any) -> tuple[Tensor, Tensor]:
     return whole, places - whole * size
 
 
+def product(matrix: Tensor, x: Tensor) -> Tensor:
+    """`matrix @ x`, of a matrix that is one for the whole batch of `x`.
+
+    In a graph that leaves the batch comes first: exporters spread the matrix over it, and keep an example's batch of 1.
+    """
+    return (x.mT @ matrix.mT).mT if leaves() else torch.matmul(matrix, x)
+
+
+def copied(x: Tensor) -> Tensor:
+    """`x`, in a graph that leaves a dense copy of it.
+
+    Of another view an exporter asks whether its batch is 1, and keeps the answer of the example.
+    """
+    return x.clone(memory_format=torch.contiguous_format) if leaves() else x
+
+
+def spread(x: Tensor, batch: Any) -> Tensor:
+    """`x` `(1 or batch, ...)`, in a graph that leaves `(batch, ...)`: see `copied`, of products over a batch."""
+    return copied(x.expand(batch, *x.shape[1:])) if leaves() else x
+
+
 def unflatten(x: Tensor, axis: int, sizes: Sequence[Any]) -> Tensor:
     """`x.unflatten(axis, sizes)`; the exporter that traces would keep all sizes of `x` behind that."""
     if not freezes():

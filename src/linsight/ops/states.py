@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .sizes import traced
+from .sizes import spread, traced
 
 State: TypeAlias = Any  # a tensor, a named tuple of states, or what has a `merge`
 
@@ -81,7 +81,7 @@ def outer_sum(k: Tensor, v: Tensor) -> Tensor:
 
 def apply_state(q: Tensor, state: Tensor) -> Tensor:
     """q_n S: `(B, N, H, D)`, `(B or 1, H, D, E)` -> `(B, N, H, E)`, laid out head by head."""
-    return (q.transpose(1, 2) @ state).transpose(1, 2)
+    return (q.transpose(1, 2) @ spread(state, q.shape[0])).transpose(1, 2)
 
 
 class LogSumExp(NamedTuple):

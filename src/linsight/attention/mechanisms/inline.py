@@ -26,6 +26,7 @@ from linsight.ops import (
     accumulator,
     affine_read,
     central_absorb,
+    copied,
     full_precision,
     mask_tokens,
 )
@@ -86,7 +87,7 @@ class HeadLinear(nn.Conv1d):
             out = torch.baddbmm(
                 bias, split_heads(x, self.groups).transpose(0, 1), weight.transpose(-1, -2)
             )  # (H, B, out / H)
-        return out.transpose(0, 1).flatten(1)
+        return copied(out.transpose(0, 1)).flatten(1)
 
 
 @register(

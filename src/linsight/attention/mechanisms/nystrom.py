@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import Tile, accumulator, full_precision, mask_tokens, outer_sum, read_pooled
+from linsight.ops import Tile, accumulator, full_precision, mask_tokens, outer_sum, read_pooled, spread
 
 from ..capabilities import Capabilities, Structure
 from ..core import Core, Rename
@@ -58,7 +58,8 @@ class Segments(Round):
         segment = segments(*places(tile, x.device), core.landmarks)
         member = mask_tokens((segment[..., None] == torch.arange(core.landmarks, device=x.device)).to(x), tokens.keep)
         with full_precision(x):
-            return SegmentSums(outer_sum(member[:, :, None], x[:, :, None])[:, 0], member.sum(dim=1))
+            each = spread(member, x.shape[0])
+            return SegmentSums(outer_sum(each[:, :, None], x[:, :, None])[:, 0], member.sum(dim=1))
 
     def finish(self, core: "Nystrom", state: SegmentSums, done: Done) -> Tensor:
         """Their means; those of queries with the scale."""
@@ -182,7 +183,7 @@ def segments(place: Tensor, total: Tensor, count: int) -> Tensor:
 def pseudo_inverse(a: Tensor, start: Literal["exact", "original"]) -> Tensor:
     """Z `(B, H, m, m)` of row-stochastic matrices `a`: six steps of third order towards the pseudo-inverse."""
     sums = a.sum(dim=-2)
-    most = F.pad(sums.flatten(), (0, 1)).amax() if start == "original" else sums.amax(dim=-1)[..., None, None]
+    most = F.pad(sums.flatten(), (0, 1)).amax(dim=0) if start == "original" else sums.amax(dim=-1)[..., None, None]
     z = a.transpose(-1, -2) / most
     one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(_STEPS):

@@ -57,11 +57,12 @@ class Difference(Gather):
 class HeadNorm(nn.RMSNorm):
     """RMSNorm in the dtype of its input, whatever that of its weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., E)`; the shape is kept."""
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """`scale` RMSNorm(x), `(..., E)`; the shape is kept."""
+        weight = scale * self.weight.to(x.dtype)
         if leaves():  # not every exporter knows it
-            return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (self.eps or 0)) * self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+            return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (self.eps or 0)) * weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 @register(
@@ -157,4 +158,4 @@ class VisualContrast(Core):
 
     def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """(1 - l0) RMSNorm(x), in the dtype of x, which is the accumulator's."""
-        return (1 - self.lambda_init) * norm(x)
+        return norm(x, 1 - self.lambda_init)

@@ -36,6 +36,7 @@ from linsight.ops import (
     accumulator,
     at_least,
     at_most,
+    copied,
     divided,
     dynamic_depthwise_conv,
     full_precision,
@@ -96,7 +97,7 @@ class KernelCells(Pool):
 
     def finish(self, core: Any, state: Tensor, done: Done) -> Tensor:
         """K / (|K| + 1), `(B, C, 3, 3)`."""
-        cells = unflatten(state.to(core.w.dtype), 1, self.size).permute(0, 3, 1, 2)
+        cells = copied(unflatten(state.to(core.w.dtype), 1, self.size).permute(0, 3, 1, 2))
         kernels = core.wfm(cells).to(state.dtype)
         with full_precision(state):
             return kernels / (torch.linalg.vector_norm(kernels, dim=(2, 3), keepdim=True) + 1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
+from ..parts.convs import with_dense_conv
 from ..parts.dense import Features
 from ..parts.images import check_pool
 from ..parts.pyramid import Pyramid
@@ -113,7 +114,7 @@ class Compact(Pyramid):
     ) -> nn.Module:
         """Pre-norm attention and an MLP with a convolution."""
         layer = make_layer(choice, size.dim, size.num_heads, grid=grid, **factory)
-        mlp = MlpWithDepthwiseConv(size.dim, int(size.dim * size.mlp_ratio), **factory)
+        mlp = with_dense_conv(MlpWithDepthwiseConv(size.dim, int(size.dim * size.mlp_ratio), **factory))
         return PreNorm(size.dim, layer, mlp, drop_path=drop_path, **factory)
 
     def check_head(self, num_classes: int, global_pool: str) -> None:

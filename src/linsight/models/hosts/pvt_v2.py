@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from linsight.attention import Block, recast
 from linsight.ops import unflatten
 
+from ..parts.convs import with_dense_conv
 from ..parts.images import CheckedImages, check_pool, check_pooled
 from ..plan import Choice, named, plan
 from ..registry import add_hosts
@@ -111,6 +112,7 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
 
     def _put(self, blocks: Any, i: int, choice: Choice, grid: tuple[int, int]) -> None:
         old = blocks[i].attn
+        with_dense_conv(blocks[i].mlp)
         make = partial(
             make_layer,
             projections="q_kv",

@@ -34,8 +34,9 @@ from linsight.attention import Block, Layer, Node, create_core, mechanism, recas
 from linsight.errors import LinsightError
 from linsight.ops import Grid, unflatten
 
+from ..parts.convs import WholePatches
 from ..parts.images import CheckedImages, check_pool
-from ..parts.partition import Partition, half_shift, to_multiple, within
+from ..parts.partition import Partition, half_shift, within
 from ..parts.stages import init_linear
 from ..parts.stepsnet import Steps, block_widths, narrow, opened, widened
 from ..parts.windows import WindowAttention
@@ -96,17 +97,6 @@ class SwinBlock(Node):
         if isinstance(self.attn, WindowAttention):  # a mechanism without scores has no use for what is added to them
             arguments["score_bias"] = windows.apart(x)
         return windows.join(self.attn(windows.cut(x), windows.inner, **arguments))
-
-
-class WholePatches(PatchEmbed):
-    """timm's patch embedding of any size, padded to whole patches, without its checks, which make a graph for each."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W)` -> `(B, ceil(H / p), ceil(W / p), C)`."""
-        down, right = self.patch_size
-        high, wide = to_multiple(x.shape[2], down), to_multiple(x.shape[3], right)
-        x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
-        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class Merging(timm_swin.PatchMerging):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Fusable, Rename, recast
-from linsight.ops import Grid, traced
+from linsight.ops import Grid, copied, traced
 
 from .pyramid import PlainPyramid
 
@@ -99,7 +99,7 @@ class ConvMerge(Fusable):
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, in_dim, H, W)` to tokens `(B, h*w, C)` and their grid."""
         x = self.act(self.widen(pad_to_multiple(x, 2)))
-        return as_tokens(self.narrow(self.act(self.stride2(x))))
+        return as_tokens(self.narrow(self.act(self.stride2(copied(x)))))
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -2,22 +2,26 @@
 
 from typing import Any
 
-from timm.layers import Mlp
+from timm.layers import Mlp, PatchEmbed
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Fusable, TokenConv
+from linsight.attention import Fusable, TokenConv, recast
 from linsight.ops import (
     Grid,
     Layout,
     LayoutLike,
     as_layout,
     at_least,
+    copied,
     each_grid,
     mask_tokens,
     pad_prefix,
     traced,
 )
+
+from .partition import to_multiple
 
 
 class CPE(TokenConv, Fusable):
@@ -34,6 +38,30 @@ class CPE(TokenConv, Fusable):
     def _local(self, x: Tensor, layout: Layout) -> Tensor:
         grid = layout.grid
         return pad_prefix(super().forward(x[:, grid.prefix :], (grid.height, grid.width)), grid.prefix)
+
+
+class DenseConv(nn.Conv2d):
+    """A convolution that in a graph that leaves takes a dense copy of its map."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(copied(input), weight, bias)
+
+
+def with_dense_conv(mlp: MlpWithDepthwiseConv) -> MlpWithDepthwiseConv:
+    """timm's MLP, whose convolution sees tokens as they lie, with a `DenseConv`."""
+    mlp.dwconv = recast(mlp.dwconv, DenseConv)
+    return mlp
+
+
+class WholePatches(PatchEmbed):
+    """timm's patch embedding of any size, padded to whole patches, without its checks, which make a graph for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, ceil(H / p), ceil(W / p), C)`."""
+        down, right = self.patch_size
+        high, wide = to_multiple(x.shape[2], down), to_multiple(x.shape[3], right)
+        x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class ConvEmbed(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linsight.ops import Grid, at_most, divided, traced, unflatten
+from linsight.ops import Grid, at_most, copied, divided, traced, unflatten
 
 
 def to_multiple(side: int, size: int) -> int:
@@ -75,7 +75,7 @@ class Partition:
             for padded, side in zip(self.padded, self.grid[:2], strict=True)
         )
         inside = self._cut(self._roll((rows[:, None] & columns)[None], -1))
-        return inside.expand(x.shape[0], *inside.shape).flatten(0, 1)
+        return copied(inside.expand(x.shape[0], *inside.shape)).flatten(0, 1)
 
     def apart(self, x: Tensor) -> Tensor | None:
         """`(B * rectangles, 1, h*w, h*w)`, -100 between tokens of different regions; None without a shift."""
@@ -87,7 +87,7 @@ class Partition:
             regions.append((place >= padded - size).long() + (place >= padded - shift))
         region = self._cut((3 * regions[0][:, None] + regions[1])[None])
         apart = -100.0 * (region[:, None, :, None] != region[:, None, None, :]).to(x.dtype)
-        return apart.expand(x.shape[0], *apart.shape).flatten(0, 1)
+        return copied(apart.expand(x.shape[0], *apart.shape)).flatten(0, 1)
 
     def _roll(self, x: Tensor, sign: int) -> Tensor:
         if not self.shifted:

@@ -10,7 +10,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from linsight.errors import LinsightError
-from linsight.ops import unflatten
+from linsight.ops import copied, unflatten
 
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, make_block
@@ -205,7 +205,7 @@ class Pyramid(AnyKeys, nn.Module):
     def norm_map(self, x: Tensor) -> Tensor:
         """The final norm, over the channels of a map."""
         if isinstance(self.norm, nn.LayerNorm):
-            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return copied(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
 from timm.models import deit as timm_deit
 from timm.models import vision_transformer as timm_vit
 from timm.models._manipulate import checkpoint
@@ -31,6 +31,7 @@ from linsight.attention import OnGrid, Rename, recast
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy, unflatten
 
+from ...parts.convs import WholePatches
 from ...parts.images import FORMATS, check_format, check_images, check_pool, in_format, refuse_fx
 from ...parts.indices import Indices, in_order
 from ...parts.keys import AnyKeys
@@ -66,6 +67,7 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
 
     map_formats = (*FORMATS, "NLC")
     norm_pair: Merge | None
+    patch_embed: Any
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
                 refuse_for_block(choice, {"fix_init": True}, {})
         ours = host_arguments(choices, (height // down, width // right), timm_kwargs, cpe=cpe, norm=norm, steps=steps)
         super().__init__(img_size, patch_size, *timm_args, depth=depth, **{**timm_kwargs, **ours})
-        self._set_streams(norm, steps)
+        self._set_parts(norm, steps)
         if self.num_prefix_tokens:
             refuse_prefix(choices, "pass class_token=False, global_pool='avg'")
         if not isinstance(self.patch_drop, nn.Identity):
@@ -107,11 +109,13 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
         if type(model) not in kinds:
             raise LinsightError(f"the ViT host cannot take over a {type(model).__name__}")
         ours = recast(model, kinds[type(model)])
-        ours._set_streams(norm, steps)
+        ours._set_parts(norm, steps)
         return ours
 
-    def _set_streams(self, norm: str, steps: Steps | None) -> None:
-        """Set the width that each block takes, and how two streams are merged behind them."""
+    def _set_parts(self, norm: str, steps: Steps | None) -> None:
+        """Set how images are cut, the width that each block takes, and how two streams are merged behind them."""
+        if type(self.patch_embed) is PatchEmbed:
+            self.patch_embed = recast(self.patch_embed, WholePatches)
         if steps is not None:
             check_last(steps, self.embed_dim)
         self.widths = [self.embed_dim] * len(self.blocks) if steps is None else block_widths(steps)
