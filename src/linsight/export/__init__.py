@@ -6,6 +6,7 @@
 """
 
 from .files import Facts, Opened, open_exported
+from .hub import push_to_hub, save_for_hub
 from .onnx import export_onnx
 from .program import export_aoti, export_program
 from .served import Served
@@ -21,4 +22,6 @@ __all__ = [
     "export_onnx",
     "export_program",
     "open_exported",
+    "push_to_hub",
+    "save_for_hub",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import pathlib
 from typing import Any
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from linsight.checkpoints import LoadReport, load_published, table_grids
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model
+from linsight.models.bounds import require_bounded
 from linsight.recipe import FIELDS, Recipe, check, check_value, parse
 from linsight.runtime.files import replacing, to_json, writing
 
-WEIGHTS = "best.safetensors"
+from .hub import PREFIX, Saved, fetched, is_saved, open_saved, weights_file
+from .run import WEIGHTS
+
 # The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
 _KEPT = [
     name
@@ -98,8 +102,7 @@ def start_from(
     Raises:
         CheckpointError: they cannot be read safely, or are of another model.
     """
-    path = pathlib.Path(source)
-    source = str(path / WEIGHTS) if path.is_dir() else source
+    source = weights_file(source)
     size: Any = (from_size * 2)[:2] or None
     report = load_published(model, source, strict=False, head=head, from_size=size)
     if report.mismatched and not partial:
@@ -139,11 +142,15 @@ def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: 
 def load_trained(source: str | pathlib.Path) -> Trained:
     """The model of a run folder or of its best.safetensors, in evaluation mode on the CPU.
 
+    A folder in timm's layout is as good, here or on the Hub ("hf-hub:OWNER/NAME").
+
     Raises:
         CheckpointError: nothing there, not such a file, damaged, or not of this model.
     """
-    path = pathlib.Path(source)
+    path = fetched(str(source)) if str(source).startswith(PREFIX) else pathlib.Path(source)
     if path.is_dir():
+        if is_saved(path):
+            return of_saved(open_saved(path))
         if not (path / WEIGHTS).exists():
             raise CheckpointError(f"'{path}' is no finished run: it has no {WEIGHTS}")
         path = path / WEIGHTS
@@ -159,23 +166,36 @@ def load_trained(source: str | pathlib.Path) -> Trained:
         raise CheckpointError(f"'{path}' does not say which model it is of: give the model and --checkpoint {path}")
     try:
         about = json.loads(metadata["linsight"])
-        given, classes = about["recipe"].items(), tuple(about["classes"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        given, classes = about["recipe"].items(), tuple(map(str, about["classes"]))
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"'{path}' says what model it is of in a way that cannot be read: {error}") from error
     recipe = check(Recipe(**{name: parse(name, value) for name, value in given}))
+    require_bounded(recipe.model, functools.partial(build, recipe, len(classes)), path)
     model = build(recipe, len(classes))
     load_state(model, state, str(path))
     return Trained(model.eval(), recipe, classes, path)
 
 
+def of_saved(saved: Saved) -> Trained:
+    """A model out of timm's layout as any other."""
+    return Trained(saved.model, saved.recipe, saved.classes, saved.path, run=saved.named, titles=saved.titles)
+
+
 def kept_fields(path: pathlib.Path) -> dict[str, Any]:
     """The fields of a recipe that `save` wrote into a file; none where it is no such file."""
-    path = path / WEIGHTS if path.is_dir() else path
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(weights_file(str(path)), framework="pt") as file:
             kept = json.loads((file.metadata() or {})["linsight"])["recipe"]
         return {name: parse(name, value) for name, value in kept.items() if name != "num_classes"}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):  # what is wrong, loading tells
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # what is wrong, loading tells
         return {}
 
 

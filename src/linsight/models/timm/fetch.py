@@ -73,12 +73,13 @@ def speaking_to_hub(name: str) -> Iterator[None]:
     except LinsightError:
         raise
     except Exception as error:
-        kinds = [kind.__name__ for kind in type(error).__mro__]
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        meaning = next((text for kind, text in _MEANING.items() if kind in kinds), _STATUS.get(status or 0))
-        if meaning is None and not _of_network(error) and not isinstance(error, OSError):
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of an upload
+        if not _of_network(cause) and not isinstance(cause, OSError | RuntimeError | ValueError):
             raise
-        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        kinds = [kind.__name__ for kind in type(cause).__mro__]
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        said = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        meaning = next((text for kind, text in _MEANING.items() if kind in kinds), _STATUS.get(status or 0))
         meaning = meaning or f"the Hub cannot be spoken to ({said:.200})"
         raise LinsightError(f"'{printable(name)}' on the Hub: {meaning}") from error
 
