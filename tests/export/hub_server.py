@@ -54,7 +54,7 @@ class Hub:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.repos:
             return 409, {}, json.dumps({"error": "exists", "url": f"{self.address}/{name}"}).encode()
-        self.repos[name], self.private[name] = {"main": {}}, asked.get("private")
+        self.repos[name], self.private[name] = {"main": {}}, asked.get("visibility")
         return 200, {}, json.dumps({"url": f"{self.address}/{name}", "name": name}).encode()
 
     def branch(self, body, name, branch):

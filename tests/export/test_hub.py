@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from small_runs import CLASSES, SMALL, write_run
 
 import linsight
-from conftest import CLASSES, SMALL, write_run
 from linsight.errors import LinsightError
 from linsight.export import push_to_hub, save_for_hub
 from linsight.recipe import Recipe
@@ -79,7 +79,7 @@ RUNS = {
     ),
     "variant": Recipe(model="inline_compact_pico", img_size=(8,), in_chans=1),
     "steps": Recipe(
-        model="vit_tiny", attention="inline:1/softmax", model_args={"steps": [[16, 1], [32, 1]], "num_heads": 2},
+        model="vit_tiny", attention="inline:1/softmax", model_args={"steps": [[64, 1], [192, 1]]},
         img_size=(32,),
     ),
 }  # fmt: skip
@@ -187,7 +187,9 @@ def test_a_card_that_is_there_stays(run_folder, hub):
 
 def test_branches_and_privacy(run_folder, hub, linsight):
     assert linsight("push", run_folder, "me/x", "--private", "--revision", "v2")[0] == 0
-    assert hub.private == {"me/x": True} and hub.repos["me/x"]["main"] == {} and set(hub.repos["me/x"]["v2"]) == FILES
+    assert (
+        hub.private == {"me/x": "private"} and hub.repos["me/x"]["main"] == {} and set(hub.repos["me/x"]["v2"]) == FILES
+    )
     import linsight as package
 
     assert package.from_pretrained("me/x", revision="v2").classes == CLASSES

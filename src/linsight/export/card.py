@@ -70,12 +70,12 @@ def _plain(text: str, place: int) -> bool:
 def _front(about: About) -> str:
     task = "image-classification" if about.outputs else "image-feature-extraction"
     data, results = _dataset(about), None
-    name = visible(about.name.rpartition("/")[2])
+    name = _of_yaml(about.name.rpartition("/")[2])
     if "top1" in about.results and about.data:
         kind: dict[str, Any] = {
             "task_type": task,
             "dataset_type": data or "custom",
-            "dataset_name": visible(about.data),
+            "dataset_name": _of_yaml(about.data),
         }
         results = [EvalResult(metric_type="accuracy", metric_value=round(about.results["top1"], 4), **kind)]
     return ModelCardData(
@@ -88,6 +88,11 @@ def _front(about: About) -> str:
         model_name=name if results else None,
         eval_results=results,
     ).to_yaml()
+
+
+def _of_yaml(text: str) -> str:
+    """`text` on one line, without what templates look for; quoting it is PyYAML's."""
+    return visible(text).translate({ord("{"): "(", ord("}"): ")"})
 
 
 def _dataset(about: About) -> str:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 from linsight.errors import LinsightError
 from linsight.runtime.memory import free_memory
 
-MODULES = 50_000  # of the largest models of timm, about 5,000
+MODULES = 20_000  # the largest models of timm have some thousands
 _SPARE = 10**8  # values that a model may have beyond those in its file, as for more classes or larger images
 _ACTIVE = threading.local()
 

@@ -96,8 +96,10 @@ def recipe_of(config: Mapping[str, Any], model: nn.Module) -> Recipe:
     own = config.get(OWN)
     kept = own.get("recipe") if isinstance(own, dict) else None
     args = dict(config.get("model_args") or {})
-    given: dict[str, Any] = {name: value for name, value in (kept or {}).items() if name in FIELDS}
-    if not isinstance(kept, dict):
+    given: dict[str, Any]
+    if isinstance(kept, dict):
+        given = {name: value for name, value in kept.items() if name in FIELDS}
+    else:
         given = {
             "model": args.pop("base", config.get("architecture")),
             "attention": args.pop("attention", None),

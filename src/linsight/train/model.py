@@ -136,7 +136,17 @@ def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: 
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
     with writing(path), replacing(path) as temporary:
-        temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)}))
+        temporary.write_bytes(_in_order(to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)})))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A file of safetensors with its metadata in order, so that the same weights are the same bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def load_trained(source: str | pathlib.Path) -> Trained:
