@@ -70,7 +70,7 @@ RESULTS = {
 
 
 def known_results(summary: Mapping[str, Any]) -> dict[str, float]:
-    """What a run's summary tells in numbers, without what is of one machine."""
+    """Numbers that a run's summary tells, without what is of one machine."""
     return {
         key: summary[key]
         for key in RESULTS

@@ -1,5 +1,7 @@
 """The lines of a model card that show how its model is used."""
 
+import re
+
 _CLASSIFY = """
 ```python
 import linsight
@@ -31,7 +33,7 @@ model = AutoModelForImageClassification.from_pretrained("{name}")
 
 def usage(name: str, input_size: tuple[int, int, int], classifies: bool) -> str:
     """The section on the use of the model OWNER/NAME."""
-    name = name if "/" in name else "OWNER/NAME"
+    name = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) else "OWNER/NAME"
     channels, height, width = input_size
     parts = [_CLASSIFY if classifies else "", _TIMM, _TRANSFORMERS if classifies else ""]
     filled = "".join(part.format(name=name, channels=channels, height=height, width=width) for part in parts)

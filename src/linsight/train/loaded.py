@@ -76,7 +76,7 @@ class LoadedRun:
     titles: tuple[str, ...] = ()
 
     def __call__(self, images: Tensor) -> Any:
-        """What the model gives for images that `transform` made, `(B, C, H, W)`: logits `(B, K)`, of a classifier."""
+        """Output of the model for images that `transform` made, `(B, C, H, W)`: logits `(B, K)`, of a classifier."""
         return self.model(images)
 
     def predict(self, images: Any, *, top: int = 5, batch_size: int = 64) -> list[Prediction]:

@@ -164,7 +164,7 @@ def load_trained(source: str | pathlib.Path) -> Trained:
         if not (path / WEIGHTS).exists():
             raise CheckpointError(f"'{path}' is no finished run: it has no {WEIGHTS}")
         path = path / WEIGHTS
-    if not path.exists():
+    if not path.is_file():  # nor a pipe, which may never end
         raise CheckpointError(f"no such run folder or weights: '{path}'")
     try:
         with safe_open(path, framework="pt") as file:

@@ -32,7 +32,7 @@ _NOT_SAVED |= {"pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_arg
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What the `config.json` in a folder says of a model, of the kinds that timm's loader takes for granted.
+    """Description of a model by the `config.json` in a folder, of the kinds that timm's loader takes for granted.
 
     Raises:
         CheckpointError: there is none, it is damaged, of another library, or says what no model can be.

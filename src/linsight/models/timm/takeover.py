@@ -130,8 +130,8 @@ def _on_host(
     saved = any(map(given.get, (*SOURCES, "url")))
     found = find_weights(given, cache_dir) if pretrained and saved else None
     if given.get("source"):  # of a folder or a repository, which anyone may have made
-        if not is_model(base):
-            raise UnknownNameError("model of timm", base, list_models())
+        if not isinstance(base, str) or not is_model(base):
+            raise UnknownNameError("model of timm", str(base)[:80], list_models())
         require_sane(base, partial(create_model, base), kwargs, found)
     model: Any = create_model(base, pretrained=pretrained and not saved, **kwargs)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **given, "architecture": ON_HOST}
