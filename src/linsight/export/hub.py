@@ -18,7 +18,7 @@ from linsight.fuse import is_fused
 from linsight.models import HOSTS, VARIANTS, create_model, default_attention
 from linsight.models.timm.fetch import speaking_to_hub
 from linsight.models.timm.saved import CONFIG, WEIGHTS, read_config, repository
-from linsight.runtime.files import read_json, write_text, writing
+from linsight.runtime.files import read_json, write_json, write_text, writing
 from linsight.train import LoadedRun, load_run
 from linsight.train.hub import LOCAL, OWN, recipe_of
 from linsight.train.model import save
@@ -94,19 +94,21 @@ def _write(
     if run is not None:
         results = known_results(run.summary)
         own |= {"recipe": shared_recipe(run.recipe), "results": results}
-        data = {"input_size": (run.recipe.in_chans, *run.img_size), "mean": run.mean, "std": run.std}
-        recipe = run.recipe
-        data |= {"interpolation": recipe.interpolation, "crop_pct": recipe.crop_pct, "crop_mode": recipe.eval_crop}
+        of = run.recipe
+        data = {"input_size": (of.in_chans, *run.img_size), "mean": run.mean, "std": run.std}
+        data |= {"interpolation": of.interpolation, "crop_pct": of.crop_pct, "crop_mode": of.eval_crop}
     config: dict[str, Any] = {OWN: own}
     if labels:
         config["label_names"] = list(labels)
-        if run is not None and run.titles and len(set(labels)) == len(labels):
+        if run is not None and run.titles and labels == run.classes and len(set(labels)) == len(labels):
             config["label_descriptions"] = dict(zip(labels, run.titles, strict=True))
     try:
         save_config_for_hf(model, folder / CONFIG, model_config=config, data_config=data)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise LinsightError(f"'{type(model).__name__}' cannot be described for the Hub: {error}") from error
     written = read_config(folder)
+    written.get("model_args", {}).pop("num_classes", None)  # told beside them; transformers would give it twice
+    write_json(folder / CONFIG, written)
     _check_again(folder, model)
     recipe = run.recipe if run is not None else recipe_of(written, model)
     save(folder / WEIGHTS, model.state_dict(), recipe, labels or _numbers(model))

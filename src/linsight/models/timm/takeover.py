@@ -132,6 +132,7 @@ def _on_host(
     if given.get("source"):  # of a folder or a repository, which anyone may have made
         if not isinstance(base, str) or not is_model(base):
             raise UnknownNameError("model of timm", str(base)[:80], list_models())
+        kwargs = {"num_classes": given.get("num_classes"), **kwargs}
         require_sane(base, partial(create_model, base), kwargs, found)
     model: Any = create_model(base, pretrained=pretrained and not saved, **kwargs)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **given, "architecture": ON_HOST}
