@@ -34,6 +34,7 @@ __all__ = [
     "create_attention",
     "create_model",
     "export_published",
+    "from_pretrained",
     "fuse",
     "list_attentions",
     "load_published",
@@ -44,8 +45,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """A name of `__all__` that was not imported at once: in a process of the command, and what training brings."""
-    if name == "load_run":
-        return importlib.import_module(".train", __name__).load_run
+    if name in ("from_pretrained", "load_run"):
+        return getattr(importlib.import_module(".train", __name__), name)
     if name in __all__:
         from . import api
 

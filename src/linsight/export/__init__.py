@@ -7,6 +7,7 @@
 
 from .facts import Facts
 from .files import Opened, open_exported
+from .hub import push_to_hub, save_for_hub
 from .onnx import export_onnx
 from .program import export_aoti, export_program
 from .served import Served
@@ -25,5 +26,7 @@ __all__ = [
     "export_program",
     "load_exported",
     "open_exported",
+    "push_to_hub",
+    "save_for_hub",
     "write_triton",
 ]

@@ -14,12 +14,12 @@ from .registry import (
     create_model,
     default_attention,
     default_config,
-    load_pretrained_with,
 )
 from .rows import Architecture, Host, Training, Variant
 from .steps import Mix, Sample, StreamPlan, Streams, sampled
 from .timm import takeover as takeover
 from .timm.keys import published_keys
+from .weights import load_pretrained_with
 
 __all__ = [
     "ARCHITECTURES",

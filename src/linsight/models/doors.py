@@ -10,6 +10,7 @@ import torch
 from linsight.errors import LinsightError
 
 LARGEST = 65536  # pixels of a side
+_MOST, _DEEPEST = 10**7, 1000
 # Whole numbers: the smallest that a model can have.
 _WHOLE = {"num_classes": 0, "in_chans": 1, "depth": 1, "embed_dim": 1, "num_heads": 1}
 _RATES = ("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate")
@@ -48,8 +49,9 @@ def checked(name: Any, attention: Any, options: Any, given: Mapping[str, Any]) -
         value = found.get(key)
         if isinstance(value, tuple | list) or value is None:  # one a stage
             continue
-        if not _is_whole(value, least) or value > 10**7:
-            raise LinsightError(f"{key}={_shown(value)} must be a whole number, {least} or more")
+        most = _DEEPEST if key == "depth" else _MOST
+        if not _is_whole(value, least) or value > most:
+            raise LinsightError(f"{key}={_shown(value)} must be a whole number, {least} or more, and {most} at most")
         found[key] = int(value)
     for key in _RATES:
         rate = found.get(key)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from linsight.attention import Mechanism, mechanism
 from linsight.errors import LinsightError
 
+DEEPEST = 1000  # blocks of a stage
+
 
 class Choice(NamedTuple):
     """A mechanism and its options, for the block `index` of a model."""
@@ -26,8 +28,10 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
 
     Raises:
         UnknownNameError: a mechanism that is not registered.
-        LinsightError: as many stages are named, or values listed, as the host does not have.
+        LinsightError: as many stages are named, or values listed, as the host does not have; a stage too deep.
     """
+    if max(depths, default=0) > DEEPEST:
+        raise LinsightError(f"a stage of {max(depths)} blocks is none that can be meant: {DEEPEST} at most")
     stages = [part.strip() for part in attention.split(",")]
     if len(stages) == 1:
         stages *= len(depths)

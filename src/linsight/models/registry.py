@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -20,17 +21,18 @@ from timm.models import (
     generate_default_cfgs,
     is_model,
     list_models,
-    load_pretrained,
     model_entrypoint,
+    parse_model_name,
     register_model,
     resolve_pretrained_cfg,
 )
 from timm.models import create_model as create_by_timm
-from torch import Tensor, nn
+from torch import nn
 
 from linsight.attention import Paper
 from linsight.errors import LinsightError, UnknownNameError
 
+from .bounds import require_bounded
 from .doors import building, checked
 from .parts.dense import DenseFeatures, Features
 from .parts.images import FORMATS, check_format
@@ -38,6 +40,8 @@ from .parts.indices import in_order
 from .rows import Architecture, Host, Variant
 from .seams import refuse_idle
 from .timm.fetch import place_of
+from .timm.saved import check_cfg, check_saved_args, fetch_config, made_of, read_config, repository, weights_in
+from .weights import SOURCES, find_weights, load_from_cfg, load_weights
 
 # The evaluation of the published repositories: a square resize, then the centre crop.
 DEFAULT_CFG: dict[str, Any] = {
@@ -59,14 +63,8 @@ ARCHITECTURES: dict[str, Architecture] = {}
 TIMM_HOSTS: dict[str, Callable[..., nn.Module]] = {}
 default_cfgs: dict[str, DefaultCfg] = {}  # by this name, timm takes them from the module of what it registers
 ON_HOST = "linsight_host"  # in timm: a model of timm's on its host here, so that it can be saved and made again
-_LOADERS: list[Callable[..., Any]] = []  # what reads weights is of a room above
 _NONE: Mapping[str, str] = MappingProxyType({})
 _Row = TypeVar("_Row", Variant, Architecture)
-
-
-def load_pretrained_with(load: Callable[..., Any]) -> None:
-    """For `pretrained=True`: `load(model, address, head=)` fills a model; `head=False` spares its classifier."""
-    _LOADERS[:] = [load]
 
 
 def add_hosts(*hosts: Host) -> None:
@@ -160,6 +158,7 @@ def _take_cfg(entry: Variant | Architecture, kwargs: dict[str, Any]) -> dict[str
     if isinstance(given, str):  # a tag, which timm knows whether it has
         return resolve_pretrained_cfg(entry.name, given, overlay).to_dict()
     given = given if isinstance(given, Mapping) else given.to_dict() if given else {}
+    check_cfg({**given, **(overlay or {})})
     return resolve_pretrained_cfg(entry.name, {**_config(entry), **given}, overlay).to_dict()
 
 
@@ -169,46 +168,36 @@ def build(
     """The model of a row of a table, with weights where they are asked for: published ones, or those of its cfg."""
     kwargs = checked(entry.name, kwargs.get("attention"), kwargs.get("attention_options"), kwargs)
     asked, cfg = record(kwargs), _take_cfg(entry, kwargs)
-    published = cfg.get("url") == _config(entry).get("url") and not any(map(cfg.get, _OTHER_SOURCES))
+    published = cfg.get("url") == _config(entry).get("url") and not any(map(cfg.get, SOURCES))
     if pretrained and published:
         _check_fetched(entry, kwargs.get("attention"))
+    found = find_weights(cfg, cache_dir) if pretrained and not published else None
+    build_entry: Callable[..., nn.Module] = _build_variant if isinstance(entry, Variant) else _build_architecture
+    make = partial(build_entry, entry, cfg)
+    if cfg.get("source"):  # of a folder or a repository, which anyone may have made
+        require_sane(entry.name, make, kwargs, found)
     with building(entry.name, asked):
-        if isinstance(entry, Variant):
-            model = _build_variant(entry, cfg, **kwargs)
-        else:
-            model = _build_architecture(entry, cfg, **kwargs)
+        model = make(**kwargs)
     if pretrained and published:
         classes = DEFAULT_CFG["num_classes"]
-        _LOADERS[0](model, entry.weights, head=kwargs.get("num_classes", classes) == classes)
+        load_weights(model, entry.weights, head=kwargs.get("num_classes", classes) == classes)
     elif pretrained:
-        load_from_cfg(model, cfg, cache_dir)
+        load_from_cfg(model, cfg, found, cache_dir)
     model._model_args = asked  # type: ignore[assignment]
     return model
 
 
-# Where weights may be by timm's conventions, beside `url`.
-_OTHER_SOURCES = ("source", "state_dict", "file", "hf_hub_id")
+def require_sane(name: str, make: Callable[..., nn.Module], given: Mapping[str, Any], weights: Any) -> None:
+    """Raise unless a model can have the arguments `given`, as of a file, and is of a size that can be meant."""
+    check_saved_args({key: value for key, value in given.items() if key not in _TIMMS and key not in _PLACED})
+    placed = {key: "meta" for key in given if key == "device"}
+    require_bounded(name, partial(make, **{**given, **placed}), weights if isinstance(weights, Path) else None)
 
 
 def record(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by which a model is made again, as timm keeps them for `save_for_hf`."""
     passing = {"device", "dtype", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"}
     return {key: value for key, value in kwargs.items() if value is not None and key not in passing}
-
-
-def load_from_cfg(model: nn.Module, cfg: Mapping[str, Any], cache_dir: str | None = None) -> None:
-    """Fill a model from where its pretrained_cfg says, by timm's conventions: our keys, or the published ones."""
-    head = getattr(model, "num_classes", cfg["num_classes"]) == cfg["num_classes"]
-
-    def fill(state: Any, _: nn.Module | None = None) -> dict[str, Tensor]:
-        _LOADERS[0](model, state, head=head)
-        return model.state_dict()
-
-    if not cfg.get("source") and (cfg.get("state_dict") or cfg.get("file")):
-        fill(cfg.get("state_dict") or cfg["file"])
-    else:  # timm finds or fetches them; what it would adapt is adapted already
-        alike = {"num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}
-        load_pretrained(model, dict(cfg), filter_fn=fill, cache_dir=cache_dir, **alike)
 
 
 def _check_fetched(entry: Variant | Architecture, attention: str | None = None) -> None:
@@ -299,6 +288,7 @@ def _feature_cfg(known: Mapping[str, Any], given: dict[str, Any]) -> dict[str, A
 
 _FEATURES = ("features_only", "out_indices", "feature_cls", "output_fmt")  # the last one is ours, the others timm's
 _TIMMS = (*_FEATURES, "pretrained_model_args")
+_PLACED = ("device", "dtype")
 
 
 def check_known(name: str, cls: type[nn.Module], given: Mapping[str, Any]) -> None:
@@ -324,14 +314,16 @@ def default_attention(name: str) -> str:
     return VARIANTS[name].attention if name in VARIANTS else "softmax"
 
 
-def _create_from_source(name: str, **kwargs: Any) -> nn.Module:
-    """A model that `timm.models.save_for_hf` wrote, by timm's own door."""
-    try:
-        return create_by_timm(name, **kwargs)
-    except LinsightError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise LinsightError(f"'{name}' cannot be made: {str(error).splitlines()[0]}") from error
+def _create_from_source(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """A model in timm's layout, by timm's own door."""
+    with made_of(name):
+        source, inner = parse_model_name(name)
+        folder = Path(inner) if source == "local-dir" else fetch_config(*repository(inner), kwargs.get("cache_dir"))
+        read_config(folder)
+        weights = weights_in(folder) if pretrained and source == "local-dir" else None
+        make = partial(create_by_timm, name, **{**kwargs, **{key: "meta" for key in kwargs if key == "device"}})
+        require_bounded(name, make, weights)
+        return create_by_timm(name, pretrained=pretrained, **kwargs)
 
 
 def create_model(

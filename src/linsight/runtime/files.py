@@ -98,6 +98,31 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
 
 
+def read_json(path: pathlib.Path, most: int = 2**24) -> dict[str, Any]:
+    """The object in a file of JSON, which may be anybody's.
+
+    most: bytes that it may have.
+
+    Raises:
+        LinsightError: no such file, no regular one, larger, no JSON, or no object.
+    """
+    try:
+        if not path.is_file():  # nor a pipe or a device, which may never end
+            raise LinsightError(f"'{path}' is no file")
+        if path.stat().st_size > most:
+            raise LinsightError(f"'{path}' is too large: {path.stat().st_size} bytes, and {most} may be")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LinsightError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, LinsightError):
+            raise
+        raise LinsightError(f"'{path}' is damaged, or no JSON: {str(error).splitlines()[0]:.100}") from error
+    if not isinstance(found, dict):
+        raise LinsightError(f"'{path}' holds no object of JSON, but a {type(found).__name__}")
+    return found
+
+
 def hold(folder: pathlib.Path, name: str) -> Callable[[], None]:
     """Keep other runs out of `folder`, where the system can, until what is returned is called or this process ends.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .datasets import Data, open_data
     from .evaluation import evaluate
     from .exits import evaluate_exits
-    from .loaded import LoadedRun, load_run
+    from .loaded import LoadedRun, from_pretrained, load_run
     from .loop import resume, train
     from .model import Trained, load_trained
     from .recipes import RECIPES
@@ -36,6 +36,7 @@ __all__ = [
     "Written",
     "evaluate",
     "evaluate_exits",
+    "from_pretrained",
     "load_run",
     "load_trained",
     "merge_predictions",
@@ -59,7 +60,7 @@ _HOMES = {
     "datasets": ("Data", "open_data"),
     "evaluation": ("evaluate",),
     "exits": ("evaluate_exits",),
-    "loaded": ("LoadedRun", "load_run"),
+    "loaded": ("LoadedRun", "from_pretrained", "load_run"),
     "loop": ("resume", "train"),
     "model": ("Trained", "load_trained"),
     "recipes": ("RECIPES",),

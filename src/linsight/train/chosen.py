@@ -11,9 +11,9 @@ from linsight.recipe import DATA_FIELDS, FIELDS, Recipe, averaged, change, parse
 
 from .datasets import open_data
 from .images import decode
-from .model import WEIGHTS, kept_fields
+from .model import kept_fields
 from .recipes import FINETUNE, RECIPES
-from .run import kept_recipe
+from .run import WEIGHTS, kept_recipe
 
 
 def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -1,7 +1,6 @@
 """Scores of a trained model on a data set, and of any model on batches of images."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
-from linsight.recipe import Recipe, change, parse
+from linsight.recipe import Recipe, change
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
@@ -23,7 +22,7 @@ from .datasets import open_data, open_evaluation, under
 from .images import Batch, Normalise, Samples, Unprepared, eval_transform, loader, told, whole_image
 from .model import WEIGHTS, Trained, asked_size, image_size
 from .random import Batches
-from .run import CONFIG
+from .run import kept_recipe
 
 _DATA = ("data", "data_dir", "train_split", "val_split", "val_fraction", "image_key", "label_key")
 
@@ -108,12 +107,10 @@ def prepare(
     settings = {"batch_size": batch_size, "device": device, "amp": amp, "workers": workers}
     settings |= {"on_bad_image": on_bad_image, "img_size": asked_size(trained, img_size)}
     recipe = change(trained.recipe, settings)
-    config = trained.path.parent / CONFIG
     if data is not None:
         recipe = dataclasses.replace(recipe, data=data, data_dir=data_dir)
-    elif trained.run and trained.path.name == WEIGHTS and config.exists():
-        kept = json.loads(config.read_text(encoding="utf-8"))["recipe"]
-        recipe = dataclasses.replace(recipe, **{name: parse(name, kept[name]) for name in _DATA})
+    elif trained.run and trained.path.name == WEIGHTS and (kept := kept_recipe(trained.path.parent)) is not None:
+        recipe = dataclasses.replace(recipe, **{name: getattr(kept, name) for name in _DATA})
     else:
         raise LinsightError(f"'{trained.path}' is not in a run folder: say what to evaluate on with --data")
     if data is None and split is None:  # the very images, held out or not, that the run was evaluated on

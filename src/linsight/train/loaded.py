@@ -1,7 +1,6 @@
 """A trained run in Python: its model, with all that it takes to use it."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -12,14 +11,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from linsight.data import decode
+from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.recipe import Recipe
 from linsight.runtime.device import pick_device
+from linsight.runtime.files import read_json
 
 from ._predict import Prediction, likeliest
 from .evaluation import probabilities
+from .hub import about_run, is_saved, open_saved, place_of
 from .images import MODE_OF, Normalise, eval_transform, statistics
-from .model import WEIGHTS, Trained, image_size, load_trained
+from .model import WEIGHTS, Trained, image_size, load_trained, of_saved
 from .run import SUMMARY, kept_recipe
 
 _CPU = torch.device("cpu")
@@ -59,6 +61,7 @@ class LoadedRun:
     recipe: how the run was made.
     summary: what it wrote at its end; empty where it did not come there, or where only its weights are left.
     path: the file of the weights.
+    titles: what to call the classes, where that is not their name.
     """
 
     model: nn.Module
@@ -70,6 +73,11 @@ class LoadedRun:
     recipe: Recipe
     summary: dict[str, Any]
     path: pathlib.Path
+    titles: tuple[str, ...] = ()
+
+    def __call__(self, images: Tensor) -> Any:
+        """Output of the model for images that `transform` made, `(B, C, H, W)`: logits `(B, K)`, of a classifier."""
+        return self.model(images)
 
     def predict(self, images: Any, *, top: int = 5, batch_size: int = 64) -> list[Prediction]:
         """The likeliest classes of each image, best first.
@@ -82,10 +90,13 @@ class LoadedRun:
 
         Raises:
             ImageError: an image cannot be read.
+            LinsightError: the model has no classes.
         """
+        if not self.classes:
+            raise LinsightError(f"'{self.recipe.model}' has no classifier here: nothing to predict")
         given = list(images) if isinstance(images, list | tuple) else [images]
         normalise = Normalise(self.recipe, next(self.model.parameters()).device)
-        trained = Trained(self.model, self.recipe, self.classes, self.path)
+        trained = Trained(self.model, self.recipe, self.classes, self.path, titles=self.titles)
         found: list[Prediction] = []
         training = self.model.training
         try:
@@ -111,11 +122,41 @@ def load_run(source: str | pathlib.Path, *, device: str = "cpu") -> LoadedRun:
     Raises:
         CheckpointError: nothing there, not such a file, damaged, or not of this model.
     """
-    trained = load_trained(source)
+    return _loaded(load_trained(source), device)
+
+
+def from_pretrained(
+    name: str | pathlib.Path, *, revision: str | None = None, device: str = "cpu", **kwargs: Any
+) -> LoadedRun:
+    """Load a model of the Hugging Face Hub, or of a folder: in timm's layout, or a run.
+
+    >>> run = linsight.from_pretrained("OWNER/NAME")
+    >>> run.predict("photo.jpg")[0].classes
+    >>> logits = run(run.transform("photo.jpg")[None])  # run.model is the model
+
+    Args:
+        name: OWNER/NAME on the Hub, or a folder, which comes first; "hf-hub:" and "local-dir:" say which is meant.
+        revision: a branch, a tag or a commit of the Hub; also OWNER/NAME@REVISION.
+        device: where the model goes.
+        kwargs: arguments of `create_model` in place of those that the folder tells, as num_classes or img_size.
+
+    Raises:
+        LinsightError: nothing there, no right to it, no network; or it is damaged, hostile, of another library, or has
+            its weights as a pickle.
+    """
+    path = place_of(name, revision)
+    if path.is_dir() and is_saved(path):
+        return _loaded(of_saved(open_saved(path, **kwargs)), device)
+    if kwargs:
+        raise LinsightError(f"{', '.join(kwargs)}: a run is loaded as it was trained, leave it out")
+    return load_run(path, device=device)
+
+
+def _loaded(trained: Trained, device: str) -> LoadedRun:
+    folder = trained.path.parent
     at_home = trained.path.name == WEIGHTS  # of an exported file, what lies beside it may be of another run
-    recipe = (kept_recipe(trained.path.parent) if at_home else None) or trained.recipe
+    recipe = (kept_recipe(folder) if at_home else None) or trained.recipe
     size = image_size(recipe, trained.model)
-    summary = trained.path.parent / SUMMARY
     return LoadedRun(
         trained.model.to(pick_device(device)),
         trained.classes,
@@ -123,8 +164,9 @@ def load_run(source: str | pathlib.Path, *, device: str = "cpu") -> LoadedRun:
         size,
         *statistics(recipe),
         recipe,
-        json.loads(summary.read_text(encoding="utf-8")) if at_home and summary.exists() else {},
+        read_json(folder / SUMMARY) if at_home and (folder / SUMMARY).exists() else about_run(folder),
         trained.path,
+        trained.titles,
     )
 
 

@@ -23,10 +23,10 @@ from .datasets import Data, open_data
 from .evaluation import probabilities, score
 from .images import Batch, told
 from .learner import Learner, warmup_epochs
-from .model import WEIGHTS, build, count_of, image_size, left_new, load_trained, save, start_from
+from .model import build, count_of, image_size, left_new, load_trained, save, start_from
 from .progress import Silent
 from .random import seed_step
-from .run import Run
+from .run import WEIGHTS, Run
 
 
 def train(

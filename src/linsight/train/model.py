@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import pathlib
 from typing import Any
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from linsight.checkpoints import LoadReport, load_published, table_grids
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model
+from linsight.models.bounds import require_bounded
 from linsight.recipe import FIELDS, Recipe, check, check_value, parse
 from linsight.runtime.files import replacing, to_json, writing
 
-WEIGHTS = "best.safetensors"
+from .hub import PREFIX, Saved, fetched, is_saved, open_saved, weights_file
+from .run import WEIGHTS
+
 # The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
 KEPT = [
     name
@@ -102,8 +106,7 @@ def start_from(
     Raises:
         CheckpointError: they cannot be read safely, or are of another model.
     """
-    path = pathlib.Path(source)
-    source = str(path / WEIGHTS) if path.is_dir() else source
+    source = weights_file(source)
     size: Any = (from_size * 2)[:2] or None
     report = load_published(model, source, strict=False, head=head, from_size=size)
     if report.mismatched and not partial:
@@ -157,21 +160,35 @@ def packed(state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], *
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
-    return to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)})
+    return _in_order(to_bytes(tensors, metadata={"format": "pt", "linsight": to_json(about)}))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A file of safetensors with its metadata in order, so that the same weights are the same bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def load_trained(source: str | pathlib.Path) -> Trained:
     """The model of a run folder or of its best.safetensors, in evaluation mode on the CPU.
 
+    A folder in timm's layout is as good, here or on the Hub ("hf-hub:OWNER/NAME").
+
     Raises:
         CheckpointError: nothing there, not such a file, damaged, or not of this model.
     """
-    path = pathlib.Path(source)
+    path = fetched(str(source)) if str(source).startswith(PREFIX) else pathlib.Path(source)
     if path.is_dir():
+        if is_saved(path):
+            return of_saved(open_saved(path))
         if not (path / WEIGHTS).exists():
             raise CheckpointError(f"'{path}' is no finished run: it has no {WEIGHTS}")
         path = path / WEIGHTS
-    if not path.exists():
+    if not path.is_file():  # nor a pipe, which may never end
         raise CheckpointError(f"no such run folder or weights: '{path}'")
     try:
         with safe_open(path, framework="pt") as file:
@@ -183,25 +200,38 @@ def load_trained(source: str | pathlib.Path) -> Trained:
         raise CheckpointError(f"'{path}' does not say which model it is of: give the model and --checkpoint {path}")
     try:
         about = json.loads(metadata["linsight"])
-        given, classes = about["recipe"].items(), tuple(about["classes"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        given, classes = about["recipe"].items(), tuple(map(str, about["classes"]))
+        titles = tuple(map(str, about.get("titles", ())))
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"'{path}' says what model it is of in a way that cannot be read: {error}") from error
     recipe = check(Recipe(**{name: parse(name, value) for name, value in given}))
+    require_bounded(recipe.model, functools.partial(build, recipe, len(classes)), path)
     model = build(recipe, len(classes))
     load_state(model, state, str(path))
-    titles = tuple(map(str, about.get("titles", ())))
     titles = titles if len(titles) == len(classes) else ()
     return Trained(model.eval(), recipe, classes, path, run=bool(about.get("run", True)), titles=titles)
 
 
+def of_saved(saved: Saved) -> Trained:
+    """A model out of timm's layout as any other."""
+    return Trained(saved.model, saved.recipe, saved.classes, saved.path, run=saved.named, titles=saved.titles)
+
+
 def kept_fields(path: pathlib.Path) -> dict[str, Any]:
     """The fields of a recipe that `save` wrote into a file; none where it is no such file."""
-    path = path / WEIGHTS if path.is_dir() else path
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(weights_file(str(path)), framework="pt") as file:
             kept = json.loads((file.metadata() or {})["linsight"])["recipe"]
         return {name: parse(name, value) for name, value in kept.items() if name != "num_classes"}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):  # what is wrong, loading tells
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # what is wrong, loading tells
         return {}
 
 

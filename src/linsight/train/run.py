@@ -18,9 +18,10 @@ import torchvision
 import linsight
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import RESUMABLE, Recipe, check, parse
-from linsight.runtime.files import hold, replacing, require_folder, to_json, write_json, write_text, writing
+from linsight.runtime.files import hold, read_json, replacing, require_folder, to_json, write_json, write_text, writing
 
 CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"
+WEIGHTS = "best.safetensors"
 LOCK = ".linsight-lock"
 
 
@@ -62,10 +63,12 @@ class Run:
             if name not in RESUMABLE:
                 raise LinsightError(f"a resumed run keeps its {name}; what may change: {', '.join(sorted(RESUMABLE))}")
         try:
-            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+            config = read_json(path / CONFIG)
             recipe = Recipe(**{name: parse(name, value) for name, value in config["recipe"].items()})
-            name, data, threads = config["name"], config["data"], config["threads"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            name, data, threads = str(config["name"]), dict(config["data"]), int(config["threads"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, LinsightError):
+                raise
             raise LinsightError(f"'{path / CONFIG}' is damaged: {error}") from error
         run = cls(path, name, check(dataclasses.replace(recipe, **given)), data)
         if not run.finished:
@@ -133,7 +136,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run."""
-        return json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+        return read_json(self.path / SUMMARY)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write all that it takes to go on."""
@@ -160,7 +163,7 @@ class Run:
 def kept_recipe(folder: pathlib.Path) -> Recipe | None:
     """The recipe of the run in `folder`, None where no run of ours is there."""
     try:
-        kept = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["recipe"]
+        kept = read_json(folder / CONFIG)["recipe"]
         return Recipe(**{name: parse(name, value) for name, value in kept.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another program, perhaps
+    except (ValueError, KeyError, TypeError, AttributeError):  # of another program, perhaps
         return None

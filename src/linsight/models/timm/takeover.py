@@ -1,14 +1,15 @@
 """timm's own models with a mechanism put in: what the adopters of the hosts share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
-from linsight.errors import LinsightError
+from linsight.errors import LinsightError, UnknownNameError
 
 from ..hosts.pvt_v2 import PyramidVisionTransformerV2
 from ..hosts.swin import SwinTransformer
@@ -17,9 +18,11 @@ from ..hosts.vit.blocks import host_arguments
 from ..parts.dense import Features
 from ..parts.stepsnet import block_widths
 from ..plan import plan
-from ..registry import ON_HOST, TIMM_HOSTS, create_model, load_from_cfg, register
+from ..registry import ON_HOST, TIMM_HOSTS, create_model, register, require_sane
 from ..seams import refuse_idle
+from ..weights import SOURCES, find_weights, load_from_cfg
 from .fetch import create_fetched
+from .saved import check_cfg
 
 
 def add_timm_host(
@@ -123,14 +126,20 @@ def _on_host(
 ) -> nn.Module:
     """The model of timm called `base`, on its host, with weights that were saved, else with its own."""
     given = {**(pretrained_cfg or {}), **(pretrained_cfg_overlay or {})}
-    saved = any(map(given.get, ("source", "file", "state_dict", "url", "hf_hub_id")))
+    check_cfg(given)
+    saved = any(map(given.get, (*SOURCES, "url")))
     if saved and given.get("num_classes") is not None:  # which some writers tell there alone
         kwargs.setdefault("num_classes", given["num_classes"])
+    found = find_weights(given, cache_dir) if pretrained and saved else None
+    if given.get("source"):  # of a folder or a repository, which anyone may have made
+        if not isinstance(base, str) or not is_model(base):
+            raise UnknownNameError("model of timm", str(base)[:80], list_models())
+        require_sane(base, partial(create_model, base), kwargs, found)
     model: Any = create_model(base, pretrained=pretrained and not saved, **kwargs)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **given, "architecture": ON_HOST}
     model.pretrained_model_args = pretrained_model_args  # which tell the size of images of the weights
     if pretrained and saved:
-        load_from_cfg(model, model.pretrained_cfg, cache_dir)
+        load_from_cfg(model, model.pretrained_cfg, found, cache_dir)
     return model
 
 

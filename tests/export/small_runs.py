@@ -1,0 +1,40 @@
+"""Runs that nobody trained, small and quick to make."""
+
+import json
+
+import torch
+
+from linsight.recipe import Recipe
+from linsight.train.model import build, save
+
+CLASSES = ("blue", "green", "red")
+SMALL = Recipe(
+    model="vit_tiny",
+    attention="agent",
+    attention_options={"agents": 4},
+    model_args={"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    img_size=(24, 16),
+    mean=(0.4, 0.5, 0.6),
+    std=(0.2, 0.3, 0.4),
+    interpolation="bilinear",
+    crop_pct=0.9,
+    eval_crop="center",
+    fill=3.0,
+    data="/data/secret/colours",
+    data_dir="/data/secret/cache",
+    init="/data/secret/runs/old/best.safetensors",
+    epochs=3,
+)
+SUMMARY = {"top1": 91.25, "top5": 100.0, "epochs": 3, "train_images": 300, "folder": "/data/secret/run", "classes": 3}
+
+
+def write_run(folder, recipe=SMALL, classes=CLASSES, summary=SUMMARY):
+    """A finished run, of weights that nobody trained."""
+    folder.mkdir(parents=True)
+    model = build(recipe, len(classes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    save(folder / "best.safetensors", model.state_dict(), recipe, classes)
+    (folder / "config.json").write_text(json.dumps({"name": "x", "recipe": vars(recipe), "data": {}, "threads": 1}))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
