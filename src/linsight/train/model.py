@@ -22,7 +22,7 @@ from linsight.recipe import FIELDS, Recipe, check, check_value, parse
 from linsight.runtime.files import replacing, to_json, writing
 
 from .hub import PREFIX, Saved, fetched, is_saved, open_saved, weights_file
-from .run import WEIGHTS
+from .run import WEIGHTS as WEIGHTS
 
 # The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
 KEPT = [
