@@ -4,7 +4,7 @@
 
 Files are written first, each for all sizes and batches, and checked against its model. Then all forms of a model are
 timed in the same rounds, on the same threads, beside softmax on the same host: timm's model, and the file of our host
-with softmax in it. What takes longer to begin than `--limit` is given up. About seven minutes on two CPU cores; packages
+with softmax in it. What takes longer to begin than `--limit` is given up. About seven minutes on two CPU cores; files
 of torch.export and AOTInductor are measured where `--ways` has them.
 """
 
