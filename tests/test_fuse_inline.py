@@ -188,10 +188,8 @@ def test_exported_is_folded_where_its_example_has_as_many_tokens_as_channels(fol
             return self.layer(tokens, Grid(*x.shape[2:], 1))
 
     model, free = Model(), torch.export.Dim.DYNAMIC
-    oblivious = torch.fx.experimental._config.patch(
-        backed_size_oblivious=True
-    )  # as the exporter to ONNX takes one image
-    with torch.no_grad(), oblivious:
+    oblivious = {"backed_size_oblivious": batch == 1}  # as the exporter to ONNX takes one image
+    with torch.no_grad(), torch.fx.experimental._config.patch(**oblivious):
         program = torch.export.export(
             model, (torch.randn(batch, 16, *size),), dynamic_shapes=({0: free, 2: free, 3: free},)
         )
