@@ -4,7 +4,8 @@
 
 Files are written first, each for all sizes and batches, and checked against its model. Then all forms of a model are
 timed in the same rounds, on the same threads, beside softmax on the same host: timm's model, and the file of our host
-with softmax in it. About seven minutes on two CPU cores, but for AOTInductor, which is measured where `--ways` has it.
+with softmax in it. What takes longer to begin than `--limit` is given up. About seven minutes on two CPU cores; files
+of torch.export and AOTInductor are measured where `--ways` has them.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from linsight.runtime.files import write_text
 BLOCK = re.compile(r"(<!-- generated: deploy -->\n).*?(?=<!-- end -->)", re.DOTALL)
 BUILT = (224, 224)  # height and width that files are made at
 MODELS = ("inline_deit_tiny", "inline_swin_tiny")
-SIZES = ((224, 1), (224, 8), (672, 1))  # pixels of a side, images
+SIZES = ((224, 1), (672, 1))  # pixels of a side, images
 PACKAGES = ("onnxruntime", "openvino")  # whose versions are told
 Size = tuple[int, int]
 Run = Callable[[torch.Tensor], Any]
@@ -101,6 +102,7 @@ EXPORTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "program": ("pt2", export_program),
     "aoti": ("aoti.pt2", export_aoti),
 }
+USUAL = tuple(way for way in WAYS if way not in ("program", "aoti"))  # the others take minutes more
 OF_SOFTMAX = ("eager", "onnx")  # the ways of the models beside ours
 BASE = "fused"  # beside which ratios are
 
@@ -149,7 +151,7 @@ def forms(folder: Path, name: str, ways: list[str]) -> list[Form]:
     for of, way in wanted:
         kind = WAYS[way].file
         found.append(exported(folder, of, kind)._replace(way=way) if kind else Form(of, way))
-    return found
+    return sorted(found, key=lambda form: form.way != "compiled")  # what may be given up begins, and costs nothing else
 
 
 def run(options: argparse.Namespace) -> str:
@@ -160,11 +162,14 @@ def run(options: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder, Worker(measure, options.limit) as worker:
         for name in options.models:
             found: dict[tuple[int, int], dict[Form, Side]] = {}
+            lost: dict[tuple[str, str], str] = {}  # not tried at the next size
             for pixels, batch in options.sizes:
                 sides = forms(Path(folder), name, options.ways)
+                sides = [form._replace(error=lost.get((form.name, form.way), form.error)) for form in sides]
                 cell = Cell("infer", pixels, pixels, batch, setting)
                 found[pixels, batch] = dict(zip(sides, worker.run(cell, sides), strict=True))
                 tell(found[pixels, batch], pixels, batch)
+                lost |= {(form.name, form.way): side.error for form, side in found[pixels, batch].items() if side.error}
             tables.append(f"### {name}\n\n{table(name, found)}")
     told = {key: value for key, value in room.run_facts(setting).items() if value not in (None, False)}
     told |= {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
@@ -189,7 +194,9 @@ def table(name: str, found: Mapping[tuple[int, int], Mapping[Form, Side]]) -> st
             lines.setdefault((form.name, form.way), []).append(cell_text(side, base))
     body = [
         [WAYS[way].title if of == name else f"softmax (`{of}`), {WAYS[way].title}", *cells]
-        for (of, way), cells in lines.items()
+        for (of, way), cells in sorted(
+            lines.items(), key=lambda line: (line[0][0] != name, list(WAYS).index(line[0][1]))
+        )
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
 
@@ -215,12 +222,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", default=",".join(MODELS), help="which of linsight's, by commas")
-    usual = ",".join(way for way in WAYS if way != "aoti")
-    add("--ways", default=usual, help="which forms of them; aoti, too, takes minutes to compile")
+    add("--ways", default=",".join(USUAL), help=f"which forms of them: {', '.join(WAYS)}")
     add("--sizes", default=",".join(f"{pixels}:{batch}" for pixels, batch in SIZES), help="pixels of a side: images")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--seconds", type=float, default=12.0, help="to spend on the rounds of a size; there are three at least")
-    add("--limit", type=float, default=240.0, help="seconds for the first steps of something, or a later one")
+    add("--seconds", type=float, default=10.0, help="to spend on the rounds of a size; there are three at least")
+    add("--limit", type=float, default=120.0, help="seconds for the first steps of something, or a later one")
     add("--docs", type=Path, help="the folder of deploy.md, to write the result into")
     options = parser.parse_args(arguments)
     options.arguments = arguments

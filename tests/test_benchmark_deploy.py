@@ -64,9 +64,9 @@ def test_the_table_has_the_ratio_to_the_fused_model():
         "| ms (ratio to `fused`) | 1 x 224 | 2 x 672 |",
         "| --- | --- | --- |",
         "| `linsight.fuse` | 150 (1.00) | 1000 (1.00) |",
+        "| AOTInductor | no compiler |",
         "| ONNX Runtime | 175 (1.00) |",
         "| softmax (`s`), ONNX Runtime | 300 (2.00) |",
-        "| AOTInductor | no compiler |",
     ]
 
 
