@@ -57,7 +57,11 @@ def test_pixels_are_those_of_timm(crop, channels, size, interpolation, pct):
         if channels == 4:  # where little is to be seen of a colour, a level of what is makes many of it
             error[:3] *= wanted[3:] / 255
         if height <= width:  # of taller ones, newer versions of Pillow resize rows first
-            assert error.max() <= 1 and (error > 0).float().mean() < 0.06, (height, width, error.max())
+            assert error.max() <= (1 if channels < 4 else 2) and (error > 0).float().mean() < 0.06, (
+                height,
+                width,
+                error.max(),
+            )
         else:
             assert error.mean() < 0.5, (height, width, error.mean())
 
