@@ -83,8 +83,9 @@ so in the graph, too.
 {models}
 
 The example for ONNX and for a trace may be one image. torch.export refuses a free batch for an example of one: give it
-two. Say `torch.export.Dim.DYNAMIC` of free sides. With `torch.export.Dim("height")` torch asks for a proof that each
-stage has more than one token, and finds it for hosts of one stride only, from a least side on, as in
+two. What it gives may refuse, when it runs, one image, or a single token in a stage where the example had several. Say
+`torch.export.Dim.DYNAMIC` of free sides: with `torch.export.Dim("height")` torch asks for a proof that each stage has
+more than one token, and finds it for hosts of one stride only, from a least side on, as in
 `torch.export.Dim("height", min=32)`.
 """
 
