@@ -35,7 +35,7 @@ class Traced(NamedTuple):
     reference: nn.Module
     facts: Facts
     example: Tensor
-    dims: dict[int, Any]
+    dims: dict[int, str]
     inputs: tuple[tuple[Tensor, Tensor], ...]
     limit: float
 
@@ -86,7 +86,7 @@ def traced(
             raise LinsightError(f"half precision is made of float32, and the model is {facts.dtype} already")
         size = facts.input_size
         names = {0: "batch", 1: "height", 2: "width"} if facts.pixels else {0: "batch", 2: "height", 3: "width"}
-        dims = {dim: torch.export.Dim(name) for dim, name in names.items()} if facts.dynamic else {}
+        dims = names if facts.dynamic else {}
         shapes = unseen(_BATCH, size[1:]) if facts.dynamic else [(1, *size[1:])] * 3
         examples = [_images(facts, number, *shape) for number, shape in enumerate(shapes)]
         example = _cast(_images(facts, 0, _BATCH if facts.dynamic else 1, *size[1:]), dtype)
