@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from linsight.attention import check_way
 from linsight.errors import LinsightError, MissingExtraError
 from linsight.runtime.files import require_place
 
@@ -60,11 +59,10 @@ def export_onnx(
             raise MissingExtraError(package, "export", "exporting to ONNX")
     import onnx
 
-    check_way(model, "onnx")
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST <= opset <= newest:
         raise LinsightError(f"opset {opset} cannot be written: {OLDEST} to {newest} can")
-    with traced(model, facts, tolerance, half) as of, quiet():
+    with traced(model, facts, tolerance, half, "onnx") as of, quiet():
         program = of.attempt("ONNX", lambda: _program(of, opset))
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # lines of code, and where they are on this machine

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from linsight.attention import check_way
 from linsight.errors import LinsightError
 from linsight.runtime.files import require_place
 
@@ -31,9 +30,8 @@ def export_program(
     half: bool = False,
 ) -> Exported:
     """Write `model` as a torch.export package (`.pt2`), and compare the file with the model; see `export_onnx`."""
-    check_way(model, "export")
     path = _package(path)
-    with traced(model, facts, tolerance, half) as of, quiet():
+    with traced(model, facts, tolerance, half, "export") as of, quiet():
         program = _program(of)
         with placing(path) as temporary:
             _save(program, of.facts, temporary)
@@ -58,13 +56,12 @@ def export_aoti(
     Raises:
         LinsightError: there is no C++ compiler, or see `export_onnx`.
     """
-    check_way(model, "export")
     path = _package(path)
     if not any(map(shutil.which, COMPILERS)):
         raise LinsightError("AOTInductor needs a C++ compiler, and none is installed: export to ONNX or torch.export")
     inductor: Any = torch._inductor
     compiled = io.BytesIO()
-    with traced(model, facts, tolerance, half) as of, quiet():
+    with traced(model, facts, tolerance, half, "export") as of, quiet():
         program = _program(of)
         config = {"aot_inductor.metadata": {KEY: of.facts.dumps()}}
         of.attempt(

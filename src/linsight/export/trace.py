@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import linsight
+from linsight.attention import check_way
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 
@@ -65,15 +66,16 @@ class Traced(NamedTuple):
 
 @contextlib.contextmanager
 def traced(
-    model: nn.Module, facts: Facts | None, tolerance: float | None = None, half: bool = False
+    model: nn.Module, facts: Facts | None, tolerance: float | None = None, half: bool = False, way: str = ""
 ) -> Iterator[Traced]:
     """The forms for inference of `model`, which stays as it is, with what to trace and check them with.
 
     tolerance: the largest error that is accepted; by default, 1e-4 of the largest number, 1e-3 for pixels. In half
-    precision twice that of the model itself in it is, too.
+    precision twice that of the model itself in it is, too.  way: of `linsight.attention.WAYS`, where it is one.
     """
     if not isinstance(model, nn.Module):
         raise LinsightError(f"a model is exported, a torch.nn.Module: a {type(model).__name__} came")
+    check_way(model, way)
     if any(p.device.type != "cpu" for p in model.parameters()):
         model = copy.deepcopy(model).cpu()
     facts = facts or facts_of(model)
