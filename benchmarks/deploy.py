@@ -92,7 +92,9 @@ WAYS = {
     "eager": Way("PyTorch", build),
     "fused": Way("`linsight.fuse`", fused),
     "compiled": Way("`fuse`, then `torch.compile`", lambda form, size: compiled(form)),
-    "program": Way("torch.export", lambda form, size: torch.export.load(form.file).module(check_guards=False), "program"),
+    "program": Way(
+        "torch.export", lambda form, size: torch.export.load(form.file).module(check_guards=False), "program"
+    ),
     "aoti": Way("AOTInductor", lambda form, size: torch._inductor.aoti_load_package(form.file), "aoti"),
     "onnx": Way("ONNX Runtime", lambda form, size: open_exported(form.file).model, "onnx"),
     "openvino": Way("OpenVINO", lambda form, size: openvino(form), "onnx"),

@@ -10,7 +10,10 @@ import linsight
 import matrix
 from linsight.attention import list_attentions, mechanism, unregister
 from linsight.errors import UnknownNameError
+from matrix import graphs
 from test_hosts import SMALL
+
+pytestmark = [*map(pytest.mark.filterwarnings, graphs.WARNINGS)]
 
 CORE = '''
 """A gated mean: o_i = sigmoid(q_i) * mean_j(sigmoid(k_j) * v_j)."""

@@ -157,5 +157,5 @@ def test_masks_of_timm_are_refused():
     model = vit()
     with pytest.raises(CapabilityError, match="keep="):
         model(torch.randn(1, 3, 32, 32), attn_mask=torch.ones(17, 17, dtype=torch.bool))
-    with pytest.raises(LinsightError, match="NCHW, NLC"):
-        model.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NHWC")
+    with pytest.raises(LinsightError, match="NCHW, NHWC, NLC"):
+        model.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="CHW")

@@ -114,8 +114,7 @@ def test_forms_for_inference(host, attention):
 )
 def test_features(host, way):
     """All maps, as separate outputs."""
-    arguments = {"out_indices": (0, 1)} if host == "vit_tiny" else {}
-    leaves(way, shallow(host, features_only=True, **arguments), *sizes(host))
+    leaves(way, shallow(host, features_only=True, out_indices=(0, 1)), *sizes(host))
 
 
 @full
@@ -132,7 +131,7 @@ ONCE = ("nystrom-start=original", "vca-joint=False")
 
 @pytest.mark.parametrize("subject", [pytest.param(s, marks=[] if str(s) in ONCE else [full]) for s in OPTIONS], ids=str)
 def test_options(subject):
-    leaves(in_onnxruntime, OnImages(subject.layer()), EXAMPLE, UNSEEN, 16)
+    leaves(in_onnxruntime, OnImages(subject.layer()).eval(), EXAMPLE, UNSEEN, 16)
 
 
 CAUSAL = [entry.name for entry in list_attentions(causal=True)]
@@ -176,7 +175,7 @@ def test_what_is_beside_the_tokens(name, beside):
     "subject", [pytest.param(s, marks=[] if s.name == "agent" else [full]) for s in subjects()], ids=str
 )
 def test_layers_of_one_image(subject):
-    leaves(in_onnxruntime, OnImages(subject.layer()), (1, *EXAMPLE[1:]), UNSEEN, 16)
+    leaves(in_onnxruntime, OnImages(subject.layer()).eval(), (1, *EXAMPLE[1:]), UNSEEN, 16)
 
 
 @full

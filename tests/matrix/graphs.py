@@ -141,10 +141,10 @@ def compiles_without_breaks(subject: Subject) -> None:
 
 def exports_with_dynamic_sizes(subject: Subject) -> None:
     """torch.export with dynamic batch, height and width."""
-    model = OnImages(subject.layer())
+    model = OnImages(subject.layer()).eval()
     dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     program = torch.export.export(model, (torch.randn(EXAMPLE[0], 16, *EXAMPLE[1:]),), dynamic_shapes=(dims,))
-    equals(program.module(), model, 16, UNSEEN)
+    equals(program.module(check_guards=False), model, 16, UNSEEN)
 
 
 def runs_in_onnxruntime(subject: Subject) -> None:
@@ -158,7 +158,7 @@ def runs_in_torchscript(subject: Subject) -> None:
 
 
 def _leaves(subject: Subject, way: Callable[[nn.Module, Tensor], Run], batch: int = EXAMPLE[0]) -> None:
-    model = OnImages(subject.layer())
+    model = OnImages(subject.layer()).eval()
     equals(way(model, torch.randn(batch, 16, *EXAMPLE[1:])), model, 16, UNSEEN)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from linsight.errors import CheckpointError
+from linsight.runtime.files import to_json
 
 from .facts import KEY
 
@@ -75,7 +76,7 @@ def read_program(path: Path) -> tuple[torch.export.ExportedProgram, str]:
     with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as archive:
         for name, data in records.items():
             if name == _MODEL:
-                data = json.dumps(program).encode()
+                data = to_json(program, finite=False).encode()
             if name in (_MODEL, _SAMPLES, *_CONFIGS) or _TENSORS.fullmatch(name) or _FORMAT.fullmatch(name):
                 archive.writestr(f"model/{name}", data)
     copy.seek(0)

@@ -1,13 +1,12 @@
 """A model repository of the Triton Inference Server around an ONNX file."""
 
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from linsight.errors import LinsightError, MissingExtraError
-from linsight.runtime.files import replacing, write_text, writing
+from linsight.runtime.files import replacing, to_json, write_text, writing
 
 from .files import open_exported
 
@@ -62,7 +61,7 @@ def write_triton(
     ports = [f"input [ {_port(value, free, 0)} ]" for value in graph.input]
     ports += [f"output [ {_port(value, free, len(facts.classes))} ]" for value in graph.output]
     lines = [
-        f"name: {json.dumps(name)}",
+        f"name: {to_json(name)}",
         'backend: "onnxruntime"',
         f"max_batch_size: {max_batch if free else 0}",
         *ports,
@@ -89,5 +88,5 @@ def _port(value: Any, free: bool, classes: int) -> str:
     tensor = value.type.tensor_type
     sizes = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim][int(free) :]
     kind = _TYPES[onnx.TensorProto.DataType.Name(tensor.elem_type)]
-    labels = f" label_filename: {json.dumps(_LABELS)}" if classes and sizes[-1:] == [classes] else ""
-    return f"{{ name: {json.dumps(value.name)} data_type: {kind} dims: {sizes}{labels} }}"
+    labels = f" label_filename: {to_json(_LABELS)}" if classes and sizes[-1:] == [classes] else ""
+    return f"{{ name: {to_json(value.name)} data_type: {kind} dims: {sizes}{labels} }}"

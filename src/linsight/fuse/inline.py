@@ -134,17 +134,17 @@ def of_many(
         mean = x.mean(dim=1, keepdim=True, dtype=wide)
         centred, mean_v = (x - mean).to(dtype), F.linear(mean, *to_v)
         v = F.linear(centred, to_v.weight.to(dtype))
-        cross = v.mT @ centred if dtype == wide else halves.outer_sum(v, centred)
+        cross = v.transpose(-2, -1) @ centred if dtype == wide else halves.outer_sum(v, centred)
         cross = cross.view(batch, heads, -1, width)  # (B, H, E, C)
         k = to_k.weight.view(heads, -1, width)
-        cov = k @ cross.mT * (k.shape[1] ** -0.5 / n)  # (B, H, D, E)
+        cov = k @ cross.transpose(-2, -1) * (k.shape[1] ** -0.5 / n)  # (B, H, D, E)
         matrix = (cov @ proj.weight.view(-1, heads, cov.shape[-1]).permute(1, 2, 0)).flatten(1, 2)  # (B, H * D, C)
         shift = F.linear(mean_v, *proj) + F.linear(mean, *to_q) @ matrix
-        out = torch.baddbmm(shift.to(dtype), centred, (to_q.weight.mT @ matrix).to(dtype))
+        out = torch.baddbmm(shift.to(dtype), centred, (to_q.weight.transpose(-2, -1) @ matrix).to(dtype))
         if core.generator is not None:
             kernels = _kernels(core, mean, residual).to(dtype)
             local = dynamic_depthwise_conv(v.add_(mean_v)[:, prefix:], layout.grid[:2], kernels)
-            back = proj.weight.mT.to(dtype)
+            back = proj.weight.transpose(-2, -1).to(dtype)
             if torch.compiler.is_exporting():  # what is written into a part would be scattered
                 return out + F.pad(local @ back, (0, 0, prefix, 0))
             out[:, prefix:].baddbmm_(local, back.expand(batch, -1, -1))
@@ -162,7 +162,9 @@ def of_few(
     mean_v = torch.bmm(share, v)
     parts = (q, k - torch.bmm(share, k), v - mean_v)
     q, k, centred = (part.view(n, heads, -1).transpose(0, 1) for part in parts)  # (H, N, D)
-    out = torch.baddbmm(mean_v.view(heads, 1, -1), q, torch.bmm(k.mT, centred), alpha=k.shape[-1] ** -0.5 / n)
+    out = torch.baddbmm(
+        mean_v.view(heads, 1, -1), q, torch.bmm(k.transpose(-2, -1), centred), alpha=k.shape[-1] ** -0.5 / n
+    )
     out = out.transpose(0, 1).reshape(1, n, width)
     if core.generator is not None:
         kernels = _kernels(core, torch.bmm(share, x) if residual is None else x, residual)

@@ -69,7 +69,7 @@ def product(matrix: Tensor, x: Tensor) -> Tensor:
 
     In a graph that leaves the batch comes first: exporters spread the matrix over it, and keep an example's batch of 1.
     """
-    return (x.mT @ matrix.mT).mT if leaves() else torch.matmul(matrix, x)
+    return (x.transpose(-2, -1) @ matrix.transpose(-2, -1)).transpose(-2, -1) if leaves() else torch.matmul(matrix, x)
 
 
 def copied(x: Tensor) -> Tensor:

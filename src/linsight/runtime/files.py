@@ -85,10 +85,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
-    """`value` as JSON, which has no word for what is no number: a LinsightError where there is one."""
+def to_json(value: Any, *, indent: int | None = None, ascii: bool = True, finite: bool = True) -> str:
+    """`value` as JSON, which has no word for what is no number: a LinsightError where there is one.
+
+    ascii: other letters are written by their codes.  finite: False writes what is no number as Python does.
+    """
     try:
-        return json.dumps(value, indent=indent, allow_nan=False)
+        return json.dumps(value, indent=indent, ensure_ascii=ascii, allow_nan=not finite)
     except ValueError as error:
         raise LinsightError(f"a value that is no number cannot be written as JSON ({error})") from error
 

@@ -113,7 +113,7 @@ class Parts:
 
     def write(self, number: int, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Write a part: for each image its name, and `error`, or places of `classes`, `probabilities` and arrays."""
-        lines = [json.dumps({"file": name, **_coded(found)}, allow_nan=False) + "\n" for name, found in rows]
+        lines = [to_json({"file": name, **_coded(found)}) + "\n" for name, found in rows]
         path = self._path(number)
         with writing(path), replacing(path) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")

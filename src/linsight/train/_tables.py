@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from linsight.errors import LinsightError, MissingExtraError
+from linsight.runtime.files import to_json
 
 _CODED = {letter: rf"\u{letter:04x}" for letter in range(0xD800, 0xE000)}  # bytes of a name that are no text
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # by which a cell begins that a spreadsheet runs
@@ -78,7 +78,7 @@ def _jsonl(path: pathlib.Path, rows: Iterable[Row], top: int, extra: Sequence[st
     with path.open("w", encoding="utf-8", newline="") as file:
         for row in rows:
             arrays = {name: None if row.error is not None else shortest(row.extra[name]) for name in extra}
-            line = json.dumps({**_columns(row), **arrays}, ensure_ascii=False, allow_nan=False)
+            line = to_json({**_columns(row), **arrays}, ascii=False)
             file.write(line.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085") + "\n")
 
 
