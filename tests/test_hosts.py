@@ -151,10 +151,14 @@ def test_gradient_checkpointing_with_two_sizes_in_one_step(host):
 
 # Tracing is slow: the others are exported or traced, as every host is.
 COMPILED = ("compact_pico", "mlla_pyramid_tiny", "pvt_tiny", "swin_tiny", "vit_tiny")
+QUICK = ("mlla_pyramid_tiny", "vit_tiny")
 
 
 @pytest.mark.timeout(300)  # where cores are shared
-@pytest.mark.parametrize("host", COMPILED)
+@pytest.mark.parametrize(
+    "host",
+    [pytest.param(h, marks=[] if h in ("vit_tiny", "mlla_pyramid_tiny") else [pytest.mark.full]) for h in COMPILED],
+)
 def test_two_graphs_for_five_sizes(host):
     torch._dynamo.reset()
     model = shallow(host).eval()
