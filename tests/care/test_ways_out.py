@@ -104,14 +104,9 @@ def test_forms_for_inference(host, attention):
     leaves(in_onnxruntime, linsight.fuse(shallow(host, attention)), *sizes(host))
 
 
-@pytest.mark.parametrize(
-    ("host", "way"),
-    [
-        pytest.param(host, way, marks=[] if (host, way) == ("pvt_tiny", exported) else [full])
-        for host, way in itertools.product(SMALL, (exported, in_onnxruntime))
-    ],
-    ids=named,
-)
+@full
+@pytest.mark.parametrize("way", (exported, in_onnxruntime), ids=named)
+@pytest.mark.parametrize("host", SMALL)
 def test_features(host, way):
     """All maps, as separate outputs."""
     leaves(way, shallow(host, features_only=True, out_indices=(0, 1)), *sizes(host))
