@@ -99,6 +99,22 @@ def test_a_file_with_its_preparation_takes_images_of_any_size(pixels, run, data,
     torch.testing.assert_close(opened.model(batch).sum(-1), torch.ones(3))
 
 
+def test_many_images_go_through_a_file_with_its_preparation(pixels, data, linsight, tmp_path):
+    """Each in its own size: they make no batch."""
+    images = sorted(data.rglob("*.png"))[::9]
+    table = tmp_path / "found.jsonl"
+    code, _, error = linsight("predict", pixels, *images, "--out", table, "--top", "1", "--workers", "0")
+    assert code == 0, error
+    wanted, _ = predict(load_exported(pixels), images)
+    for line, one in zip(table.read_text().splitlines(), wanted, strict=True):
+        row = json.loads(line)
+        assert (row["file"], row["class"], row["error"]) == (one.file, one.classes[0], None)
+        assert row["probability"] == pytest.approx(one.probabilities[0], abs=1e-6)
+    one_line(
+        linsight("predict", pixels, images[0], "--img-size", "32", "--out", tmp_path / "x.csv"), "takes no --img-size"
+    )
+
+
 def test_sizes_stay_free(files, data, linsight):
     image = data / "blue" / "0.png"
     assert linsight("predict", files[0]["onnx"], image, "--img-size", "24,32")[0] == 0
