@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.attention import Rename, Tokens, create_core, merge_heads, split_heads
-from linsight.ops import Grid, Layout, unflatten
+from linsight.ops import Grid, Layout, Tile, pool_tokens, unflatten
 
 
 class CrossAttention(nn.Module):
@@ -162,5 +162,7 @@ class Exchange(nn.Module):
             x = self.write(x, z)
         if self.read is not None:
             seen = x if self.dwc is None else x + self.dwc(x)
-            z = self.read(z, F.adaptive_avg_pool2d(seen, self.pool).flatten(2).transpose(1, 2))
+            tile = Tile.whole(Grid(*x.shape[2:]))
+            pooled = pool_tokens(seen.flatten(2).transpose(1, 2), tile, (self.pool, self.pool))
+            z = self.read(z, pooled.to(x.dtype))
         return x, self.layers(z)
