@@ -23,6 +23,7 @@ import linsight.bench as room
 from linsight.bench import Group, Plan, Setting, Subject
 from linsight.errors import LinsightError
 from linsight.runtime.console import new_console
+from linsight.runtime.device import list_devices
 from linsight.runtime.files import write_text
 from linsight.train import resolve, resume, train
 from linsight.train.progress import reporter
@@ -68,8 +69,9 @@ def table(summaries: Sequence[dict[str, Any]], timed: Sequence[tuple[float, floa
 def told(summaries: Sequence[dict[str, Any]], threads: int) -> str:
     """What the figures are of."""
     images, epochs = summaries[0]["train_images"], summaries[0]["epochs"]
+    cpu = list_devices()[-1]["name"]
     return (
-        f"JPEG copies of {images:,} images, {epochs} epochs, on {threads} CPU threads in float32. "
+        f"JPEG copies of {images:,} images, {epochs} epochs, in float32; times on {threads} threads of {cpu}. "
         f"In brackets: the time beside softmax."
     )
 
