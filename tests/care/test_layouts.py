@@ -16,7 +16,7 @@ import mutated_layouts
 
 from linsight.errors import LinsightError
 from linsight.train import open_data, resolve
-from linsight.train.datasets import open_evaluation, under
+from linsight.data.datasets import open_evaluation, under
 
 PNG = mutated_layouts.picture()
 

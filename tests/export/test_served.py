@@ -9,7 +9,7 @@ from torch import nn
 from linsight.errors import LinsightError
 from linsight.export import Served
 from linsight.recipe import Recipe
-from linsight.train.images import eval_transform, statistics
+from linsight.data.images import eval_transform, statistics
 
 SIZES = [(64, 64), (97, 131), (33, 200), (150, 40), (16, 16), (1, 1), (1, 37), (240, 260), (20, 14)]
 

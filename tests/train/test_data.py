@@ -13,11 +13,11 @@ from small import TINY, colours, truncate
 from linsight.errors import LinsightError
 from linsight.runtime.files import write_json
 from linsight.train import Trained, open_data, resolve
-from linsight.train.datasets import open_evaluation
+from linsight.data.datasets import open_evaluation
 from linsight.train.evaluation import prepare
-from linsight.train.images import Samples, cached, collate, decode, eval_transform, train_transform
+from linsight.data.images import Samples, cached, collate, decode, eval_transform, train_transform
 from linsight.train.model import build
-from linsight.train.random import key
+from linsight.data.random import key
 
 
 def recipe(data, **overrides):

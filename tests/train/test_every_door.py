@@ -23,7 +23,7 @@ from linsight.train import (
     resolve,
     train,
 )
-from linsight.train.images import decode
+from linsight.data.images import decode
 from linsight.train.model import build, save
 from linsight.train.progress import Silent
 

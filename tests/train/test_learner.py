@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from linsight.errors import LinsightError
 from linsight.train import load_trained, loop, open_data, resolve, train
 from linsight.train import model as models
-from linsight.train.images import Batch, Samples, train_transform
+from linsight.data.images import Batch, Samples, train_transform
 from linsight.train.learner import Learner, ema_decay
 from linsight.train.model import build
 

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import torch
 
-from linsight.train.random import Batches, hold_out, key, seed_sample, seed_step
+from linsight.data.random import Batches, hold_out, key, seed_sample, seed_step
 
 
 def test_a_key_depends_on_every_part_and_on_their_order():

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linsight.data.images import statistics
 from linsight.errors import CheckpointError
 from linsight.recipe import Recipe, change
 from linsight.runtime.files import require_place
 from linsight.train import Trained, load_trained
-from linsight.train.images import statistics
 from linsight.train.model import KEPT, image_size, packed
 
 from .facts import Facts

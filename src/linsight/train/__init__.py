@@ -11,11 +11,12 @@ from linsight.runtime.lazy import lazily
 from linsight.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
+    from linsight.data.datasets import Data, open_data
+
     from ._parts import merge_predictions
     from ._predict import Prediction, predict
     from .batch import Written, predict_to
     from .chosen import resolve, suggest
-    from .datasets import Data, open_data
     from .evaluation import evaluate
     from .exits import evaluate_exits
     from .loaded import LoadedRun, from_pretrained, load_run

@@ -8,6 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from linsight.data.feeds import refuse
+from linsight.data.images import Samples, loader, told
+from linsight.data.inputs import is_packed
+from linsight.data.random import Batches
+from linsight.data.sources import Source, images_under
+from linsight.data.trees import shown
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
@@ -15,14 +21,8 @@ from linsight.recipe import change
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
-from ._feeds import refuse
-from ._inputs import is_packed
-from ._sources import Source, images_under
-from ._trees import shown
 from .evaluation import preparation, probabilities
-from .images import Samples, loader, told
 from .model import Trained, asked_size
-from .random import Batches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linsight.data.feeds import default_workers, refuse
+from linsight.data.images import Batch, Samples, loader, told
+from linsight.data.inputs import Inputs, open_inputs
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
@@ -19,13 +22,10 @@ from linsight.runtime.finite import require_finite
 from linsight.runtime.launch import Copy, this_copy
 from linsight.runtime.signals import Interrupted, exit_code
 
-from ._feeds import default_workers, refuse
-from ._inputs import Inputs, open_inputs
 from ._parts import Parts, Plan, begin, chunk_size, finish
 from ._predict import require_top
 from ._tables import require_table
 from .evaluation import preparation, probabilities
-from .images import Batch, Samples, loader, told
 from .model import Trained, asked_size
 from .progress import Images
 

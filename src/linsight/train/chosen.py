@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from linsight.data.datasets import open_data
+from linsight.data.images import decode
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
 from linsight.recipe import DATA_FIELDS, FIELDS, Recipe, averaged, change, parse
 
-from .datasets import open_data
-from .images import decode
 from .model import kept_fields
 from .recipes import FINETUNE, RECIPES
 from .run import WEIGHTS, kept_recipe

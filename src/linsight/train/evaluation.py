@@ -10,6 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linsight.data.datasets import open_data, open_evaluation, under
+from linsight.data.feeds import default_workers, refuse
+from linsight.data.images import Batch, Normalise, Samples, Unprepared, eval_transform, loader, told, whole_image
+from linsight.data.random import Batches
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
@@ -17,11 +21,7 @@ from linsight.recipe import Recipe, change
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
-from ._feeds import default_workers, refuse
-from .datasets import open_data, open_evaluation, under
-from .images import Batch, Normalise, Samples, Unprepared, eval_transform, loader, told, whole_image
 from .model import WEIGHTS, Trained, asked_size, image_size
-from .random import Batches
 from .run import kept_recipe
 
 _DATA = ("data", "data_dir", "train_split", "val_split", "val_fraction", "image_key", "label_key")

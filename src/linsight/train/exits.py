@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from linsight.data.feeds import refuse
+from linsight.data.random import hold_out
 from linsight.errors import LinsightError
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.runtime.device import autocast
@@ -16,12 +18,10 @@ from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.files import require_folder, write_json, write_text, writing
 from linsight.runtime.finite import require_finite
 
-from ._feeds import refuse
 from ._figures import exits as draw
 from .budget import Scored, Setting, choose, curve
 from .evaluation import Evaluation, prepare
 from .model import Trained, image_size
-from .random import hold_out
 
 _JSON, _CSV, _PNG = "exits.json", "exits.csv", "exits.png"
 

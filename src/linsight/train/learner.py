@@ -12,11 +12,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linsight.data.images import Batch, Normalise
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.device import autocast
 
-from .images import Batch, Normalise
 from .model import load_state
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from linsight.data import decode
+from linsight.data.images import MODE_OF, Normalise, eval_transform, statistics
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.recipe import Recipe
@@ -20,7 +21,6 @@ from linsight.runtime.files import read_json
 from ._predict import Prediction, likeliest
 from .evaluation import probabilities
 from .hub import about_run, is_saved, open_saved, place_of
-from .images import MODE_OF, Normalise, eval_transform, statistics
 from .model import WEIGHTS, Trained, image_size, load_trained, of_saved
 from .run import SUMMARY, kept_recipe
 

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linsight.data.datasets import Data, open_data
+from linsight.data.feeds import open_feeds, refuse
+from linsight.data.images import Batch, told
+from linsight.data.random import seed_step
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
 from linsight.recipe import Recipe, change
@@ -18,14 +22,10 @@ from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
 
 from . import _figures
-from ._feeds import open_feeds, refuse
-from .datasets import Data, open_data
 from .evaluation import probabilities, score
-from .images import Batch, told
 from .learner import Learner, warmup_epochs
 from .model import build, count_of, image_size, left_new, load_trained, save, start_from
 from .progress import Silent
-from .random import seed_step
 from .run import WEIGHTS, Run
 
 

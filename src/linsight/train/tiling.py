@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linsight.data.images import statistics
 from linsight.errors import ImageError, LinsightError, UnknownNameError
 from linsight.recipe import change
 from linsight.runtime.device import autocast, pick_device, pick_dtype
@@ -19,7 +20,6 @@ from linsight.runtime.signals import Interrupted, Stop
 from linsight.streaming import stream
 
 from ._predict import Prediction, likeliest, require_top
-from .images import statistics
 from .model import Trained
 from .progress import Tiles
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 from linsight.errors import LinsightError, MissingExtraError, UnknownNameError
 
 from ._layout import plain, role, sort_classes, words
-from ._sources import Reading, Source, first_line
-from ._trees import shown, some
+from .sources import Reading, Source, first_line
+from .trees import shown, some
 
 _IMAGES = ("image", "img", "picture", "photo", "jpg", "png")
 _LABELS = ("label", "labels", "fine_label", "class", "target", "category", "class_name")

@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
-from linsight.data import Decoded, decode
 from linsight.errors import ImageError, LinsightError, MissingExtraError
 
 from ._archives import Archive
 from ._layout import Body, plain
-from ._trees import shown, walk
+from .pictures import Decoded, decode
+from .trees import shown, walk
 
 
 class Source(Protocol):

@@ -8,12 +8,12 @@ from typing import Protocol
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 
-from . import _sources as sources
+from . import sources
 from ._archives import SUFFIXES, Archive
 from ._layout import body, role, splits, unwrapped
 from ._parquet import check_files, hugging_face, hugging_face_splits, parquet, split_files
-from ._sources import Source
-from ._trees import Tree, count, shown, some, walk
+from .sources import Source
+from .trees import Tree, count, shown, some, walk
 
 _ITERABLE = ("hfids", "tfds", "wds")
 

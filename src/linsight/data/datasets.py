@@ -8,9 +8,9 @@ from linsight.recipe import Recipe
 
 from ._layout import alike, plain, role
 from ._places import Digits, Pictures, Place, locate
-from ._sources import Part, Source
-from ._trees import count, shown, some
 from .random import hold_out
+from .sources import Part, Source
+from .trees import count, shown, some
 
 _EVALUATION = ("validation", "test")
 

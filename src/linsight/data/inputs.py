@@ -14,8 +14,8 @@ from linsight.errors import ImageError, LinsightError
 from ._archives import SUFFIXES, Archive
 from ._parquet import Table, hugging_face_images, hugging_face_splits
 from ._sections import Files, Members, Rows, Section
-from ._sources import Source, first_line
-from ._trees import count, in_order, shown, some, walk
+from .sources import Source, first_line
+from .trees import count, in_order, shown, some, walk
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _HUB = "hfds/"

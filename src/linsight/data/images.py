@@ -14,14 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from linsight.data import Decoded
-from linsight.data.pictures import MODES, first_line
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.signals import outlive
 
-from ._sources import Arrays, Source
+from .pictures import MODES, Decoded, first_line
 from .random import seed_sample
+from .sources import Arrays, Source
 
 MODE_OF = {channels: mode for mode, channels in MODES.items()}
 
