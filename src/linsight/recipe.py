@@ -43,23 +43,27 @@ class ModelFields(Record):
 
     group = "Model"
 
-    model: Text = Field("vit_tiny", description="a variant, a host, or a model of timm that linsight has a host for")
+    model: Text = Field(
+        default="vit_tiny", description="a variant, a host, or a model of timm that linsight has a host for"
+    )
     attention: Annotated[Text | None, NONE] = Field(
-        None, description="a mechanism, or one a stage; none: the model's own"
+        default=None, description="a mechanism, or one a stage; none: the model's own"
     )
-    attention_options: Options = Field({}, description="options of the mechanism")
-    model_args: Options = Field({}, description="other arguments of the model, as in depth=6,embed_dim=96")
-    img_size: Sides = Field((), description="side, or height and width; empty: the model's own")
+    attention_options: Options = Field(default={}, description="options of the mechanism")
+    model_args: Options = Field(default={}, description="other arguments of the model, as in depth=6,embed_dim=96")
+    img_size: Sides = Field(default=(), description="side, or height and width; empty: the model's own")
     in_chans: Annotated[Literal[1, 3, 4], whole] = Field(
-        3, description="3 reads images as RGB, 1 as grey, 4 as RGB and opacity"
+        default=3, description="3 reads images as RGB, 1 as grey, 4 as RGB and opacity"
     )
-    num_classes: Annotated[Classes | None, NONE] = Field(None, description="none: as many as the data has")
-    drop_path: Share = Field(0.0, description="stochastic depth of the last block")
+    num_classes: Annotated[Classes | None, NONE] = Field(default=None, description="none: as many as the data has")
+    drop_path: Share = Field(default=0.0, description="stochastic depth of the last block")
     init: Annotated[Text | None, NONE] = Field(
-        None, description="weights to start from, published or one's own: a run, a file, an address"
+        default=None, description="weights to start from, published or one's own: a run, a file, an address"
     )
-    init_partial: bool = Field(False, description="what init lacks stays as initialised, as with another mechanism")
-    from_size: Sides = Field((), description="size of the images that init was made for, if it does not tell")
+    init_partial: bool = Field(
+        default=False, description="what init lacks stays as initialised, as with another mechanism"
+    )
+    from_size: Sides = Field(default=(), description="size of the images that init was made for, if it does not tell")
 
 
 class DataFields(Record):
@@ -68,30 +72,35 @@ class DataFields(Record):
     group = "Data"
 
     data: Text = Field(
-        "digits", description="a folder, a tar or zip, Parquet files, 'digits', or a name of timm's: torch/cifar10"
+        default="digits",
+        description="a folder, a tar or zip, Parquet files, 'digits', or a name of timm's: torch/cifar10",
     )
-    data_dir: Annotated[Text | None, NONE] = Field(None, description="where the data of a torch/ or hfds/ name is kept")
-    train_split: Text = Field("train", description="the split trained on")
+    data_dir: Annotated[Text | None, NONE] = Field(
+        default=None, description="where the data of a torch/ or hfds/ name is kept"
+    )
+    train_split: Text = Field(default="train", description="the split trained on")
     val_split: Annotated[Text | None, NONE] = Field(
-        None, description="the split evaluated; none: validation, else test, else held out"
+        default=None, description="the split evaluated; none: validation, else test, else held out"
     )
-    val_fraction: Share = Field(0.1, description="what is held out of each class, where there is no split to evaluate")
+    val_fraction: Share = Field(
+        default=0.1, description="what is held out of each class, where there is no split to evaluate"
+    )
     image_key: Annotated[Text | None, NONE] = Field(
-        None, description="the image column of a Hugging Face data set; none: found by its type"
+        default=None, description="the image column of a Hugging Face data set; none: found by its type"
     )
     label_key: Annotated[Text | None, NONE] = Field(
-        None, description="the label column of a Hugging Face data set; none: found by its type"
+        default=None, description="the label column of a Hugging Face data set; none: found by its type"
     )
     on_bad_image: Literal["skip", "refuse"] = Field(
-        "skip", description="an unreadable image is left out and counted, or ends the run"
+        default="skip", description="an unreadable image is left out and counted, or ends the run"
     )
     fill: Annotated[Number | None, NONE] = Field(
-        None, description="the value of pixels that are no number; none: such images are bad"
+        default=None, description="the value of pixels that are no number; none: such images are bad"
     )
     workers: Annotated[Workers | None, NONE] = Field(
-        None, description="processes that read images; none: chosen by the number of cores"
+        default=None, description="processes that read images; none: chosen by the number of cores"
     )
-    cache: bool = Field(False, description="keep decoded images in memory")
+    cache: bool = Field(default=False, description="keep decoded images in memory")
 
 
 class ImageFields(Record):
@@ -100,25 +109,29 @@ class ImageFields(Record):
     group = "Augmentation"
 
     crop_mode: Literal["rrc", "rkrc", "rkrr", "pad", "none"] = Field(
-        "rrc", description="rrc: random resized crop; pad: pad and crop; rkrc, rkrr: as in timm"
+        default="rrc", description="rrc: random resized crop; pad: pad and crop; rkrc, rkrr: as in timm"
     )
-    crop_padding: Padding = Field(4, description="pixels on each side, for crop_mode pad")
-    scale: Areas = Field((0.08, 1.0), description="smallest and largest area of a random resized crop")
-    ratio: Ratios = Field((0.75, 1.3333), description="smallest and largest aspect ratio of it")
-    hflip: Share = Field(0.5, description="probability of a mirror image")
-    color_jitter: NotNegative = Field(0.0, description="change of brightness, contrast and saturation")
-    auto_augment: Annotated[Text | None, NONE] = Field(None, description="timm's policy, as in rand-m9-mstd0.5-inc1")
-    re_prob: Share = Field(0.0, description="probability of random erasing")
-    re_mode: Literal["const", "rand", "pixel"] = Field("pixel", description="what erased pixels become")
-    aug_repeats: Whole = Field(1, description="copies of an image in an epoch, which has as many times fewer images")
+    crop_padding: Padding = Field(default=4, description="pixels on each side, for crop_mode pad")
+    scale: Areas = Field(default=(0.08, 1.0), description="smallest and largest area of a random resized crop")
+    ratio: Ratios = Field(default=(0.75, 1.3333), description="smallest and largest aspect ratio of it")
+    hflip: Share = Field(default=0.5, description="probability of a mirror image")
+    color_jitter: NotNegative = Field(default=0.0, description="change of brightness, contrast and saturation")
+    auto_augment: Annotated[Text | None, NONE] = Field(
+        default=None, description="timm's policy, as in rand-m9-mstd0.5-inc1"
+    )
+    re_prob: Share = Field(default=0.0, description="probability of random erasing")
+    re_mode: Literal["const", "rand", "pixel"] = Field(default="pixel", description="what erased pixels become")
+    aug_repeats: Whole = Field(
+        default=1, description="copies of an image in an epoch, which has as many times fewer images"
+    )
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = Field(
-        "bicubic", description="how images are resized"
+        default="bicubic", description="how images are resized"
     )
-    mean: Levels = Field((), description="of each channel, in 0..1; empty: ImageNet's, 0.5 for grey")
-    std: Spreads = Field((), description="of each channel; empty: ImageNet's, 0.5 for grey")
-    crop_pct: Crop = Field(0.875, description="centre crop of evaluation; 1: the whole image")
+    mean: Levels = Field(default=(), description="of each channel, in 0..1; empty: ImageNet's, 0.5 for grey")
+    std: Spreads = Field(default=(), description="of each channel; empty: ImageNet's, 0.5 for grey")
+    crop_pct: Crop = Field(default=0.875, description="centre crop of evaluation; 1: the whole image")
     eval_crop: Literal["squash", "center", "border"] = Field(
-        "squash", description="what happens to the aspect ratio before that crop, as in timm"
+        default="squash", description="what happens to the aspect ratio before that crop, as in timm"
     )
 
 
@@ -127,27 +140,31 @@ class OptimiserFields(Record):
 
     group = "Optimisation"
 
-    opt: Text = Field("adamw", description="an optimiser of timm")
-    opt_args: Options = Field({}, description="its other arguments, as in betas=(0.9,0.95)")
-    lr: PositiveRate = Field(1e-3, description="peak learning rate")
-    lr_base_batch: Count = Field(0, description="rates are for this batch and scale with it; 0: used as they are")
-    new_lr_scale: Positive = Field(1.0, description="times the learning rate, for what init did not fill")
-    freeze: bool = Field(False, description="train a new head alone; with init_partial, what init did not fill")
-    weight_decay: NotNegative = Field(0.05, description="not applied to vectors and what the model exempts")
-    clip_grad: NotNegative = Field(0.0, description="largest norm of the gradient, 0 is off")
-    sched: Literal["cosine", "tanh", "poly", "step", "none"] = Field(
-        "cosine", description="course of the learning rate, by update"
+    opt: Text = Field(default="adamw", description="an optimiser of timm")
+    opt_args: Options = Field(default={}, description="its other arguments, as in betas=(0.9,0.95)")
+    lr: PositiveRate = Field(default=1e-3, description="peak learning rate")
+    lr_base_batch: Count = Field(
+        default=0, description="rates are for this batch and scale with it; 0: used as they are"
     )
-    sched_args: Options = Field({}, description="other arguments of timm's schedule")
-    epochs: Whole = Field(10, description="with the warm-up, without the cool-down")
-    warmup_epochs: Count = Field(0, description="epochs of linear warm-up")
-    warmup_lr: Rate = Field(0.0, description="learning rate it starts from")
-    min_lr: Rate = Field(0.0, description="learning rate at the end")
-    cooldown_epochs: Count = Field(0, description="more epochs at that rate")
-    ema: Share = Field(0.0, description="decay of the averaged weights, which are then the ones evaluated; 0 is off")
-    ema_warmup: bool = Field(False, description="let that decay grow from 0")
+    new_lr_scale: Positive = Field(default=1.0, description="times the learning rate, for what init did not fill")
+    freeze: bool = Field(default=False, description="train a new head alone; with init_partial, what init did not fill")
+    weight_decay: NotNegative = Field(default=0.05, description="not applied to vectors and what the model exempts")
+    clip_grad: NotNegative = Field(default=0.0, description="largest norm of the gradient, 0 is off")
+    sched: Literal["cosine", "tanh", "poly", "step", "none"] = Field(
+        default="cosine", description="course of the learning rate, by update"
+    )
+    sched_args: Options = Field(default={}, description="other arguments of timm's schedule")
+    epochs: Whole = Field(default=10, description="with the warm-up, without the cool-down")
+    warmup_epochs: Count = Field(default=0, description="epochs of linear warm-up")
+    warmup_lr: Rate = Field(default=0.0, description="learning rate it starts from")
+    min_lr: Rate = Field(default=0.0, description="learning rate at the end")
+    cooldown_epochs: Count = Field(default=0, description="more epochs at that rate")
+    ema: Share = Field(
+        default=0.0, description="decay of the averaged weights, which are then the ones evaluated; 0 is off"
+    )
+    ema_warmup: bool = Field(default=False, description="let that decay grow from 0")
     ema_base_batch: Count = Field(
-        0, description="the decay is for this batch, a larger one takes its power; 0: as it is"
+        default=0, description="the decay is for this batch, a larger one takes its power; 0: as it is"
     )
 
 
@@ -156,20 +173,22 @@ class RunFields(Record):
 
     group = "Run"
 
-    batch_size: Whole = Field(128, description="images of one update")
-    seed: Seed = Field(0, description="decides initial weights, order and augmentation")
-    device: Text = Field("auto", description="cpu, cuda, cuda:1, mps; auto: the best there is")
+    batch_size: Whole = Field(default=128, description="images of one update")
+    seed: Seed = Field(default=0, description="decides initial weights, order and augmentation")
+    device: Text = Field(default="auto", description="cpu, cuda, cuda:1, mps; auto: the best there is")
     amp: Literal["auto", "off", "bf16", "fp16"] = Field(
-        "auto", description="mixed precision; auto: bf16 where the device computes in it, fp16 on older GPUs"
+        default="auto", description="mixed precision; auto: bf16 where the device computes in it, fp16 on older GPUs"
     )
-    compile: bool = Field(False, description="torch.compile the model")
-    channels_last: bool = Field(False, description="keep image tensors in channels-last order")
-    grad_checkpointing: bool = Field(False, description="recompute activations, for less memory")
+    compile: bool = Field(default=False, description="torch.compile the model")
+    channels_last: bool = Field(default=False, description="keep image tensors in channels-last order")
+    grad_checkpointing: bool = Field(default=False, description="recompute activations, for less memory")
     threads: Annotated[Threads | None, NONE] = Field(
-        None, description="CPU threads of the training process; none: PyTorch's choice"
+        default=None, description="CPU threads of the training process; none: PyTorch's choice"
     )
-    save_every: Count = Field(0, description="steps between saved states within an epoch; 0: at the end of each epoch")
-    figures: bool = Field(True, description="draw curves.png and predictions.png (needs matplotlib)")
+    save_every: Count = Field(
+        default=0, description="steps between saved states within an epoch; 0: at the end of each epoch"
+    )
+    figures: bool = Field(default=True, description="draw curves.png and predictions.png (needs matplotlib)")
 
 
 class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
@@ -181,7 +200,7 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
         ("device", "workers", "cache", "threads", "save_every", "compile", "figures")
     )
 
-    task: Text = Field("classify", description="what is learned: a name of 'linsight list --tasks'")
+    task: Text = Field(default="classify", description="what is learned: a name of 'linsight list --tasks'")
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -201,7 +220,7 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
         return [
             name
             for name, group in cls.groups().items()
-            if (group == "Model" and not name.startswith(("init", "from"))) or name in _PREPARATION
+            if (group == "Model" and not name.startswith(("init", "from"))) or name in _KEPT
         ]
 
     @classmethod
@@ -210,7 +229,7 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
         return [name for name, group in cls.groups().items() if group in groups]
 
 
-_PREPARATION = ("mean", "std", "interpolation", "crop_pct", "eval_crop", "fill")
+_KEPT = ("task", "mean", "std", "interpolation", "crop_pct", "eval_crop", "fill")
 
 
 def require_known(recipe: Recipe) -> None:

@@ -132,6 +132,11 @@ class Record(BaseModel):
         """All values, by the names of their fields."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
+    def differences(self) -> dict[str, Any]:
+        """The values that are not the defaults."""
+        plain = type(self)()
+        return {name: value for name, value in self.values().items() if value != getattr(plain, name)}
+
     @classmethod
     def groups(cls) -> dict[str, str]:
         """The group of each field."""
@@ -145,9 +150,19 @@ class Record(BaseModel):
         return cls.model_fields[name]
 
     @classmethod
+    def help(cls, name: str) -> str:
+        """What the field is for, in a line."""
+        return cls.field(name).description or ""
+
+    @classmethod
     def choices(cls, name: str) -> tuple[Any, ...]:
         """The values that the field may have, where they are a list; else ()."""
         return tuple(_found(_schema(cls)["properties"][name], "enum") or ())
+
+    @classmethod
+    def type_of(cls, name: str) -> str:
+        """The type of the field in JSON, but none: "integer", "number", "boolean", "string", "array" or "object"."""
+        return next(kind for kind in _types(_schema(cls)["properties"][name]) if kind not in (None, "null"))
 
     @classmethod
     def parse(cls, name: str, value: Any) -> Any:
@@ -183,7 +198,8 @@ def _schema(cls: type[Record]) -> dict[str, Any]:
 @functools.cache
 def _adapter(cls: type[Record], name: str) -> TypeAdapter[Any]:
     field = cls.model_fields[name]
-    return TypeAdapter(Annotated[field.annotation, *field.metadata], config=ConfigDict(allow_inf_nan=False))
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
 def _found(schema: Any, key: str) -> Any:
@@ -215,7 +231,7 @@ def explain(cls: type[Record], error: ValidationError, values: Mapping[str, Any]
         return UnknownNameError(name, shown(given, str), map(str, cls.choices(name)))
     if first["type"] in _BOUNDS:
         limit = _limit(_found(schema, "minimum"), _found(schema, "maximum"))
-        return LinsightError(f"{name}={shown(given)} is out of range: it must be {limit}")
+        return LinsightError(f"{name}={shown(given, str)} is out of range: it must be {limit}")
     if first["type"] in ("too_long", "missing"):  # of a tuple
         least = _found(schema, "minItems")
         wanted = f"{least}" if least else "1 or 2"
@@ -237,9 +253,12 @@ def shown(value: Any, write: Callable[[Any], str] = repr) -> str:
         return f"({type(value).__name__})"
 
 
+def _types(schema: Mapping[str, Any]) -> list[Any]:
+    return [schema.get("type"), *(part.get("type") for part in schema.get("anyOf", ()))]
+
+
 def _kind(schema: Mapping[str, Any]) -> str:
-    kinds = [schema.get("type"), *(part.get("type") for part in schema.get("anyOf", ()))]
-    return next((text for kind, text in _KINDS.items() if kind in kinds), "understood")
+    return next((text for kind, text in _KINDS.items() if kind in _types(schema)), "understood")
 
 
 def _limit(low: float, high: float) -> str:

@@ -13,8 +13,8 @@ import timm
 from PIL import Image
 
 from linsight.errors import LinsightError
-from linsight.recipe import FIELDS, Recipe
 from linsight.runtime.launch import is_command
+from linsight.tasks import ClassifyRecipe
 from linsight.train import RECIPES, evaluate, load_trained, predict, resolve, train
 from linsight.train.model import load_source, require_classifier
 
@@ -124,10 +124,11 @@ BAD = {
     "opt": ("nowhere", ""),
     "cache": ("x",),
 }
+FIELDS = {name: field for name, field in ClassifyRecipe.model_fields.items() if name != "task"}
 for name, field in FIELDS.items():
     if name not in BAD and type(field.default) in (int, float) and type(field.default) is not bool:
         BAD[name] = NEVER
-    if field.metadata["choices"]:
+    if ClassifyRecipe.choices(name):
         BAD.setdefault(name, ("nowhere", ""))
 
 
@@ -161,7 +162,7 @@ def test_options_of_train_are_refused_by_the_command_line_too(linsight, tmp_path
 def test_a_recipe_made_in_python_is_checked_as_well(tmp_path):
     for wrong in ({"lr": "much"}, {"img_size": 0}, {"batch_size": -1}, {"epochs": None}, {"mean": 3}):
         with pytest.raises(LinsightError, match=next(iter(wrong))):
-            train(Recipe(**wrong), out=tmp_path / "run")
+            train(ClassifyRecipe(**wrong), out=tmp_path / "run")
     assert resolve("photos", {"data": tmp_path}).data == str(tmp_path)  # a path is a name, too
 
 

@@ -14,9 +14,9 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import mutated_layouts
 
+from linsight.data.datasets import open_evaluation, under
 from linsight.errors import LinsightError
 from linsight.train import open_data, resolve
-from linsight.data.datasets import open_evaluation, under
 
 PNG = mutated_layouts.picture()
 

@@ -17,6 +17,7 @@ from linsight.runtime import signals
 from linsight.runtime.files import hold, require_folder, write_json, writing
 from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Terminated, Unwinding
+from linsight.tasks import task as tasks
 from linsight.train import loop, resolve, resume, train
 from linsight.train.progress import Silent
 
@@ -176,14 +177,14 @@ def test_a_folder_is_of_one_run_at_a_time(data, tmp_path):  # noqa: F811
 
 
 def test_two_runs_that_begin_at_once_are_not_mixed(data, tmp_path, monkeypatch):  # noqa: F811
-    run, build = tmp_path / "run", loop.build
+    run, build = tmp_path / "run", tasks.build
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(loop, "build", build)
+        monkeypatch.setattr(tasks, "build", build)
         train(recipe(data, workers=0, seed=1), out=run)
         return build(*arguments)
 
-    monkeypatch.setattr(loop, "build", meanwhile)
+    monkeypatch.setattr(tasks, "build", meanwhile)
     with pytest.raises(LinsightError, match="is not empty"):
         train(recipe(data, workers=0, seed=2), out=run)
     assert json.loads((run / "config.json").read_text())["recipe"]["seed"] == 1

@@ -4,11 +4,11 @@ import json
 
 import torch
 
-from linsight.recipe import Recipe
+from linsight.tasks import ClassifyRecipe
 from linsight.train.model import build, save
 
 CLASSES = ("blue", "green", "red")
-SMALL = Recipe(
+SMALL = ClassifyRecipe(
     model="vit_tiny",
     attention="agent",
     attention_options={"agents": 4},
@@ -34,7 +34,7 @@ def write_run(folder, recipe=SMALL, classes=CLASSES, summary=SUMMARY):
     model = build(recipe, len(classes))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    save(folder / "best.safetensors", model.state_dict(), recipe, classes)
+    save(folder / "best.safetensors", model.state_dict(), recipe, {"classes": classes})
     (folder / "config.json").write_text(json.dumps({"name": "x", "recipe": vars(recipe), "data": {}, "threads": 1}))
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

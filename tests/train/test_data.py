@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from small import TINY, colours, truncate
 
+from linsight.data.datasets import open_evaluation
+from linsight.data.images import Samples, cached, collate, decode, eval_transform, train_transform
+from linsight.data.random import key
 from linsight.errors import LinsightError
 from linsight.runtime.files import write_json
 from linsight.train import Trained, open_data, resolve
-from linsight.data.datasets import open_evaluation
 from linsight.train.evaluation import prepare
-from linsight.data.images import Samples, cached, collate, decode, eval_transform, train_transform
 from linsight.train.model import build
-from linsight.data.random import key
 
 
 def recipe(data, **overrides):

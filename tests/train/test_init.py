@@ -10,6 +10,7 @@ from small import TINY, colours, truncate
 import linsight
 from linsight.errors import CheckpointError, LinsightError
 from linsight.runtime.signals import Interrupted
+from linsight.tasks import task_of
 from linsight.train import load_trained, resolve, resume, train
 from linsight.train.loop import Trainer
 from linsight.train.progress import Silent
@@ -58,7 +59,8 @@ def before_training(out, **overrides):
     """The weights of a run before its first step, and what it said."""
     notes = Notes()
     recipe = resolve("digits", {**START, **overrides})
-    return Trainer(Run.start(recipe, out, "run"), linsight.train.open_data(recipe), notes).learner, notes.notes
+    task = task_of(recipe)
+    return Trainer(Run.start(recipe, out, "run"), task, task.open(), notes).learner, notes.notes
 
 
 def test_a_run_starts_from_published_weights_with_a_fresh_classifier(tmp_path, published):

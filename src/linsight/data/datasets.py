@@ -75,7 +75,7 @@ def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...],
     A folder may lack some of the classes; it may not have others, unless they are taken `in_order`,
     as many as there are of the model's.
     """
-    recipe = dataclasses.replace(recipe, val_split=split or recipe.val_split)
+    recipe = recipe.changed(val_split=split or recipe.val_split)
     place = locate(recipe)
     if place.splits:
         name = _pick(place, recipe.val_split, recipe) if recipe.val_split else _evaluated(place, recipe)

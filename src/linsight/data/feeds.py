@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 
@@ -10,8 +11,9 @@ from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 
 from .datasets import Data
-from .images import Batch, Samples, cached, eval_transform, loader, told, train_transform
+from .images import Batch, Samples, cached, loader, told
 from .random import Batches
+from .sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +30,24 @@ class Feeds:
     lost: list[str]
 
 
+class Sampler(Protocol):
+    """A task, as far as it tells how images become batches."""
+
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
+        """A batch of samples, some of which may be lines about why there is none."""
+
+    def samples(self, source: Source, size: tuple[int, int] | None, *, training: bool) -> Samples:
+        """Images of a source as a model is given them, before they are normalised."""
+
+
 def open_feeds(
-    recipe: Recipe, data: Data, size: tuple[int, int], device: torch.device, note: Callable[[str], None]
+    recipe: Recipe,
+    data: Data,
+    task: Sampler,
+    size: tuple[int, int],
+    device: torch.device,
+    note: Callable[[str], None],
 ) -> Feeds:
     """The feeds of a run at images of `size`; raises where no image can be read, or a bad one is refused."""
     train, val, lost = data.train, data.val, list[str]()
@@ -49,12 +67,11 @@ def open_feeds(
     pin = device.type == "cuda"
     order = Batches(len(train), recipe.batch_size, seed=recipe.seed, shuffle=True, repeats=recipe.aug_repeats)
     once = Batches(len(val), recipe.batch_size, shuffle=False)
-    samples = Samples(train, train_transform(recipe, size), recipe.in_chans, recipe.seed, recipe.fill)
-    val_samples = Samples(val, eval_transform(recipe, size), recipe.in_chans, recipe.seed, recipe.fill)
+    samples, val_samples = task.samples(train, size, training=True), task.samples(val, size, training=False)
     return Feeds(
         order,
-        loader(samples, order, workers=workers, pin=pin),
-        loader(val_samples, once, workers=min(workers, len(once)), pin=pin),
+        loader(samples, order, workers=workers, pin=pin, collate=task.collate),
+        loader(val_samples, once, workers=min(workers, len(once)), pin=pin, collate=task.collate),
         val_samples,
         lost,
     )

@@ -185,7 +185,14 @@ def _start_worker(_: int) -> None:
     outlive()  # Ctrl-C and `timeout` reach the whole group
 
 
-def loader(samples: Samples, batches: Iterable[list[tuple[int, ...]]], *, workers: int, pin: bool) -> Iterable[Batch]:
+def loader(
+    samples: Samples,
+    batches: Iterable[list[tuple[int, ...]]],
+    *,
+    workers: int,
+    pin: bool,
+    collate: Callable[[list[Any]], Batch] = collate,
+) -> Iterable[Batch]:
     """A loader to iterate once an epoch."""
     return DataLoader(
         samples,

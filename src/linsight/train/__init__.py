@@ -12,9 +12,10 @@ from linsight.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
     from linsight.data.datasets import Data, open_data
+    from linsight.tasks import Prediction
 
     from ._parts import merge_predictions
-    from ._predict import Prediction, predict
+    from ._predict import predict
     from .batch import Written, predict_to
     from .chosen import resolve, suggest
     from .evaluation import evaluate
@@ -55,10 +56,11 @@ __all__ = [
 # Imported when they are asked for: the help of a command needs the recipes alone.
 _HOMES = {
     "_parts": ("merge_predictions",),
-    "_predict": ("Prediction", "predict"),
+    "_predict": ("predict",),
+    "linsight.tasks": ("Prediction",),
     "batch": ("Written", "predict_to"),
     "chosen": ("resolve", "suggest"),
-    "datasets": ("Data", "open_data"),
+    "linsight.data.datasets": ("Data", "open_data"),
     "evaluation": ("evaluate",),
     "exits": ("evaluate_exits",),
     "loaded": ("LoadedRun", "from_pretrained", "load_run"),

@@ -3,28 +3,30 @@
 import math
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linsight.data.datasets import Data, open_data
+from linsight.data.datasets import Data
 from linsight.data.feeds import open_feeds, refuse
 from linsight.data.images import Batch, told
 from linsight.data.random import seed_step
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
-from linsight.recipe import Recipe, change
+from linsight.recipe import Recipe, require_known
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
+from linsight.tasks import Column, Task, read_recipe, task_of
+from linsight.tasks.building import image_size
 
 from . import _figures
-from .evaluation import probabilities, score
+from .evaluation import outputs, score
 from .learner import Learner, warmup_epochs
-from .model import build, count_of, image_size, left_new, load_trained, save, start_from
+from .model import count_of, left_new, load_trained, save, start_from
 from .progress import Silent
 from .run import WEIGHTS, Run
 
@@ -39,7 +41,9 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP; the state is saved, once there is one.
     """
     refuse_copies()
-    return _go(Run.start(change(recipe, {}), out, name), report or Silent())
+    recipe = read_recipe(recipe.values())
+    require_known(recipe)
+    return _go(Run.start(recipe, out, name), report or Silent())
 
 
 def resume(
@@ -78,26 +82,42 @@ def _run(run: Run, report: Silent) -> dict[str, Any]:
     if run.threads:
         torch.set_num_threads(run.threads)
     report.busy("reading what data there is")
-    data = open_data(run.recipe)
+    task = task_of(run.recipe)
+    data = task.open()
     for note in data.notes:
         report.note(note)
     report.busy("building the model")
-    trainer = Trainer(run, data, report, run.load_state())
+    trainer = Trainer(run, task, data, report, run.load_state())
     with Stop() as stop:
         return trainer.run_epochs(stop)
+
+
+# What a row tells of an epoch beside measures.
+_COURSE = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "skipped")
+
+
+def told_facts(facts: Mapping[str, Any]) -> str:
+    """How many classes there are, and the like."""
+    return "".join(f", {len(value)} {name}" for name, value in facts.items() if isinstance(value, list | tuple))
+
+
+def columns_of(summary: Mapping[str, Any]) -> Sequence[Column]:
+    """The measures that people are shown of a finished run, the one that decided first."""
+    facts = {"classes": tuple(map(str, range(summary.get("classes", 0))))}
+    return task_of(read_recipe({"task": summary.get("task", "classify")}), facts).columns
 
 
 class Trainer:
     """One run in progress, from a saved state, or else from the weights of its recipe."""
 
-    def __init__(self, run: Run, data: Data, report: Silent, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, run: Run, task: Task, data: Data, report: Silent, state: dict[str, Any] | None = None) -> None:
         recipe = self.recipe = run.recipe
-        self.run, self.data, self.report = run, data, report
+        self.run, self.task, self.data, self.report = run, task, data, report
         self.stop = Stop()
         device = pick_device(recipe.device)
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
-        model = build(recipe, len(data.classes))
+        model = task.build()
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
             head = recipe.init_partial or not recipe.freeze  # a linear probe has a new one
@@ -108,11 +128,9 @@ class Trainer:
             if new:
                 report.note(f"new: {count_of(model, new)}")
         size = image_size(recipe, model)
-        self.feeds = open_feeds(recipe, data, size, device, report.note)
+        self.feeds = open_feeds(recipe, data, task, size, device, report.note)
         self.steps = len(self.feeds.order)
-        self.learner = Learner(
-            recipe, model, device, self.dtype, classes=len(data.classes), updates=self.steps, new=new
-        )
+        self.learner = Learner(task, model, device, self.dtype, updates=self.steps, new=new)
         warmup = warmup_epochs(recipe)
         if warmup != recipe.warmup_epochs:
             report.note(
@@ -120,16 +138,16 @@ class Trainer:
             )
         self.epoch = self.step = 0
         self.notes, self.told = list[str](), False
-        self.best: tuple[float, int] = (-1.0, 0)
+        self.best: tuple[float, int] = (-1.0, 0)  # the measure, and its epoch; 0: none yet
         self.seconds = 0.0
         self._reset_sums()
         # the folder appears once everything is known to be good
-        run.describe({"train": len(data.train), "val": len(data.val), "classes": list(data.classes)})
+        run.describe({"train": len(data.train), "val": len(data.val), **task.facts})
         self.attention = "" if recipe.model in ARCHITECTURES else recipe.attention or default_attention(recipe.model)
         report.note(
             f"{recipe.model}{self.attention and f' ({self.attention})'}, {self.learner.params / 1e6:.2f} M parameters, "
-            f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate, "
-            f"{len(data.classes)} classes; {device}, {precision}; folder {run.path}"
+            f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate"
+            f"{told_facts(task.facts)}; {device}, {precision}; folder {run.path}"
         )
         if state is not None:
             self._load(state)
@@ -145,8 +163,7 @@ class Trainer:
         """From where we are to the summary, or to where `stop` says so."""
         self.stop = stop
         epochs = self.learner.epochs
-        outputs = self.recipe.num_classes or len(self.data.classes)
-        self.report.begin(epochs, self.steps, self.epoch, self.step, outputs)
+        self.report.begin(epochs, self.steps, self.epoch, self.step, self.task.columns)
         while self.epoch < epochs:
             self._train_epoch()
             self._end_epoch()
@@ -232,10 +249,9 @@ class Trainer:
         if not self.images:
             raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
         learner = self.learner
-        scores = score(
-            learner.scored, self._watched(self.feeds.val), learner.normalise, self.dtype, self.after_val_batch
-        )
-        self._require_finite(scores.loss)
+        scores = score(self.task, learner.scored, self._watched(self.feeds.val), self.dtype, self.after_val_batch)
+        for value in scores.measures.values():
+            self._require_finite(value)
         self.epoch_seconds += time.perf_counter() - clock
         self.seconds += self.epoch_seconds
         bad = self.bad + scores.bad
@@ -243,23 +259,17 @@ class Trainer:
             "epoch": self.epoch + 1,
             "lr": learner.lr,
             "train_loss": self.loss_sum / self.images,
-            "val_loss": scores.loss,
-            "top1": scores.top1,
-            "top5": scores.top5,
+            **{"val_loss" if name == "loss" else name: value for name, value in scores.measures.items()},
             "images_per_second": round(self.images / max(self.train_seconds, 1e-9), 1),
             "seconds": round(self.epoch_seconds, 3),
             "skipped": len(bad),
         }
-        if scores.top1 > self.best[0]:
-            self.best = (scores.top1, self.epoch + 1)
-            save(
-                self.run.path / WEIGHTS,
-                learner.evaluated.state_dict(),
-                self.recipe,
-                self.data.classes,
-                top1=scores.top1,
-                epoch=self.epoch + 1,
-            )
+        measure = scores.measures[self.task.best]
+        better = measure < self.best[0] if self.task.smaller else measure > self.best[0]
+        if better or not self.best[1]:
+            self.best = (measure, self.epoch + 1)
+            about = {self.task.best: measure, "epoch": self.epoch + 1}
+            save(self.run.path / WEIGHTS, learner.evaluated.state_dict(), self.recipe, {**self.task.facts, **about})
         self.run.record(row)
         self.epoch, self.step = self.epoch + 1, 0
         self._reset_sums()
@@ -288,23 +298,22 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         rows, best = self.run.rows, self.run.rows[self.best[1] - 1]
         if self.recipe.figures:
-            _figures.curves(self.run.path / "curves.png", rows)
+            _figures.curves(self.run.path / "curves.png", rows, self.task.columns)
             self._draw(load_trained(self.run.path).model.to(self.learner.device))
         summary = {
             "name": self.run.name,
             "model": self.recipe.model,
             "attention": self.attention,
             "params": self.learner.params,
-            "top1": best["top1"],
-            "top5": best["top5"],
-            "val_loss": best["val_loss"],
+            "task": self.task.name,
+            **{name: value for name, value in best.items() if name not in _COURSE},
             "best_epoch": self.best[1],
-            "last_top1": rows[-1]["top1"],
+            f"last_{self.task.best}": rows[-1][self.task.best],
             "epochs": self.learner.epochs,
             "seconds": round(self.seconds, 2),
             "train_images": len(self.data.train),
             "val_images": len(self.data.val),
-            "classes": len(self.data.classes),
+            **{name: len(value) for name, value in self.task.facts.items() if isinstance(value, list | tuple)},
             "folder": str(self.run.path),
         }
         self.run.summarise(summary)
@@ -314,11 +323,9 @@ class Trainer:
         """predictions.png: images spread over the evaluation source."""
 
         def seen(images: Tensor) -> Tensor:
-            return probabilities(model, images, self.learner.normalise, self.dtype)
+            return outputs(model, images, self.task.inputs, self.dtype)
 
-        found = _figures.guesses(self.feeds.val_samples, self.data.classes, seen)
-        if found:
-            _figures.predictions(self.run.path / "predictions.png", found)
+        self.task.draw(self.run.path / "predictions.png", self.feeds.val_samples, seen)
 
     def _save(self) -> None:
         self._flush()
