@@ -38,6 +38,9 @@ from linsight.records import (
 GROUPS = ("", "Model", "Data", "Augmentation", "Optimisation", "Run")  # in this order they are shown
 
 
+TASK = "what is learned"
+
+
 class ModelFields(Record):
     """The model."""
 
@@ -200,7 +203,7 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
         ("device", "workers", "cache", "threads", "save_every", "compile", "figures")
     )
 
-    task: Text = Field(default="classify", description="what is learned: a name of 'linsight list --tasks'")
+    task: Text = Field(default="classify", description=TASK)
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

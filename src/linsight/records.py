@@ -151,7 +151,7 @@ class Record(BaseModel):
 
     @classmethod
     def help(cls, name: str) -> str:
-        """What the field is for, in a line."""
+        """The purpose of the field, in a line."""
         return cls.field(name).description or ""
 
     @classmethod

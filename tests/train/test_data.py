@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import shutil
 import tarfile
@@ -185,7 +184,7 @@ def test_evaluation_takes_a_folder_with_some_of_the_classes_only(folder):
 
 def test_a_run_is_evaluated_by_the_names_of_its_classes(folder, tmp_path):
     chosen = recipe(folder)
-    write_json(tmp_path / "config.json", {"recipe": dataclasses.asdict(chosen)})
+    write_json(tmp_path / "config.json", {"recipe": chosen.values()})
     trained = Trained(build(chosen, 3), chosen, ("red", "blue", "green"), tmp_path / "best.safetensors")
     for given in (None, str(folder)):
         prepared = prepare(trained, given, None, 60, "cpu", "off", 0, "skip", None)

@@ -1,6 +1,5 @@
 """What an update does: the losses, which parameters it changes, and how fast."""
 
-import dataclasses
 import typing
 
 import pytest
@@ -110,7 +109,7 @@ def test_copies_of_an_image_are_augmented_each_in_its_own_way():
 
 
 def test_the_decay_of_averages_is_that_of_the_batch():
-    recipe = dataclasses.replace(resolve(), ema=0.9996, ema_base_batch=4096)
+    recipe = resolve().changed(ema=0.9996, ema_base_batch=4096)
     for size, decay in ((4096, 0.9996), (1024, 0.9999), (512, 0.99995)):
         assert ema_decay(recipe.changed(batch_size=size)) == pytest.approx(decay, abs=1e-7)
     assert ema_decay(recipe.changed(ema_base_batch=0)) == 0.9996

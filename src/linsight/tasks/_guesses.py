@@ -1,4 +1,4 @@
-"""What a classifier makes of some images, as a picture."""
+"""The guesses of a classifier on some images, as a picture."""
 
 import pathlib
 from collections.abc import Callable, Sequence

@@ -3,14 +3,13 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from linsight.data.datasets import Data, open_data, open_evaluation, under
 from linsight.data.images import Batch, Samples
@@ -22,6 +21,9 @@ from ._guesses import guesses, predictions
 from .records import ClassifyRecipe
 from .task import Column, Student, Task
 
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -30,34 +32,6 @@ class Prediction:
     file: str
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
-
-
-class Accuracy(Metric):
-    """Percent of images whose class is the first, or among the first five, and the mean loss; kept on the CPU."""
-
-    hits: Tensor
-    loss: Tensor
-    images: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("hits", torch.zeros(2, dtype=torch.long), "sum")
-        self.add_state("loss", torch.zeros((), dtype=torch.double), "sum")
-        self.add_state("images", torch.zeros((), dtype=torch.long), "sum")
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        """logits: `(B, classes)`."""
-        targets = batch.targets.to(logits.device)
-        hits = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
-        self.hits += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
-        self.loss += F.cross_entropy(logits.float(), targets, reduction="sum").cpu()
-        self.images += len(targets)
-
-    def compute(self) -> dict[str, float]:
-        """`top1` and `top5` in percent, and `loss`."""
-        count = int(self.images)
-        first, fifth = (100 * hits / count for hits in self.hits.tolist())
-        return {"loss": float(self.loss) / count, "top1": first, "top5": fifth}
 
 
 class Classify(Task):
@@ -148,8 +122,10 @@ class Classify(Task):
             loss = loss + recipe.mesa * F.cross_entropy(outputs.float(), student.taught(images).float().softmax(-1))
         return loss, len(images)
 
-    def measure(self) -> Metric:
+    def measure(self) -> "Metric":
         """See `Task`."""
+        from .meters import Accuracy  # takes a second to import, and to use a model does without
+
         return Accuracy()
 
     @property

@@ -121,9 +121,11 @@ def written(recipe: Recipe, *, about: str = "", all_fields: bool = True) -> str:
     """A recipe as YAML, in its groups, each field with what it is for. all_fields: False: those that are no default."""
     values = recipe.values() if all_fields else {"task": recipe.task, **recipe.differences()}
     groups = recipe.groups()
+    own = [name for name in values if name not in Recipe.model_fields]
+    order = [*(name for name in Recipe.model_fields if name in values), *own]  # what every task has comes first
     lines = [f"# {line}" for line in about.splitlines()]
     for group in GROUPS:
-        names = [name for name in values if groups[name] == group]
+        names = [name for name in order if groups[name] == group]
         if group and names:
             lines += ["", f"{group.lower()}:"]
         room = max((len(_line(name, values[name])) for name in names), default=0)
@@ -154,7 +156,8 @@ def schema(task: str = "classify") -> dict[str, Any]:
     for heading, group in _HEADINGS.items():
         inner = {name: value for name, value in fields.items() if groups[name] == group}
         one = {"type": "object", "properties": inner, "additionalProperties": False}
-        found[heading] = {"anyOf": [found[heading], one]} if heading in found else one
+        field = found.get(heading)
+        found[heading] = {"description": field["description"], "anyOf": [field, one]} if field else one
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"A recipe of linsight, task {task}",

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from linsight.errors import LinsightError, UnknownNameError
-from linsight.recipe import Recipe
+from linsight.recipe import TASK, Recipe
 from linsight.records import NotNegative, Record, Share, shown
 
 
@@ -23,7 +23,7 @@ class MixFields(Record):
 
 
 class MesaFields(Record):
-    """What the averaged weights teach."""
+    """Learning from the averaged weights."""
 
     group = "Optimisation"
 
@@ -36,7 +36,7 @@ class MesaFields(Record):
 class ClassifyRecipe(Recipe, MixFields, MesaFields):
     """A run of the task `classify`."""
 
-    task: Literal["classify"] = "classify"
+    task: Literal["classify"] = Field(default="classify", description=TASK)
 
     @model_validator(mode="after")
     def _mixes(self) -> Self:
@@ -52,7 +52,7 @@ class ClassifyRecipe(Recipe, MixFields, MesaFields):
 class BudgetRecipe(ClassifyRecipe):
     """A run of the task `budget`."""
 
-    task: Literal["budget"] = "budget"  # type: ignore[assignment]
+    task: Literal["budget"] = Field(default="budget", description=TASK)  # type: ignore[assignment]
 
 
 # By the names of their tasks. `linsight.tasks.register` adds others.

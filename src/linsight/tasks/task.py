@@ -2,12 +2,11 @@
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from linsight.data.datasets import Data
 from linsight.data.images import Batch, Normalise, Samples, collate, eval_transform, train_transform, whole_image
@@ -15,6 +14,9 @@ from linsight.data.sources import Source
 from linsight.recipe import Recipe
 
 from .building import build
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 class Column(NamedTuple):
@@ -36,10 +38,10 @@ class Student(Protocol):
     model: nn.Module
 
     def forward(self, images: Tensor) -> Any:
-        """What the model gives in training mode, in the dtype of mixed precision."""
+        """The model's answer in training mode, in the dtype of mixed precision."""
 
     def taught(self, images: Tensor) -> Any:
-        """What the averaged weights give, in evaluation mode and without a gradient."""
+        """The answer of the averaged weights, in evaluation mode and without a gradient."""
 
 
 class Task(abc.ABC):
@@ -67,7 +69,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def open(self) -> Data:
-        """What the recipe trains on and is evaluated on; sets the facts.
+        """Open what the recipe trains on and is evaluated on; sets the facts.
 
         Raises:
             LinsightError: it cannot be used for the task.
@@ -124,11 +126,11 @@ class Task(abc.ABC):
     # How well it does it
 
     @abc.abstractmethod
-    def measure(self) -> Metric:
+    def measure(self) -> "Metric":
         """A new meter: `update(outputs, batch)` by batches; `compute()` gives measures by name, `loss` among them."""
 
     def answer(self, model: nn.Module, inputs: Tensor) -> Any:
-        """What a model in evaluation mode gives for a batch."""
+        """The answer of a model in evaluation mode for a batch."""
         return model(inputs)
 
     @property

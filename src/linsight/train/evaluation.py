@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from linsight.data.feeds import default_workers, refuse
 from linsight.data.images import Batch, Normalise, Unprepared, eval_transform, loader, told, whole_image
@@ -23,6 +22,9 @@ from linsight.tasks.building import image_size
 
 from .model import WEIGHTS, Trained, asked_size
 from .run import kept_recipe
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 _DATA = ("data", "data_dir", "train_split", "val_split", "val_fraction", "image_key", "label_key")
 
@@ -176,7 +178,7 @@ def score(
     batches: Iterable[Batch],
     dtype: torch.dtype | None,
     after_batch: Callable[[Batch], None] = lambda batch: None,
-    meter: Metric | None = None,
+    meter: "Metric | None" = None,
 ) -> Scores:
     """Evaluate `model`, which is left in evaluation mode, by a task that has begun.
 

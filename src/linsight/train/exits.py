@@ -15,9 +15,10 @@ from linsight.errors import LinsightError
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.files import require_folder, write_json, write_text, writing
 from linsight.runtime.finite import require_finite
-from linsight.tasks.budget import Budget, Exits, require_exits
+from linsight.tasks.budget import Budget, require_exits
 from linsight.tasks.building import image_size
 from linsight.tasks.exits import Scored, Setting, choose, curve
+from linsight.tasks.meters import Exits
 
 from ._figures import exits as draw
 from .evaluation import prepare, score

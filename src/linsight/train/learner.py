@@ -133,7 +133,7 @@ class Learner:
         return group["lr"] / group.get("lr_scale", 1.0)
 
     def forward(self, images: Tensor) -> Any:
-        """What the model gives in training mode, in the dtype of mixed precision."""
+        """The model's answer in training mode, in the dtype of mixed precision."""
         self._run.train()
         for norm in self.still:
             norm.eval()
@@ -142,7 +142,7 @@ class Learner:
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> Any:
-        """What the averaged weights give, in evaluation mode and without a gradient."""
+        """The answer of the averaged weights, in evaluation mode and without a gradient."""
         assert self.ema is not None, "the recipe was checked"
         with autocast(self.device, self.dtype):
             return self.ema.module.eval()(images)

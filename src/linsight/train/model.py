@@ -52,7 +52,7 @@ class Trained:
 
     @property
     def task(self) -> Task:
-        """What it was trained for."""
+        """The task that it was trained for."""
         return task_of(self.recipe, {**self.facts, "classes": self.classes, "titles": self.titles})
 
 
