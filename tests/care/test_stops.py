@@ -17,6 +17,7 @@ from linsight.runtime import signals
 from linsight.runtime.files import hold, require_folder, write_json, writing
 from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Terminated, Unwinding
+from linsight.tasks import classify
 from linsight.tasks import task as tasks
 from linsight.train import loop, resolve, resume, train
 from linsight.train.progress import Silent
@@ -85,15 +86,15 @@ def test_a_signal_before_the_first_step(data, tmp_path, monkeypatch):  # noqa: F
     def during(*arguments):
         to_the_group(signal.SIGTERM)
 
-    for step in ("open_data", "build", "open_feeds"):
+    for module, step in ((classify, "open_data"), (tasks, "build"), (loop, "open_feeds")):
         with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at once; nothing was writ") as s:
-            patch.setattr(loop, step, during)
+            patch.setattr(module, step, during)
             train(recipe(data), out=tmp_path / "run")
         assert s.value.code == 143 and not (tmp_path / "run").exists()
     with pytest.raises(Interrupted):
         train(recipe(data), out=tmp_path / "run", report=At(1, lambda: to_the_group(signal.SIGTERM)))
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="go on with: linsight train --resume"):
-        patch.setattr(loop, "open_data", during)
+        patch.setattr(classify, "open_data", during)
         resume(tmp_path / "run")
     assert resume(tmp_path / "run")["epochs"] == 3
 
