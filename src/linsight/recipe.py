@@ -177,6 +177,7 @@ class RunFields(Record):
     group = "Run"
 
     batch_size: Whole = Field(default=128, description="images of one update")
+    accumulate: Whole = Field(default=1, description="parts that a batch is computed in, for less memory")
     seed: Seed = Field(default=0, description="decides initial weights, order and augmentation")
     device: Text = Field(default="auto", description="cpu, cuda, cuda:1, mps; auto: the best there is")
     amp: Literal["auto", "off", "bf16", "fp16"] = Field(

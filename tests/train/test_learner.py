@@ -1,7 +1,9 @@
 """What an update does: the losses, which parameters it changes, and how fast."""
 
+import random
 import typing
 
+import numpy as np
 import pytest
 import torch
 from small import TINY
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 import linsight.tasks.task
 from linsight.data.images import Batch, Samples, train_transform
 from linsight.errors import LinsightError
-from linsight.tasks import task_of
+from linsight.tasks import Classify, task_of
 from linsight.train import load_trained, open_data, resolve, train
 from linsight.train.learner import Learner, ema_decay
 from linsight.train.model import build
@@ -137,3 +139,36 @@ def test_what_decays_is_what_decayed_in_the_published_training(model, decays, st
     for ending in stays:
         found = [name for name in named.values() if name.endswith(ending)]
         assert found and decayed.isdisjoint(found), ending
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.0}, {"batch_size": 62, "mixup": 0.5}]
+)
+def test_a_batch_in_parts_is_learned_as_in_one(tmp_path, more):
+    more = {**TINY, "ema": 0.9, "clip_grad": 1.0, "lr": 1e-3, **more}
+    found = [train(resolve("digits", {**more, "accumulate": n}), out=tmp_path / str(n)) and n for n in (1, 2, 5)]
+    one, *others = (load_trained(tmp_path / str(n)).model.state_dict() for n in found)
+    for other in others:
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=2e-4)
+    start = build(resolve("digits", more), 10).state_dict()
+    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 0.02  # which is far more
+
+
+def test_in_every_part_images_are_mixed_alike_and_a_model_drops_others(tmp_path, monkeypatch):
+    seen = []
+
+    def loss(self, student, batch, epoch):
+        seen.append((len(batch.images), np.random.rand(), random.random(), float(torch.rand(()))))
+        return sum(p.sum() for p in student.model.parameters()) * 0, len(batch.images)
+
+    monkeypatch.setattr(Classify, "loss", loss)
+    train(
+        resolve("digits", {**TINY, "epochs": 1, "warmup_epochs": 0, "batch_size": 62, "accumulate": 4}),
+        out=tmp_path / "r",
+    )
+    first, second = seen[:4], seen[4:8]
+    assert [count for count, *_ in first] == [14, 16, 16, 16]
+    for step in (first, second):
+        assert len({numbers[1:3] for numbers in step}) == 1 and len({noise for *_, noise in step}) == 4
+    assert first[0][1:] != second[0][1:]

@@ -37,6 +37,11 @@ def seed_step(*parts: int) -> None:
     torch.manual_seed(bits)
 
 
+def seed_noise(*parts: int) -> None:
+    """Seed what a model draws from, on every device, and nothing else."""
+    torch.manual_seed(key(3, *parts))
+
+
 def _seed(bits: int) -> None:
     random.seed(bits)
     np.random.seed(bits & 0xFFFFFFFF)
@@ -75,6 +80,17 @@ class Batches:
                 yield [(self.epoch, order[i]) for i in places]
             else:
                 yield [(self.epoch, order[i // self.repeats], i % self.repeats) for i in places]
+
+
+def share(count: int, number: int, of: int) -> list[int]:
+    """The places of one of `of` shares of `count` images, in order: the first with the last, the second with the last
+    but one ...
+
+    So images that mixing pairs, an image and the one as far from the end, are in the same share, and paired in it.
+    """
+    pairs = -(-count // 2)
+    first, last = number * pairs // of, (number + 1) * pairs // of
+    return sorted({*range(first, last), *(count - 1 - place for place in range(first, last))})
 
 
 def hold_out(targets: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:

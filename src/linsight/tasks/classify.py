@@ -93,6 +93,10 @@ class Classify(Task):
             name = self.recipe.model
             raise LinsightError(f"mesa needs a model with one set of logits: '{name}' has a loss of its own")
 
+    def usable(self, count: int) -> int:
+        """See `Task`: pairs only, where they are mixed. Images that could not be read may leave an odd number."""
+        return count - count % 2 if self.mix else count
+
     def loss(self, student: Student, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
         """See `Task`."""
         recipe = self.recipe
@@ -100,8 +104,7 @@ class Classify(Task):
             return None
         images = self.inputs(batch.images)
         targets = batch.targets.to(images.device, non_blocking=True)
-        if self.mix and len(images) % 2:  # pairs only: skipped images may leave an odd number
-            images, targets = images[:-1], targets[:-1]
+        images, targets = images[: self.usable(len(images))], targets[: self.usable(len(targets))]
         if not len(images):
             return None
         if recipe.re_prob:

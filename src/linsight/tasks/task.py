@@ -119,6 +119,10 @@ class Task(abc.ABC):
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most have nothing to say
         """Raise a LinsightError where the recipe asks for what this model cannot learn by."""
 
+    def usable(self, count: int) -> int:
+        """How many of `count` images the loss takes."""
+        return count
+
     @abc.abstractmethod
     def loss(self, student: Student, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
         """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""

@@ -1,6 +1,6 @@
 """One update of the weights, around timm's optimisers, schedules, mixing and averaging."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -151,17 +151,30 @@ class Learner:
         """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
         return self.task.loss(self, batch, epoch)
 
-    def step(self, loss: Tensor, done: int) -> None:
+    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """The parts that a batch is computed in, each with its share of the mean loss; none without images."""
+        count = self.recipe.accumulate
+        if count == 1:
+            yield batch, 1.0
+            return
+        parts = [batch.part(number, count) for number in range(count)]
+        sizes = [self.task.usable(len(part.images)) for part in parts]
+        yield from ((part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True) if size)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those that are there; `step` uses them up."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, done: int) -> None:
         """Update the weights, after `done` updates before."""
         if self.schedule is not None:
             self.schedule.step_update(done)
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
         if self.recipe.clip_grad:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model, step=done + 1)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from linsight.data.datasets import Data
 from linsight.data.feeds import open_feeds, refuse
 from linsight.data.images import Batch, told
-from linsight.data.random import seed_step
+from linsight.data.random import seed_noise, seed_step
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
 from linsight.recipe import Recipe, require_known
@@ -180,8 +180,6 @@ class Trainer:
             refuse(self.recipe, batch.bad)
             self.bad += batch.bad
             self.notes += batch.notes
-            # after the batch: without worker processes, it was drawn from the generators of this one
-            seed_step(self.recipe.seed, self.epoch, self.step)
             self._update(batch)
             self.step += 1
             mean = self.loss_sum / self.images if self.images else math.nan
@@ -217,15 +215,24 @@ class Trainer:
             yield batch
 
     def _update(self, batch: Batch) -> None:
-        found = self.learner.loss(batch, self.epoch)
-        if found is None:
-            return
-        loss, count = found
-        self.pending.append((loss.detach(), count))
-        # a GPU would wait for each reading of a loss; on the CPU, none that is no number reaches the weights
-        if loss.device.type == "cpu" or len(self.pending) == 20:
-            self._flush()
-        self.learner.step(loss, self.epoch * self.steps + self.step)
+        learner, learned = self.learner, False
+        for number, (part, share) in enumerate(learner.parts(batch)):
+            # after the batch: without worker processes, it was drawn from the generators of this one
+            seed_step(self.recipe.seed, self.epoch, self.step)
+            if number:  # images are mixed alike in all parts of a batch, while a model's noise is another
+                seed_noise(self.recipe.seed, self.epoch, self.step, number)
+            found = learner.loss(part, self.epoch)
+            if found is None:
+                continue
+            loss, count = found
+            self.pending.append((loss.detach(), count))
+            # a GPU would wait for each reading of a loss; on the CPU, none that is no number reaches the weights
+            if loss.device.type == "cpu" or len(self.pending) == 20:
+                self._flush()
+            learner.backward(loss * share if share != 1 else loss)
+            learned = True
+        if learned:
+            learner.step(self.epoch * self.steps + self.step)
 
     def _flush(self) -> None:
         """Bring losses over from the device."""
