@@ -78,7 +78,7 @@ def _train(**options: Any) -> None:
     finally:
         report.end()
     best, *others = columns_of(summary)
-    last = best.text({best.name: summary[f"last_{best.name}"]}, unit=True)
+    last = best.text({best.key: summary[f"last_{best.key}"]}, unit=True)
     when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {last}"
     _print_facts(
         [

@@ -19,17 +19,28 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 
+def in_row(measure: str) -> str:
+    """The name of a measure beside the loss of training."""
+    return "val_loss" if measure == "loss" else measure
+
+
 class Column(NamedTuple):
-    """A measure as people see it: its name in `metrics.jsonl`, what to call it, and how to write it."""
+    """A measure as people see it: its name, what to call it, how to write it, and its unit."""
 
     name: str
     label: str
     form: str = ".4f"
     unit: str = ""
 
+    @property
+    def key(self) -> str:
+        """The name in `metrics.jsonl` and in summaries."""
+        return in_row(self.name)
+
     def text(self, row: Mapping[str, Any], unit: bool = False) -> str:
-        """The value in `row`."""
-        return f"{row[self.name]:{self.form}}{unit and self.unit and f' {self.unit}'}"
+        """The value in a row of `metrics.jsonl`, a summary, or what `evaluate` gives."""
+        value = row[self.key] if self.key in row else row[self.name]
+        return f"{value:{self.form}}{f' {self.unit}' if unit and self.unit else ''}"
 
 
 class Student(Protocol):

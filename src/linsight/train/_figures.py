@@ -21,7 +21,7 @@ def curves(path: pathlib.Path, rows: Sequence[dict[str, Any]], columns: Sequence
     unit = columns[0].unit
     for column in columns:
         if column.unit == unit:
-            right.plot(epochs, [row[column.name] for row in rows], marker=".", label=column.label)
+            right.plot(epochs, [row[column.key] for row in rows], marker=".", label=column.label)
     left.set(xlabel="epoch", ylabel="loss")
     right.set(xlabel="epoch", ylabel=unit)
     for axes in (left, right):

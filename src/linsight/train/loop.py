@@ -22,6 +22,7 @@ from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
 from linsight.tasks import Column, Task, read_recipe, task_of
 from linsight.tasks.building import image_size
+from linsight.tasks.task import in_row
 
 from . import _figures
 from .evaluation import outputs, score
@@ -266,7 +267,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "lr": learner.lr,
             "train_loss": self.loss_sum / self.images,
-            **{"val_loss" if name == "loss" else name: value for name, value in scores.measures.items()},
+            **{in_row(name): value for name, value in scores.measures.items()},
             "images_per_second": round(self.images / max(self.train_seconds, 1e-9), 1),
             "seconds": round(self.epoch_seconds, 3),
             "skipped": len(bad),
@@ -315,7 +316,7 @@ class Trainer:
             "task": self.task.name,
             **{name: value for name, value in best.items() if name not in _COURSE},
             "best_epoch": self.best[1],
-            f"last_{self.task.best}": rows[-1][self.task.best],
+            f"last_{in_row(self.task.best)}": rows[-1][in_row(self.task.best)],
             "epochs": self.learner.epochs,
             "seconds": round(self.seconds, 2),
             "train_images": len(self.data.train),
