@@ -164,7 +164,7 @@ def test_a_training_step_of_a_model_is_three_forwards_of_each_image():
     subject = model("compact_pico", "inline")
     cells = [bench.Cell(step, 16, 8, batch, SETTING) for step, batch in (("infer", 1), ("train", 1), ("train", 3))]
     forward, training, several = (steps.make(subject, cell)[0]["flops"] for cell in cells)
-    assert forward == 2e9 * pytest.approx(bench.cost(subject, (16, 8))["flops"] / 2e9) > 0
+    assert forward == bench.cost(subject, (16, 8))["flops"] > 0
     assert (training, several) == (3 * forward, 9 * forward)
 
 
