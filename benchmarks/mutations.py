@@ -5,10 +5,11 @@
 `mutations.toml` holds the faults: signs, off by one, dropped terms, swapped sides, turned conditions. For each, the
 tests that concern its file run on the copy, which they import in place of the package. What they let pass is listed at
 the end. They must pass on the package as it is: that is tried first, for each file. Exits with 1 where less than
---least percent of the faults are noticed.
+--least percent of the faults are noticed. Processes are forked: on Linux and macOS.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "linsight"
 TABLE = Path(__file__).with_suffix(".toml")
 LONGEST = 600  # seconds of the tests of a fault
+PRELOAD = ("torch", "timm", "torchvision", "hypothesis")
 
 
 class Fault(NamedTuple):
@@ -73,21 +75,39 @@ def faults(table: Path = TABLE) -> list[Fault]:
 
 
 class Copy:
-    """A copy of the package in a folder of its own, which tests import."""
+    """A copy of the package in a folder of its own, which tests import, in forks of one process.
 
-    def __init__(self, folder: Path, root: Path = ROOT) -> None:
+    preload: modules that this process imports first, none that imports the package.
+    """
+
+    def __init__(self, folder: Path, root: Path = ROOT, preload: Sequence[str] = PRELOAD) -> None:
         self.root, self.folder = root, folder
         shutil.copytree(root / "src" / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+        self._written = 0
+        command = [sys.executable, str(Path(__file__).with_name("_forked_tests.py")), *preload]
+        self._tests = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> "Copy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tests.communicate()
 
     def verdict(self, fault: Fault) -> Verdict:
         """The verdict of its tests on the copy with this fault, which is taken out again."""
         path = self.folder / PACKAGE / fault.file
         before = path.read_text(encoding="utf-8")
-        path.write_text(fault.applied(before), encoding="utf-8")
+        self._write(path, fault.applied(before))
         try:
             return self.tested(fault.tests)
         finally:
-            path.write_text(before, encoding="utf-8")
+            self._write(path, before)
+
+    def _write(self, path: Path, text: str) -> None:
+        """Write a file at a time of its own: a compiled one is known to be old by the second alone."""
+        path.write_text(text, encoding="utf-8")
+        self._written += 1
+        os.utime(path, (self._written, self._written))
 
     def tested(self, tests: tuple[str, ...]) -> Verdict:
         """The verdict of some tests on the copy as it is.
@@ -95,22 +115,18 @@ class Copy:
         Raises:
             LinsightError: there are none.
         """
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-        # no compiled files: one written in the second of the last is taken for it
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        started = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=LONGEST
-            )
-        except subprocess.TimeoutExpired:
-            return Verdict(True, f"no end within {LONGEST} seconds", LONGEST)
+        out, started = self.folder / "out.txt", time.perf_counter()
+        asked = {"package": str(self.folder), "root": str(self.root), "tests": tests}
+        assert self._tests.stdin is not None and self._tests.stdout is not None
+        print(json.dumps(asked | {"out": str(out), "seconds": LONGEST}), file=self._tests.stdin, flush=True)
+        status = int(self._tests.stdout.readline())
         seconds = time.perf_counter() - started
-        if done.returncode in (4, 5):  # of a wrong call, and of no tests
+        if status in (4, 5):  # of a wrong call, and of no tests
             raise LinsightError(f"no tests are found by {shlex.join(tests)}")
-        lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        by = lines[0].split(" - ")[0].partition(" ")[2] if lines else ""
-        return Verdict(done.returncode != 0, by or f"pytest exited with {done.returncode}", seconds)
+        said = out.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line for line in said if line.startswith(("FAILED", "ERROR"))]
+        by = lines[0].split(" - ")[0].partition(" ")[2] if lines else f"an end with {status}"
+        return Verdict(status != 0, by, seconds)
 
 
 def verdicts(chosen: list[Fault], copy: Copy) -> Iterator[tuple[Fault, Verdict]]:
@@ -149,8 +165,8 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(f"{fault.file}: {fault.what}" for fault in chosen))
         return 0
     survivors = list[Fault]()
-    with tempfile.TemporaryDirectory() as folder:
-        for fault, verdict in verdicts(chosen, Copy(Path(folder))):
+    with tempfile.TemporaryDirectory() as folder, Copy(Path(folder)) as copy:
+        for fault, verdict in verdicts(chosen, copy):
             said = f"noticed by {verdict.by}" if verdict.noticed else "SURVIVES"
             print(f"{verdict.seconds:5.0f} s  {fault.file}: {fault.what}: {said}", flush=True)
             survivors += [] if verdict.noticed else [fault]

@@ -1,5 +1,6 @@
 """The list of faults fits the code, and what runs it tells a fault that is noticed from one that is not."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,25 +48,25 @@ def fault(old, new, tests=("test_it.py",)):
     return mutations.Fault("__init__.py", tests, "a change", old, new)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="tests are forked there")
 def test_a_fault_is_noticed_or_survives(house, tmp_path):
-    copy = mutations.Copy(tmp_path / "copy", house)
-    chosen = [fault("2 * x", "2 + x + 1"), fault("3 * x", "4 * x"), fault("2 * x", "3 * x")]
-    found = list(mutations.verdicts(chosen, copy))
-    assert [verdict.noticed for _, verdict in found] == [True, False, True]
-    assert found[0][1].by == "test_it.py::test_two"
-    before = (house / "src" / "linsight" / "__init__.py").read_text()
-    assert (tmp_path / "copy" / "linsight" / "__init__.py").read_text() == before
+    chosen = [fault("2 * x", "2 - x"), fault("3 * x", "4 * x"), fault("2 * x", "3 * x")]
+    with mutations.Copy(tmp_path / "copy", house, preload=("hypothesis",)) as copy:
+        found = list(mutations.verdicts(chosen, copy))
+        assert [verdict.noticed for _, verdict in found] == [True, False, True]
+        assert found[0][1].by == "test_it.py::test_two"
+        before = (house / "src" / "linsight" / "__init__.py").read_text()
+        assert (tmp_path / "copy" / "linsight" / "__init__.py").read_text() == before
+        with pytest.raises(LinsightError, match=r"no tests are found by no_such\.py"):
+            list(mutations.verdicts([fault("2 * x", "x", ("no_such.py",))], copy))
+        (tmp_path / "copy" / "linsight" / "__init__.py").write_text("def double(x):\n    return x\n")
+        with pytest.raises(LinsightError, match=r"fail as it is: test_it\.py::test_two"):
+            list(mutations.verdicts(chosen, copy))
 
 
-def test_what_cannot_be_tried_is_one_line(house, tmp_path, capsys):
-    copy = mutations.Copy(tmp_path / "copy", house)
+def test_what_cannot_be_tried_is_one_line(capsys):
     with pytest.raises(LinsightError, match="is there 2 times, not once"):
-        list(mutations.verdicts([fault("return", "yield")], copy))
-    with pytest.raises(LinsightError, match=r"no tests are found by no_such\.py"):
-        list(mutations.verdicts([fault("2 * x", "x", ("no_such.py",))], copy))
-    (house / "test_it.py").write_text("def test_two():\n    assert False\n")
-    with pytest.raises(LinsightError, match=r"fail as it is: test_it\.py::test_two"):
-        list(mutations.verdicts([fault("2 * x", "x")], copy))
+        fault("return", "yield").applied("return or return")
     assert mutations.main(["--only", "no/such"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err == "mutations.py: no fault begins with or says no/such\n"
