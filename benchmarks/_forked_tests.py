@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from typing import Any, NoReturn
 
 import pytest
@@ -27,6 +28,8 @@ def fork(asked: dict[str, Any]) -> NoReturn:
     status = 3
     try:
         status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *asked["tests"]]))
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
     finally:
         sys.stdout.flush()
         os._exit(status)

@@ -51,7 +51,7 @@ def fault(old, new, tests=("test_it.py",)):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="tests are forked there")
 def test_a_fault_is_noticed_or_survives(house, tmp_path):
     chosen = [fault("2 * x", "2 - x"), fault("3 * x", "4 * x"), fault("2 * x", "3 * x")]
-    with mutations.Copy(tmp_path / "copy", house, preload=("hypothesis",)) as copy:
+    with mutations.Copy(tmp_path / "copy", house, preload=()) as copy:
         found = list(mutations.verdicts(chosen, copy))
         assert [verdict.noticed for _, verdict in found] == [True, False, True]
         assert found[0][1].by == "test_it.py::test_two"
