@@ -16,6 +16,9 @@ from typing import Any, NoReturn
 
 import pytest
 
+# Plugins may be imported already, as torch and others need some: their own asserts are not rewritten then.
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+
 
 def fork(asked: dict[str, Any]) -> NoReturn:
     """Be the fork."""
@@ -27,7 +30,7 @@ def fork(asked: dict[str, Any]) -> NoReturn:
     os.environ["PYTHONPATH"] = asked["package"]  # of processes that tests start
     status = 3
     try:
-        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *asked["tests"]]))
+        status = int(pytest.main([*OPTIONS, *asked["tests"]]))
     except BaseException:
         traceback.print_exc(file=sys.stdout)
     finally:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "linsight"
 TABLE = Path(__file__).with_suffix(".toml")
 LONGEST = 600  # seconds of the tests of a fault
-PRELOAD = ("torch", "timm", "torchvision")  # no plugin of pytest, which rewrites those
+PRELOAD = ("torch", "timm", "torchvision", "hypothesis")
 
 
 class Fault(NamedTuple):
@@ -77,7 +77,7 @@ def faults(table: Path = TABLE) -> list[Fault]:
 class Copy:
     """A copy of the package in a folder of its own, which tests import, in forks of one process.
 
-    preload: modules that this process imports first, none that imports the package, or is a plugin of pytest.
+    preload: modules that this process imports first, none that imports the package.
     """
 
     def __init__(self, folder: Path, root: Path = ROOT, preload: Sequence[str] = PRELOAD) -> None:
