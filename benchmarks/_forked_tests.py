@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import pytest
 
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
 # Plugins may be imported already, as torch and others need some: their own asserts are not rewritten then.
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
 
 def fork(asked: dict[str, Any]) -> NoReturn:
@@ -30,7 +31,7 @@ def fork(asked: dict[str, Any]) -> NoReturn:
     os.environ["PYTHONPATH"] = asked["package"]  # of processes that tests start
     status = 3
     try:
-        status = int(pytest.main([*OPTIONS, *asked["tests"]]))
+        status = int(pytest.main([*OPTIONS, "-o", f"timeout={asked['seconds']}", *asked["tests"]]))
     except BaseException:
         traceback.print_exc(file=sys.stdout)
     finally:

@@ -29,7 +29,7 @@ from linsight.errors import LinsightError
 ROOT = Path(__file__).parents[1]
 PACKAGE = "linsight"
 TABLE = Path(__file__).with_suffix(".toml")
-LONGEST = 600  # seconds of the tests of a fault
+LONGEST = 300  # seconds of the tests of a fault, however slow the machine
 PRELOAD = ("torch", "timm", "torchvision", "hypothesis")
 
 
