@@ -14,7 +14,7 @@ from linsight.errors import LinsightError
 ROOT = Path(__file__).parents[1]
 FAULTS = mutations.faults()
 ROOMS = ("ops", "attention", "models", "checkpoints", "streaming", "parallel")
-ROOMS += ("train", "bench", "fuse", "convert", "export", "data")
+ROOMS += ("train", "bench", "fuse", "convert", "export", "data", "tasks")
 
 
 @pytest.mark.parametrize("file", dict.fromkeys(fault.file for fault in FAULTS))

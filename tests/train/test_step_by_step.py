@@ -16,12 +16,13 @@ from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torchvision.transforms import Normalize
 
+from linsight.data.images import Batch, Normalise, Samples, collate, eval_transform, train_transform
+from linsight.data.random import Batches, seed_step
+from linsight.tasks import task_of
 from linsight.train import load_trained, open_data, resolve, resume, train
-from linsight.train.images import Batch, Normalise, Samples, collate, eval_transform, train_transform
 from linsight.train.learner import Learner
 from linsight.train.model import build
 from linsight.train.progress import Silent
-from linsight.train.random import Batches, seed_step
 
 CPU = torch.device("cpu")
 UPDATES = 3  # of an epoch, where batches are made here
@@ -61,7 +62,7 @@ RECIPES = {
 
 def learner(recipe, model):
     """Ours, the one place here that knows how it is made."""
-    return Learner(recipe, model, CPU, None, classes=10, updates=UPDATES)
+    return Learner(task_of(recipe, {"classes": tuple("0123456789")}), model, CPU, None, updates=UPDATES)
 
 
 class Theirs:
@@ -148,7 +149,8 @@ def test_each_update_is_that_of_timms_pieces(name):
         wanted, rates = theirs.update(batch.images, batch.targets)
         seed_step(done)
         loss, count = ours.loss(batch, done // UPDATES)
-        ours.step(loss, done)
+        ours.backward(loss)
+        ours.step(done)
         assert count == 8 and loss.item() == pytest.approx(wanted, rel=1e-5)
         assert rates_of(ours.optimiser) == pytest.approx(rates) and ours.lr == pytest.approx(max(rates))
         close(ours.model.state_dict(), theirs.model.state_dict())
