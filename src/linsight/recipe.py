@@ -3,9 +3,9 @@
 A task adds fields of its own by a subclass (`linsight.tasks`).
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.records import (
@@ -14,6 +14,7 @@ from linsight.records import (
     Classes,
     Count,
     Crop,
+    Images,
     Levels,
     NotNegative,
     Number,
@@ -69,6 +70,12 @@ class ModelFields(Record):
     from_size: Sides = Field(default=(), description="size of the images that init was made for, if it does not tell")
 
 
+def _former_cache(value: Any) -> Any:
+    """What the field was before it had words: true or false."""
+    former = dict.fromkeys(("true", "yes", "1"), "memory") | dict.fromkeys(("false", "no", "0"), "off")
+    return former.get(str(value).lower(), value)
+
+
 class DataFields(Record):
     """Images, and where they are."""
 
@@ -76,10 +83,10 @@ class DataFields(Record):
 
     data: Text = Field(
         default="digits",
-        description="a folder, a tar or zip, Parquet files, 'digits', or a name of timm's: torch/cifar10",
+        description="a folder, a tar or zip, shards, Parquet files, 'digits', or a name: torch/cifar10, hfds/NAME",
     )
     data_dir: Annotated[Text | None, NONE] = Field(
-        default=None, description="where the data of a torch/ or hfds/ name is kept"
+        default=None, description="where the data of a torch/, hfds/ or hfids/ name is kept"
     )
     train_split: Text = Field(default="train", description="the split trained on")
     val_split: Annotated[Text | None, NONE] = Field(
@@ -103,7 +110,22 @@ class DataFields(Record):
     workers: Annotated[Workers | None, NONE] = Field(
         default=None, description="processes that read images; none: chosen by the number of cores"
     )
-    cache: bool = Field(default=False, description="keep decoded images in memory")
+    draft: Count = Field(
+        default=0,
+        description="training decodes JPEGs at 1/2, 1/4 or 1/8, the shorter side of this many pixels or more; 0: whole",
+    )
+    order: Literal["full", "shards"] = Field(
+        default="full", description="of training; shards: a few shards at a time, for disks that read in sequence"
+    )
+    epoch_images: Annotated[Images | None, NONE] = Field(
+        default=None, description="images of an epoch of a stream; none: as many as it tells"
+    )
+    cache: Annotated[Literal["off", "memory", "disk"], BeforeValidator(_former_cache)] = Field(
+        default="off", description="keep decoded images in memory, or in files of the folder cache_dir"
+    )
+    cache_dir: Annotated[Text | None, NONE] = Field(
+        default=None, description="the folder for cache=disk; none: linsight/images in the user's cache"
+    )
 
 
 class ImageFields(Record):
@@ -201,7 +223,7 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
     kind = "recipe"
     # Fields that may change when a run goes on: none that its result depends on.
     RESUMABLE: ClassVar[frozenset[str]] = frozenset(
-        ("device", "workers", "cache", "threads", "save_every", "compile", "figures")
+        ("device", "workers", "cache", "cache_dir", "threads", "save_every", "compile", "figures")
     )
 
     task: Text = Field(default="classify", description=TASK)

@@ -123,6 +123,7 @@ BAD = {
     "device": ("nowhere", "cuda:99", "-1"),
     "opt": ("nowhere", ""),
     "cache": ("x",),
+    "epoch_images": (*NEVER, "0", "1.5"),
 }
 FIELDS = {name: field for name, field in ClassifyRecipe.model_fields.items() if name != "task"}
 for name, field in FIELDS.items():
@@ -133,7 +134,7 @@ for name, field in FIELDS.items():
 
 
 def test_every_field_that_can_be_wrong_is_tried():
-    free = {"data_dir", "train_split", "val_split", "image_key", "label_key"}  # any text
+    free = {"data_dir", "cache_dir", "train_split", "val_split", "image_key", "label_key"}  # any text
     flags = {name for name, field in FIELDS.items() if type(field.default) is bool}
     assert set(FIELDS) - set(BAD) - free - flags == set()
 

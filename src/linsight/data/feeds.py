@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -9,25 +10,25 @@ import torch
 
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
+from linsight.runtime.files import user_cache
 
+from ._streams import Stream
 from .datasets import Data
+from .disk import on_disk
 from .images import Batch, Samples, cached, loader, told
 from .random import Batches
 from .sources import Source
+from .trees import shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Feeds:
-    """Loaders to iterate once an epoch; `order` says from which epoch and step.
-
-    lost: what was wrong with images that were left out when all were read into memory.
-    """
+    """Loaders to iterate once an epoch; `order` says from which epoch and step."""
 
     order: Batches
     train: Iterable[Batch]
     val: Iterable[Batch]
     val_samples: Samples
-    lost: list[str]
 
 
 class Sampler(Protocol):
@@ -50,31 +51,68 @@ def open_feeds(
     note: Callable[[str], None],
 ) -> Feeds:
     """The feeds of a run at images of `size`; raises where no image can be read, or a bad one is refused."""
-    train, val, lost = data.train, data.val, list[str]()
-    if recipe.cache:
-        if len(train) > 5000:
-            note("reading all images into memory")
-        train, bad, notes = cached(train, recipe.in_chans, recipe.fill)
-        val, more_bad, more_notes = cached(val, recipe.in_chans, recipe.fill)
-        lost = bad + more_bad
-        for line in told(notes + more_notes):
-            note(line)
-        refuse(recipe, lost)
-        for source in (train, val):
-            if not len(source):
-                raise LinsightError(f"no image could be read: {lost[0]}")
     workers = default_workers() if recipe.workers is None else recipe.workers
+    _check_order(recipe, data.train)
+    train, val = data.train, data.val
+    if recipe.cache != "off":
+        train, val = _cached(recipe, [train, val], workers, note)
     pin = device.type == "cuda"
-    order = Batches(len(train), recipe.batch_size, seed=recipe.seed, shuffle=True, repeats=recipe.aug_repeats)
+    shards = train.shards if recipe.order == "shards" else None
+    order = Batches(
+        len(train), recipe.batch_size, seed=recipe.seed, shuffle=True, repeats=recipe.aug_repeats, shards=shards
+    )
     once = Batches(len(val), recipe.batch_size, shuffle=False)
     samples, val_samples = task.samples(train, size, training=True), task.samples(val, size, training=False)
+    shown_samples = val_samples
+    if isinstance(val, Stream) and recipe.figures:
+        shown_samples = task.samples(val.head(), size, training=False)
     return Feeds(
         order,
         loader(samples, order, workers=workers, pin=pin, collate=task.collate),
         loader(val_samples, once, workers=min(workers, len(once)), pin=pin, collate=task.collate),
-        val_samples,
-        lost,
+        shown_samples,
     )
+
+
+def _check_order(recipe: Recipe, train: Source) -> None:
+    """Raise for a recipe that asks of data what they do not have."""
+    if recipe.draft and recipe.cache != "off":
+        raise LinsightError(
+            f"draft={recipe.draft} decodes anew in every epoch, and cache={recipe.cache} keeps the whole"
+        )
+    if isinstance(train, Stream):
+        for name, plain in (("cache", "off"), ("aug_repeats", 1)):
+            if getattr(recipe, name) != plain:
+                raise LinsightError(
+                    f"{name}={getattr(recipe, name)} needs data in random access, and {shown(recipe.data)} is a "
+                    f"stream: set {name}={plain}, or use hfds/"
+                )
+    elif recipe.order == "shards" and train.shards is None:
+        raise LinsightError(
+            f"order=shards is for images in shards, as train-000.tar, and {shown(recipe.data)} has none: use order=full"
+        )
+
+
+def _cached(recipe: Recipe, sources: list[Source], workers: int, note: Callable[[str], None]) -> list[Source]:
+    """Sources in memory or in files, as the recipe says; raises for bad images where those are refused."""
+    found: list[Source] = []
+    notes: list[str] = []
+    if recipe.cache == "memory" and len(sources[0]) > 5000:
+        note("reading all images into memory")
+    folder = pathlib.Path(recipe.cache_dir).expanduser() if recipe.cache_dir else user_cache("images")
+    for source in sources:
+        if recipe.cache == "memory":
+            kept, bad, told_of = cached(source, recipe.in_chans, recipe.fill, workers)
+        else:
+            kept, bad, told_of = on_disk(source, recipe.in_chans, recipe.fill, folder, workers, note)
+        refuse(recipe, bad)
+        if len(bad) == len(kept):
+            raise LinsightError(f"no image could be read: {bad[0]}")
+        found.append(kept)
+        notes += told_of
+    for line in told(notes):
+        note(line)
+    return found
 
 
 def refuse(recipe: Recipe, bad: list[str]) -> None:

@@ -103,7 +103,8 @@ class Task(abc.ABC):
         transform: Callable[[Image.Image], Tensor] = whole_image
         if size is not None:
             transform = (train_transform if training else eval_transform)(recipe, size)
-        return Samples(source, transform, recipe.in_chans, recipe.seed, recipe.fill)
+        draft = recipe.draft if training else 0
+        return Samples(source, transform, recipe.in_chans, recipe.seed, recipe.fill, draft)
 
     @staticmethod
     def collate(samples: list[Any]) -> Batch:

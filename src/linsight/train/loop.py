@@ -157,7 +157,7 @@ class Trainer:
         self.loss_sum = 0.0
         self.images = 0
         self.train_seconds = self.epoch_seconds = 0.0
-        self.bad: list[str] = list(self.feeds.lost)
+        self.bad: list[str] = []
         self.pending: list[tuple[Tensor, int]] = []
 
     def run_epochs(self, stop: Stop) -> dict[str, Any]:
@@ -344,6 +344,7 @@ class Trainer:
                 "best": list(self.best),
                 "sums": [self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds],
                 "bad": self.bad,
+                "place": self.feeds.order.place,
                 **self.learner.state(),
             }
         )
@@ -354,4 +355,5 @@ class Trainer:
         self.best = (state["best"][0], state["best"][1])
         self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds = state["sums"]
         self.bad = state["bad"]
+        self.feeds.order.place = state.get("place")
         self.report.note(f"going on at epoch {self.epoch + 1}, step {self.step + 1}")

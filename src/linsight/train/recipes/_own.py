@@ -25,7 +25,7 @@ _DIGITS = ClassifyRecipe(
     clip_grad=1.0,
     smoothing=0.1,
     workers=0,
-    cache=True,
+    cache="memory",
 )
 
 _CIFAR10 = ClassifyRecipe(
@@ -47,7 +47,7 @@ _CIFAR10 = ClassifyRecipe(
     batch_size=256,
     smoothing=0.1,
     channels_last=True,
-    cache=True,
+    cache="memory",
 )
 
 _PHOTOS = IMAGENET.changed(data="photos", epochs=100, warmup_epochs=5, batch_size=128)
