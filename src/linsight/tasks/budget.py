@@ -1,7 +1,7 @@
 """The task `budget`: classes by a model with exits, where easy images leave early."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -10,11 +10,9 @@ from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.recipe import Recipe
 
 from .classify import Classify
+from .meters import Exits, Meter
 from .records import BudgetRecipe
 from .task import Column
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
 
 
 class Budget(Classify):
@@ -33,10 +31,8 @@ class Budget(Classify):
         """See `Task`: the logits of each exit."""
         return [found.logits for found in model.exits(inputs)]  # type: ignore[operator]
 
-    def measure(self) -> "Metric":
+    def measure(self) -> Meter:
         """See `Task`."""
-        from .meters import Exits
-
         return Exits()
 
     @property

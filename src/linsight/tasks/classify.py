@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from timm.data import Mixup
@@ -18,11 +18,9 @@ from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 
 from ._guesses import guesses, predictions
+from .meters import Accuracy, Meter
 from .records import ClassifyRecipe
 from .task import Column, Student, Task
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +123,8 @@ class Classify(Task):
             loss = loss + recipe.mesa * F.cross_entropy(outputs.float(), student.taught(images).float().softmax(-1))
         return loss, len(images)
 
-    def measure(self) -> "Metric":
+    def measure(self) -> Meter:
         """See `Task`."""
-        from .meters import Accuracy  # takes a second to import, and to use a model does without
-
         return Accuracy()
 
     @property

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -14,9 +14,7 @@ from linsight.data.sources import Source
 from linsight.recipe import Recipe
 
 from .building import build
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
+from .meters import Meter
 
 
 def in_row(measure: str) -> str:
@@ -142,7 +140,7 @@ class Task(abc.ABC):
     # How well it does it
 
     @abc.abstractmethod
-    def measure(self) -> "Metric":
+    def measure(self) -> Meter:
         """A new meter: `update(outputs, batch)` by batches; `compute()` gives measures by name, `loss` among them."""
 
     def answer(self, model: nn.Module, inputs: Tensor) -> Any:

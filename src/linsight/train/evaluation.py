@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,12 +19,10 @@ from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 from linsight.tasks import Task, task_of
 from linsight.tasks.building import image_size
+from linsight.tasks.meters import Meter
 
 from .model import WEIGHTS, Trained, asked_size
 from .run import kept_recipe
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
 
 _DATA = ("data", "data_dir", "train_split", "val_split", "val_fraction", "image_key", "label_key")
 
@@ -178,7 +176,7 @@ def score(
     batches: Iterable[Batch],
     dtype: torch.dtype | None,
     after_batch: Callable[[Batch], None] = lambda batch: None,
-    meter: "Metric | None" = None,
+    meter: Meter | None = None,
 ) -> Scores:
     """Evaluate `model`, which is left in evaluation mode, by a task that has begun.
 
