@@ -214,6 +214,12 @@ class RunFields(Record):
     save_every: Count = Field(
         default=0, description="steps between saved states within an epoch; 0: at the end of each epoch"
     )
+    report: bool = Field(
+        default=True, description="write report.html at the end, a page on the run; one more evaluation"
+    )
+    track: Annotated[Text | None, NONE] = Field(
+        default=None, description="logs besides: tensorboard, wandb, trackio; several with commas"
+    )
     figures: bool = Field(default=True, description="draw curves.png and predictions.png (needs matplotlib)")
 
 
@@ -223,7 +229,7 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
     kind = "recipe"
     # Fields that may change when a run goes on: none that its result depends on.
     RESUMABLE: ClassVar[frozenset[str]] = frozenset(
-        ("device", "workers", "cache", "cache_dir", "threads", "save_every", "compile", "figures")
+        ("device", "workers", "cache", "cache_dir", "threads", "save_every", "compile", "figures", "report", "track")
     )
 
     task: Text = Field(default="classify", description=TASK)

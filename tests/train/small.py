@@ -15,6 +15,7 @@ TINY = {
     "device": "cpu",
     "amp": "off",
     "figures": False,
+    "report": False,
     "workers": 0,
     "epochs": 2,
     "warmup_epochs": 1,

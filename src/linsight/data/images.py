@@ -123,7 +123,8 @@ def cached(
     if len({pixels.shape for pixels in good}) == 1:
         block = iter(np.stack(good))
         images = [pixels if isinstance(pixels, str) else next(block) for pixels in images]
-    found = Arrays(images, source.targets, source.classes, "cached image ")
+    names = [source.name(index) for index in range(len(source))]
+    found = Arrays(images, source.targets, source.classes, names=names)
     found.shards = source.shards
     return found, bad, notes
 

@@ -56,12 +56,22 @@ class Source(Protocol):
 
 
 class Arrays(Source):
-    """Images in memory, `(H, W)` or `(H, W, 3)` of uint8, or a line about why there is none."""
+    """Images in memory, `(H, W)` or `(H, W, 3)` of uint8, or a line about why there is none.
+
+    They are called by `names`, or else by `label` and their index.
+    """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, images: Sequence[Any], targets: list[int], classes: tuple[str, ...], label: str) -> None:
-        self.images, self.targets, self.classes, self.label = images, targets, classes, label
+    def __init__(
+        self,
+        images: Sequence[Any],
+        targets: list[int],
+        classes: tuple[str, ...],
+        label: str = "image",
+        names: Sequence[str] = (),
+    ) -> None:
+        self.images, self.targets, self.classes, self.label, self.names = images, targets, classes, label, names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,7 +85,7 @@ class Arrays(Source):
 
     def name(self, index: int) -> str:
         """See `Source`."""
-        return f"{self.label}[{index}]"
+        return self.names[index] if self.names else f"{self.label}[{index}]"
 
 
 class Reading(Source):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .loop import resume, train
     from .model import Trained, load_trained
     from .recipes import RECIPES
+    from .report import write_report
     from .tiling import Tiling, predict_stream, save_stream
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "save_stream",
     "suggest",
     "train",
+    "write_report",
 ]
 
 # Imported when they are asked for: the help of a command needs the recipes alone.
@@ -67,6 +69,7 @@ _HOMES = {
     "loop": ("resume", "train"),
     "model": ("Trained", "load_trained"),
     "recipes": ("RECIPES",),
+    "report": ("write_report",),
     "tiling": ("Tiling", "predict_stream", "save_stream"),
 }
 __getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

@@ -1,5 +1,6 @@
 """The course of a run: epochs, evaluation, what is written when, and how it stops and goes on."""
 
+import dataclasses
 import math
 import pathlib
 import time
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linsight.data.datasets import Data
-from linsight.data.feeds import open_feeds, refuse
+from linsight.data.feeds import default_workers, open_feeds, refuse
 from linsight.data.images import Batch, told
 from linsight.data.random import seed_noise, seed_step
 from linsight.errors import LinsightError
@@ -29,7 +30,9 @@ from .evaluation import outputs, score
 from .learner import Learner, warmup_epochs
 from .model import count_of, left_new, load_trained, save, start_from
 from .progress import Silent
+from .report import findings_of, look, numbered, read_kept, write_page
 from .run import WEIGHTS, Run
+from .trackers import tracked
 
 
 def train(
@@ -64,6 +67,7 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
         report.note(f"the run in '{run.path}' is finished")
         return run.summary()
     try:
+        report = tracked(run.recipe.track, run.path, run.recipe.values(), report)
         with Unwinding():
             return _run(run, report)
     except KeyboardInterrupt as stopped:
@@ -185,6 +189,7 @@ class Trainer:
             self.step += 1
             mean = self.loss_sum / self.images if self.images else math.nan
             self.report.step(self.epoch, self.step, len(batch.targets), mean)
+            self.report.update(self.epoch * self.steps + self.step, self.loss_sum, self.images, self.learner.lr)
             now = time.perf_counter()
             self.train_seconds += now - clock
             self.epoch_seconds += now - clock
@@ -324,8 +329,21 @@ class Trainer:
             **{name: len(value) for name, value in self.task.facts.items() if isinstance(value, list | tuple)},
             "folder": str(self.run.path),
         }
+        if self.recipe.report:
+            self._tell(summary)
         self.run.summarise(summary)
         return summary
+
+    def _tell(self, summary: dict[str, Any]) -> None:
+        """report.html: what the best weights see of all images that they were evaluated on."""
+        workers = default_workers() if self.recipe.workers is None else self.recipe.workers
+        samples, device, outcome = self.feeds.val_samples, self.learner.device, None
+        if self.task.facts.get("classes"):
+            batches = self._watched(numbered(samples, self.recipe.batch_size, workers, device.type == "cuda"))
+            model = load_trained(self.run.path).model.to(device)
+            outcome = look(model, batches, samples.source, self.task.inputs, self.dtype, self.after_val_batch)
+        kept = dataclasses.replace(read_kept(self.run.path), summary=summary)
+        write_page(kept, findings_of(self.task, self.run.rows, outcome))
 
     def _draw(self, model: nn.Module) -> None:
         """predictions.png: images spread over the evaluation source."""

@@ -28,6 +28,9 @@ class Silent:
     def step(self, epoch: int, step: int, images: int, loss: float) -> None:
         """`step` steps of `epoch` are done, the last with `images` images."""
 
+    def update(self, done: int, loss_sum: float, images: int, lr: float) -> None:
+        """`done` updates are made in all, the last at the rate `lr`; of the epoch, `images` have this sum of losses."""
+
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """An epoch is done, with these metrics."""
 

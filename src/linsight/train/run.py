@@ -18,6 +18,7 @@ import linsight
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe, require_known
 from linsight.runtime.files import hold, read_json, replacing, require_folder, to_json, write_json, write_text, writing
+from linsight.runtime.machine import describe_machine
 from linsight.tasks import read_recipe
 
 CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"
@@ -101,6 +102,7 @@ class Run:
             "recipe": self.recipe.values(),
             "data": data,
             "threads": torch.get_num_threads(),
+            "machine": describe_machine(),
             "versions": {
                 "linsight": linsight.__version__,
                 "torch": torch.__version__,
