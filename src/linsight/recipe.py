@@ -71,7 +71,7 @@ class ModelFields(Record):
 
 
 def _former_cache(value: Any) -> Any:
-    """What the field was before it had words: true or false."""
+    """The word for a value of before the field had words: true or false."""
     former = dict.fromkeys(("true", "yes", "1"), "memory") | dict.fromkeys(("false", "no", "0"), "off")
     return former.get(str(value).lower(), value)
 

@@ -123,6 +123,7 @@ BAD = {
     "device": ("nowhere", "cuda:99", "-1"),
     "opt": ("nowhere", ""),
     "cache": ("x",),
+    "track": ("nowhere",),
     "epoch_images": (*NEVER, "0", "1.5"),
 }
 FIELDS = {name: field for name, field in ClassifyRecipe.model_fields.items() if name != "task"}

@@ -160,7 +160,7 @@ def test_recipes_lose_their_folders():
         ({"attention": "inline:1/softmax"}, {"attention": "inline:1/softmax"}),
     ):
         assert shared_recipe(ClassifyRecipe(**given)) == told
-    data = dataclasses.replace(SMALL, data="hfds/owner/images")
+    data = SMALL.changed(data="hfds/owner/images")
     about = About("me/x", "vit_tiny", "agent", 1, (3, 8, 8), 3, CLASSES, recipe=shared_recipe(data), data="x")
     assert front(make_card(about))[0]["datasets"] == ["owner/images"]
 

@@ -16,15 +16,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from linsight.data import extensions
 from linsight.errors import LinsightError
-from linsight.runtime.files import replacing, user_cache
+from linsight.runtime.files import replacing, to_json, user_cache
 from linsight.runtime.memory import free_memory
 
 from ._archives import Archive
 from ._layout import plain, sort_classes
 from ._parquet import LABELS
 from ._sections import Names, digests
+from .kinds import extensions
 from .random import TOGETHER
 from .sources import Reading, Source
 from .trees import count, shown
@@ -136,7 +136,7 @@ class Shards:
 def _indexed(path: pathlib.Path, keys: Keys) -> Index:
     """The index of a shard: the one that is kept of this very file, or a new one, which is kept where it can be."""
     about = path.stat()
-    known = json.dumps([_FORMAT, about.st_size, about.st_mtime_ns, *keys])
+    known = to_json([_FORMAT, about.st_size, about.st_mtime_ns, *keys])
     kept = (
         user_cache("shards") / f"{hashlib.sha256(os.path.abspath(path).encode(errors='replace')).hexdigest()[:32]}.npz"
     )

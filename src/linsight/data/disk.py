@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 
 from linsight.errors import ImageError, LinsightError
-from linsight.runtime.files import HeldError, hold, sync, writing
+from linsight.runtime.files import HeldError, hold, sync, to_json, writing
 
 from .images import all_decoded
 from .sources import Part, Source
@@ -118,7 +118,7 @@ def _keep(
         return source
     # decoders of other versions may round otherwise
     facts = [_FORMAT, stamp, len(source), in_chans, fill, PIL.__version__]
-    place = folder / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    place = folder / hashlib.sha256(to_json(facts).encode()).hexdigest()[:32]
     with _turn(place, note) as free:
         if free:
             note(f"decoding {len(source):,} images into {shown(place)}")
@@ -188,7 +188,7 @@ def _fill(folder: pathlib.Path, source: Source, in_chans: int, fill: float | Non
             if index == _SURVEYED:
                 _check_room(folder, end // (index + 1) * (len(source) - index))
     np.savez(folder / _TABLE, ends=ends, shapes=shapes)
-    (folder / _ABOUT).write_text(json.dumps({"bad": bad, "notes": notes}), encoding="utf-8")
+    (folder / _ABOUT).write_text(to_json({"bad": bad, "notes": notes}), encoding="utf-8")
     for name in (_PIXELS, _TABLE, _ABOUT):
         sync(folder / name)
 

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def part(self, number: int, of: int) -> "Batch":
-        """One of `of` parts of its images, as `share` cuts them."""
+        """A part of its images, number `number` of `of`, as `share` cuts them."""
         places = share(len(self.images), number, of)
         return Batch(self.images[places], self.targets[places], [])
 

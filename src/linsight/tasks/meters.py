@@ -13,7 +13,7 @@ from .exits import Scored
 
 
 class Meter(Protocol):
-    """What measures a model, batch by batch. A metric of torchmetrics that takes a batch is one, too."""
+    """A meter of a model, counting batch by batch. A metric of torchmetrics that takes a batch is one, too."""
 
     def update(self, outputs: Any, batch: Batch) -> None:
         """Count the outputs of a batch in."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from linsight.errors import LinsightError, MissingExtraError, UnknownNameError
-from linsight.runtime.files import read_json, write_json
+from linsight.runtime.files import read_json, to_json, write_json
 from linsight.runtime.text import printable
 
 from .progress import Silent
@@ -46,7 +46,7 @@ class Tensorboard(Log):
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
         if new:
-            text = json.dumps(recipe, indent=2)
+            text = to_json(recipe, indent=2)
             self.writer.add_text("recipe", "".join(f"    {line}\n" for line in text.splitlines()))  # code, in Markdown
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

@@ -1,4 +1,4 @@
-"""What the page of a run tells, by its task."""
+"""The findings of a run, by its task."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
