@@ -35,7 +35,8 @@ from PIL import Image
 from linsight.data import decode, opened
 from linsight.errors import LinsightError
 from linsight.streaming.source import Source
-from linsight.train import Recipe, Tiling, Trained, predict, predict_stream
+from linsight.tasks import ClassifyRecipe
+from linsight.train import Tiling, Trained, predict, predict_stream
 from linsight.train.model import build
 
 SECONDS = 20
@@ -327,7 +328,7 @@ def generate(count: int, seed: int) -> Iterator[Case]:
 def small() -> Trained:
     """A model that takes hardly any time."""
     own = {"patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
-    recipe = Recipe(
+    recipe = ClassifyRecipe(
         model="vit_tiny", attention="inline", model_args=own, img_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3
     )
     torch.manual_seed(0)

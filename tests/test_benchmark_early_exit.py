@@ -12,7 +12,7 @@ import early_exit
 
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES
-from linsight.train.budget import Scored, curve
+from linsight.tasks.exits import Scored, curve
 from linsight.train.exits import shown
 
 DOCS = Path(__file__).parents[1] / "docs"

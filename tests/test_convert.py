@@ -129,6 +129,20 @@ def test_every_mechanism_answers_as_its_layer_does(name):
         torch.testing.assert_close(ours(poisoned, poisoned, poisoned, key_padding_mask=~keep)[0][keep], expected[keep])
 
 
+@pytest.mark.parametrize("name", ["linear", "softmax", "focused"])
+def test_dropped_values_leave_no_trace_in_gradients(name):
+    """What is no number there would be one in the gradient of every weight that it is multiplied with."""
+    ours = MultiheadAttention(DIM, HEADS, attention=name, grid="1d", batch_first=True)
+    x, value = torch.randn(2, 9, DIM), torch.randn(2, 9, DIM)
+    drop = torch.rand(2, 9) > 0.6
+    found = []
+    for filled in (value, value.masked_fill(drop[..., None], float("nan"))):
+        out, _ = ours(x, x, filled, key_padding_mask=drop)
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(ours.parameters()))])
+    for plain, poisoned in zip(*found, strict=True):
+        torch.testing.assert_close(poisoned, plain)
+
+
 @pytest.mark.parametrize("name", [name for name in CORES if name not in OWN_PROJECTIONS])
 def test_without_a_grid_only_where_places_do_not_matter(name):
     ours = MultiheadAttention(DIM, HEADS, attention=name, batch_first=True)

@@ -103,7 +103,7 @@ def workplace(tmp_path_factory):
     for name in ("photo.png", "other.png"):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 10), dtype=np.uint8)).save(folder / name)
     quick = {"model": "compact_pico", "attention": "linear", "model_args": "stem=((8,1),),stages=((16,1,2),)"}
-    quick |= {"epochs": 1, "warmup_epochs": 0, "figures": False, "device": "cpu", "threads": 1}
+    quick |= {"epochs": 1, "warmup_epochs": 0, "figures": False, "report": False, "device": "cpu", "threads": 1}
     train(resolve("digits", quick), out=folder / "runs" / "digits")
     return folder
 

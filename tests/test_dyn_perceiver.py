@@ -21,7 +21,7 @@ from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver, ExitLogits, Latents, Network
 from linsight.models.hosts.dyn_perceiver.cnn import cut
-from linsight.train.budget import leaving
+from linsight.tasks.exits import leaving
 
 CASES = [name for name in cases.names(models=True) if name.startswith("dyn_perceiver/")]
 MODELS = {name: entry for name, entry in ARCHITECTURES.items() if entry.model_cls is DynamicPerceiver}

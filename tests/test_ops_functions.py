@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from linsight.fuse.inline import add_products
 from linsight.ops import (
     FEATURE_MAPS,
+    affine_read,
     causal_linear_attention,
     depthwise_conv,
     dynamic_depthwise_conv,
@@ -90,6 +91,17 @@ def test_linear_attention(m, n, masked, eps):
     half = n // 2
     states = [linear_absorb(k[:, s], v[:, s], keep[:, s]) for s in (slice(0, half), slice(half, n))]
     torch.testing.assert_close(linear_read(q, merge(*states), eps), truth)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_what_is_added_to_a_reading_is_not_divided_and_lies_behind_the_prefix(ahead):
+    q, k, v = mapped(2, 6, 3, 4), mapped(2, 5, 3, 4), torch.randn(2, 5, 3, 5, dtype=F64)
+    add, shift = torch.randn(2, 6 - ahead, 3, 5, dtype=F64), torch.randn(2, 3, 5, dtype=F64)
+    state, whole = linear_absorb(k, v), F.pad(add, (0, 0, 0, 0, ahead, 0))
+    everything = torch.ones(5, dtype=torch.bool)
+    torch.testing.assert_close(linear_read(q, state, 0.5, add=add), explicit(q, k, v, everything, 0.5) + whole)
+    wanted = torch.einsum("bnhd,bhde->bnhe", q, state.kv) + shift[:, None] + whole
+    torch.testing.assert_close(affine_read(q, state.kv, shift, add=add), wanted)
 
 
 @pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 130, 200])

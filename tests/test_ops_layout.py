@@ -67,6 +67,22 @@ def test_keep_is_each_image_at_the_top_left(grid, data):
         assert inside.sum() == height * width
 
 
+def test_the_last_tiles_are_smaller():
+    found = tiles(Grid(5, 7), 3, 4)
+    assert [(tile.top, tile.left, tile.height, tile.width) for tile in found] == [
+        (0, 0, 3, 4),
+        (0, 4, 3, 3),
+        (3, 0, 2, 4),
+        (3, 4, 2, 3),
+    ]
+
+
+def test_packed_images_lie_one_behind_the_other():
+    layout = Layout.packed([Grid(2, 3, 1), Grid(4, 1), Grid(1, 5, 2)])
+    assert layout.cu_seqlens.tolist() == [0, 7, 11, 18] and layout.cu_seqlens.dtype == torch.int32
+    assert layout.grid == (4, 5, 2) and layout.prefix == 2
+
+
 def test_a_bare_grid_fills_its_canvas():
     assert as_layout(Grid(2, 3)) == Layout(Grid(2, 3))
     assert as_layout(Grid(2, 3)).keep(torch.device("cpu")) is None

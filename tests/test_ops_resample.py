@@ -23,13 +23,14 @@ def random_table(size, dtype=F64):
     return torch.randn(1, size[0] * size[1], 3, dtype=dtype)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "bilinear-antialias", "bicubic-antialias"])
 def test_resize_matrix(mode):
     """Every length of 1 to 13 to every other."""
+    kind, _, antialias = mode.partition("-")
     for old in range(1, 14):
         for new in range(1, 14):
             row = torch.eye(old, dtype=F64)[:, None, None, :]  # (old, 1, 1, old): the matrix, column by column
-            truth = F.interpolate(row, (1, new), mode=mode, align_corners=False)[:, 0, 0].T
+            truth = F.interpolate(row, (1, new), mode=kind, align_corners=False, antialias=bool(antialias))[:, 0, 0].T
             torch.testing.assert_close(resize_matrix(old, new, mode, dtype=F64), truth, rtol=0, atol=1e-12)
             torch.testing.assert_close(resize_matrix(old, new, mode), truth.float(), rtol=0, atol=1e-5)
 

@@ -48,6 +48,14 @@ def test_moments(n, cuts, masked):
         assert whole.count[i] == len(ki)
 
 
+@given(n=st.integers(1, 30), cuts=CUTS, masked=st.booleans())
+def test_stacked_moments_are_those_of_all_tokens(n, cuts, masked):
+    k, v = torch.randn(2, n, 3, 4, dtype=F64) + 5, torch.randn(2, n, 3, 2, dtype=F64) - 7
+    keep = torch.rand(2, n) < 0.5 if masked else None
+    each = [Moments.absorb(k[:, s], v[:, s], None if keep is None else keep[:, s]) for s in parts(n, cuts)]
+    same(Moments.stacked(each), Moments.absorb(k, v, keep))
+
+
 @given(n=st.integers(1, 30), cuts=CUTS, masked=st.booleans(), scale=st.sampled_from([1.0, 100.0, 1e4]))
 def test_log_sum_exp(n, cuts, masked, scale):
     scores, v = torch.randn(2, n, 3, 4, dtype=F64) * scale, torch.randn(2, n, 3, 2, dtype=F64)

@@ -22,7 +22,9 @@ NAMES = Path(__file__).with_name("public_names.txt")
 # The floors of the house, from the ground: a room imports only from those below its own.
 FLOORS = (
     ("errors",),
-    ("recipe", "runtime"),
+    ("runtime",),
+    ("records",),
+    ("recipe",),
     ("data",),
     ("ops",),
     ("attention",),
@@ -31,6 +33,7 @@ FLOORS = (
     ("checkpoints", "streaming"),
     ("parallel", "api"),
     ("",),  # linsight/__init__.py
+    ("tasks",),
     ("train",),
     ("convert", "export"),
     ("adapters", "bench"),

@@ -134,6 +134,22 @@ def test_position_tables_follow_the_image():
     torch.testing.assert_close(model(x), before)
 
 
+def test_tables_follow_to_odd_grids_which_are_merged_upwards():
+    model = small("focused,softmax", depths=(1, 2))
+    model.set_input_size((44, 60), window_size=(4, 3))  # 11 x 15 tokens
+    assert model.layers[0].blocks[0].attn.core.positions.shape == (1, 11 * 15, 8)
+    first, last = model.layers
+    assert (first.output_resolution, last.input_resolution, last.output_resolution) == ((11, 15), (11, 15), (6, 8))
+    assert [block.window for block in last.blocks] == [(4, 3)] * 2
+    assert [block.shift for block in last.blocks] == [(0, 0), (2, 1)]
+    focused = small("focused", depths=(1, 1))
+    focused.set_input_size((44, 60))
+    assert focused.layers[1].blocks[0].attn.core.positions.shape == (1, 6 * 8, 16)
+    model = small(depths=(1, 2))
+    model.set_input_size((20, 60), window_size=6)  # the second stage is 3 x 8: one window of its whole height
+    assert [(block.window, block.shift) for block in model.layers[1].blocks] == [((3, 6), (0, 0)), ((3, 6), (0, 3))]
+
+
 def test_a_grid_of_one_window_is_not_shifted():
     block = small().layers[0].blocks[1]
     plain = small().layers[0].blocks[0]

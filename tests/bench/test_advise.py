@@ -44,6 +44,10 @@ def test_crossings_are_exact():
     assert crossings(ratio) == [(pytest.approx(500), True)] and pays_from(ratio) == pytest.approx(500)
     assert crossings({n: 1 / r for n, r in ratio.items()}) == [(pytest.approx(500), False)]
     assert crossings({1.0: 2.0, 10.0: 1.0, 100.0: 0.5}) == [(pytest.approx(10), True)]
+    steep = {1.0: 64.0, 10.0: 2.0, 100.0: 0.5, 1000.0: 0.1}  # between the two sizes beside it, whatever is farther
+    assert crossings(steep) == [(pytest.approx(10**1.5), True)] and pays_from(steep) == pytest.approx(10**1.5)
+    again = {1.0: 2.0, 100.0: 0.5, 10000.0: 2.0, 1000000.0: 0.5}  # from the last one on
+    assert pays_from(again) == pytest.approx(100000)
     twice = {1.0: 0.5, 100.0: 2.0, 10000.0: 0.5}
     assert crossings(twice) == [(pytest.approx(10), False), (pytest.approx(1000), True)]
     assert pays_from(twice) == pytest.approx(1000)

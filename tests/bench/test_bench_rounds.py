@@ -1,6 +1,7 @@
 """Steps take turns, and nothing is lost: not what takes too long, nor what ends the process."""
 
 import functools
+import types
 
 import pytest
 import strange_sides
@@ -33,6 +34,30 @@ def test_rounds_alternate_and_a_side_that_fails_leaves_the_other(monkeypatch):
     assert errors == {1: "out of memory", 2: "cannot be built"}
     assert [side for side, kind, _ in sent if kind == "time"] == [0, 1, 1, 0, 0]
     assert sent[1] == (0, "facts", {"params": 1})
+
+
+class Clock:
+    """A clock that goes on by so many seconds with each step, the first of which takes longer."""
+
+    def __init__(self, *seconds):
+        self.seconds, self.now, self.steps = seconds, 0.0, 0
+
+    def step(self):
+        self.now += self.seconds[min(self.steps, len(self.seconds) - 1)]
+        self.steps += 1
+
+
+def test_a_step_takes_its_share_of_a_sample_of_at_least_a_tenth_of_a_second(monkeypatch):
+    clock = Clock(7.0, 0.02)
+    monkeypatch.setattr(rounds, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    assert rounds.timed(clock.step, 1, CPU) == 7 and rounds.timed(clock.step, 4, CPU) == pytest.approx(0.02)
+    assert clock.steps == 5
+    monkeypatch.setattr(rounds, "peak_of", lambda act, device: act())
+    clock.steps, sent = 0, []
+    rounds.alternate({0: None}, lambda _: ({}, clock.step), lambda *message: sent.append(message), CPU, 100.0)
+    times = [value for _, kind, value in sent if kind == "time"]
+    assert times == pytest.approx([0.02] * len(times)) and len(times) == pytest.approx(1000, abs=2)  # of 5 steps each
+    assert clock.steps == 2 + 5 * len(times)
 
 
 def test_a_side_that_knows_its_memory_is_not_asked_again(monkeypatch):

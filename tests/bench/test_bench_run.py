@@ -160,6 +160,14 @@ def test_models_are_measured_on_images(here):
         assert row["param_count"] > 0
 
 
+def test_a_training_step_of_a_model_is_three_forwards_of_each_image():
+    subject = model("compact_pico", "inline")
+    cells = [bench.Cell(step, 16, 8, batch, SETTING) for step, batch in (("infer", 1), ("train", 1), ("train", 3))]
+    forward, training, several = (steps.make(subject, cell)[0]["flops"] for cell in cells)
+    assert forward == bench.cost(subject, (16, 8))["flops"] > 0
+    assert (training, several) == (3 * forward, 9 * forward)
+
+
 def test_stopping_leaves_whole_files(here, command, monkeypatch):
     measure = steps.measure
 

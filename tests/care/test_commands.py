@@ -13,8 +13,8 @@ import timm
 from PIL import Image
 
 from linsight.errors import LinsightError
-from linsight.recipe import FIELDS, Recipe
 from linsight.runtime.launch import is_command
+from linsight.tasks import ClassifyRecipe
 from linsight.train import RECIPES, evaluate, load_trained, predict, resolve, train
 from linsight.train.model import load_source, require_classifier
 
@@ -123,16 +123,19 @@ BAD = {
     "device": ("nowhere", "cuda:99", "-1"),
     "opt": ("nowhere", ""),
     "cache": ("x",),
+    "track": ("nowhere",),
+    "epoch_images": (*NEVER, "0", "1.5"),
 }
+FIELDS = {name: field for name, field in ClassifyRecipe.model_fields.items() if name != "task"}
 for name, field in FIELDS.items():
     if name not in BAD and type(field.default) in (int, float) and type(field.default) is not bool:
         BAD[name] = NEVER
-    if field.metadata["choices"]:
+    if ClassifyRecipe.choices(name):
         BAD.setdefault(name, ("nowhere", ""))
 
 
 def test_every_field_that_can_be_wrong_is_tried():
-    free = {"data_dir", "train_split", "val_split", "image_key", "label_key"}  # any text
+    free = {"data_dir", "cache_dir", "train_split", "val_split", "image_key", "label_key"}  # any text
     flags = {name for name, field in FIELDS.items() if type(field.default) is bool}
     assert set(FIELDS) - set(BAD) - free - flags == set()
 
@@ -161,7 +164,7 @@ def test_options_of_train_are_refused_by_the_command_line_too(linsight, tmp_path
 def test_a_recipe_made_in_python_is_checked_as_well(tmp_path):
     for wrong in ({"lr": "much"}, {"img_size": 0}, {"batch_size": -1}, {"epochs": None}, {"mean": 3}):
         with pytest.raises(LinsightError, match=next(iter(wrong))):
-            train(Recipe(**wrong), out=tmp_path / "run")
+            train(ClassifyRecipe(**wrong), out=tmp_path / "run")
     assert resolve("photos", {"data": tmp_path}).data == str(tmp_path)  # a path is a name, too
 
 

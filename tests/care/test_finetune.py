@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import linsight
 from linsight import cli
-from linsight.train import load_run, open_data, resolve, suggest, train
+from linsight.tasks import task_of
+from linsight.train import load_run, resolve, suggest, train
 from linsight.train.loop import Trainer
 from linsight.train.progress import Silent
 from linsight.train.run import Run
@@ -74,9 +75,14 @@ def test_fields_of_a_run_can_be_changed_and_its_data_is_kept_with_it(digits, tmp
         assert resolve("finetune", {"init": str(none)}).model == resolve("finetune").model
 
 
+def learner_of(recipe, out):
+    task = task_of(recipe)
+    return Trainer(Run.start(recipe, out, "run"), task, task.open(), Silent()).learner
+
+
 def test_rates_decay_with_depth_and_a_new_head_learns_faster(digits, photos, tmp_path):
     recipe = resolve("finetune", {**QUICK, "init": str(digits), "data": photos, "num_classes": 12})
-    learner = Trainer(Run.start(recipe, tmp_path / "run", "run"), open_data(recipe), Silent()).learner
+    learner = learner_of(recipe, tmp_path / "run")
     names = {id(parameter): name for name, parameter in learner.model.named_parameters()}
     scales = {names[id(p)]: g["lr_scale"] for g in learner.optimiser.param_groups for p in g["params"]}
     assert len(scales) == len(names)
@@ -88,7 +94,7 @@ def test_a_linear_probe_trains_a_new_head_alone(digits, photos, tmp_path, classe
     known = load_run(digits).model.state_dict()
     given = {"init": str(digits), "data": photos, "freeze": True, "epochs": 2, "num_classes": classes}
     recipe = resolve("finetune", {**QUICK, **given})
-    learner = Trainer(Run.start(recipe, tmp_path / "before", "run"), open_data(recipe), Silent()).learner
+    learner = learner_of(recipe, tmp_path / "before")
     start = {name: value.clone() for name, value in learner.model.state_dict().items()}
     train(recipe, out=tmp_path / "run")
     trained = load_run(tmp_path / "run").model.state_dict()
@@ -106,7 +112,7 @@ def test_softmax_weights_of_timm_start_another_mechanism(tmp_path):
     save_file(deit, tmp_path / "deit.safetensors")
     options = {"init": str(tmp_path / "deit.safetensors"), "init_partial": True, "model": "inline_deit_tiny"}
     recipe = resolve("finetune", {**QUICK, **options, "model_args": "depth=2", "data": "digits", "in_chans": 3})
-    learner = Trainer(Run.start(recipe, tmp_path / "run", "run"), open_data(recipe), Silent()).learner
+    learner = learner_of(recipe, tmp_path / "run")
     ours = learner.model.state_dict()
     for key in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias"):
         assert torch.equal(ours[f"blocks.1.attn.{key}"], deit[f"blocks.1.attn.{key}"])

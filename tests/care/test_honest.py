@@ -12,6 +12,7 @@ from test_commands import TINY, data  # noqa: F401
 import linsight
 from linsight import bench
 from linsight.errors import LinsightError
+from linsight.tasks import task_of
 from linsight.train import resolve, train
 from linsight.train.learner import Learner
 from linsight.train.model import build
@@ -21,7 +22,8 @@ from linsight.train.progress import Silent, reporter
 def learner(**overrides):
     recipe = resolve("digits", {**TINY, "model_args": TINY["model_args"].replace("depth=1", "depth=3"), **overrides})
     torch.manual_seed(0)
-    return Learner(recipe, build(recipe, 3), torch.device("cpu"), None, classes=3, updates=4)
+    task = task_of(recipe, {"classes": tuple("abc")})
+    return Learner(task, build(recipe, 3), torch.device("cpu"), None, updates=4)
 
 
 @pytest.mark.parametrize("sched", ["none", "cosine", "step"])

@@ -14,9 +14,9 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import mutated_layouts
 
+from linsight.data.datasets import open_evaluation, under
 from linsight.errors import LinsightError
 from linsight.train import open_data, resolve
-from linsight.train.datasets import open_evaluation, under
 
 PNG = mutated_layouts.picture()
 
@@ -228,8 +228,8 @@ def test_damaged_archives_are_one_line(tmp_path):
         (tmp_path / name).write_bytes(content)
         refused(lambda name=name: data(tmp_path / name), word, name)
     refused(lambda: data(tar_of(tmp_path / "up.tar", ("../a/0.png",))), "leads out of it")
-    labels = tar_of(tmp_path / "wds.tar", ("000.jpg",), ("000.cls",))
-    refused(lambda: data(labels), "is a WebDataset")
+    labels = tar_of(tmp_path / "wds.tar", ("000.jpg",), ("000.cls",))  # which is no number, but bytes of an image
+    refused(lambda: data(labels), "is no class, but a text")
 
 
 def test_tars_of_splits_are_read_in_any_case(tmp_path):

@@ -17,6 +17,8 @@ from linsight.runtime import signals
 from linsight.runtime.files import hold, require_folder, write_json, writing
 from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Terminated, Unwinding
+from linsight.tasks import classify
+from linsight.tasks import task as tasks
 from linsight.train import loop, resolve, resume, train
 from linsight.train.progress import Silent
 
@@ -84,15 +86,15 @@ def test_a_signal_before_the_first_step(data, tmp_path, monkeypatch):  # noqa: F
     def during(*arguments):
         to_the_group(signal.SIGTERM)
 
-    for step in ("open_data", "build", "open_feeds"):
+    for module, step in ((classify, "open_data"), (tasks, "build"), (loop, "open_feeds")):
         with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at once; nothing was writ") as s:
-            patch.setattr(loop, step, during)
+            patch.setattr(module, step, during)
             train(recipe(data), out=tmp_path / "run")
         assert s.value.code == 143 and not (tmp_path / "run").exists()
     with pytest.raises(Interrupted):
         train(recipe(data), out=tmp_path / "run", report=At(1, lambda: to_the_group(signal.SIGTERM)))
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="go on with: linsight train --resume"):
-        patch.setattr(loop, "open_data", during)
+        patch.setattr(classify, "open_data", during)
         resume(tmp_path / "run")
     assert resume(tmp_path / "run")["epochs"] == 3
 
@@ -176,14 +178,14 @@ def test_a_folder_is_of_one_run_at_a_time(data, tmp_path):  # noqa: F811
 
 
 def test_two_runs_that_begin_at_once_are_not_mixed(data, tmp_path, monkeypatch):  # noqa: F811
-    run, build = tmp_path / "run", loop.build
+    run, build = tmp_path / "run", tasks.build
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(loop, "build", build)
+        monkeypatch.setattr(tasks, "build", build)
         train(recipe(data, workers=0, seed=1), out=run)
         return build(*arguments)
 
-    monkeypatch.setattr(loop, "build", meanwhile)
+    monkeypatch.setattr(tasks, "build", meanwhile)
     with pytest.raises(LinsightError, match="is not empty"):
         train(recipe(data, workers=0, seed=2), out=run)
     assert json.loads((run / "config.json").read_text())["recipe"]["seed"] == 1

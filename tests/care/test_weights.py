@@ -23,7 +23,8 @@ from linsight.checkpoints import load_pretrained
 from linsight.checkpoints.read import read
 from linsight.errors import LinsightError
 from linsight.models.timm import fetch
-from linsight.recipe import Recipe, averaged
+from linsight.recipe import averaged
+from linsight.tasks import ClassifyRecipe
 from linsight.train import load_trained, resolve
 from linsight.train.chosen import told_channels
 from linsight.train.model import load_named, save, start_from
@@ -102,8 +103,8 @@ def write(how, model, folder):
     if how == "export":
         return export_published(model, folder / "a.safetensors") and folder / "a.safetensors"
     if how == "run":
-        recipe = Recipe(model="inline_pvt_tiny", img_size=OLD)
-        save(folder / "best.safetensors", model.state_dict(), recipe, ("a",), top1=1.0)
+        recipe = ClassifyRecipe(model="inline_pvt_tiny", img_size=OLD)
+        save(folder / "best.safetensors", model.state_dict(), recipe, {"classes": ("a",), "top1": 1.0})
         return folder / "best.safetensors"
     if how == "old run":  # which told the size of its images alone
         about = json.dumps({"recipe": {"model": "inline_pvt_tiny", "img_size": OLD}, "classes": ["a"]})
@@ -220,9 +221,9 @@ def test_what_timm_saved_with_a_model_tells_its_size():
 
 
 def test_a_run_keeps_its_oblong_grid(tmp_path):
-    recipe = Recipe(model="inline_deit_tiny", model_args={"depth": 1}, img_size=OLD)
+    recipe = ClassifyRecipe(model="inline_deit_tiny", model_args={"depth": 1}, img_size=OLD)
     model = mixed(tiny(img_size=OLD))
-    save(tmp_path / "best.safetensors", model.state_dict(), recipe, tuple("abcde"))
+    save(tmp_path / "best.safetensors", model.state_dict(), recipe, {"classes": tuple("abcde")})
     same(load_trained(tmp_path).model, model, OLD)
     assert read(tmp_path / "best.safetensors")._metadata[""]["grids"] == {"pos_embed": [4, 8]}
 

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import linsight
@@ -220,6 +221,20 @@ def test_position_tables_are_resized(size):
     assert report.resized == (f"pos_embed from 4x4 to {'x'.join(str(n) for n in model.patch_embed.grid_size)}",)
     assert model.pos_embed[:, 0].unique().tolist() == [5.0]
     torch.testing.assert_close(model.pos_embed[:, 1:], torch.full_like(model.pos_embed[:, 1:], 2.0))
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_the_row_of_a_class_token_goes_where_the_model_has_none(size):
+    source, model = tiny(), tiny(class_token=False, global_pool="avg", img_size=size)
+    with torch.no_grad():
+        nn.init.normal_(source.pos_embed)[:, 0] = 50.0
+    state = export_published(source)
+    load_published(model, state, strict=False)
+    rows = state["pos_embed"][:, 1:]
+    grid = model.patch_embed.grid_size
+    wanted = rows if size == 64 else resample_abs_pos_embed(rows, list(grid), [4, 4], 0)
+    assert model.pos_embed.shape == (1, grid[0] * grid[1], 192) and model.pos_embed.max() < 50
+    torch.testing.assert_close(model.pos_embed.detach(), wanted)
 
 
 def test_a_position_table_that_is_not_square():

@@ -6,8 +6,7 @@ import torch
 from hub_server import TOKEN, serving
 from huggingface_hub import constants
 from PIL import Image
-from small_runs import write_run
-from torch import nn
+from small_runs import Small, write_run
 
 from linsight.export import Facts
 from linsight.train import resolve, train
@@ -52,17 +51,6 @@ def run(tmp_path_factory, data):
     torch.manual_seed(0)
     train(resolve("digits", {**TINY, "data": str(data)}), out=folder)
     return folder
-
-
-class Small(nn.Module):
-    """A classifier of any image, in three operators."""
-
-    def __init__(self, channels=3, classes=4):
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(channels, 8, 3, padding=1), nn.Linear(8, classes)
-
-    def forward(self, x):
-        return self.head(self.conv(x).relu().mean((2, 3)))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from linsight.errors import LinsightError
 from linsight.export import save_for_hub
 from linsight.export.about import About, shared_recipe
 from linsight.export.card import escaped, make_card
-from linsight.recipe import Recipe
+from linsight.tasks import ClassifyRecipe
 
 ODD = (
     "---",
@@ -159,8 +159,8 @@ def test_recipes_lose_their_folders():
         ({"model_args": {"x": ("~/x/y",)}, "workers": 3}, {"model_args": {"x": ("y",)}}),
         ({"attention": "inline:1/softmax"}, {"attention": "inline:1/softmax"}),
     ):
-        assert shared_recipe(dataclasses.replace(Recipe(), **given)) == told
-    data = dataclasses.replace(SMALL, data="hfds/owner/images")
+        assert shared_recipe(ClassifyRecipe(**given)) == told
+    data = SMALL.changed(data="hfds/owner/images")
     about = About("me/x", "vit_tiny", "agent", 1, (3, 8, 8), 3, CLASSES, recipe=shared_recipe(data), data="x")
     assert front(make_card(about))[0]["datasets"] == ["owner/images"]
 

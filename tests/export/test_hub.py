@@ -13,7 +13,7 @@ from small_runs import CLASSES, SMALL, write_run
 import linsight
 from linsight.errors import LinsightError
 from linsight.export import push_to_hub, save_for_hub
-from linsight.recipe import Recipe
+from linsight.tasks import ClassifyRecipe
 from linsight.train import load_trained, predict, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub itself
@@ -72,13 +72,13 @@ def test_every_door_of_the_run_takes_the_folder(run_folder, saved, tmp_path, lin
 
 
 RUNS = {
-    "swin": Recipe(model="swin_tiny", attention="inline", model_args=TINY_SWIN, img_size=(64,)),
-    "name of timm": Recipe(
+    "swin": ClassifyRecipe(model="swin_tiny", attention="inline", model_args=TINY_SWIN, img_size=(64,)),
+    "name of timm": ClassifyRecipe(
         model="deit_tiny_patch16_224", attention="focused", model_args={"embed_dim": 32, "depth": 2, "num_heads": 2},
         img_size=(48, 32),
     ),
-    "variant": Recipe(model="inline_compact_pico", img_size=(8,), in_chans=1),
-    "steps": Recipe(
+    "variant": ClassifyRecipe(model="inline_compact_pico", img_size=(8,), in_chans=1),
+    "steps": ClassifyRecipe(
         model="vit_tiny", attention="inline:1/softmax", model_args={"steps": [[64, 1], [192, 1]]},
         img_size=(32,),
     ),

@@ -7,8 +7,8 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from small_runs import Small
 
-from conftest import Small
 from linsight.errors import CheckpointError, LinsightError
 from linsight.export import Facts, export_onnx, load_exported, open_exported
 from linsight.export import onnx as room

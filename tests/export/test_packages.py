@@ -8,9 +8,9 @@ import zipfile
 
 import pytest
 import torch
+from small_runs import Small
 from torch import nn
 
-from conftest import Small
 from linsight.errors import CheckpointError, LinsightError
 from linsight.export import Facts, export_program, load_exported, open_exported
 

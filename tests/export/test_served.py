@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from linsight.data.images import eval_transform, statistics
 from linsight.errors import LinsightError
 from linsight.export import Served
-from linsight.recipe import Recipe
-from linsight.train.images import eval_transform, statistics
+from linsight.tasks import ClassifyRecipe
 
 SIZES = [(64, 64), (97, 131), (33, 200), (150, 40), (16, 16), (1, 1), (1, 37), (240, 260), (20, 14)]
 
@@ -39,7 +39,7 @@ def image(pixels):
 )
 def test_pixels_are_those_of_timm(crop, channels, size, interpolation, pct):
     mean = (0.4, 0.5, 0.6, 0.7)[:channels]
-    recipe = Recipe(
+    recipe = ClassifyRecipe(
         in_chans=channels, mean=mean, std=(0.2,) * channels, interpolation=interpolation, crop_pct=pct, eval_crop=crop
     )
     transform = eval_transform(recipe, size)
@@ -67,7 +67,7 @@ def test_pixels_are_those_of_timm(crop, channels, size, interpolation, pct):
 
 
 def test_probabilities_are_those_of_the_transform(small):
-    recipe = Recipe(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25), eval_crop="center")
+    recipe = ClassifyRecipe(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25), eval_crop="center")
     mean, std = statistics(recipe)
     served = Served(small, (32, 32), mean, std, crop_mode="center")
     pixels = np.stack([picture(80 + i, 64 + i, 3)[:80, :64] for i in range(3)])

@@ -1,6 +1,7 @@
 """What streaming refuses, what it leaves behind when it is stopped, and how it goes on."""
 
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -126,6 +127,26 @@ def test_a_stopped_run_goes_on_from_its_last_step(model, tmp_path, monkeypatch):
     assert torch.equal(linsight.stream(image=PICTURE, **ARGUMENTS, **again), expected)
     assert len(calls) == 12 + 8  # the second block's two passes, of four tiles each
     assert os.listdir(tmp_path) == []
+
+
+def test_a_stopped_run_is_of_one_model(model, tmp_path):
+    """The same with other weights, even in its last tensor alone, is another one; so is an image but for a pixel."""
+
+    def stop(done, total):
+        if done == total - 4:  # the last step, which pools
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        linsight.stream(model, PICTURE, scratch=tmp_path, report=stop, **ARGUMENTS)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        list(other.parameters())[-1][-1] += 1
+    retouched = PICTURE.clone()
+    retouched[:, -1, -1] += 1
+    again = {"scratch": tmp_path, "resume": True}
+    one_line(LinsightError, "another model", model=other, **again)
+    one_line(LinsightError, "another image", model=model, image=retouched, **again)
+    assert linsight.stream(model, PICTURE, **again, **ARGUMENTS).isfinite().all()
 
 
 def test_a_scratch_folder_is_of_one_run_and_keeps_what_is_not_ours(model, tmp_path):

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from linsight.errors import LinsightError
 from linsight.runtime.launch import Copy, this_copy
-from linsight.train import Recipe, load_trained, merge_predictions, predict, predict_to
+from linsight.tasks import ClassifyRecipe
+from linsight.train import load_trained, merge_predictions, predict, predict_to
 from linsight.train.model import build, save
 from linsight.train.progress import ImageBar, ImageLines, Images
 
@@ -33,11 +34,11 @@ OPTIONS = ("--device", "cpu", "--amp", "off", "--workers", "0")
 
 
 def weights_of(path, seed=0, classes=("blue", "green", "red")):
-    recipe = Recipe(model="vit_tiny", attention="inline", model_args=MODEL, img_size=(8, 8))
+    recipe = ClassifyRecipe(model="vit_tiny", attention="inline", model_args=MODEL, img_size=(8, 8))
     torch.manual_seed(seed)
     model = build(recipe, 3)
     model.head.weight.data.normal_()
-    save(path, model.state_dict(), recipe, classes)
+    save(path, model.state_dict(), recipe, {"classes": classes})
     return path
 
 

@@ -13,8 +13,8 @@ from small import colours
 
 from linsight import create_model
 from linsight.errors import LinsightError
-from linsight.recipe import Recipe
-from linsight.train.budget import (
+from linsight.tasks import ClassifyRecipe
+from linsight.tasks.exits import (
     FACTORS,
     POWERS,
     Outcome,
@@ -154,10 +154,10 @@ def test_outcomes_by_hand():
 @pytest.fixture
 def weights(tmp_path):
     """A run's file of a model with exits, for three colours, untrained."""
-    recipe = Recipe(model="dynp_resnet18_025_t32_cifar", img_size=(8,), mean=(0.5,) * 3, std=(0.2,) * 3)
+    recipe = ClassifyRecipe(model="dynp_resnet18_025_t32_cifar", img_size=(8,), mean=(0.5,) * 3, std=(0.2,) * 3)
     path = tmp_path / "run" / "best.safetensors"
     path.parent.mkdir()
-    save(path, create_model(recipe.model, num_classes=3).state_dict(), recipe, ("blue", "green", "red"))
+    save(path, create_model(recipe.model, num_classes=3).state_dict(), recipe, {"classes": ("blue", "green", "red")})
     return path
 
 
@@ -190,8 +190,8 @@ def test_eval_with_a_budget(weights, folder, linsight, tmp_path):
 def test_what_is_wrong_with_a_budget_is_one_line(weights, folder, linsight, tmp_path):
     options = ["--data", folder, "--device", "cpu", "--workers", "0"]
     plain = tmp_path / "plain.safetensors"
-    recipe = Recipe(model="inline_compact_pico", img_size=(8,))
-    save(plain, create_model(recipe.model, num_classes=3).state_dict(), recipe, ("blue", "green", "red"))
+    recipe = ClassifyRecipe(model="inline_compact_pico", img_size=(8,))
+    save(plain, create_model(recipe.model, num_classes=3).state_dict(), recipe, {"classes": ("blue", "green", "red")})
     one = colours(tmp_path / "one", {"blue": 1})
     for arguments, line in (
         ([plain, *options, "--budget", "1"], "'inline_compact_pico' has no exits to stop at"),

@@ -12,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from linsight.streaming import tiled
-from linsight.train import Recipe, load_trained, tiling
+from linsight.tasks import ClassifyRecipe
+from linsight.train import load_trained, tiling
 from linsight.train.model import build, save
 from linsight.train.progress import TileBar, TileLines
 
@@ -24,12 +25,12 @@ PLAIN = ("--device", "cpu", "--amp", "off", "--tile", "16")
 
 def trained(path, attention):
     own = {"img_size": (24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-    recipe = Recipe(model="vit_tiny", attention=attention, model_args=MODEL, **own)
+    recipe = ClassifyRecipe(model="vit_tiny", attention=attention, model_args=MODEL, **own)
     torch.manual_seed(0)
     model = build(recipe, 3)
     for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
-    save(path, model.state_dict(), recipe, ("blue", "green", "red"))
+    save(path, model.state_dict(), recipe, {"classes": ("blue", "green", "red")})
     return path
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from small import colours, truncate
 
 from linsight import create_model
-from linsight.recipe import FIELDS
+from linsight.tasks import ClassifyRecipe
 
 
 @pytest.fixture
@@ -179,5 +179,5 @@ def test_help_has_an_option_for_every_field(linsight, monkeypatch):
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
     code, out, _ = linsight("train", "--help")
     assert code == 0 and "--resume" in out and "rand-m9" in out and "skip|refuse" in out
-    missing = [name for name in FIELDS if f"--{name.replace('_', '-')}" not in out]
+    missing = [name for name in ClassifyRecipe.model_fields if f"--{name.replace('_', '-')}" not in out]
     assert not missing

@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import shutil
 import tarfile
@@ -10,14 +9,14 @@ import torch
 from PIL import Image
 from small import TINY, colours, truncate
 
+from linsight.data.datasets import open_evaluation
+from linsight.data.images import Samples, cached, collate, decode, eval_transform, train_transform
+from linsight.data.random import key
 from linsight.errors import LinsightError
 from linsight.runtime.files import write_json
-from linsight.train import Trained, open_data, resolve
-from linsight.train.datasets import open_evaluation
+from linsight.train import Trained, open_data, resolve, train
 from linsight.train.evaluation import prepare
-from linsight.train.images import Samples, cached, collate, decode, eval_transform, train_transform
 from linsight.train.model import build
-from linsight.train.random import key
 
 
 def recipe(data, **overrides):
@@ -150,7 +149,7 @@ def messages(tmp_path):
         "classes differ": (odd, "'b' is in one of them only"),
         "no tar": (tmp_path / "broken.tar", "is no readable tar file"),
         "no data": (tmp_path / "file.txt", "is no data"),
-        "stream": ("wds/imagenet", "is read as a stream"),
+        "stream": ("wds/imagenet", "give the shards themselves"),
         "torch without folder": ("torch/cifar10", "--data-dir"),
     }
 
@@ -185,7 +184,7 @@ def test_evaluation_takes_a_folder_with_some_of_the_classes_only(folder):
 
 def test_a_run_is_evaluated_by_the_names_of_its_classes(folder, tmp_path):
     chosen = recipe(folder)
-    write_json(tmp_path / "config.json", {"recipe": dataclasses.asdict(chosen)})
+    write_json(tmp_path / "config.json", {"recipe": chosen.values()})
     trained = Trained(build(chosen, 3), chosen, ("red", "blue", "green"), tmp_path / "best.safetensors")
     for given in (None, str(folder)):
         prepared = prepare(trained, given, None, 60, "cpu", "off", 0, "skip", None)
@@ -207,8 +206,11 @@ def test_bad_images_are_left_out_of_a_batch_by_name(folder):
     assert batch.images.shape == (58, 3, 8, 8) and batch.images.dtype == torch.uint8
     assert len(batch.bad) == 2 and "3.png: " in batch.bad[0] and "4.png: not an image" in batch.bad[1]
     kept, bad, _ = cached(data, 3)
-    assert len(kept) == 58 and bad == batch.bad
-    assert kept.targets == batch.targets.tolist()
+    assert len(kept) == 60 and bad == batch.bad
+    again = Samples(kept, eval_transform(recipe(folder), (8, 8)), 3, 0)
+    found = collate([again[0, i] for i in range(60)])
+    assert torch.equal(found.images, batch.images) and torch.equal(found.targets, batch.targets)
+    assert found.bad == batch.bad
     assert collate([batch.bad[0]]).images.numel() == 0
 
 
@@ -236,3 +238,16 @@ def test_timm_s_policies_run_at_their_ends_on_colour_and_on_grey(folder, policy,
 def test_an_unknown_policy_of_augmentation_is_one_line(folder):
     with pytest.raises(LinsightError, match="auto_augment='rond-m9' is no policy"):
         train_transform(recipe(folder, auto_augment="rond-m9"), (8, 8))
+
+
+def test_drafts_are_large_jpegs_at_a_fraction_of_their_size(tmp_path):
+    data = colours(tmp_path / "d", {"a": 2, "b": 2}, size=(400, 300), suffix=".jpg")
+    shutil.move(colours(tmp_path / "p", {"a": 1}, size=(400, 300)) / "a" / "0.png", data / "a" / "1.png")
+    source = open_data(recipe(data, val_fraction=0.1)).train.whole
+    for draft, sizes in ((0, {(400, 300)}), (100, {(200, 150), (400, 300)}), (151, {(400, 300)}), (75, {(100, 75)})):
+        seen = []
+        samples = Samples(source, lambda image, seen=seen: seen.append(image.size), 3, 0, draft=draft)
+        assert all(not isinstance(samples[0, index], str) for index in range(len(source)))
+        assert set(seen) == sizes | {(400, 300)}, draft
+    with pytest.raises(LinsightError, match="draft=9 decodes anew in every epoch, and cache=memory keeps the whole"):
+        train(recipe(data, draft=9, cache="memory"), out=tmp_path / "run")

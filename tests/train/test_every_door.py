@@ -1,6 +1,5 @@
 """Pictures at every door of the command line: what is read, filled, left out, noted and refused."""
 
-import dataclasses
 import json
 import tarfile
 
@@ -11,9 +10,10 @@ import torch
 from PIL import Image
 from small import TINY, colours
 
+from linsight.data.images import decode
 from linsight.errors import LinsightError
+from linsight.tasks import ClassifyRecipe
 from linsight.train import (
-    Recipe,
     Tiling,
     Trained,
     load_trained,
@@ -23,7 +23,6 @@ from linsight.train import (
     resolve,
     train,
 )
-from linsight.train.images import decode
 from linsight.train.model import build, save
 from linsight.train.progress import Silent
 
@@ -33,11 +32,11 @@ PLAIN = ("--device", "cpu", "--amp", "off")
 
 
 def trained(path, **more):
-    recipe = Recipe(model="vit_tiny", attention="inline", model_args=MODEL, img_size=(24, 24), **more)
+    recipe = ClassifyRecipe(model="vit_tiny", attention="inline", model_args=MODEL, img_size=(24, 24), **more)
     torch.manual_seed(0)
     state = build(recipe, 3).state_dict()
     state["head.weight"].normal_()
-    save(path, state, recipe, ("blue", "green", "red"))
+    save(path, state, recipe, {"classes": ("blue", "green", "red")})
     return path
 
 
@@ -132,7 +131,7 @@ def test_a_model_that_gives_no_numbers(weights, linsight, tmp_path):
     model = load_trained(weights)
     state = model.model.state_dict()
     state["head.bias"][0] = torch.nan
-    save(tmp_path / "bad.safetensors", state, model.recipe, model.classes)
+    save(tmp_path / "bad.safetensors", state, model.recipe, {"classes": model.classes})
     (tmp_path / "d" / "red").mkdir(parents=True)
     picture().save(tmp_path / "d" / "red" / "a.png")
     bad, file = tmp_path / "bad.safetensors", tmp_path / "d" / "red" / "a.png"
@@ -182,9 +181,11 @@ def test_models_of_four_channels(linsight, tmp_path):
     four = {"mean": (0.5,) * 4, "std": (0.5,) * 4}
     bands = np.random.default_rng(0).integers(0, 255, (24, 24, 4), dtype=np.uint8)
     Image.fromarray(bands).save(tmp_path / "a.png")
-    recipe = Recipe(model="vit_tiny", attention="inline", model_args=MODEL, img_size=(24, 24), in_chans=4, **four)
+    recipe = ClassifyRecipe(
+        model="vit_tiny", attention="inline", model_args=MODEL, img_size=(24, 24), in_chans=4, **four
+    )
     torch.manual_seed(0)
-    model = Trained(build(recipe, 3).eval(), dataclasses.replace(recipe, crop_pct=1.0), tuple("abc"), tmp_path)
+    model = Trained(build(recipe, 3).eval(), recipe.changed(crop_pct=1.0), tuple("abc"), tmp_path)
     where = {"device": "cpu", "amp": "off"}
     (whole,), _ = predict(model, [tmp_path / "a.png"], **where)
     (stream,), _ = predict_stream(model, [tmp_path / "a.png"], Tiling(**where))
@@ -192,9 +193,8 @@ def test_models_of_four_channels(linsight, tmp_path):
     picture().save(tmp_path / "b.png")
     with pytest.raises(LinsightError, match="has 3 channels a pixel, and the model takes 4"):
         predict(model, [tmp_path / "b.png"], **where)
-    recipe = dataclasses.replace(recipe, in_chans=6, mean=(0.5,) * 6, std=(0.5,) * 6)
     with pytest.raises(LinsightError, match=r"in_chans .6.: known: 1, 3, 4"):
-        predict(dataclasses.replace(model, recipe=recipe), [tmp_path / "a.png"], **where)
+        recipe.changed(in_chans=6, mean=(0.5,) * 6, std=(0.5,) * 6)
 
 
 def test_levels(weights, linsight, tmp_path):

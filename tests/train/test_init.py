@@ -10,6 +10,7 @@ from small import TINY, colours, truncate
 import linsight
 from linsight.errors import CheckpointError, LinsightError
 from linsight.runtime.signals import Interrupted
+from linsight.tasks import task_of
 from linsight.train import load_trained, resolve, resume, train
 from linsight.train.loop import Trainer
 from linsight.train.progress import Silent
@@ -58,7 +59,8 @@ def before_training(out, **overrides):
     """The weights of a run before its first step, and what it said."""
     notes = Notes()
     recipe = resolve("digits", {**START, **overrides})
-    return Trainer(Run.start(recipe, out, "run"), linsight.train.open_data(recipe), notes).learner, notes.notes
+    task = task_of(recipe)
+    return Trainer(Run.start(recipe, out, "run"), task, task.open(), notes).learner, notes.notes
 
 
 def test_a_run_starts_from_published_weights_with_a_fresh_classifier(tmp_path, published):
@@ -166,7 +168,8 @@ def test_what_other_weights_lack_stays_as_initialised_and_learns_faster(tmp_path
         assert torch.equal(value, plain.model.state_dict()[name] if name in new else inherited), name
     count = sum(own[name].numel() for name in new)
     assert any(note.startswith(f"new: {count} parameters in 8 tensors stay as initialised: blocks.0") for note in notes)
-    learner.step(sum(p.sum() for p in learner.model.parameters()), 1)
+    learner.backward(sum(p.sum() for p in learner.model.parameters()))
+    learner.step(1)
     named = {id(p): name for name, p in learner.model.named_parameters()}
     rates = {named[id(p)]: g["lr"] for g in learner.optimiser.param_groups for p in g["params"]}
     assert rates.keys() == set(named.values())
@@ -179,7 +182,8 @@ def test_what_other_weights_lack_stays_as_initialised_and_learns_faster(tmp_path
 
 def test_a_rate_without_a_schedule_is_scaled_too(tmp_path, softmax):
     learner, _ = before_training(tmp_path / "run", **{**CONVERT, "init": softmax[1], "sched": "none", "lr": 1e-3})
-    learner.step(sum(p.sum() for p in learner.model.parameters()), 0)
+    learner.backward(sum(p.sum() for p in learner.model.parameters()))
+    learner.step(0)
     assert sorted({group["lr"] for group in learner.optimiser.param_groups}) == pytest.approx([1e-3, 2e-2])
 
 

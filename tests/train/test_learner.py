@@ -1,8 +1,9 @@
 """What an update does: the losses, which parameters it changes, and how fast."""
 
-import dataclasses
+import random
 import typing
 
+import numpy as np
 import pytest
 import torch
 from small import TINY
@@ -10,10 +11,11 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
 
+import linsight.tasks.task
+from linsight.data.images import Batch, Samples, train_transform
 from linsight.errors import LinsightError
-from linsight.train import load_trained, loop, open_data, resolve, train
-from linsight.train import model as models
-from linsight.train.images import Batch, Samples, train_transform
+from linsight.tasks import Classify, task_of
+from linsight.train import load_trained, open_data, resolve, train
 from linsight.train.learner import Learner, ema_decay
 from linsight.train.model import build
 
@@ -23,7 +25,8 @@ CPU = torch.device("cpu")
 def learner(model=None, **overrides):
     recipe = resolve("digits", {**TINY, "smoothing": 0.1, **overrides})
     torch.manual_seed(0)
-    return Learner(recipe, model or build(recipe, 10), CPU, None, classes=10, updates=5)
+    task = task_of(recipe, {"classes": tuple("0123456789")})
+    return Learner(task, model or build(recipe, 10), CPU, None, updates=5)
 
 
 def batch(count=6):
@@ -37,7 +40,7 @@ def test_mesa_adds_what_the_averaged_weights_say_from_its_epoch_on():
     with torch.no_grad():
         for parameter in ours.ema.module.parameters():
             parameter.add_(0.1)
-    images = ours.normalise(batch().images)
+    images = ours.task.inputs(batch().images)
     logits = ours.model.train()(images)
     plain = F.cross_entropy(logits, batch().targets, label_smoothing=0.1)
     taught = -(ours.ema.module(images).softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
@@ -55,7 +58,7 @@ def test_mesa_sees_the_mixed_images():
     for model in (ours.model, ours.ema.module):
         model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     ours.loss(batch(), 0)
-    assert len(seen) == 2 and torch.equal(*seen) and not torch.equal(seen[0], ours.normalise(batch().images))
+    assert len(seen) == 2 and torch.equal(*seen) and not torch.equal(seen[0], ours.task.inputs(batch().images))
 
 
 class Outputs(typing.NamedTuple):
@@ -82,7 +85,7 @@ class Exits(nn.Module):
 def test_a_model_may_have_a_loss_of_its_own():
     ours = learner(Exits())
     loss, _ = ours.loss(batch(), 0)
-    early, late = ours.model(ours.normalise(batch().images))
+    early, late = ours.model(ours.task.inputs(batch().images))
     targets = batch().targets
     expected = 0.25 * F.cross_entropy(early, targets, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected + F.cross_entropy(late, targets, label_smoothing=0.1))
@@ -91,8 +94,7 @@ def test_a_model_may_have_a_loss_of_its_own():
 
 
 def test_such_a_model_goes_through_a_whole_run(tmp_path, monkeypatch):
-    for module in (loop, models):
-        monkeypatch.setattr(module, "build", lambda recipe, classes: Exits())
+    monkeypatch.setattr(linsight.tasks.task, "build", lambda recipe, classes: Exits())
     options = {"batch_size": 32, "lr": "1e-2", "epochs": 2, "mixup": 0.2, "ema": 0.5}
     recipe = resolve("digits", {**TINY, **options})
     summary = train(recipe, out=tmp_path / "run")
@@ -109,10 +111,10 @@ def test_copies_of_an_image_are_augmented_each_in_its_own_way():
 
 
 def test_the_decay_of_averages_is_that_of_the_batch():
-    recipe = dataclasses.replace(resolve(), ema=0.9996, ema_base_batch=4096)
+    recipe = resolve().changed(ema=0.9996, ema_base_batch=4096)
     for size, decay in ((4096, 0.9996), (1024, 0.9999), (512, 0.99995)):
-        assert ema_decay(dataclasses.replace(recipe, batch_size=size)) == pytest.approx(decay, abs=1e-7)
-    assert ema_decay(dataclasses.replace(recipe, ema_base_batch=0)) == 0.9996
+        assert ema_decay(recipe.changed(batch_size=size)) == pytest.approx(decay, abs=1e-7)
+    assert ema_decay(recipe.changed(ema_base_batch=0)) == 0.9996
     assert learner(ema=0.5, ema_base_batch=64, batch_size=128).ema.decay == 0.25
 
 
@@ -137,3 +139,36 @@ def test_what_decays_is_what_decayed_in_the_published_training(model, decays, st
     for ending in stays:
         found = [name for name in named.values() if name.endswith(ending)]
         assert found and decayed.isdisjoint(found), ending
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.0}, {"batch_size": 62, "mixup": 0.5}]
+)
+def test_a_batch_in_parts_is_learned_as_in_one(tmp_path, more):
+    more = {**TINY, "ema": 0.9, "clip_grad": 1.0, "lr": 1e-3, **more}
+    found = [train(resolve("digits", {**more, "accumulate": n}), out=tmp_path / str(n)) and n for n in (1, 2, 5)]
+    one, *others = (load_trained(tmp_path / str(n)).model.state_dict() for n in found)
+    for other in others:
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=2e-4)
+    start = build(resolve("digits", more), 10).state_dict()
+    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 0.02  # which is far more
+
+
+def test_in_every_part_images_are_mixed_alike_and_a_model_drops_others(tmp_path, monkeypatch):
+    seen = []
+
+    def loss(self, student, batch, epoch):
+        seen.append((len(batch.images), np.random.rand(), random.random(), float(torch.rand(()))))
+        return sum(p.sum() for p in student.model.parameters()) * 0, len(batch.images)
+
+    monkeypatch.setattr(Classify, "loss", loss)
+    train(
+        resolve("digits", {**TINY, "epochs": 1, "warmup_epochs": 0, "batch_size": 62, "accumulate": 4}),
+        out=tmp_path / "r",
+    )
+    first, second = seen[:4], seen[4:8]
+    assert [count for count, *_ in first] == [14, 16, 16, 16]
+    for step in (first, second):
+        assert len({numbers[1:3] for numbers in step}) == 1 and len({noise for *_, noise in step}) == 4
+    assert first[0][1:] != second[0][1:]

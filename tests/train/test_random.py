@@ -1,9 +1,10 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 
-from linsight.train.random import Batches, hold_out, key, seed_sample, seed_step
+from linsight.data.random import Batches, hold_out, key, seed_sample, seed_step, share
 
 
 def test_a_key_depends_on_every_part_and_on_their_order():
@@ -63,3 +64,13 @@ def test_hold_out_takes_a_share_of_each_class():
     assert sorted(rest + held) == list(range(62))
     assert [sum(targets[i] == c for i in held) for c in range(3)] == [10, 2, 1]
     assert (rest, held) == hold_out(targets, 0.2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 64])
+@pytest.mark.parametrize("of", [1, 2, 3, 5])
+def test_shares_are_all_images_each_once_and_pairs_stay_together(count, of):
+    shares = [share(count, number, of) for number in range(of)]
+    assert sorted(place for part in shares for place in part) == list(range(count))
+    for part in shares:
+        assert [count - 1 - place for place in reversed(part)] == part
+        assert abs(len(part) - count / of) <= 2

@@ -1,14 +1,13 @@
 """Results as rows, of one thing at one size: a CSV file with timm's names of columns where timm has one."""
 
 import csv
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from linsight.errors import LinsightError
-from linsight.runtime.files import replacing
+from linsight.runtime.files import replacing, user_cache
 
 from ._subjects import Subject
 from .roofline import PEAKS, roofline
@@ -127,7 +126,7 @@ def _parsed(key: str, value: str | None) -> Any:
 
 def results_folder() -> Path:
     """Where results of this machine are kept: `linsight/bench` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linsight" / "bench"
+    return user_cache("bench")
 
 
 def table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from linsight.errors import LinsightError
-from linsight.recipe import FIELDS
+from linsight.recipe import Recipe
 from linsight.runtime.console import new_console
 from linsight.runtime.files import to_json
 from linsight.runtime.launch import this_copy
@@ -32,8 +32,8 @@ Shard = Annotated[
     str | None, typer.Option(metavar="I/N", help="only the I-th of N shares, on a machine of its own", **_MANY)
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="images at a time; none: 64", **_MANY)]
-Workers = Annotated[int | None, typer.Option(min=0, help=FIELDS["workers"].metadata["help"], **_MANY)]
-ImageKey = Annotated[str | None, typer.Option(help=FIELDS["image_key"].metadata["help"], **_MANY)]
+Workers = Annotated[int | None, typer.Option(min=0, help=Recipe.help("workers"), **_MANY)]
+ImageKey = Annotated[str | None, typer.Option(help=Recipe.help("image_key"), **_MANY)]
 
 
 def check(given: Mapping[str, Any], out: str | None, streamed: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from linsight.errors import LinsightError
-from linsight.recipe import check_value, parse
+from linsight.recipe import Recipe
 from linsight.runtime.console import new_console
 
 from .show import Command, Json, make_table, print_json, terminal
@@ -69,10 +69,7 @@ def export(
         raise typer.BadParameter("--opset goes with --onnx")
     if random and checkpoint is not None:
         raise typer.BadParameter("--random has no weights, and --checkpoint does: give one of them")
-    sides = parse("img_size", img_size or "")
-    check_value("img_size", sides)
-    if len(sides) > 2:
-        raise LinsightError(f"img_size takes 1 or 2 numbers, not {len(sides)}")
+    sides = Recipe.parse("img_size", img_size or "")
     trained = _source(source, checkpoint, from_size, random)
     for path in files.values():
         if path.exists() and trained.path.exists() and path.samefile(trained.path):

@@ -2,27 +2,30 @@
 
 import dataclasses
 import inspect
-import types
-import typing
+import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from linsight.errors import UnknownNameError
-from linsight.recipe import FIELDS, HINTS, check_value, parse
+from linsight.recipe import GROUPS, Recipe
+from linsight.records import Record
 from linsight.runtime.console import new_console
 from linsight.runtime.files import to_json
 from linsight.runtime.launch import refuse_copies
 from linsight.runtime.text import printable
+from linsight.tasks import field_of, known_fields
 from linsight.train.progress import reporter, tile_reporter
 from linsight.train.recipes import OWN
 
 from . import batch
+from .recipe import recipe
 from .show import Command, make_table, terminal
 from .source import Source, load
 
-_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", tuple: "N,N", Mapping: "NAME=VALUE,..."}
+_Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+_METAVARS = {"integer": "INT", "number": "NUMBER", "string": "TEXT", "array": "N,N", "object": "NAME=VALUE,..."}
 _ABOUT = "\n\n".join(
     [
         *(f"{name}: {shipped.about}" for name, shipped in OWN.items()),
@@ -43,6 +46,7 @@ def register(app: typer.Typer) -> None:
             f"Recipes:\n\n{_ABOUT}"
         ),
     )(_train)
+    app.command(cls=Command)(recipe)
     app.command("eval", cls=Command)(evaluate)
     app.command("predict", cls=Command)(predict)
     app.command("merge", cls=Command)(batch.merge)
@@ -53,13 +57,12 @@ def _train(**options: Any) -> None:
     for option, value in (("--recipe", name), ("--out", out)):
         if folder is not None and value is not None:
             raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
-    overrides = {key: parse(key, value) for key, value in options.items() if value is not None}
-    for key, value in overrides.items():
-        check_value(key, value)
+    overrides = {key: field_of(key).parse(key, value) for key, value in options.items() if value is not None}
     report = reporter(new_console())
     try:
         from linsight.train import resolve, resume, suggest, train
         from linsight.train.chosen import told_channels
+        from linsight.train.loop import columns_of
 
         if folder is not None:
             summary = resume(folder, overrides=overrides, report=report)
@@ -71,14 +74,16 @@ def _train(**options: Any) -> None:
             recipe = resolve(name, overrides)
             if told := told_channels(name, recipe):
                 report.note(told)
-            summary = train(recipe, out=out, name=name, report=report)
+            summary = train(recipe, out=out, name=pathlib.Path(name).stem, report=report)
     finally:
         report.end()
-    when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {summary['last_top1']:.2f} %"
+    best, *others = columns_of(summary)
+    last = best.text({best.key: summary[f"last_{best.key}"]}, unit=True)
+    when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {last}"
     _print_facts(
         [
-            ["top-1", f"{summary['top1']:.2f} % ({when})"],
-            *([["top-5", f"{summary['top5']:.2f} %"]] if summary["classes"] > 5 else []),
+            [best.label, f"{best.text(summary, unit=True)} ({when})"],
+            *([column.label, column.text(summary, unit=True)] for column in others),
             ["time", f"{summary['seconds']:.1f} s"],
             ["folder", summary["folder"]],
         ]
@@ -88,7 +93,15 @@ def _train(**options: Any) -> None:
 def _signature() -> inspect.Signature:
     """One option for each field of `Recipe`, beside those of the run itself."""
     own: list[tuple[str, Any, Any]] = [
-        ("recipe", str | None, typer.Option(help=f"{', '.join(OWN)}, or a published model", rich_help_panel="Run")),
+        (
+            "recipe",
+            str | None,
+            typer.Option(
+                metavar="NAME|FILE",
+                help=f"{', '.join(OWN)}, a published model, or a .yaml, .toml or .json file",
+                rich_help_panel="Run",
+            ),
+        ),
         (
             "out",
             str | None,
@@ -100,8 +113,9 @@ def _signature() -> inspect.Signature:
             typer.Option(metavar="FOLDER", help="go on with the stopped run in a folder", rich_help_panel="Run"),
         ),
     ]
-    for name, field in FIELDS.items():
-        own.append((name, *_option(name, field.metadata)))
+    fields = known_fields()
+    for name in sorted(fields, key=lambda name: GROUPS.index(fields[name].groups()[name])):
+        own.append((name, *_option(name, fields[name])))
     return inspect.Signature(
         [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option])
@@ -110,14 +124,13 @@ def _signature() -> inspect.Signature:
     )
 
 
-def _option(name: str, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
-    hint = HINTS[name]
-    if hint is bool:
-        return bool | None, typer.Option(help=metadata["help"], rich_help_panel=metadata["group"])
-    if isinstance(hint, types.UnionType):
-        hint = typing.get_args(hint)[0]
-    metavar = "|".join(metadata["choices"]) or _METAVARS[typing.get_origin(hint) or hint]
-    return str | None, typer.Option(metavar=metavar, help=metadata["help"], rich_help_panel=metadata["group"])
+def _option(name: str, kind: type[Record]) -> tuple[Any, Any]:
+    shown: dict[str, Any] = {"help": kind.help(name), "rich_help_panel": kind.groups()[name] or "Run"}
+    type_ = kind.type_of(name)
+    if type_ == "boolean":
+        return bool | None, typer.Option(**shown)
+    metavar = "|".join(map(str, kind.choices(name))) or _METAVARS[type_]
+    return str | None, typer.Option(metavar=metavar, **shown)
 
 
 _train.__signature__ = _signature()  # type: ignore[attr-defined]
@@ -125,17 +138,16 @@ _train.__annotations__ = {name: p.annotation for name, p in _train.__signature__
 
 _OUTPUTS = ("classes", "features", "map")
 _STREAM: dict[str, Any] = {"rich_help_panel": "Streaming"}
-_Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-_Device = Annotated[str, typer.Option(help=FIELDS["device"].metadata["help"])]
-_Amp = Annotated[str, typer.Option(help=FIELDS["amp"].metadata["help"])]
+_Device = Annotated[str, typer.Option(help=Recipe.help("device"))]
+_Amp = Annotated[str, typer.Option(help=Recipe.help("amp"))]
 _From = Annotated[
     str | None, typer.Option(metavar="N,N", help="size of the images --checkpoint was made for, if it does not tell")
 ]
 _Size = Annotated[
     str | None, typer.Option(metavar="N,N", help="side of the images, or height and width; none: the model's own")
 ]
-_Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=FIELDS["on_bad_image"].metadata["help"])]
-_Fill = Annotated[float | None, typer.Option(help=FIELDS["fill"].metadata["help"])]
+_Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=Recipe.help("on_bad_image"))]
+_Fill = Annotated[float | None, typer.Option(help=Recipe.help("fill"))]
 
 
 def evaluate(
@@ -143,11 +155,11 @@ def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
     from_size: _From = None,
     data: Annotated[str | None, typer.Option(help="what to evaluate on; none: the run's own data")] = None,
-    data_dir: Annotated[str | None, typer.Option(help=FIELDS["data_dir"].metadata["help"])] = None,
+    data_dir: Annotated[str | None, typer.Option(help=Recipe.help("data_dir"))] = None,
     split: Annotated[str | None, typer.Option(help="the split; none: validation, else test, else all")] = None,
     img_size: _Size = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
-    workers: Annotated[int | None, typer.Option(min=0, help=FIELDS["workers"].metadata["help"])] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help=Recipe.help("workers"))] = None,
     device: _Device = "auto",
     amp: _Amp = "auto",
     on_bad_image: _Bad = "skip",
@@ -189,8 +201,7 @@ def evaluate(
     skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
     _print_facts(
         [
-            ["top-1", f"{result['top1']:.2f} %"],
-            *([["top-5", f"{result['top5']:.2f} %"]] if result["classes"] > 5 else []),
+            *([column.label, column.text(result, unit=True)] for column in trained.task.columns),
             ["loss", f"{result['loss']:.4f}"],
             ["images", f"{result['images']} of {result['data']}{skipped}"],
             ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
@@ -303,7 +314,7 @@ def predict(
     trained, notes = load(source, checkpoint, from_size, settings), list[str]()
     done, bad = run(trained, images, top=top, **settings, fill=fill, note=notes.append)
     _tell(notes)
-    _tell_classes(done, bad, as_json)
+    _tell_found(trained, done, bad, as_json)
 
 
 def _predict_stream(
@@ -331,7 +342,7 @@ def _predict_stream(
     if out is None:
         done = predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image, note=notes.append)
         _tell(notes)
-        _tell_classes(*done, as_json)
+        _tell_found(trained, *done, as_json)
         return
     shape = save_stream(trained, images[0], out, tiling, output=output, note=notes.append)  # type: ignore[arg-type]
     _tell(notes)
@@ -341,24 +352,19 @@ def _predict_stream(
         _print_facts([[output, f"{' x '.join(map(str, shape))}, float32"], ["file", out]])
 
 
-def _tell_classes(done: list[Any], bad: list[str], as_json: bool) -> None:
+def _tell_found(trained: Any, done: list[Any], bad: list[str], as_json: bool) -> None:
     if as_json:
         typer.echo(to_json({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
         return
-    rows = [
-        ["" if rank else entry.file, label, f"{100 * value:.1f} %"]
-        for entry in done
-        for rank, (label, value) in enumerate(zip(entry.classes, entry.probabilities, strict=True))
-    ]
-    terminal().print(make_table("", ["file", "class", "probability"], rows))
+    terminal().print(make_table("", *trained.task.table(done)))
     _tell_bad(bad)
 
 
 def _check(settings: Mapping[str, Any]) -> None:
     """Refuse a value that no run can have, before anything is read."""
     for name, value in settings.items():
-        if name in FIELDS and value is not None:
-            check_value(name, parse(name, value))
+        if name in Recipe.model_fields and value is not None:
+            Recipe.parse(name, value)
 
 
 def _print_facts(rows: list[list[str]]) -> None:

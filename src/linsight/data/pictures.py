@@ -102,7 +102,7 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def decode(stored: Any, mode: str, name: str = "the image", fill: float | None = None) -> Decoded:
+def decode(stored: Any, mode: str, name: str = "the image", fill: float | None = None, draft: int = 0) -> Decoded:
     """Decode a picture whole, in a mode of `MODES`.
 
     Args:
@@ -110,6 +110,8 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
         mode: "L", "RGB", or "CMYK" for any four channels.
         name: of the picture, in messages.
         fill: the value of pixels that are no number, in the picture's units.
+        draft: decode JPEGs at 1/2, 1/4 or 1/8 of their size, where their shorter side has so many pixels or more then,
+            which is quicker, and gives other pixels than to resize the whole; 0: decode the whole.
 
     Raises:
         ImageError: it is damaged, no picture, of a kind that cannot be read, or has more than
@@ -117,7 +119,7 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
         MissingExtraError: its kind needs a package that is not installed.
     """
     most = None if Image.MAX_IMAGE_PIXELS is None else 2.0 * Image.MAX_IMAGE_PIXELS
-    wanted = Wanted(MODES[mode], most=most)
+    wanted = Wanted(MODES[mode], most=most, draft=draft)
     if isinstance(stored, np.ndarray) and stored.dtype == np.uint8 and stored.shape[2:] in ((), (3,)):
         stored = Image.fromarray(stored)
     with _calmly(name):

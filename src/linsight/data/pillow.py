@@ -63,6 +63,8 @@ class Pillow:
         self.notes: tuple[str, ...] = (FRAMES,) if several else ()
         kind, bits = image.format, _bits(image)
         orientation = _orientation(image)
+        if wanted.draft:
+            image.draft(None, (wanted.draft, wanted.draft))  # what is no JPEG takes no notice
         with _libtiff_silent() if kind == "TIFF" else contextlib.nullcontext():
             image.load()
         orientation = 1 if kind == "TIFF" else orientation  # Pillow has turned it

@@ -43,12 +43,14 @@ class Wanted(NamedTuple):
     channels: as many as the model takes.
     level, mpp: which level, by its number or by microns a pixel; the full size by neither.
     most: pixels of the largest picture that is read; None: as memory allows.
+    draft: JPEGs may be decoded at a fraction of their size, whose shorter side has so many pixels or more; 0: whole.
     """
 
     channels: int
     level: int | None = None
     mpp: float | None = None
     most: float | None = None
+    draft: int = 0
 
     def check(self, height: int, width: int, name: str) -> None:
         """Raise an ImageError for a picture without pixels, or of more than are read whole."""

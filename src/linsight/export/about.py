@@ -11,7 +11,7 @@ from typing import Any
 from linsight.attention import Mechanism, Paper, list_attentions
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
-from linsight.recipe import FIELDS, RESUMABLE, Recipe
+from linsight.recipe import Recipe
 from linsight.runtime.text import printable
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
@@ -122,9 +122,7 @@ def papers_of(architecture: str, attention: str) -> list[Paper]:
 
 def shared_recipe(recipe: Recipe) -> dict[str, Any]:
     """The fields of a recipe that differ from the defaults and that its result depends on, without folders."""
-    plain = Recipe()
-    names = [name for name in FIELDS if name not in RESUMABLE]
-    values = {name: getattr(recipe, name) for name in names if getattr(recipe, name) != getattr(plain, name)}
+    values = {name: value for name, value in recipe.differences().items() if name not in recipe.RESUMABLE}
     for name in _PLACES:
         if values.get(name) is not None:
             values[name] = _place(str(values[name]))

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from linsight.attention import Paper
-from linsight.recipe import FIELDS
+from linsight.tasks import known_fields
 
 from .about import RESULTS, About, mechanisms_of, papers_of
 from .snippets import usage
@@ -147,7 +147,7 @@ def _speed(about: About) -> str:
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
-    rows = [(f"`{name}`", escaped(_said(value), 200)) for name, value in recipe.items() if name in FIELDS]
+    rows = [(f"`{name}`", escaped(_said(value), 200)) for name, value in recipe.items() if name in known_fields()]
     if not rows:
         return ""
     return "## Recipe\n\nFields of `linsight train` that differ from its defaults.\n\n" + _table(

@@ -111,7 +111,7 @@ def _write(
     write_json(folder / CONFIG, written)
     _check_again(folder, model)
     recipe = run.recipe if run is not None else recipe_of(written, model)
-    save(folder / WEIGHTS, model.state_dict(), recipe, labels or _numbers(model))
+    save(folder / WEIGHTS, model.state_dict(), recipe, {"classes": labels or _numbers(model)})
     write_text(folder / CARD, make_card(_about(model, written, run, results, labels, name, licence)))
 
 

@@ -1,6 +1,5 @@
 """A trained model on its way out, and an exported file in the place of a trained model."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linsight.data.images import statistics
 from linsight.errors import CheckpointError
-from linsight.recipe import Recipe, change
 from linsight.runtime.files import require_place
+from linsight.tasks import ClassifyRecipe
+from linsight.tasks.building import image_size
 from linsight.train import Trained, load_trained
-from linsight.train.images import statistics
-from linsight.train.model import KEPT, image_size, packed
+from linsight.train.model import packed
 
 from .facts import Facts
 from .files import SUFFIXES, Opened, data_of, open_exported
@@ -41,7 +41,7 @@ def facts_of_trained(trained: Trained, size: tuple[int, int], *, dynamic: bool =
         crop_pct=recipe.crop_pct,
         crop_mode=recipe.eval_crop,
         dynamic=dynamic,
-        recipe={name: getattr(recipe, name) for name in KEPT},
+        recipe={name: getattr(recipe, name) for name in recipe.kept()},
     )
 
 
@@ -107,8 +107,8 @@ class ExportPlan:
         require_place(path)
         with placing(path) as temporary, traced(trained.model, self.facts, half=self.half) as of:
             about = {"run": trained.run, "titles": trained.titles}
-            recipe = dataclasses.replace(trained.recipe, img_size=self.facts.input_size[1:])
-            temporary.write_bytes(packed(state, recipe, trained.classes, **about))
+            recipe = trained.recipe.changed(img_size=self.facts.input_size[1:])
+            temporary.write_bytes(packed(state, recipe, {**trained.task.facts, **about}))
             again = load_trained(temporary).model
             checks = compare(of.reference, again, [(x, x) for x, _ in of.inputs], of.limit, "the file of weights")
         return Exported(path, "safetensors", checks, of.limit, facts=of.facts)
@@ -149,20 +149,18 @@ def load_exported(path: str | pathlib.Path) -> Trained:
     count = _count(model, path)
     if len(facts.classes) not in (0, count):
         raise CheckpointError(f"'{path}' names {len(facts.classes)} classes and answers {count}: export it again")
-    recipe = change(
-        Recipe(),
-        {
-            "model": facts.model,
-            "in_chans": channels,
-            "img_size": tuple(size),
-            "mean": facts.mean,
-            "std": facts.std,
-            "interpolation": facts.interpolation,
-            "crop_pct": facts.crop_pct,
-            "eval_crop": facts.crop_mode,
-            "fill": facts.recipe.get("fill"),
-        },
-    )
+    told: dict[str, Any] = {
+        "model": facts.model,
+        "in_chans": channels,
+        "img_size": tuple(size),
+        "mean": facts.mean,
+        "std": facts.std,
+        "interpolation": facts.interpolation,
+        "crop_pct": facts.crop_pct,
+        "eval_crop": facts.crop_mode,
+        "fill": facts.recipe.get("fill"),
+    }
+    recipe = ClassifyRecipe(**told)
     return Trained(
         model,
         recipe,

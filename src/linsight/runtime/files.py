@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,6 +42,15 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         if isinstance(error.__context__, OSError):
             raise _unwritten(path, error.__context__) from error
         raise
+
+
+def user_cache(name: str) -> pathlib.Path:
+    """The folder `name` of linsight in the user's cache, which may not be there yet: XDG_CACHE_HOME, or ~/.cache."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:  # there is no such user
+        home = tempfile.gettempdir()
+    return pathlib.Path(home) / "linsight" / name
 
 
 def require_folder(folder: pathlib.Path) -> None:

@@ -11,17 +11,20 @@ from linsight.runtime.lazy import lazily
 from linsight.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
+    from linsight.data.datasets import Data, open_data
+    from linsight.tasks import Prediction
+
     from ._parts import merge_predictions
-    from ._predict import Prediction, predict
+    from ._predict import predict
     from .batch import Written, predict_to
     from .chosen import resolve, suggest
-    from .datasets import Data, open_data
     from .evaluation import evaluate
     from .exits import evaluate_exits
     from .loaded import LoadedRun, from_pretrained, load_run
     from .loop import resume, train
     from .model import Trained, load_trained
     from .recipes import RECIPES
+    from .report import write_report
     from .tiling import Tiling, predict_stream, save_stream
 
 __all__ = [
@@ -49,21 +52,24 @@ __all__ = [
     "save_stream",
     "suggest",
     "train",
+    "write_report",
 ]
 
 # Imported when they are asked for: the help of a command needs the recipes alone.
 _HOMES = {
     "_parts": ("merge_predictions",),
-    "_predict": ("Prediction", "predict"),
+    "_predict": ("predict",),
+    "linsight.tasks": ("Prediction",),
     "batch": ("Written", "predict_to"),
     "chosen": ("resolve", "suggest"),
-    "datasets": ("Data", "open_data"),
+    "linsight.data.datasets": ("Data", "open_data"),
     "evaluation": ("evaluate",),
     "exits": ("evaluate_exits",),
     "loaded": ("LoadedRun", "from_pretrained", "load_run"),
     "loop": ("resume", "train"),
     "model": ("Trained", "load_trained"),
     "recipes": ("RECIPES",),
+    "report": ("write_report",),
     "tiling": ("Tiling", "predict_stream", "save_stream"),
 }
 __getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

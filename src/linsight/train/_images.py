@@ -1,5 +1,5 @@
-"""The former name of `linsight.train.images`, for scripts that import from there."""
+"""The former name of `linsight.data.images`, for scripts that import from there."""
 
-from .images import decode
+from linsight.data.images import decode
 
 __all__ = ["decode"]

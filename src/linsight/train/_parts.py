@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from linsight.data.trees import count
 from linsight.errors import LinsightError
 from linsight.runtime.files import HeldError, hold, replacing, require_folder, sync, to_json, writing
 
 from ._tables import Row, require_table, shortest, write_table
-from ._trees import count
 
 _PLAN = "plan.json"
 _MOST = 1024  # images of a part

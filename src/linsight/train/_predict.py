@@ -1,37 +1,24 @@
 """The classes that a trained model sees in image files."""
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from linsight.data.feeds import refuse
+from linsight.data.images import Samples, loader, told
+from linsight.data.inputs import is_packed
+from linsight.data.random import Batches
+from linsight.data.sources import Source, images_under
+from linsight.data.trees import shown
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
-from linsight.recipe import change
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 
-from ._feeds import refuse
-from ._inputs import is_packed
-from ._sources import Source, images_under
-from ._trees import shown
-from .evaluation import preparation, probabilities
-from .images import Samples, loader, told
+from .evaluation import outputs, preparation
 from .model import Trained, asked_size
-from .random import Batches
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """The likeliest classes of an image file, best first, with their probabilities."""
-
-    file: str
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
 
 
 def predict(
@@ -46,8 +33,10 @@ def predict(
     fill: float | None = None,
     img_size: Any = None,
     note: Callable[[str], None] = lambda line: None,
-) -> tuple[list[Prediction], list[str]]:
+) -> tuple[list[Any], list[str]]:
     """Predictions for image files and for all images in folders; and a line for each that could not be read.
+
+    Of a classifier they are `Prediction`s, of another task what its `predictions` gives.
 
     Args:
         fill: the value of pixels that are no number; None: that of the training, if it had one.
@@ -60,7 +49,7 @@ def predict(
     """
     settings = {"batch_size": batch_size, "device": device, "amp": amp, "on_bad_image": on_bad_image}
     settings["img_size"] = asked_size(trained, img_size)
-    recipe = change(trained.recipe, settings)
+    recipe = trained.recipe.changed(**settings)
     require_top(top)
     files: list[pathlib.Path] = []
     aside: list[str] = []
@@ -77,16 +66,16 @@ def predict(
         note(line)
     if fill is not None:
         check_fill(fill)
-        recipe = dataclasses.replace(recipe, fill=fill)
+        recipe = recipe.changed(fill=fill)
     if not files:
         raise LinsightError("no image is given: name image files, or folders of them")
     where = pick_device(recipe.device)
     dtype, _ = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
-    source = _Files(files, trained.classes)
+    source, task = _Files(files, trained.classes), trained.task
     way = preparation(trained, recipe, model, where)
     samples = Samples(source, way.transform, recipe.in_chans, 0, recipe.fill)
-    done: list[Prediction] = []
+    done: list[Any] = []
     bad: list[str] = []
     notes: list[str] = []
     for batch in loader(samples, Batches(len(files), way.batch_size, shuffle=False), workers=0, pin=False):
@@ -97,9 +86,8 @@ def predict(
             continue
         names = ", ".join(f"'{files[target]}'" for target in batch.targets[:1].tolist())
         some = f"{names} or another of {len(batch.images)} images" if len(batch.images) > 1 else names
-        best = require_finite(probabilities(model, batch.images, way.normalise, dtype), some).sort(descending=True)
-        for target, values, indices in zip(batch.targets.tolist(), *best, strict=True):
-            done.append(likeliest(trained, files[target], values, indices, top))
+        answers = require_finite(outputs(model, batch.images, way.normalise, dtype), some)
+        done += task.predictions(answers, [str(files[target]) for target in batch.targets.tolist()], top)
     for line in told(notes):
         note(line)
     if not done:
@@ -111,14 +99,6 @@ def require_top(top: int) -> None:
     """Raise a LinsightError unless `top` classes can be told."""
     if not isinstance(top, int) or top < 1:
         raise LinsightError(f"top={top!r} must be a whole number, 1 or more")
-
-
-def likeliest(trained: Trained, file: pathlib.Path, values: Tensor, indices: Tensor, top: int) -> Prediction:
-    """The first `top` of the probabilities `values`, best first, of the classes `indices`."""
-    names = dict(enumerate(trained.titles or trained.classes))
-    top = min(top, len(names))
-    classes = tuple(names.get(index, str(index)) for index in indices[:top].tolist())
-    return Prediction(str(file), classes, tuple(values[:top].tolist()))
 
 
 class _Files(Source):

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linsight.data.feeds import default_workers, refuse
+from linsight.data.images import Batch, Samples, loader, told
+from linsight.data.inputs import Inputs, open_inputs
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
 from linsight.fuse import fused
-from linsight.recipe import Recipe, change
+from linsight.recipe import Recipe
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 from linsight.runtime.launch import Copy, this_copy
 from linsight.runtime.signals import Interrupted, exit_code
 
-from ._feeds import default_workers, refuse
-from ._inputs import Inputs, open_inputs
 from ._parts import Parts, Plan, begin, chunk_size, finish
 from ._predict import require_top
 from ._tables import require_table
 from .evaluation import preparation, probabilities
-from .images import Batch, Samples, loader, told
 from .model import Trained, asked_size
 from .progress import Images
 
@@ -108,10 +108,10 @@ def predict_to(
     settings: dict[str, Any] = {"batch_size": batch_size, "device": _device(device, copy), "amp": amp}
     settings |= {"on_bad_image": on_bad_image, "workers": workers}
     settings["img_size"] = asked_size(trained, img_size)
-    recipe = change(trained.recipe, settings)
+    recipe = trained.recipe.changed(**settings)
     if fill is not None:
         check_fill(fill)
-        recipe = dataclasses.replace(recipe, fill=fill)
+        recipe = recipe.changed(fill=fill)
     note = note if copy.rank == 0 else lambda line: None  # one of all copies tells
     inputs = open_inputs(places, image_key=image_key, result=out)
     if inputs.torn and recipe.on_bad_image == "refuse":

@@ -1,16 +1,17 @@
 """A recipe by name with some fields changed, and the one for a run that names none."""
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from linsight.data.datasets import open_data
+from linsight.data.images import decode
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
-from linsight.recipe import DATA_FIELDS, FIELDS, Recipe, averaged, change, parse
+from linsight.recipe import Recipe, averaged, require_known
+from linsight.tasks import field_of, record_of
+from linsight.tasks.files import is_recipe_file, read_values
 
-from .datasets import open_data
-from .images import decode
 from .model import kept_fields
 from .recipes import FINETUNE, RECIPES
 from .run import WEIGHTS, kept_recipe
@@ -18,6 +19,8 @@ from .run import WEIGHTS, kept_recipe
 
 def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe `name` with some fields changed; values may be text, as on the command line.
+
+    name: of a shipped recipe, or of a file (`linsight.tasks.files`), which may start from a shipped one.
 
     Changing `model` drops the recipe's `model_args`, and changing `attention` its `attention_options`,
     which belong to what they replace. The recipe `finetune` keeps the model and the images of the run that `init`
@@ -27,17 +30,40 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
         UnknownNameError: no such recipe, field or choice; the nearest is offered.
         LinsightError: a value of the wrong kind or out of range.
     """
-    if name not in RECIPES:
-        raise UnknownNameError("recipe", name, RECIPES)
-    given = {field: parse(field, value) for field, value in (overrides or {}).items()}
-    base = RECIPES[name].recipe
+    overrides = dict(overrides or {})
+    if is_recipe_file(name):
+        start, values = read_values(name)
+        overrides = {**values, **overrides}
+        base = Recipe() if start is None else _shipped(start)
+        name = start or name
+    else:
+        base = _shipped(name)
+    base = _of_task(base, overrides.pop("task", base.task))
+    given = base.parse_all(overrides)
     if name == FINETUNE and given.get("init"):
-        base = dataclasses.replace(base, **_kept(given["init"], "data" not in given))
+        base = base.changed(**_kept(given["init"], "data" not in given))
     for head, dependent in (("model", "model_args"), ("attention", "attention_options")):
         if head in given and given[head] != getattr(base, head):
             given.setdefault(dependent, {})
     given = {**averaged(base, given.get("in_chans", base.in_chans)), **given}
-    return change(base, given)
+    recipe = base.changed(**given)
+    require_known(recipe)
+    return recipe
+
+
+def _of_task(base: Recipe, task: Any) -> Recipe:
+    """A recipe as one of another task, as far as that has the fields."""
+    record = record_of(task)
+    if type(base) is record:
+        return base
+    shared = {name: value for name, value in base.values().items() if name in record.model_fields}
+    return record(**{**shared, "task": task})
+
+
+def _shipped(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise UnknownNameError("recipe", name, RECIPES, "or a file that ends in .yaml, .toml or .json")
+    return RECIPES[name].recipe
 
 
 def _kept(init: str, data: bool) -> Mapping[str, Any]:
@@ -48,12 +74,14 @@ def _kept(init: str, data: bool) -> Mapping[str, Any]:
     if kept is None:
         return kept_fields(path)
     groups = {"Model", "Augmentation", *(["Data"] if data else [])}
-    names = [name for name, field in FIELDS.items() if field.metadata["group"] in groups]
+    names = kept.in_group(*groups)
     return {name: getattr(kept, name) for name in names if not name.startswith(("init", "from", "num_classes"))}
 
 
 def told_channels(name: str, recipe: Recipe) -> str:
     """A line where `resolve` averaged the mean and std of the recipe `name` for other channels; or nothing."""
+    if name not in RECIPES:
+        return ""
     own = RECIPES[name].recipe
     made = [field for field, numbers in averaged(own, recipe.in_chans).items() if getattr(recipe, field) == numbers]
     if not made:
@@ -76,7 +104,7 @@ def suggest(overrides: Mapping[str, Any]) -> str:
     if "model" in overrides:
         config: Any = create_model(overrides["model"], device="meta").pretrained_cfg
         return _for_size(config["input_size"][-2:])
-    data = {name: value for name, value in overrides.items() if name in DATA_FIELDS}
+    data = {name: value for name, value in overrides.items() if field_of(name).groups()[name] == "Data"}
     source = open_data(resolve("photos", data)).train
     for index in range(min(len(source), 10)):  # the first ones may be damaged
         image = decode(source, index, "RGB")

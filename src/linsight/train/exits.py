@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 
+from linsight.data.feeds import refuse
+from linsight.data.random import hold_out
 from linsight.errors import LinsightError
-from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
-from linsight.runtime.device import autocast
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.files import require_folder, write_json, write_text, writing
 from linsight.runtime.finite import require_finite
+from linsight.tasks.budget import Budget, require_exits
+from linsight.tasks.building import image_size
+from linsight.tasks.exits import Scored, Setting, choose, curve
+from linsight.tasks.meters import Exits
 
-from ._feeds import refuse
 from ._figures import exits as draw
-from .budget import Scored, Setting, choose, curve
-from .evaluation import Evaluation, prepare
-from .model import Trained, image_size
-from .random import hold_out
+from .evaluation import prepare, score
+from .model import Trained
 
 _JSON, _CSV, _PNG = "exits.json", "exits.csv", "exits.png"
 
@@ -50,20 +51,21 @@ def evaluate_exits(
     Raises:
         LinsightError: a model without exits, a budget that no exit meets, or what `evaluate` raises.
     """
-    model = trained.model
-    if not isinstance(model, DynamicPerceiver):
-        raise LinsightError(
-            f"'{trained.recipe.model}' has no exits to stop at: a budget is for models that have, as dynp_*"
-        )
+    model: Any = trained.model
+    require_exits(model, trained.recipe.model)
     folder = pathlib.Path(out) if out is not None else trained.path.parent if trained.run else pathlib.Path()
     require_folder(folder)
     require_matplotlib(f"drawing {_PNG}")
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill, img_size)
-    scored, targets, bad = collect(given)
+    asked = (data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill, img_size)
+    given = prepare(trained, *asked, make=Budget)
+    recipe, meter = given.task.recipe, Exits()
+    bad = score(given.task, given.model, given.feed, given.dtype, lambda batch: refuse(recipe, batch.bad), meter).bad
+    scored, targets = meter.scored()
+    require_finite(scored.confidences, f"images of '{recipe.data}'")
     first, second = (torch.tensor(part, dtype=torch.long) for part in hold_out(targets, 0.5))
     if not (len(first) and len(second)):
-        raise LinsightError(f"'{given.recipe.data}' has too few images to calibrate on some and report on others")
-    size = image_size(given.recipe, model)
+        raise LinsightError(f"'{recipe.data}' has too few images to calibrate on some and report on others")
+    size = image_size(recipe, model)
     settings, alone = curve(
         Scored(*(part[first] for part in scored)),
         Scored(*(part[second] for part in scored)),
@@ -71,15 +73,15 @@ def evaluate_exits(
     )
     chosen = None if budget is None else choose([*settings, *alone], budget)
     result = {
-        "model": given.recipe.model,
-        "data": given.recipe.data,
+        "model": recipe.model,
+        "data": recipe.data,
         "img_size": list(size),
         "images": {"calibration": len(first), "report": len(second), "skipped": len(bad)},
         "budget": budget,
         "chosen": None if chosen is None else shown(chosen),
         "exits": [shown(setting) for setting in alone],
         "settings": [shown(setting) for setting in settings],
-        "device": str(given.normalise.device),
+        "device": str(given.task.inputs.device),
         "precision": given.precision,
         "bad": bad,
     }
@@ -90,29 +92,6 @@ def evaluate_exits(
         draw(folder / _PNG, result)
         write_json(folder / _JSON, result)
     return result
-
-
-@torch.inference_mode()
-def collect(given: Evaluation) -> tuple[Scored, list[int], list[str]]:
-    """The answers of each exit, the classes of the images, and a line for each image that could not be read."""
-    model: Any = given.model.eval()
-    confidences, correct, targets, bad = [], [], [], []
-    for batch in given.feed:
-        bad += batch.bad
-        refuse(given.recipe, batch.bad)
-        if not len(batch.targets):
-            continue
-        with autocast(given.normalise.device, given.dtype):
-            logits = [found.logits.float().cpu() for found in model.exits(given.normalise(batch.images))]
-        for found in logits:
-            require_finite(found, f"images of '{given.recipe.data}'")
-        best = [exit.softmax(1).max(1) for exit in logits]
-        confidences.append(torch.stack([values for values, _ in best], 1))
-        correct.append(torch.stack([indices == batch.targets for _, indices in best], 1))
-        targets += batch.targets.tolist()
-    if not targets:
-        raise LinsightError(f"no image could be read: {bad[0] if bad else 'there is none'}")
-    return Scored(torch.cat(confidences), torch.cat(correct)), targets, bad
 
 
 def shown(setting: Setting) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from torch import nn
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_model
 from linsight.models.timm.saved import CONFIG, fetch_config, fetch_weights, read_config, repository, weights_in
-from linsight.recipe import FIELDS, Recipe, change, parse
+from linsight.recipe import Recipe
+from linsight.tasks import ClassifyRecipe
 
 from .run import WEIGHTS, kept_recipe
 
@@ -98,7 +99,7 @@ def recipe_of(config: Mapping[str, Any], model: nn.Module) -> Recipe:
     args = dict(config.get("model_args") or {})
     given: dict[str, Any]
     if isinstance(kept, dict):
-        given = {name: value for name, value in kept.items() if name in FIELDS}
+        given = {name: value for name, value in kept.items() if name in ClassifyRecipe.model_fields}
     else:
         given = {
             "model": args.pop("base", config.get("architecture")),
@@ -116,7 +117,7 @@ def recipe_of(config: Mapping[str, Any], model: nn.Module) -> Recipe:
         "std": _of_each(cfg.get("std") or (), channels),
     }
     given |= {field: cfg[key] for field, key in _OF_CFG.items() if cfg.get(key) is not None}
-    return change(Recipe(), {name: parse(name, value) for name, value in given.items()})
+    return ClassifyRecipe(**given)
 
 
 _FIELDS_OF_ARGS = ("img_size", "in_chans", "num_classes")

@@ -1,22 +1,20 @@
 """One update of the weights, around timm's optimisers, schedules, mixing and averaging."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from linsight.data.images import Batch
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.device import autocast
+from linsight.tasks import Task
 
-from .images import Batch, Normalise
 from .model import load_state
 
 
@@ -38,29 +36,25 @@ def warmup_epochs(recipe: Recipe) -> float:
 class Learner:
     """A model in training. All of its state but the number of updates done is in `state`.
 
-    A model whose loss is not that of one set of logits has `training_loss(outputs, targets, criterion) -> Tensor`, with
-    what its forward gives in training mode, in the dtype of mixed precision, and `criterion(logits, targets)`, the
-    recipe's loss. In evaluation mode it gives logits like any other.
-
+    task: which begins here.
     new: names of the parameters that `init` did not fill, None where there is no `init`.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        task: Task,
         model: nn.Module,
         device: torch.device,
         dtype: torch.dtype | None,
         *,
-        classes: int,
         updates: int,
         new: Collection[str] | None = None,
     ) -> None:
-        self.recipe, self.device, self.dtype = recipe, device, dtype
+        recipe = task.recipe
+        self.task, self.recipe, self.device, self.dtype = task, recipe, device, dtype
         if new is None and (recipe.freeze or recipe.new_lr_scale != 1):
             raise LinsightError("freeze and new_lr_scale part what init fills from what is new: give it weights, init=")
-        if recipe.mesa and hasattr(model, "training_loss"):
-            raise LinsightError(f"mesa needs a model with one set of logits: '{recipe.model}' has a loss of its own")
+        task.check(model)
         self.new = sorted(new or ())
         if recipe.freeze:
             if not self.new:
@@ -75,18 +69,7 @@ class Learner:
             model = model.to(memory_format=torch.channels_last)
         self.model = model.to(device)
         self.params = sum(parameter.numel() for parameter in model.parameters())
-        self.normalise = Normalise(recipe, device)
-        self.erase = RandomErasing(recipe.re_prob, mode=recipe.re_mode, device=str(device))
-        self.mix = None
-        if recipe.mixup or recipe.cutmix:
-            self.mix = Mixup(
-                recipe.mixup,
-                recipe.cutmix,
-                prob=recipe.mixup_prob,
-                switch_prob=recipe.mixup_switch_prob,
-                label_smoothing=recipe.smoothing,
-                num_classes=recipe.num_classes or classes,
-            )
+        task.begin(device)
         self._optimise(updates)
         self.ema = ModelEmaV3(self.model, ema_decay(recipe), use_warmup=recipe.ema_warmup) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -149,54 +132,49 @@ class Learner:
         group = min(self.optimiser.param_groups, key=lambda group: abs(group.get("lr_scale", 1.0) - 1))
         return group["lr"] / group.get("lr_scale", 1.0)
 
-    def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
-        """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
-        if not len(batch.targets):
-            return None
-        images, targets = self.normalise(batch.images), batch.targets.to(self.device, non_blocking=True)
-        if self.mix and len(images) % 2:  # pairs only: skipped images may leave an odd number
-            images, targets = images[:-1], targets[:-1]
-        if not len(images):
-            return None
-        if self.recipe.re_prob:
-            images = self.erase(images)
-        smoothing = self.recipe.smoothing
-        if self.mix:
-            images, targets = self.mix(images, targets)
-            smoothing = 0.0  # mixed targets have it in them
-
-        def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-
+    def forward(self, images: Tensor) -> Any:
+        """The model's answer in training mode, in the dtype of mixed precision."""
         self._run.train()
         for norm in self.still:
             norm.eval()
         with autocast(self.device, self.dtype):
-            outputs = self._run(images)
-        own = getattr(self.model, "training_loss", None)
-        loss = criterion(outputs, targets) if own is None else own(outputs, targets, criterion)
-        if self.recipe.mesa and epoch >= int(self.recipe.mesa_start * self.recipe.epochs):
-            loss = loss + self.recipe.mesa * F.cross_entropy(outputs.float(), self._taught(images))
-        return loss, len(images)
+            return self._run(images)
 
     @torch.no_grad()
-    def _taught(self, images: Tensor) -> Tensor:
-        """Class probabilities by the averaged weights (MESA, Du et al., NeurIPS 2022)."""
+    def taught(self, images: Tensor) -> Any:
+        """The answer of the averaged weights, in evaluation mode and without a gradient."""
         assert self.ema is not None, "the recipe was checked"
         with autocast(self.device, self.dtype):
-            return self.ema.module.eval()(images).float().softmax(-1)
+            return self.ema.module.eval()(images)
 
-    def step(self, loss: Tensor, done: int) -> None:
+    def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
+        """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
+        return self.task.loss(self, batch, epoch)
+
+    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """The parts that a batch is computed in, each with its share of the mean loss; none without images."""
+        count = self.recipe.accumulate
+        if count == 1:
+            yield batch, 1.0
+            return
+        parts = [batch.part(number, count) for number in range(count)]
+        sizes = [self.task.usable(len(part.images)) for part in parts]
+        yield from ((part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True) if size)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those that are there; `step` uses them up."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, done: int) -> None:
         """Update the weights, after `done` updates before."""
         if self.schedule is not None:
             self.schedule.step_update(done)
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
         if self.recipe.clip_grad:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model, step=done + 1)
 

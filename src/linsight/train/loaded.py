@@ -11,17 +11,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from linsight.data import decode
+from linsight.data.images import MODE_OF, Normalise, eval_transform, statistics
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.recipe import Recipe
 from linsight.runtime.device import pick_device
 from linsight.runtime.files import read_json
+from linsight.tasks import task_of
+from linsight.tasks.building import image_size
 
-from ._predict import Prediction, likeliest
-from .evaluation import probabilities
+from .evaluation import outputs
 from .hub import about_run, is_saved, open_saved, place_of
-from .images import MODE_OF, Normalise, eval_transform, statistics
-from .model import WEIGHTS, Trained, image_size, load_trained, of_saved
+from .model import WEIGHTS, Trained, load_trained, of_saved
 from .run import SUMMARY, kept_recipe
 
 _CPU = torch.device("cpu")
@@ -79,8 +80,8 @@ class LoadedRun:
         """Output of the model for images that `transform` made, `(B, C, H, W)`: logits `(B, K)`, of a classifier."""
         return self.model(images)
 
-    def predict(self, images: Any, *, top: int = 5, batch_size: int = 64) -> list[Prediction]:
-        """The likeliest classes of each image, best first.
+    def predict(self, images: Any, *, top: int = 5, batch_size: int = 64) -> list[Any]:
+        """Predictions of images: of a classifier, a `Prediction` of its likeliest classes, best first.
 
         Args:
             images: a list of what `transform` takes, or one such thing. Folders, and files that may be damaged, are
@@ -92,21 +93,20 @@ class LoadedRun:
             ImageError: an image cannot be read.
             LinsightError: the model has no classes.
         """
-        if not self.classes:
+        if not getattr(self.model, "num_classes", True):
             raise LinsightError(f"'{self.recipe.model}' has no classifier here: nothing to predict")
         given = list(images) if isinstance(images, list | tuple) else [images]
         normalise = Normalise(self.recipe, next(self.model.parameters()).device)
-        trained = Trained(self.model, self.recipe, self.classes, self.path, titles=self.titles)
-        found: list[Prediction] = []
+        task = task_of(self.recipe, {"classes": self.classes, "titles": self.titles})
+        found: list[Any] = []
         training = self.model.training
         try:
             model = fused(self.model.eval())
             for start in range(0, len(given), batch_size):
                 part = given[start : start + batch_size]
                 pixels = torch.stack([self.transform.pixels(image) for image in part])
-                best = probabilities(model, pixels, normalise, None).sort(descending=True)
-                for place, (image, values, indices) in enumerate(zip(part, *best, strict=True), start):
-                    found.append(likeliest(trained, pathlib.Path(_name(image, place)), values, indices, top))
+                names = [_name(image, place) for place, image in enumerate(part, start)]
+                found += task.predictions(outputs(model, pixels, normalise, None), names, top)
         finally:
             self.model.train(training)
         return found

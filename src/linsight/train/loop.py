@@ -1,32 +1,38 @@
 """The course of a run: epochs, evaluation, what is written when, and how it stops and goes on."""
 
+import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linsight.data.datasets import Data
+from linsight.data.feeds import default_workers, open_feeds, refuse
+from linsight.data.images import Batch, told
+from linsight.data.random import seed_noise, seed_step
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
-from linsight.recipe import Recipe, change
+from linsight.recipe import Recipe, require_known
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
+from linsight.tasks import Column, Task, read_recipe, task_of
+from linsight.tasks.building import image_size
+from linsight.tasks.task import in_row
 
 from . import _figures
-from ._feeds import open_feeds, refuse
-from .datasets import Data, open_data
-from .evaluation import probabilities, score
-from .images import Batch, told
+from .evaluation import outputs, score
 from .learner import Learner, warmup_epochs
-from .model import build, count_of, image_size, left_new, load_trained, save, start_from
+from .model import count_of, left_new, load_trained, save, start_from
 from .progress import Silent
-from .random import seed_step
+from .report import findings_of, look, numbered, read_kept, write_page
 from .run import WEIGHTS, Run
+from .trackers import tracked
 
 
 def train(
@@ -39,7 +45,9 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP; the state is saved, once there is one.
     """
     refuse_copies()
-    return _go(Run.start(change(recipe, {}), out, name), report or Silent())
+    recipe = read_recipe(recipe.values())
+    require_known(recipe)
+    return _go(Run.start(recipe, out, name), report or Silent())
 
 
 def resume(
@@ -59,6 +67,7 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
         report.note(f"the run in '{run.path}' is finished")
         return run.summary()
     try:
+        report = tracked(run.recipe.track, run.path, run.recipe.values(), report)
         with Unwinding():
             return _run(run, report)
     except KeyboardInterrupt as stopped:
@@ -78,26 +87,42 @@ def _run(run: Run, report: Silent) -> dict[str, Any]:
     if run.threads:
         torch.set_num_threads(run.threads)
     report.busy("reading what data there is")
-    data = open_data(run.recipe)
+    task = task_of(run.recipe)
+    data = task.open()
     for note in data.notes:
         report.note(note)
     report.busy("building the model")
-    trainer = Trainer(run, data, report, run.load_state())
+    trainer = Trainer(run, task, data, report, run.load_state())
     with Stop() as stop:
         return trainer.run_epochs(stop)
+
+
+# What a row tells of an epoch beside measures.
+_COURSE = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "skipped")
+
+
+def told_facts(facts: Mapping[str, Any]) -> str:
+    """How many classes there are, and the like."""
+    return "".join(f", {len(value)} {name}" for name, value in facts.items() if isinstance(value, list | tuple))
+
+
+def columns_of(summary: Mapping[str, Any]) -> Sequence[Column]:
+    """The measures that people are shown of a finished run, the one that decided first."""
+    facts = {"classes": tuple(map(str, range(summary.get("classes", 0))))}
+    return task_of(read_recipe({"task": summary.get("task", "classify")}), facts).columns
 
 
 class Trainer:
     """One run in progress, from a saved state, or else from the weights of its recipe."""
 
-    def __init__(self, run: Run, data: Data, report: Silent, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, run: Run, task: Task, data: Data, report: Silent, state: dict[str, Any] | None = None) -> None:
         recipe = self.recipe = run.recipe
-        self.run, self.data, self.report = run, data, report
+        self.run, self.task, self.data, self.report = run, task, data, report
         self.stop = Stop()
         device = pick_device(recipe.device)
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
-        model = build(recipe, len(data.classes))
+        model = task.build()
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
             head = recipe.init_partial or not recipe.freeze  # a linear probe has a new one
@@ -108,11 +133,9 @@ class Trainer:
             if new:
                 report.note(f"new: {count_of(model, new)}")
         size = image_size(recipe, model)
-        self.feeds = open_feeds(recipe, data, size, device, report.note)
+        self.feeds = open_feeds(recipe, data, task, size, device, report.note)
         self.steps = len(self.feeds.order)
-        self.learner = Learner(
-            recipe, model, device, self.dtype, classes=len(data.classes), updates=self.steps, new=new
-        )
+        self.learner = Learner(task, model, device, self.dtype, updates=self.steps, new=new)
         warmup = warmup_epochs(recipe)
         if warmup != recipe.warmup_epochs:
             report.note(
@@ -120,16 +143,16 @@ class Trainer:
             )
         self.epoch = self.step = 0
         self.notes, self.told = list[str](), False
-        self.best: tuple[float, int] = (-1.0, 0)
+        self.best: tuple[float, int] = (-1.0, 0)  # the measure, and its epoch; 0: none yet
         self.seconds = 0.0
         self._reset_sums()
         # the folder appears once everything is known to be good
-        run.describe({"train": len(data.train), "val": len(data.val), "classes": list(data.classes)})
+        run.describe({"train": len(data.train), "val": len(data.val), **task.facts})
         self.attention = "" if recipe.model in ARCHITECTURES else recipe.attention or default_attention(recipe.model)
         report.note(
             f"{recipe.model}{self.attention and f' ({self.attention})'}, {self.learner.params / 1e6:.2f} M parameters, "
-            f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate, "
-            f"{len(data.classes)} classes; {device}, {precision}; folder {run.path}"
+            f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate"
+            f"{told_facts(task.facts)}; {device}, {precision}; folder {run.path}"
         )
         if state is not None:
             self._load(state)
@@ -138,15 +161,14 @@ class Trainer:
         self.loss_sum = 0.0
         self.images = 0
         self.train_seconds = self.epoch_seconds = 0.0
-        self.bad: list[str] = list(self.feeds.lost)
+        self.bad: list[str] = []
         self.pending: list[tuple[Tensor, int]] = []
 
     def run_epochs(self, stop: Stop) -> dict[str, Any]:
         """From where we are to the summary, or to where `stop` says so."""
         self.stop = stop
         epochs = self.learner.epochs
-        outputs = self.recipe.num_classes or len(self.data.classes)
-        self.report.begin(epochs, self.steps, self.epoch, self.step, outputs)
+        self.report.begin(epochs, self.steps, self.epoch, self.step, self.task.columns)
         while self.epoch < epochs:
             self._train_epoch()
             self._end_epoch()
@@ -163,12 +185,11 @@ class Trainer:
             refuse(self.recipe, batch.bad)
             self.bad += batch.bad
             self.notes += batch.notes
-            # after the batch: without worker processes, it was drawn from the generators of this one
-            seed_step(self.recipe.seed, self.epoch, self.step)
             self._update(batch)
             self.step += 1
             mean = self.loss_sum / self.images if self.images else math.nan
             self.report.step(self.epoch, self.step, len(batch.targets), mean)
+            self.report.update(self.epoch * self.steps + self.step, self.loss_sum, self.images, self.learner.lr)
             now = time.perf_counter()
             self.train_seconds += now - clock
             self.epoch_seconds += now - clock
@@ -200,15 +221,24 @@ class Trainer:
             yield batch
 
     def _update(self, batch: Batch) -> None:
-        found = self.learner.loss(batch, self.epoch)
-        if found is None:
-            return
-        loss, count = found
-        self.pending.append((loss.detach(), count))
-        # a GPU would wait for each reading of a loss; on the CPU, none that is no number reaches the weights
-        if loss.device.type == "cpu" or len(self.pending) == 20:
-            self._flush()
-        self.learner.step(loss, self.epoch * self.steps + self.step)
+        learner, learned = self.learner, False
+        for number, (part, share) in enumerate(learner.parts(batch)):
+            # after the batch: without worker processes, it was drawn from the generators of this one
+            seed_step(self.recipe.seed, self.epoch, self.step)
+            if number:  # images are mixed alike in all parts of a batch, while a model's noise is another
+                seed_noise(self.recipe.seed, self.epoch, self.step, number)
+            found = learner.loss(part, self.epoch)
+            if found is None:
+                continue
+            loss, count = found
+            self.pending.append((loss.detach(), count))
+            # a GPU would wait for each reading of a loss; on the CPU, none that is no number reaches the weights
+            if loss.device.type == "cpu" or len(self.pending) == 20:
+                self._flush()
+            learner.backward(loss * share if share != 1 else loss)
+            learned = True
+        if learned:
+            learner.step(self.epoch * self.steps + self.step)
 
     def _flush(self) -> None:
         """Bring losses over from the device."""
@@ -232,10 +262,9 @@ class Trainer:
         if not self.images:
             raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
         learner = self.learner
-        scores = score(
-            learner.scored, self._watched(self.feeds.val), learner.normalise, self.dtype, self.after_val_batch
-        )
-        self._require_finite(scores.loss)
+        scores = score(self.task, learner.scored, self._watched(self.feeds.val), self.dtype, self.after_val_batch)
+        for value in scores.measures.values():
+            self._require_finite(value)
         self.epoch_seconds += time.perf_counter() - clock
         self.seconds += self.epoch_seconds
         bad = self.bad + scores.bad
@@ -243,23 +272,17 @@ class Trainer:
             "epoch": self.epoch + 1,
             "lr": learner.lr,
             "train_loss": self.loss_sum / self.images,
-            "val_loss": scores.loss,
-            "top1": scores.top1,
-            "top5": scores.top5,
+            **{in_row(name): value for name, value in scores.measures.items()},
             "images_per_second": round(self.images / max(self.train_seconds, 1e-9), 1),
             "seconds": round(self.epoch_seconds, 3),
             "skipped": len(bad),
         }
-        if scores.top1 > self.best[0]:
-            self.best = (scores.top1, self.epoch + 1)
-            save(
-                self.run.path / WEIGHTS,
-                learner.evaluated.state_dict(),
-                self.recipe,
-                self.data.classes,
-                top1=scores.top1,
-                epoch=self.epoch + 1,
-            )
+        measure = scores.measures[self.task.best]
+        better = measure < self.best[0] if self.task.smaller else measure > self.best[0]
+        if better or not self.best[1]:
+            self.best = (measure, self.epoch + 1)
+            about = {self.task.best: measure, "epoch": self.epoch + 1}
+            save(self.run.path / WEIGHTS, learner.evaluated.state_dict(), self.recipe, {**self.task.facts, **about})
         self.run.record(row)
         self.epoch, self.step = self.epoch + 1, 0
         self._reset_sums()
@@ -288,37 +311,47 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         rows, best = self.run.rows, self.run.rows[self.best[1] - 1]
         if self.recipe.figures:
-            _figures.curves(self.run.path / "curves.png", rows)
+            _figures.curves(self.run.path / "curves.png", rows, self.task.columns)
             self._draw(load_trained(self.run.path).model.to(self.learner.device))
         summary = {
             "name": self.run.name,
             "model": self.recipe.model,
             "attention": self.attention,
             "params": self.learner.params,
-            "top1": best["top1"],
-            "top5": best["top5"],
-            "val_loss": best["val_loss"],
+            "task": self.task.name,
+            **{name: value for name, value in best.items() if name not in _COURSE},
             "best_epoch": self.best[1],
-            "last_top1": rows[-1]["top1"],
+            f"last_{in_row(self.task.best)}": rows[-1][in_row(self.task.best)],
             "epochs": self.learner.epochs,
             "seconds": round(self.seconds, 2),
             "train_images": len(self.data.train),
             "val_images": len(self.data.val),
-            "classes": len(self.data.classes),
+            **{name: len(value) for name, value in self.task.facts.items() if isinstance(value, list | tuple)},
             "folder": str(self.run.path),
         }
+        if self.recipe.report:
+            self._tell(summary)
         self.run.summarise(summary)
         return summary
+
+    def _tell(self, summary: dict[str, Any]) -> None:
+        """report.html: what the best weights see of all images that they were evaluated on."""
+        workers = default_workers() if self.recipe.workers is None else self.recipe.workers
+        samples, device, outcome = self.feeds.val_samples, self.learner.device, None
+        if self.task.facts.get("classes"):
+            batches = self._watched(numbered(samples, self.recipe.batch_size, workers, device.type == "cuda"))
+            model = load_trained(self.run.path).model.to(device)
+            outcome = look(model, batches, samples.source, self.task.inputs, self.dtype, self.after_val_batch)
+        kept = dataclasses.replace(read_kept(self.run.path), summary=summary)
+        write_page(kept, findings_of(self.task, self.run.rows, outcome))
 
     def _draw(self, model: nn.Module) -> None:
         """predictions.png: images spread over the evaluation source."""
 
         def seen(images: Tensor) -> Tensor:
-            return probabilities(model, images, self.learner.normalise, self.dtype)
+            return outputs(model, images, self.task.inputs, self.dtype)
 
-        found = _figures.guesses(self.feeds.val_samples, self.data.classes, seen)
-        if found:
-            _figures.predictions(self.run.path / "predictions.png", found)
+        self.task.draw(self.run.path / "predictions.png", self.feeds.val_samples, seen)
 
     def _save(self) -> None:
         self._flush()
@@ -329,6 +362,7 @@ class Trainer:
                 "best": list(self.best),
                 "sums": [self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds],
                 "bad": self.bad,
+                "place": self.feeds.order.place,
                 **self.learner.state(),
             }
         )
@@ -339,4 +373,5 @@ class Trainer:
         self.best = (state["best"][0], state["best"][1])
         self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds = state["sums"]
         self.bad = state["bad"]
+        self.feeds.order.place = state.get("place")
         self.report.note(f"going on at epoch {self.epoch + 1}, step {self.step + 1}")

@@ -1,10 +1,9 @@
 """Building the model of a recipe; saving it with all that is needed to use it, and loading it again."""
 
 import dataclasses
-import difflib
-import functools
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,19 +17,15 @@ from linsight.checkpoints import LoadReport, load_published, table_grids
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model
 from linsight.models.bounds import require_bounded
-from linsight.recipe import FIELDS, Recipe, check, check_value, parse
+from linsight.recipe import Recipe
 from linsight.runtime.files import replacing, to_json, writing
+from linsight.tasks import ClassifyRecipe, Task, read_recipe, task_of
+from linsight.tasks.building import build as build
+from linsight.tasks.building import image_size as image_size
+from linsight.tasks.building import require_classifier as require_classifier
 
 from .hub import PREFIX, Saved, fetched, is_saved, open_saved, weights_file
 from .run import WEIGHTS as WEIGHTS
-
-# The fields of a recipe that `eval` and `predict` need: the model, and how images are prepared for it.
-KEPT = [
-    name
-    for name, field in FIELDS.items()
-    if (field.metadata["group"] == "Model" and not name.startswith(("init", "from")))
-    or name in ("mean", "std", "interpolation", "crop_pct", "eval_crop", "fill")
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +37,7 @@ class Trained:
     titles: what to call the classes in a prediction, where that is not their name.
     pixels: the model takes whole images of uint8, each as large as it is, and prepares them itself.
     fixed: it takes images of one size, that of the recipe, or has its own way to bring them to it.
+    facts: what else the weights tell of their task.
     """
 
     model: nn.Module
@@ -52,46 +48,12 @@ class Trained:
     titles: tuple[str, ...] = ()
     pixels: bool = False
     fixed: bool = False
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-
-def build(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The model of a recipe, with fresh weights."""
-    arguments: dict[str, Any] = {
-        "num_classes": recipe.num_classes or num_classes,
-        "in_chans": recipe.in_chans,
-        "img_size": (recipe.img_size * 2)[:2] or None,
-        "drop_path_rate": recipe.drop_path,
-    }
-    for name in recipe.model_args:
-        if name in arguments:
-            raise LinsightError(f"model_args has '{name}', which is a field of its own")
-    if recipe.model_args.get("features_only"):
-        raise LinsightError("model_args has features_only: such a model gives maps and has no classifier, leave it out")
-    require_classifier(recipe.model)
-    try:
-        return create_model(
-            recipe.model,
-            attention=recipe.attention,
-            attention_options=recipe.attention_options or None,
-            **arguments,
-            **recipe.model_args,
-        )
-    except TypeError as error:
-        raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
-
-
-def require_classifier(name: str) -> None:
-    """Raise a LinsightError where the model `name` has no classifier; the one of its kind that has is named."""
-    own = VARIANTS.get(name)
-    if own is not None and own.dense:
-        same = [
-            other.name
-            for other in VARIANTS.values()
-            if not other.dense and (other.host, other.attention) == (own.host, own.attention)
-        ]
-        near = difflib.get_close_matches(name, same, n=1, cutoff=0)
-        way = f"take '{near[0]}'" if near else "take one that 'linsight list' shows a top-1 of"
-        raise LinsightError(f"'{name}' gives the maps of its stages and has no classifier: {way}")
+    @property
+    def task(self) -> Task:
+        """The task that it was trained for."""
+        return task_of(self.recipe, {**self.facts, "classes": self.classes, "titles": self.titles})
 
 
 def start_from(
@@ -126,12 +88,6 @@ def count_of(model: nn.Module, names: list[str]) -> str:
     return f"{count} parameters in {len(names)} tensors stay as initialised: {', '.join(names[:4])}{more}"
 
 
-def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images that the model is given."""
-    size = recipe.img_size or tuple(model.pretrained_cfg["input_size"][-2:])  # type: ignore[index]
-    return int(size[0]), int(size[-1])
-
-
 def asked_size(trained: Trained, img_size: Any) -> Any:
     """The size of images that was asked for, by default that of the run.
 
@@ -146,16 +102,19 @@ def asked_size(trained: Trained, img_size: Any) -> Any:
     return img_size
 
 
-def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> None:
+def save(path: pathlib.Path, state: dict[str, Tensor], recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Write weights as `packed` makes them."""
-    content = packed(state, recipe, classes, **facts)
+    content = packed(state, recipe, facts)
     with writing(path), replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
-def packed(state: dict[str, Tensor], recipe: Recipe, classes: tuple[str, ...], **facts: Any) -> bytes:
-    """Weights as a file of safetensors, with the recipe's part that rebuilds the model in the metadata."""
-    about = {"recipe": {name: getattr(recipe, name) for name in KEPT}, "classes": classes, **facts}
+def packed(state: dict[str, Tensor], recipe: Recipe, facts: Mapping[str, Any]) -> bytes:
+    """Weights as a file of safetensors, with the recipe's part that rebuilds the model in the metadata.
+
+    facts: of its task, such as the names of its classes, and what else is to be told.
+    """
+    about = {"recipe": {name: getattr(recipe, name) for name in recipe.kept()}, **facts}
     about["grids"] = table_grids(state)  # of its position tables, which their rows do not tell
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
@@ -200,16 +159,18 @@ def load_trained(source: str | pathlib.Path) -> Trained:
         raise CheckpointError(f"'{path}' does not say which model it is of: give the model and --checkpoint {path}")
     try:
         about = json.loads(metadata["linsight"])
-        given, classes = about["recipe"].items(), tuple(map(str, about["classes"]))
-        titles = tuple(map(str, about.get("titles", ())))
+        given = dict(about["recipe"])
+        facts = {name: value for name, value in about.items() if name not in ("recipe", "grids")}
+        classes, titles = (tuple(map(str, facts.get(name, ()))) for name in ("classes", "titles"))
     except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"'{path}' says what model it is of in a way that cannot be read: {error}") from error
-    recipe = check(Recipe(**{name: parse(name, value) for name, value in given}))
-    require_bounded(recipe.model, functools.partial(build, recipe, len(classes)), path)
-    model = build(recipe, len(classes))
+    recipe = read_recipe(given)
+    task = task_of(recipe, {**facts, "classes": classes})
+    require_bounded(recipe.model, task.build, path)
+    model = task.build()
     load_state(model, state, str(path))
     titles = titles if len(titles) == len(classes) else ()
-    return Trained(model.eval(), recipe, classes, path, run=bool(about.get("run", True)), titles=titles)
+    return Trained(model.eval(), recipe, classes, path, run=bool(about.get("run", True)), titles=titles, facts=facts)
 
 
 def of_saved(saved: Saved) -> Trained:
@@ -222,7 +183,8 @@ def kept_fields(path: pathlib.Path) -> dict[str, Any]:
     try:
         with safe_open(weights_file(str(path)), framework="pt") as file:
             kept = json.loads((file.metadata() or {})["linsight"])["recipe"]
-        return {name: parse(name, value) for name, value in kept.items() if name != "num_classes"}
+        recipe = read_recipe(kept)
+        return {name: getattr(recipe, name) for name in kept if name != "num_classes"}
     except (
         SafetensorError,
         OSError,
@@ -259,8 +221,7 @@ def load_source(source: str, checkpoint: str | None = None, from_size: str | Non
         CheckpointError: nothing there, or a name alone of a model whose weights linsight cannot fetch.
         LinsightError: `from_size` is none, or a run was given, which tells its own.
     """
-    sides = parse("from_size", from_size or "")
-    check_value("from_size", sides)
+    sides = Recipe.parse("from_size", from_size or "")
     if checkpoint is None and not pathlib.Path(source).exists() and (source in HOSTS or is_model(source)):
         entry = VARIANTS.get(source) or ARCHITECTURES.get(source)
         if entry is None or not entry.weights.startswith("https://"):
@@ -290,9 +251,9 @@ def load_named(name: str, checkpoint: str | None, *, from_size: tuple[int, int] 
     if checkpoint is not None:
         load_published(model, checkpoint, from_size=from_size)
     cfg: Any = model.pretrained_cfg
-    recipe = Recipe(
+    recipe = ClassifyRecipe(
         model=name,
-        in_chans=int(cfg["input_size"][0]),
+        in_chans=cfg["input_size"][0],
         img_size=tuple(cfg["input_size"][-2:]),
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),

@@ -2,12 +2,15 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.status import Status
+
+if TYPE_CHECKING:
+    from linsight.tasks import Column
 
 
 class Silent:
@@ -19,11 +22,14 @@ class Silent:
     def busy(self, text: str) -> None:
         """Before the first step: the run is at this."""
 
-    def begin(self, epochs: int, steps: int, epoch: int, step: int, classes: int = 0) -> None:
-        """The run starts, or goes on, at `epoch` and `step` of `epochs` times `steps`; the model tells `classes`."""
+    def begin(self, epochs: int, steps: int, epoch: int, step: int, columns: "Sequence[Column]" = ()) -> None:
+        """The run starts, or goes on, at `epoch` and `step` of `epochs` times `steps`. columns: measures to show."""
 
     def step(self, epoch: int, step: int, images: int, loss: float) -> None:
         """`step` steps of `epoch` are done, the last with `images` images."""
+
+    def update(self, done: int, loss_sum: float, images: int, lr: float) -> None:
+        """`done` updates are made in all, the last at the rate `lr`; of the epoch, `images` have this sum of losses."""
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """An epoch is done, with these metrics."""
@@ -37,25 +43,25 @@ class Lines(Silent):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.classes = 0
+        self.columns: Sequence[Column] = ()
 
     def note(self, text: str) -> None:
         """See `Silent`."""
         self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
-    def begin(self, epochs: int, steps: int, epoch: int, step: int, classes: int = 0) -> None:
+    def begin(self, epochs: int, steps: int, epoch: int, step: int, columns: "Sequence[Column]" = ()) -> None:
         """See `Silent`."""
-        self.classes = classes
+        self.columns = columns
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """See `Silent`."""
         skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
         number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
-        fifth = f"  top-5 {row['top5']:.2f}" if self.classes > 5 else ""  # else it is 100 %
+        value = f"  val {row['val_loss']:.4f}" if "val_loss" in row else ""
+        measures = "".join(f"  {column.label} {column.text(row)}" for column in self.columns)
         self.note(
-            f"epoch {number}  loss {row['train_loss']:.4f}  val {row['val_loss']:.4f}"
-            f"  top-1 {row['top1']:.2f}{fifth}  {row['images_per_second']:.0f} images/s"
-            f"  {row['seconds']:.1f} s{skipped}"
+            f"epoch {number}  loss {row['train_loss']:.4f}{value}{measures}"
+            f"  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s{skipped}"
         )
 
 
@@ -81,9 +87,9 @@ class Bars(Lines):
             self.spinner.stop()
             self.spinner = None
 
-    def begin(self, epochs: int, steps: int, epoch: int, step: int, classes: int = 0) -> None:
+    def begin(self, epochs: int, steps: int, epoch: int, step: int, columns: "Sequence[Column]" = ()) -> None:
         """See `Silent`."""
-        super().begin(epochs, steps, epoch, step, classes)
+        super().begin(epochs, steps, epoch, step, columns)
         self._rest()
         self.steps, self.images, self.seen = steps, 0, 0
         self.started = self.shown = time.perf_counter()

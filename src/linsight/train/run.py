@@ -1,6 +1,5 @@
 """The run folder: configuration, metrics, state, best weights. Each file is whole at any moment."""
 
-import dataclasses
 import datetime
 import json
 import pathlib
@@ -17,8 +16,10 @@ import torchvision
 
 import linsight
 from linsight.errors import CheckpointError, LinsightError
-from linsight.recipe import RESUMABLE, Recipe, check, parse
+from linsight.recipe import Recipe, require_known
 from linsight.runtime.files import hold, read_json, replacing, require_folder, to_json, write_json, write_text, writing
+from linsight.runtime.machine import describe_machine
+from linsight.tasks import read_recipe
 
 CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"
 WEIGHTS = "best.safetensors"
@@ -58,22 +59,25 @@ class Run:
         path = pathlib.Path(path)
         if not (path / CONFIG).exists():
             raise LinsightError(f"'{path}' is no run folder: it has no {CONFIG}")
-        given = {name: parse(name, value) for name, value in overrides.items()}
-        for name in given:
-            if name not in RESUMABLE:
-                raise LinsightError(f"a resumed run keeps its {name}; what may change: {', '.join(sorted(RESUMABLE))}")
         try:
             config = read_json(path / CONFIG)
-            recipe = Recipe(**{name: parse(name, value) for name, value in config["recipe"].items()})
+            recipe = read_recipe(config["recipe"])
             name, data, threads = str(config["name"]), dict(config["data"]), int(config["threads"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, LinsightError):
                 raise
             raise LinsightError(f"'{path / CONFIG}' is damaged: {error}") from error
-        run = cls(path, name, check(dataclasses.replace(recipe, **given)), data)
+        for field in overrides:
+            recipe.field(field)
+            if field not in recipe.RESUMABLE:
+                may = ", ".join(sorted(recipe.RESUMABLE))
+                raise LinsightError(f"a resumed run keeps its {field}; what may change: {may}")
+        recipe = recipe.changed(**overrides)
+        require_known(recipe)
+        run = cls(path, name, recipe, data)
         if not run.finished:
             run._hold()
-        if "threads" not in given:  # sums over another number of threads round differently
+        if "threads" not in overrides:  # sums over another number of threads round differently
             run.threads = int(threads)
         return run
 
@@ -95,9 +99,10 @@ class Run:
         self._check_new(self.path)  # another run may have begun and ended there since `start`
         config = {
             "name": self.name,
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": self.recipe.values(),
             "data": data,
             "threads": torch.get_num_threads(),
+            "machine": describe_machine(),
             "versions": {
                 "linsight": linsight.__version__,
                 "torch": torch.__version__,
@@ -163,7 +168,6 @@ class Run:
 def kept_recipe(folder: pathlib.Path) -> Recipe | None:
     """The recipe of the run in `folder`, None where no run of ours is there."""
     try:
-        kept = read_json(folder / CONFIG)["recipe"]
-        return Recipe(**{name: parse(name, value) for name, value in kept.items()})
+        return read_recipe(read_json(folder / CONFIG)["recipe"])
     except (ValueError, KeyError, TypeError, AttributeError):  # of another program, perhaps
         return None

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linsight.data.images import statistics
 from linsight.errors import ImageError, LinsightError, UnknownNameError
-from linsight.recipe import change
+from linsight.recipe import Recipe
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.files import replacing
 from linsight.runtime.signals import Interrupted, Stop
 from linsight.streaming import stream
+from linsight.tasks import Prediction
 
-from ._predict import Prediction, likeliest, require_top
-from .images import statistics
+from ._predict import require_top
 from .model import Trained
 from .progress import Tiles
 
@@ -64,7 +65,7 @@ def predict_stream(
             one where those are refused; a model that does not stream; maps that do not fit.
     """
     require_top(top)
-    change(trained.recipe, {"on_bad_image": on_bad_image})
+    Recipe.parse("on_bad_image", on_bad_image)
     files = [pathlib.Path(path) for path in paths]
     if not files:
         raise LinsightError("no image is given: name image files")
@@ -82,7 +83,7 @@ def predict_stream(
                 raise
             bad.append(str(error))
             continue
-        done.append(likeliest(trained, file, *logits[0].float().softmax(-1).cpu().sort(descending=True), top))
+        done += trained.task.predictions(logits.float().cpu(), [str(file)], top)
     if not done:
         raise LinsightError(f"no image could be read: {bad[0]}")
     return done, bad
@@ -145,7 +146,7 @@ def _streamed(
     """The output of `linsight.stream` for a file. more: others follow, so a stop with the last tile is one, too."""
     if tiling.dtype not in _DTYPES:
         raise UnknownNameError("dtype", tiling.dtype, _DTYPES)
-    change(trained.recipe, {"device": tiling.device, "amp": tiling.amp})
+    Recipe.parse_all({"device": tiling.device, "amp": tiling.amp})
     where = pick_device(tiling.device)
     precision, _ = pick_dtype(tiling.amp, where)
     mean, std = statistics(trained.recipe)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from linsight.recipe import Recipe
+from linsight.tasks import ClassifyRecipe
 
 if TYPE_CHECKING:
     from linsight.models import Training
@@ -26,7 +27,7 @@ class Shipped:
 
 # ImageNet-1K from scratch, as in most of the papers. Evaluated on the centre of a square of 256/224 of the side; rates
 # are for a batch of 512.
-IMAGENET = Recipe(
+IMAGENET = ClassifyRecipe(
     model="inline_deit_tiny",
     drop_path=0.1,
     data="imagenet",
@@ -110,7 +111,7 @@ def published() -> Iterator[tuple[str, Shipped]]:
         seen = {"crop_pct": config["crop_pct"], "eval_crop": config["crop_mode"]}
         for row in entry.training:
             changes = {**seen, **BASES[row.base], "drop_path": row.drop_path, **row.changes}
-            recipe = dataclasses.replace(IMAGENET, model=model, batch_size=GPUS * row.batch, **changes)
+            recipe = IMAGENET.changed(model=model, batch_size=GPUS * row.batch, **changes)
             name = row.name or model
             yield name, Shipped(_about(name, row, recipe, entry.published), recipe, published=True)
 

@@ -1,14 +1,12 @@
 """Our own recipes: two that train in minutes on a CPU, one for photographs, and one that starts from weights."""
 
-import dataclasses
-
-from linsight.recipe import Recipe
+from linsight.tasks import ClassifyRecipe
 
 from ._base import IMAGENET, Shipped
 
 FINETUNE = "finetune"  # the recipe of a run that starts from weights and names none
 
-_DIGITS = Recipe(
+_DIGITS = ClassifyRecipe(
     model="inline_compact_pico",
     img_size=(8,),
     in_chans=1,
@@ -27,10 +25,10 @@ _DIGITS = Recipe(
     clip_grad=1.0,
     smoothing=0.1,
     workers=0,
-    cache=True,
+    cache="memory",
 )
 
-_CIFAR10 = Recipe(
+_CIFAR10 = ClassifyRecipe(
     model="inline_compact_nano",
     img_size=(32,),
     data="torch/cifar10",
@@ -49,14 +47,13 @@ _CIFAR10 = Recipe(
     batch_size=256,
     smoothing=0.1,
     channels_last=True,
-    cache=True,
+    cache="memory",
 )
 
-_PHOTOS = dataclasses.replace(IMAGENET, data="photos", epochs=100, warmup_epochs=5, batch_size=128)
+_PHOTOS = IMAGENET.changed(data="photos", epochs=100, warmup_epochs=5, batch_size=128)
 
 # Milder images than from scratch, and small rates: 1e-4 at the head, 3 % of that at the first of 12 blocks.
-_FINETUNE = dataclasses.replace(
-    _PHOTOS,
+_FINETUNE = _PHOTOS.changed(
     scale=(0.25, 1.0),
     auto_augment="rand-m7-mstd0.5-inc1",
     re_prob=0.1,

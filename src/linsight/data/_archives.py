@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from linsight.errors import LinsightError
 
-from ._trees import Tree, count, shown, some, sort_tree
+from .trees import Tree, count, shown, some, sort_tree
 
 # The endings of archives, and how compressed files begin: these cannot be read from their middle.
 SUFFIXES = (".tar", ".zip", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst")

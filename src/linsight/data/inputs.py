@@ -14,8 +14,8 @@ from linsight.errors import ImageError, LinsightError
 from ._archives import SUFFIXES, Archive
 from ._parquet import Table, hugging_face_images, hugging_face_splits
 from ._sections import Files, Members, Rows, Section
-from ._sources import Source, first_line
-from ._trees import count, in_order, shown, some, walk
+from .sources import Source, first_line
+from .trees import count, in_order, shown, some, walk
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _HUB = "hfds/"
@@ -86,7 +86,7 @@ def open_inputs(
     Raises:
         LinsightError: a place that is not there, has no image or cannot be read.
     """
-    return _Opening(image_key, result).open([place for given in places for place in _expanded(str(given))])
+    return _Opening(image_key, result).open([place for given in places for place in expanded(str(given))])
 
 
 class _Opening:
@@ -196,7 +196,7 @@ def _is_picture(place: str) -> bool:
     return os.path.isfile(place) and not is_packed(place)
 
 
-def _expanded(given: str) -> Iterator[str]:
+def expanded(given: str) -> Iterator[str]:
     """The places that a pattern stands for, in the order of their numbers; a place that is there stands for itself."""
     place = os.path.expanduser(given)
     if os.path.exists(place):
@@ -210,7 +210,7 @@ def _expanded(given: str) -> Iterator[str]:
     if found:
         first, last = map(int, found.groups())
         for number in range(first, last + 1):
-            yield from _expanded(f"{place[: found.start()]}{number:0{len(found[1])}}{place[found.end() :]}")
+            yield from expanded(f"{place[: found.start()]}{number:0{len(found[1])}}{place[found.end() :]}")
         return
     matches = sorted(glob.glob(place, recursive=True), key=in_order) if glob.has_magic(place) else []
     if not matches:

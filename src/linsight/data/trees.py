@@ -6,8 +6,9 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator
 
-from linsight.data import extensions, left_out
 from linsight.errors import LinsightError
+
+from .kinds import extensions, left_out
 
 # Files and folders that systems and programs leave behind, beside those whose names begin with a dot.
 _SYSTEM = {

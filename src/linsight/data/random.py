@@ -7,10 +7,12 @@ worker processes, and a run resumes from any step bit for bit.
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+TOGETHER = 8  # shards whose images are mixed
 _MASK = (1 << 64) - 1
 
 
@@ -37,6 +39,11 @@ def seed_step(*parts: int) -> None:
     torch.manual_seed(bits)
 
 
+def seed_noise(*parts: int) -> None:
+    """Seed what a model draws from, on every device, and nothing else."""
+    torch.manual_seed(key(3, *parts))
+
+
 def _seed(bits: int) -> None:
     random.seed(bits)
     np.random.seed(bits & 0xFFFFFFFF)
@@ -52,13 +59,25 @@ class Batches:
     repeats: more than 1 puts so many copies of an image beside each other, as (epoch, image, copy), and as many
         times fewer images into the epoch (Hoffer et al., CVPR 2020). timm's sampler spreads the copies over
         devices, and starts at the beginning of an epoch only.
+    shards: the shard of each image, to go through the images a few shards at a time.
+    place: of a stream, where its last batch ended; who sets `start` may set the place that belongs to it.
     """
 
-    def __init__(self, count: int, batch_size: int, *, seed: int = 0, shuffle: bool, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        repeats: int = 1,
+        shards: Sequence[int] | None = None,
+    ) -> None:
         self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
-        self.repeats = repeats
+        self.repeats, self.shards = repeats, shards
         self.epoch = 0
         self.start = 0
+        self.place: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """The batches of a whole epoch: a last, smaller one is left out of training, where there are others."""
@@ -68,13 +87,36 @@ class Batches:
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         order: Sequence[int] = range(self.count)
         if self.shuffle:
-            order = np.random.default_rng(key(self.seed, self.epoch)).permutation(self.count).tolist()
+            draw = np.random.default_rng(key(self.seed, self.epoch))
+            shuffled = draw.permutation(self.count) if self.shards is None else by_shard(self.shards, draw)
+            order = shuffled.tolist()
         for step in range(self.start, len(self)):
             places = range(step * self.batch_size, min((step + 1) * self.batch_size, self.count))
             if self.repeats == 1:
                 yield [(self.epoch, order[i]) for i in places]
             else:
                 yield [(self.epoch, order[i // self.repeats], i % self.repeats) for i in places]
+
+
+def share(count: int, number: int, of: int) -> list[int]:
+    """The places of one of `of` shares of `count` images, in order: the first with the last, the second with the last
+    but one ...
+
+    So images that mixing pairs, an image and the one as far from the end, are in the same share, and paired in it.
+    """
+    pairs = -(-count // 2)
+    first, last = number * pairs // of, (number + 1) * pairs // of
+    return sorted({*range(first, last), *(count - 1 - place for place in range(first, last))})
+
+
+def by_shard(shards: Sequence[int], draw: np.random.Generator) -> Any:
+    """The places of images in a random order that goes through `TOGETHER` random shards at a time.
+
+    shards: the shard of each image.
+    """
+    numbers, own = np.unique(np.asarray(shards), return_inverse=True)
+    turn = draw.permutation(len(numbers))[own] // TOGETHER
+    return np.lexsort((draw.permutation(len(own)), turn))
 
 
 def hold_out(targets: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:

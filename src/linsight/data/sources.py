@@ -2,27 +2,33 @@
 
 import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
-from linsight.data import Decoded, decode
 from linsight.errors import ImageError, LinsightError, MissingExtraError
 
 from ._archives import Archive
 from ._layout import Body, plain
-from ._trees import shown, walk
+from ._sections import digests
+from .pictures import Decoded, decode
+from .trees import shown, walk
 
 
 class Source(Protocol):
-    """Images with classes, in random access."""
+    """Images with classes, in random access.
+
+    notes: what a user should hear of.
+    shards: the shard of each image, None where they lie in none.
+    """
 
     classes: tuple[str, ...]
     targets: list[int]
-    notes: tuple[str, ...]  # what a user should hear of
+    notes: tuple[str, ...]
+    shards: Sequence[int] | None = None
 
     def __len__(self) -> int: ...
 
@@ -34,35 +40,52 @@ class Source(Protocol):
         """The name of the image in a message."""
         ...
 
+    def stamp(self) -> str:
+        """A digest of the names, sizes and times of its files; "" where it has no files that may be gone over."""
+        return ""
+
     def image(self, index: int, mode: str) -> Image.Image:
         """The image, decoded, in a mode of `linsight.data.pictures.MODES`."""
         return self.decoded(index, mode).image
 
-    def decoded(self, index: int, mode: str, fill: float | None = None) -> Decoded:
-        """The image, and what is to be told of it; raises an ImageError where there is none. fill: as of `decode`."""
+    def decoded(self, index: int, mode: str, fill: float | None = None, draft: int = 0) -> Decoded:
+        """The image, and what is to be told of it; an ImageError where there is none. fill, draft: as of `decode`."""
         stored = self.stored(index)
         with stored if hasattr(stored, "read") else contextlib.nullcontext():
-            return decode(stored, mode, self.name(index), fill)
+            return decode(stored, mode, self.name(index), fill, draft)
 
 
 class Arrays(Source):
-    """Images in memory, `(H, W)` or `(H, W, 3)` of uint8."""
+    """Images in memory, `(H, W)` or `(H, W, 3)` of uint8, or a line about why there is none.
+
+    They are called by `names`, or else by `label` and their index.
+    """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, images: Sequence[Any], targets: list[int], classes: tuple[str, ...], label: str) -> None:
-        self.images, self.targets, self.classes, self.label = images, targets, classes, label
+    def __init__(
+        self,
+        images: Sequence[Any],
+        targets: list[int],
+        classes: tuple[str, ...],
+        label: str = "image",
+        names: Sequence[str] = (),
+    ) -> None:
+        self.images, self.targets, self.classes, self.label, self.names = images, targets, classes, label, names
 
     def __len__(self) -> int:
         return len(self.images)
 
     def stored(self, index: int) -> Any:
         """See `Source`."""
-        return self.images[index]
+        found = self.images[index]
+        if isinstance(found, str):
+            raise ImageError(found)
+        return found
 
     def name(self, index: int) -> str:
         """See `Source`."""
-        return f"{self.label}[{index}]"
+        return self.names[index] if self.names else f"{self.label}[{index}]"
 
 
 class Reading(Source):
@@ -85,6 +108,10 @@ class Reading(Source):
         """See `Source`."""
         return shown(self.reader.filename(index))[1:-1]
 
+    def stamp(self) -> str:
+        """See `Source`."""
+        return self.reader.stamp()
+
 
 class Pairs(Source):
     """A data set of torchvision: pairs of image and class."""
@@ -105,6 +132,10 @@ class Pairs(Source):
         """See `Source`."""
         return f"{type(self.dataset).__name__}[{index}]"
 
+    def stamp(self) -> str:
+        """See `Source`. The files of torchvision are as they were published: that they are there is enough."""
+        return repr(self.dataset)
+
 
 class Part(Source):
     """Some images of a source, under its classes or, by name, under those of another, which has all that are in use."""
@@ -115,6 +146,8 @@ class Part(Source):
         place = {plain(name): index for index, name in enumerate(self.classes)}
         position = [place.get(plain(name), -1) for name in whole.classes]
         self.targets = [position[whole.targets[i]] for i in indices]
+        if whole.shards is not None:
+            self.shards = [whole.shards[i] for i in indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -187,6 +220,12 @@ class _Files:
     def filename(self, index: int) -> str:
         return self.names[index]
 
+    def stamp(self) -> str:
+        return self._stamp(str(self.folder / name) for name in self.names)
+
+    def _stamp(self, files: Iterable[str]) -> str:
+        return " ".join(digests(files, "\0".join(self.names).encode("utf-8", "surrogatepass")))
+
 
 class _Members(_Files):
     """Files in an archive, by place."""
@@ -197,6 +236,9 @@ class _Members(_Files):
 
     def open(self, index: int) -> BinaryIO:
         return self.packed.open(self.names[index])
+
+    def stamp(self) -> str:
+        return self._stamp([self.packed.path])
 
 
 def first_line(error: BaseException) -> str:

@@ -8,14 +8,21 @@ from typing import Protocol
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 
-from . import _sources as sources
+from . import sources
 from ._archives import SUFFIXES, Archive
 from ._layout import body, role, splits, unwrapped
-from ._parquet import check_files, hugging_face, hugging_face_splits, parquet, split_files
-from ._sources import Source
-from ._trees import Tree, count, shown, some, walk
+from ._parquet import check_files, count_rows, hugging_face, hugging_face_splits, parquet, split_files
+from ._shards import Keys, class_names, is_shard, open_shards
+from ._streams import Streamed
+from .inputs import expanded
+from .sources import Source
+from .trees import Tree, count, shown, some, walk
 
-_ITERABLE = ("hfids", "tfds", "wds")
+# How timm calls data that it reads as streams, and what to give here.
+_ITERABLE = {
+    "tfds": "torch/, hfds/ or hfids/ have most of them",
+    "wds": "give the shards themselves, a folder or 'train-{000..146}.tar'",
+}
 
 
 class Place(Protocol):
@@ -121,6 +128,27 @@ class Pictures:
         return sources.folder(pathlib.Path(self.tree.label), found)
 
 
+class Shards:
+    """Shards of WebDataset below `folder`, by split: all in "" where there is none."""
+
+    exact = False
+
+    def __init__(
+        self, label: str, folder: pathlib.Path, files: Mapping[str, list[str]], notes: Sequence[str], recipe: Recipe
+    ) -> None:
+        self.label, self.folder, self.files, self.recipe = label, folder, files, recipe
+        self.notes: tuple[str, ...] = tuple(notes)
+        self.splits: Sequence[str] = [split for split in files if split]
+
+    def open(self, split: str | None) -> Source:
+        """See `Place`."""
+        recipe, names = self.recipe, self.files[split or ""]
+        paths = [self.folder / name for name in names]
+        keys = Keys(*(key.lstrip(".") if key else None for key in (recipe.image_key, recipe.label_key)))
+        named = class_names(dict.fromkeys([self.folder, *(path.parent for path in paths)]))
+        return open_shards(self.label, paths, named, keys, ahead=recipe.order == "shards")
+
+
 class Archives:
     """A folder with an archive for each split: `files` by split."""
 
@@ -134,7 +162,7 @@ class Archives:
     def open(self, split: str | None) -> Source:
         """See `Place`."""
         packed = Archive(self.files[split or "train"])
-        tree = _tree_of(packed)
+        tree = unwrapped(packed.tree())
         tops = {name.partition("/")[0] for name in tree.pictures}
         inner = tops.pop() if len(tops) == 1 else ""  # train.tar with all in train/
         return sources.archive(
@@ -156,11 +184,15 @@ def locate(recipe: Recipe) -> Place:
     path = pathlib.Path(os.path.expanduser(data))  # as it is, where there is no such user
     if slash and not there:
         if prefix in _ITERABLE:
-            raise LinsightError(f"'{data}' is read as a stream: use data in random access (a folder, a tar, hfds/)")
+            raise LinsightError(f"{shown(data)} is read as a stream by timm, and not here: {_ITERABLE[prefix]}")
+        if prefix == "hfids":
+            return _stream(rest, recipe)
         if prefix == "torch":
             return Torchvision(data, recipe.data_dir)
         if prefix == "hfds":
             return _of_path(pathlib.Path(rest), recipe) if os.path.exists(rest) else Hub(rest, recipe)
+    if not there and path.suffix.lower() == ".tar" and any(letter in data for letter in "{*?["):
+        return _of_pattern(data, recipe)
     if not there or "\0" in data:
         raise LinsightError(f"no such data folder: {shown(data)}")
     return _of_path(path, recipe)
@@ -177,8 +209,36 @@ def _of_path(path: pathlib.Path, recipe: Recipe) -> Place:
         raise LinsightError(
             f"{shown(path)} is no data: give a folder, a .tar, .zip or .parquet, or a name: torch/cifar10"
         )
+    if path.suffix.lower() == ".tar" and is_shard(path):
+        return Shards(str(path), path.parent, {"": [path.name]}, [], recipe)
     packed = Archive(path)
-    return Pictures(_tree_of(packed), recipe, packed)
+    return Pictures(unwrapped(packed.tree()), recipe, packed)
+
+
+def _of_pattern(data: str, recipe: Recipe) -> Place:
+    """Shards by a pattern of their names, as train-{000..146}.tar."""
+    paths = [pathlib.Path(path).absolute() for path in dict.fromkeys(expanded(data))]
+    for path in paths:
+        if not is_shard(path):
+            raise LinsightError(f"{shown(path)} has no samples as of WebDataset, 000.jpg with 000.cls or 000.json")
+    folder = pathlib.Path(os.path.commonpath([path.parent for path in paths]))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return Shards(data, folder, *split_files(data, names, "shards"), recipe)
+
+
+def _stream(name: str, recipe: Recipe) -> Place:
+    """A name of Hugging Face, or a Parquet file or a folder of these, as a stream."""
+    if not os.path.exists(name):
+        return Streamed(name, None, {}, "", recipe)
+    place = _of_path(pathlib.Path(name), recipe)
+    if not isinstance(place, Parquet):
+        raise LinsightError(
+            f"hfids/ reads Parquet files as a stream, and {shown(name)} has none: give the folder itself, in "
+            "random access"
+        )
+    files = {split: [str((place.folder / name).absolute()) for name in names] for split, names in place.files.items()}
+    lengths = {split or "train": count_rows(names) for split, names in files.items()}
+    return Streamed(name, files, lengths, str(place.folder), recipe)
 
 
 def _of_folder(path: pathlib.Path, recipe: Recipe) -> Place:
@@ -194,6 +254,9 @@ def _of_folder(path: pathlib.Path, recipe: Recipe) -> Place:
         )
     if tables:
         return Parquet(str(path), path, *split_files(str(path), tables), recipe)
+    tars = [name for name in tree.others if name.lower().endswith(".tar")]
+    if tars and not tree.pictures and is_shard(path / tars[0]):
+        return Shards(str(path), path, *split_files(str(path), tars, "shards"), recipe)
     packed = [name for name in tree.others if "/" not in name and name.lower().endswith(SUFFIXES)]
     if packed and not tree.pictures:
         return _of_archives(path, packed)
@@ -213,15 +276,3 @@ def _of_archives(path: pathlib.Path, names: list[str]) -> Place:
             raise LinsightError(f"{shown(path)} has {some([files[split].name, name])}, two archives of one split")
         files[split] = path / name
     return Archives(files)
-
-
-def _tree_of(packed: Archive) -> Tree:
-    """The files of an archive; raises a LinsightError where labels are files beside images, as 000.jpg and 000.cls."""
-    tree = unwrapped(packed.tree())
-    labels = [name for name in tree.others if name.endswith((".cls", ".json")) and "/" not in name]
-    if labels and tree.pictures and all("/" not in name for name in tree.pictures):
-        raise LinsightError(
-            f"{shown(tree.label)} is a WebDataset ({some([tree.pictures[0], labels[0]])}), which is read as a stream: "
-            "unpack it into a folder for each class, or write it as Parquet"
-        )
-    return tree

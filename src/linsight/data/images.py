@@ -1,8 +1,8 @@
 """From sources to batches: decoding, augmentation, what happens to a bad image, and normalising on the device."""
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from linsight.data import Decoded
-from linsight.data.pictures import MODES, first_line
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.signals import outlive
 
-from ._sources import Arrays, Source
-from .random import seed_sample
+from .pictures import MODES, Decoded, first_line
+from .random import seed_sample, share
+from .sources import Arrays, Source
 
 MODE_OF = {channels: mode for mode, channels in MODES.items()}
+_MANY = 1000  # images from which on it pays to start processes
 
 
 class Batch(NamedTuple):
@@ -37,12 +37,26 @@ class Batch(NamedTuple):
     bad: list[str]
     notes: tuple[str, ...] = ()
 
+    def part(self, number: int, of: int) -> "Batch":
+        """A part of its images, number `number` of `of`, as `share` cuts them."""
+        places = share(len(self.images), number, of)
+        return Batch(self.images[places], self.targets[places], [])
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A source without random access, which makes batches itself."""
+
+    def feed(self, samples: "Samples", batches: Any, **more: Any) -> Iterable[Batch]:
+        """A loader to iterate once an epoch, by the epoch, start and size of `batches`."""
+        ...
+
 
 class Samples(Dataset[Any]):
     """Transformed images of a source, with their classes and with what is to be told of them, or a line about why not.
 
     The randomness of one depends on the seed and its item only: `(epoch, index)`, and the number of the copy where an
-    epoch has several. fill: the value of pixels that are no number.
+    epoch has several. fill, draft: as of `linsight.data.decode`.
     """
 
     def __init__(
@@ -52,22 +66,26 @@ class Samples(Dataset[Any]):
         in_chans: int,
         seed: int,
         fill: float | None = None,
+        draft: int = 0,
     ) -> None:
         if in_chans not in MODE_OF:
             raise LinsightError(f"in_chans={in_chans}: pictures are decoded whole in 1, 3 or 4 channels; use --stream")
         self.source, self.transform, self.mode, self.seed = source, transform, MODE_OF[in_chans], seed
-        self.fill = fill
+        self.fill, self.draft = fill, draft
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int, tuple[str, ...]] | str:
-        index = item[1]
-        found = _decoded(self.source, index, self.mode, self.fill)
+        return self.take(self.source, item[1], item)
+
+    def take(self, source: Source, index: int, item: tuple[int, ...]) -> tuple[Tensor, int, tuple[str, ...]] | str:
+        """The image `index` of a source, transformed as `item`."""
+        found = _decoded(source, index, self.mode, self.fill, self.draft)
         if isinstance(found, str):
             return found
         seed_sample(self.seed, *item)
-        return self.transform(found.image), self.source.targets[index], found.notes
+        return self.transform(found.image), source.targets[index], found.notes
 
 
 def decode(source: Source, index: int, mode: str, fill: float | None = None) -> Image.Image | str:
@@ -76,32 +94,84 @@ def decode(source: Source, index: int, mode: str, fill: float | None = None) -> 
     return found if isinstance(found, str) else found.image
 
 
-def _decoded(source: Source, index: int, mode: str, fill: float | None) -> Decoded | str:
+def _decoded(source: Source, index: int, mode: str, fill: float | None, draft: int = 0) -> Decoded | str:
     try:
-        return source.decoded(index, mode, fill)
+        return source.decoded(index, mode, fill, draft)
     except LinsightError as error:
         return str(error)
     except Exception as error:  # of whatever holds the images, as a disk that is gone
         return f"{source.name(index)}: cannot be read: {first_line(error)}"
 
 
-def cached(source: Source, in_chans: int, fill: float | None = None) -> tuple[Source, list[str], list[str]]:
-    """A source decoded into memory, without its bad images; what was wrong with those, and notes about the others."""
+def cached(
+    source: Source, in_chans: int, fill: float | None = None, workers: int = 0
+) -> tuple[Source, list[str], list[str]]:
+    """A source decoded into memory; what was wrong with its bad images, and notes about the others.
+
+    Bad images keep their places, so that the order of an epoch is the one of the source itself.
+    """
     if isinstance(source, Arrays):
         return source, [], []
-    images, targets, bad, notes = [], [], [], list[str]()
-    for index, target in enumerate(source.targets):
-        found = _decoded(source, index, MODE_OF[in_chans], fill)
-        if isinstance(found, str):
-            bad.append(found)
-        else:
-            images.append(np.asarray(found.image))
-            targets.append(target)
-            notes += found.notes
+    images, bad, notes = list[Any](), list[str](), list[str]()
+    for pixels, told_of in all_decoded(source, in_chans, fill, workers):
+        images.append(pixels)
+        if isinstance(pixels, str):
+            bad.append(pixels)
+        notes += told_of
     # one block of memory is shared by forked workers, thousands of small objects are not
-    same = len({image.shape for image in images}) == 1
-    block: Sequence[Any] = list(np.stack(images)) if same else images
-    return Arrays(block, targets, source.classes, "cached image "), bad, notes
+    good = [pixels for pixels in images if not isinstance(pixels, str)]
+    if len({pixels.shape for pixels in good}) == 1:
+        block = iter(np.stack(good))
+        images = [pixels if isinstance(pixels, str) else next(block) for pixels in images]
+    names = [source.name(index) for index in range(len(source))]
+    found = Arrays(images, source.targets, source.classes, names=names)
+    found.shards = source.shards
+    return found, bad, notes
+
+
+class _Decoding(Dataset[Any]):
+    """The decoded pixels of a source, or a line about why there are none, with notes."""
+
+    def __init__(self, source: Source, mode: str, fill: float | None) -> None:
+        self.source, self.mode, self.fill = source, mode, fill
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, tuple[str, ...]]:
+        found = _decoded(self.source, index, self.mode, self.fill)
+        return (found, ()) if isinstance(found, str) else (np.asarray(found.image), found.notes)
+
+
+def all_decoded(
+    source: Source, in_chans: int, fill: float | None, workers: int
+) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """The pixels of each image of a source, uint8 `(H, W)` or `(H, W, C)`, or a line about why there are none; notes.
+
+    workers: processes that decode, where there are many images.
+    """
+    decoding = _Decoding(source, MODE_OF[in_chans], fill)
+    many = workers if len(source) >= _MANY else 0
+    try:
+        yield from DataLoader(
+            decoding,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=many,
+            worker_init_fn=start_worker,
+            prefetch_factor=16 if many else None,
+            generator=torch.Generator(),
+        )
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LinsightError(
+            "a process that decodes images was killed, most likely for want of memory: set workers lower, or cache=off"
+        ) from error
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def collate(samples: list[tuple[Tensor, int, tuple[str, ...]] | str]) -> Batch:
@@ -182,18 +252,28 @@ def _posterize(image: Image.Image, bits_to_keep: int, **timm_args: Any) -> Image
     return posterize(image, max(bits_to_keep, 1), **timm_args)
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Make a worker process outlive the signals that stop the run, which ends it."""
     outlive()  # Ctrl-C and `timeout` reach the whole group
 
 
-def loader(samples: Samples, batches: Iterable[list[tuple[int, ...]]], *, workers: int, pin: bool) -> Iterable[Batch]:
-    """A loader to iterate once an epoch."""
+def loader(
+    samples: Samples,
+    batches: Iterable[list[tuple[int, ...]]],
+    *,
+    workers: int,
+    pin: bool,
+    collate: Callable[[list[Any]], Batch] = collate,
+) -> Iterable[Batch]:
+    """A loader to iterate once an epoch. A source that is a stream has its own, which goes by `batches`, too."""
+    if isinstance(samples.source, Streaming):
+        return samples.source.feed(samples, batches, workers=workers, pin=pin, collate=collate)
     return DataLoader(
         samples,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
         pin_memory=pin,

@@ -81,7 +81,7 @@ class Files:
 
     def marks(self) -> tuple[str, str]:
         """See `Section`."""
-        return _digests(map(self.label, range(len(self))), self.names.text, self.names.ends)
+        return digests(map(self.label, range(len(self))), self.names.text, self.names.ends)
 
 
 class Members:
@@ -109,7 +109,7 @@ class Members:
 
     def marks(self) -> tuple[str, str]:
         """See `Section`."""
-        return _digests([self.place], self.names.text, self.names.ends)
+        return digests([self.place], self.names.text, self.names.ends)
 
 
 class Rows:
@@ -131,10 +131,10 @@ class Rows:
 
     def marks(self) -> tuple[str, str]:
         """See `Section`."""
-        return _digests([self.file] if self.file else [], str(len(self)).encode())
+        return digests([self.file] if self.file else [], str(len(self)).encode())
 
 
-def _digests(files: Iterable[str], *content: Any) -> tuple[str, str]:
+def digests(files: Iterable[str], *content: Any) -> tuple[str, str]:
     """Digests of `content` with the sizes of files, and of their times; files that are gone have none."""
     sizes, times = array.array("q"), array.array("q")
     for file in files:

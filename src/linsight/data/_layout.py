@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from linsight.errors import LinsightError
 
-from ._trees import Tree, count, shown, some
+from .trees import Tree, count, shown, some
 
 # What data sets call their splits, in any case; as Hugging Face reads file names.
 _WORDS = {

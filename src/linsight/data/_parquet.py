@@ -10,17 +10,17 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from linsight.errors import LinsightError, MissingExtraError, UnknownNameError
 
 from ._layout import plain, role, sort_classes, words
-from ._sources import Reading, Source, first_line
-from ._trees import shown, some
+from .sources import Reading, Source, first_line
+from .trees import shown, some
 
 _IMAGES = ("image", "img", "picture", "photo", "jpg", "png")
-_LABELS = ("label", "labels", "fine_label", "class", "target", "category", "class_name")
+LABELS = ("label", "labels", "fine_label", "class", "target", "category", "class_name")
 _SHARD = re.compile(r"(.+?)-(\d{5})-of-(\d{5})")
 
 
@@ -29,17 +29,27 @@ class Rows:
 
     def __init__(self, table: Any, key: str, folder: str) -> None:
         self.rows, self.key, self.folder = table, key, folder
+        self._last: tuple[int, Any] = (-1, None)  # an image is opened and named, and its row read once
 
     def open(self, index: int) -> BinaryIO:
         """The image of a row, undecoded; raises OSError where there is none."""
-        return _stored(self.rows[index][self.key], self.folder)
+        return stored(self._cell(index), self.folder)
+
+    def _cell(self, index: int) -> Any:
+        if self._last[0] != index:
+            self._last = index, self.rows[index][self.key]
+        return self._last[1]
 
     def filename(self, index: int) -> str:
         """The file that a row is of, or the row's number."""
         with contextlib.suppress(OSError, ValueError):
-            if path := (self.rows[index][self.key] or {}).get("path"):
+            if path := (self._cell(index) or {}).get("path"):
                 return str(path)
         return f"row {index}"
+
+    def stamp(self) -> str:
+        """A digest of the table."""
+        return f"{self.rows._fingerprint} {self.key}"
 
 
 class Table:
@@ -61,7 +71,7 @@ class Table:
         except Exception as error:  # of a damaged file it raises anything
             raise LinsightError(f"{shown(path)} is no readable Parquet file: {first_line(error)}") from error
         self.ends = list(itertools.accumulate(counts))
-        self.key = _image_column(name, kinds, image_key)
+        self.key = image_column(name, kinds, image_key)
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -70,7 +80,7 @@ class Table:
         """The image of a row, undecoded; raises OSError where there is none."""
         group = bisect.bisect_right(self.ends, index)
         images = _row_group(self.path, group, self.key)
-        return _stored(images[index - self.ends[group]].as_py(), str(self.path.parent))
+        return stored(images[index - self.ends[group]].as_py(), str(self.path.parent))
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,7 +91,7 @@ def _row_group(path: pathlib.Path, group: int, key: str) -> Any:
         return file.read_row_group(group, columns=[key], use_threads=False)[key]
 
 
-def _stored(cell: Any, folder: str) -> BinaryIO:
+def stored(cell: Any, folder: str) -> BinaryIO:
     """The image of a cell, which has bytes, a path, or both; raises OSError where there is none."""
     cell = {"bytes": cell} if isinstance(cell, bytes) else {"path": cell} if isinstance(cell, str) else cell or {}
     if cell.get("bytes"):
@@ -91,8 +101,10 @@ def _stored(cell: Any, folder: str) -> BinaryIO:
     return open(pathlib.Path(folder, cell["path"]), "rb")
 
 
-def split_files(label: str, names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The splits of Parquet files by their names, train, validation, test or others, and lines on what is odd.
+def split_files(
+    label: str, names: Sequence[str], kind: str = "Parquet files"
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The splits of files of one kind by their names, train, validation, test or others, and lines on what is odd.
 
     Folders say more than files do; where no name says anything, all are one split, "".
 
@@ -125,7 +137,7 @@ def split_files(label: str, names: Sequence[str]) -> tuple[dict[str, list[str]],
     for split, spellings in spelled.items():
         if len(spellings) > 1:
             raise LinsightError(
-                f"{shown(label)} has Parquet files of the splits {some(sorted(spellings))}, which are all for {split}: "
+                f"{shown(label)} has {kind} of the splits {some(sorted(spellings))}, which are all for {split}: "
                 "rename those that are one, and move the others out"
             )
     missing = [
@@ -165,6 +177,17 @@ def check_files(label: str, paths: Sequence[pathlib.Path]) -> None:
             )
 
 
+def count_rows(paths: Iterable[str]) -> int:
+    """The rows of Parquet files, as these tell."""
+    from pyarrow import parquet
+
+    total = 0
+    for path in paths:
+        with parquet.ParquetFile(path) as file:
+            total += file.metadata.num_rows
+    return total
+
+
 def _kinds(schema: Any) -> dict[str, str]:
     """The kind of each column: text or not, and the names of classes."""
     kinds = {name: "text" if "string" in str(schema.field(name).type) else "other" for name in schema.names}
@@ -188,28 +211,28 @@ def parquet(
     hf = import_datasets()
     files = [glob.escape(str(path.absolute())) for path in paths]
     name = split.partition("[")[0]
-    table = _of_hub(label, lambda: hf.load_dataset("parquet", data_files={name: files}, split=split, cache_dir=cache))
+    table = from_hub(label, lambda: hf.load_dataset("parquet", data_files={name: files}, split=split, cache_dir=cache))
     return _source(label, table, str(paths[0].parent), image_key, label_key)
 
 
 def hugging_face(name: str, cache: str | None, split: str, image_key: str | None, label_key: str | None) -> Source:
     """A data set of Hugging Face as a source: the columns are found by their types."""
     hf = import_datasets()
-    table = _of_hub(name, lambda: hf.load_dataset(name, split=split, cache_dir=cache))
+    table = from_hub(name, lambda: hf.load_dataset(name, split=split, cache_dir=cache))
     return _source(name, table, "", image_key, label_key)
 
 
 def hugging_face_images(name: str, split: str, image_key: str | None) -> Rows:
     """The images of a split of a data set of Hugging Face, which needs no labels."""
     hf = import_datasets()
-    table = _of_hub(name, lambda: hf.load_dataset(name, split=split))
-    return _undecoded(name, table, _image_column(name, table.features, image_key), "")
+    table = from_hub(name, lambda: hf.load_dataset(name, split=split))
+    return _undecoded(name, table, image_column(name, table.features, image_key), "")
 
 
 def hugging_face_splits(name: str) -> list[str]:
     """The names of the splits of a data set of Hugging Face."""
     hf = import_datasets()
-    return [str(split) for split in _of_hub(name, lambda: hf.get_dataset_split_names(name))]
+    return [str(split) for split in from_hub(name, lambda: hf.get_dataset_split_names(name))]
 
 
 def import_datasets() -> Any:
@@ -224,21 +247,14 @@ def import_datasets() -> Any:
 def _source(name: str, table: Any, folder: str, image_key: str | None, label_key: str | None) -> Source:
     hf = import_datasets()
     kinds = table.features
-    image_key = _image_column(name, kinds, image_key)
-    rest = {key: kind for key, kind in kinds.items() if key != image_key}
-    label_key = label_key or _column(name, rest, _LABELS, "label_key", hf.ClassLabel, _is_label)
-    if label_key not in kinds:
-        raise UnknownNameError(f"column of {shown(name)}", label_key, kinds)
-    if not _is_label(kinds[label_key]):
-        raise LinsightError(
-            f"the column {shown(label_key)} of {shown(name)} has no label a row: name another, label_key="
-        )
-    labels = _of_hub(name, lambda: table.select_columns(label_key)[:][label_key])
+    image_key = image_column(name, kinds, image_key)
+    label_key = label_column(name, kinds, image_key, label_key)
+    labels = from_hub(name, lambda: table.select_columns(label_key)[:][label_key])
     if isinstance(kinds[label_key], hf.ClassLabel):
         classes = tuple(map(plain, kinds[label_key].names))
         targets = [-1 if label is None else label for label in labels]
     else:
-        said = [_text(label) for label in labels]
+        said = [label_text(label) for label in labels]
         classes = sort_classes(shown(name), set(said) - {""})
         place = {label: index for index, label in enumerate(classes)}
         targets = [place.get(plain(label), -1) for label in said]
@@ -248,10 +264,10 @@ def _source(name: str, table: Any, folder: str, image_key: str | None, label_key
 def _undecoded(name: str, table: Any, image_key: str, folder: str) -> Rows:
     """The images of a table."""
     kind = import_datasets().Image(decode=False)
-    return Rows(_of_hub(name, lambda: table.select_columns(image_key).cast_column(image_key, kind)), image_key, folder)
+    return Rows(from_hub(name, lambda: table.select_columns(image_key).cast_column(image_key, kind)), image_key, folder)
 
 
-def _image_column(name: str, kinds: Mapping[str, Any], image_key: str | None) -> str:
+def image_column(name: str, kinds: Mapping[str, Any], image_key: str | None) -> str:
     """The column of images, `image_key` where it is given; a LinsightError where there is none."""
     image_key = image_key or _column(name, kinds, _IMAGES, "image_key", import_datasets().Image, _is_bytes)
     if image_key not in kinds:
@@ -263,16 +279,30 @@ def _image_column(name: str, kinds: Mapping[str, Any], image_key: str | None) ->
     return image_key
 
 
-def _text(label: Any) -> str:
+def label_column(name: str, kinds: Mapping[str, Any], image_key: str, label_key: str | None) -> str:
+    """The column of labels, `label_key` where it is given; a LinsightError where there is none."""
+    rest = {key: kind for key, kind in kinds.items() if key != image_key}
+    label_key = label_key or _column(name, rest, LABELS, "label_key", import_datasets().ClassLabel, _is_label)
+    if label_key not in kinds:
+        raise UnknownNameError(f"column of {shown(name)}", label_key, kinds)
+    if not _is_label(kinds[label_key]):
+        raise LinsightError(
+            f"the column {shown(label_key)} of {shown(name)} has no label a row: name another, label_key="
+        )
+    return label_key
+
+
+def label_text(label: Any) -> str:
     """The name of a class by its label; "" where a row has none."""
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return ""
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
-def _of_hub(name: str, read: Any) -> Any:
+def from_hub(name: str, read: Any) -> Any:
+    """The answer of `read`, in silence; any error of the library is a LinsightError."""
     hf = import_datasets()
-    with _quiet(hf):
+    with quiet(hf):
         try:
             return read()
         except Exception as error:  # of a damaged file, or an odd one, it raises anything
@@ -281,7 +311,7 @@ def _of_hub(name: str, read: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(hf: Any) -> Iterator[None]:
+def quiet(hf: Any) -> Iterator[None]:
     """Without bars, and without lines on errors that are raised, too."""
     shown_bars, level = hf.is_progress_bar_enabled(), hf.logging.get_verbosity()
     hf.disable_progress_bars()

@@ -8,9 +8,10 @@ from linsight.recipe import Recipe
 
 from ._layout import alike, plain, role
 from ._places import Digits, Pictures, Place, locate
-from ._sources import Part, Source
-from ._trees import count, shown, some
+from ._streams import Stream, Streamed
 from .random import hold_out
+from .sources import Part, Source
+from .trees import count, shown, some
 
 _EVALUATION = ("validation", "test")
 
@@ -37,6 +38,8 @@ def open_data(recipe: Recipe) -> Data:
     """
     place, data = locate(recipe), shown(recipe.data)
     train_split = _pick(place, recipe.train_split, recipe)
+    if isinstance(place, Streamed):
+        return _streams(place, train_split, recipe)
     val_split = _pick(place, recipe.val_split, recipe) if recipe.val_split else _evaluated(place, recipe)
     notes = list(place.notes)
     train = _checked(place.open(train_split), _called(recipe, train_split))
@@ -69,13 +72,41 @@ def open_data(recipe: Recipe) -> Data:
     return Data(train, val, train.classes, tuple(dict.fromkeys(notes)))
 
 
+def _streams(place: Streamed, train_split: str | None, recipe: Recipe) -> Data:
+    """The two streams of a recipe, with the same classes, as far as these are known before they are read."""
+    data, val_split = shown(recipe.data), recipe.val_split
+    val_split = _pick(place, val_split, recipe) if val_split else _evaluated(place, recipe)
+    if val_split is None:
+        raise LinsightError(
+            f"{data} has no split to evaluate on among {some(place.splits)}, and a stream holds nothing out: name one "
+            "with val_split=, or use hfds/"
+        )
+    train, val = place.open(train_split), place.open(val_split)
+    if not train.classes:
+        raise LinsightError(
+            f"{data} does not tell its classes before it is read: say how many with num_classes=, where they are "
+            "numbers, or use hfds/"
+        )
+    if recipe.num_classes is not None and recipe.num_classes < len(train.classes):
+        raise LinsightError(f"num_classes={recipe.num_classes}, but {data} has {len(train.classes)} classes")
+    if isinstance(train, Stream):
+        train.length = recipe.epoch_images or train.length
+        if train.length is None:
+            raise LinsightError(
+                f"{data} does not tell how many images it has: say how many an epoch has, epoch_images="
+            )
+    told = recipe.val_split is None and role(val_split) == "test"
+    notes = (f"{data} has no validation split: evaluated on {val_split}",) if told else ()
+    return Data(train, under(val, train.classes, recipe.data), train.classes, notes)
+
+
 def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...], in_order: bool = False) -> Source:
     """The images to evaluate a model of `classes` on: a split, or all of a folder that has none.
 
     A folder may lack some of the classes; it may not have others, unless they are taken `in_order`,
     as many as there are of the model's.
     """
-    recipe = dataclasses.replace(recipe, val_split=split or recipe.val_split)
+    recipe = recipe.changed(val_split=split or recipe.val_split)
     place = locate(recipe)
     if place.splits:
         name = _pick(place, recipe.val_split, recipe) if recipe.val_split else _evaluated(place, recipe)
@@ -106,6 +137,8 @@ def under(source: Source, classes: tuple[str, ...], data: str, in_order: bool = 
     """
     if source.classes == classes:
         return source
+    if isinstance(source, Stream):
+        return source.under(classes)
     known = set(map(plain, classes))
     used = set(source.targets)
     others = [name for index, name in enumerate(source.classes) if index in used and plain(name) not in known]
@@ -211,6 +244,8 @@ def _same_classes(train: Source, val: Source, splits: tuple[str, str], recipe: R
 
 
 def _checked(source: Source, name: str) -> Source:
+    if isinstance(source, Stream):
+        return source
     if not len(source):
         raise LinsightError(f"{shown(name)} has no image")
     for index, target in enumerate(source.targets):

@@ -1,0 +1,56 @@
+"""The model of a recipe."""
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from linsight.errors import LinsightError
+from linsight.models import VARIANTS, create_model
+from linsight.recipe import Recipe
+
+
+def build(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The model of a recipe, with fresh weights."""
+    arguments: dict[str, Any] = {
+        "num_classes": recipe.num_classes or num_classes,
+        "in_chans": recipe.in_chans,
+        "img_size": (recipe.img_size * 2)[:2] or None,
+        "drop_path_rate": recipe.drop_path,
+    }
+    for name in recipe.model_args:
+        if name in arguments:
+            raise LinsightError(f"model_args has '{name}', which is a field of its own")
+    if recipe.model_args.get("features_only"):
+        raise LinsightError("model_args has features_only: such a model gives maps and has no classifier, leave it out")
+    require_classifier(recipe.model)
+    try:
+        return create_model(
+            recipe.model,
+            attention=recipe.attention,
+            attention_options=recipe.attention_options or None,
+            **arguments,
+            **recipe.model_args,
+        )
+    except TypeError as error:
+        raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
+
+
+def require_classifier(name: str) -> None:
+    """Raise a LinsightError where the model `name` has no classifier; the one of its kind that has is named."""
+    own = VARIANTS.get(name)
+    if own is not None and own.dense:
+        same = [
+            other.name
+            for other in VARIANTS.values()
+            if not other.dense and (other.host, other.attention) == (own.host, own.attention)
+        ]
+        near = difflib.get_close_matches(name, same, n=1, cutoff=0)
+        way = f"take '{near[0]}'" if near else "take one that 'linsight list' shows a top-1 of"
+        raise LinsightError(f"'{name}' gives the maps of its stages and has no classifier: {way}")
+
+
+def image_size(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that the model is given."""
+    size = recipe.img_size or tuple(model.pretrained_cfg["input_size"][-2:])  # type: ignore[index]
+    return int(size[0]), int(size[-1])

@@ -1,0 +1,166 @@
+"""`Task`: what a run learns. Everything that trains, evaluates or predicts asks it, and knows no task by name."""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from linsight.data.datasets import Data
+from linsight.data.images import Batch, Normalise, Samples, collate, eval_transform, train_transform, whole_image
+from linsight.data.sources import Source
+from linsight.recipe import Recipe
+
+from .building import build
+from .meters import Meter
+
+
+def in_row(measure: str) -> str:
+    """The name of a measure beside the loss of training."""
+    return "val_loss" if measure == "loss" else measure
+
+
+class Column(NamedTuple):
+    """A measure as people see it: its name, what to call it, how to write it, and its unit."""
+
+    name: str
+    label: str
+    form: str = ".4f"
+    unit: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name in `metrics.jsonl` and in summaries."""
+        return in_row(self.name)
+
+    def text(self, row: Mapping[str, Any], unit: bool = False) -> str:
+        """The value in a row of `metrics.jsonl`, a summary, or what `evaluate` gives."""
+        value = row[self.key] if self.key in row else row[self.name]
+        return f"{value:{self.form}}{f' {self.unit}' if unit and self.unit else ''}"
+
+
+class Student(Protocol):
+    """A model that learns, as a loss sees it."""
+
+    model: nn.Module
+
+    def forward(self, images: Tensor) -> Any:
+        """The model's answer in training mode, in the dtype of mixed precision."""
+
+    def taught(self, images: Tensor) -> Any:
+        """The answer of the averaged weights, in evaluation mode and without a gradient."""
+
+
+class Task(abc.ABC):
+    """One run's task. A subclass is a file; `register` makes it known.
+
+    name, about: what it is called, and in a line.
+    record: its kind of recipe.
+    best: the measure that decides which epoch is kept; smaller: whether a smaller one is better.
+
+    facts: what the weights must tell, so that they can be used without the data: the names of classes, say. A task
+    has them once `open` was called, or from the file of the weights.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    record: ClassVar[type[Recipe]] = Recipe
+    best: ClassVar[str]
+    smaller: ClassVar[bool] = False
+
+    def __init__(self, recipe: Recipe, facts: Mapping[str, Any] | None = None) -> None:
+        self.recipe: Any = recipe
+        self.facts: dict[str, Any] = dict(facts or {})
+
+    # Images
+
+    @abc.abstractmethod
+    def open(self) -> Data:
+        """Open what the recipe trains on and is evaluated on; sets the facts.
+
+        Raises:
+            LinsightError: it cannot be used for the task.
+        """
+
+    @abc.abstractmethod
+    def open_evaluation(self, split: str | None, *, in_order: bool = False) -> Source:
+        """The images of the recipe's data to evaluate on, as `linsight.data.datasets.open_evaluation`."""
+
+    def open_again(self) -> Source:
+        """The very images that a run was evaluated on, held out or not."""
+        facts = self.facts
+        source = self.open().val
+        self.facts = facts
+        return source
+
+    def samples(self, source: Source, size: tuple[int, int] | None, *, training: bool) -> Samples:
+        """Images of a source as the model is given them, before they are normalised. size: None for each in its own."""
+        recipe = self.recipe
+        transform: Callable[[Image.Image], Tensor] = whole_image
+        if size is not None:
+            transform = (train_transform if training else eval_transform)(recipe, size)
+        draft = recipe.draft if training else 0
+        return Samples(source, transform, recipe.in_chans, recipe.seed, recipe.fill, draft)
+
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
+        """A batch of samples, some of which may be lines about why there is none."""
+        return collate(samples)
+
+    # The model
+
+    @property
+    @abc.abstractmethod
+    def outputs(self) -> int:
+        """How many numbers the model gives for an image, where the recipe does not say."""
+
+    def build(self) -> nn.Module:
+        """The model, with fresh weights."""
+        return build(self.recipe, self.outputs)
+
+    # What it learns
+
+    def begin(self, device: torch.device) -> None:
+        """Get ready to learn, and to be evaluated, on a device."""
+        self.inputs = Normalise(self.recipe, device)
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 - most have nothing to say
+        """Raise a LinsightError where the recipe asks for what this model cannot learn by."""
+
+    def usable(self, count: int) -> int:
+        """How many of `count` images the loss takes."""
+        return count
+
+    @abc.abstractmethod
+    def loss(self, student: Student, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
+        """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
+
+    # How well it does it
+
+    @abc.abstractmethod
+    def measure(self) -> Meter:
+        """A new meter: `update(outputs, batch)` by batches; `compute()` gives measures by name, `loss` among them."""
+
+    def answer(self, model: nn.Module, inputs: Tensor) -> Any:
+        """The answer of a model in evaluation mode for a batch."""
+        return model(inputs)
+
+    @property
+    @abc.abstractmethod
+    def columns(self) -> Sequence[Column]:
+        """The measures that people are shown, `best` first."""
+
+    # What is shown of it
+
+    def draw(self, path: Any, samples: Samples, answers: Callable[[Tensor], Tensor]) -> None:  # noqa: B027 - as above
+        """A picture of what the model makes of some images. answers: of uint8 images `(B, C, H, W)`, on the CPU."""
+
+    @abc.abstractmethod
+    def predictions(self, answers: Tensor, files: Sequence[str], top: int) -> list[Any]:
+        """For each image a dataclass with `file`, for `linsight predict`. answers: what the model gives, float32."""
+
+    @abc.abstractmethod
+    def table(self, found: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+        """Predictions as a table: its head, and its rows."""
