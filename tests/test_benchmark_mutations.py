@@ -48,6 +48,7 @@ def fault(old, new, tests=("test_it.py",)):
     return mutations.Fault("__init__.py", tests, "a change", old, new)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="tests are forked there")
 def test_a_fault_is_noticed_or_survives(house, tmp_path):
     chosen = [fault("2 * x", "2 - x"), fault("3 * x", "4 * x"), fault("2 * x", "3 * x")]
