@@ -142,7 +142,12 @@ def test_what_decays_is_what_decayed_in_the_published_training(model, decays, st
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.0}, {"batch_size": 62, "mixup": 0.5}]
+    "more",
+    [
+        pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.0}, marks=pytest.mark.full),
+        {"batch_size": 62, "mixup": 0.5},
+    ],
 )
 def test_a_batch_in_parts_is_learned_as_in_one(tmp_path, more):
     more = {**TINY, "ema": 0.9, "clip_grad": 1.0, "lr": 1e-3, **more}
