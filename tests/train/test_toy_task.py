@@ -138,6 +138,8 @@ def test_it_is_evaluated_and_predicts(photos, tmp_path, linsight):
     assert code == 0 and f"{colour.red:.2f} {colour.green:.2f} {colour.blue:.2f}" in out
     code, out, _ = linsight("predict", tmp_path / "run", image, "--json")
     assert json.loads(out)["predictions"] == [dataclasses.asdict(colour)]
+    code, _, err = linsight("predict", tmp_path / "run", image, "--out", tmp_path / "a.csv")
+    assert code == 2 and "predicts no classes" in err and not (tmp_path / "a.csv").exists()
     code, out, _ = linsight("eval", tmp_path / "run")
     assert code == 0 and f"{found['off']:.1f} levels" in out
 

@@ -103,6 +103,8 @@ def predict_to(
     out, copy = pathlib.Path(out), this_copy()
     check_shard(*shard)
     require_top(top)
+    if not trained.classes:
+        raise LinsightError(f"'{trained.path}' predicts no classes, which a table has: leave --out out")
     extra = tuple(name for name, wanted in (("logits", logits), ("features", features)) if wanted)
     require_table(out, extra)
     settings: dict[str, Any] = {"batch_size": batch_size, "device": _device(device, copy), "amp": amp}
