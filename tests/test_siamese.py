@@ -163,6 +163,7 @@ def test_checkpointing_copies_and_groups(steps):
     assert any("norm_pair.norm_x.weight" in names and "norm.weight" in names for names in groups.values())
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_compiled_and_exported():
     """Both designs of the stream in one graph; of any size when exported."""

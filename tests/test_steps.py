@@ -169,6 +169,7 @@ def test_what_timm_asks(make):
     assert model(x).shape == (2, 3)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_swin_and_resnet_export():
     """The ViT's steps are exported in the tests of SiameseNorm. Few blocks, because tracing is slow."""

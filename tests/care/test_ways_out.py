@@ -68,7 +68,7 @@ def leaves(way, model, example, others, channels=3):
     equals(way(model, torch.randn(batch, channels, *size)), model, channels, others)
 
 
-QUICK = {("vit_tiny", "onnx"), ("swin_tiny", "export")}  # the others take up to a minute each
+QUICK = {("vit_tiny", "onnx")}  # the others take up to a minute each
 CELLS = [
     pytest.param(
         model,
@@ -120,11 +120,10 @@ def test_variants(name):
 
 
 OPTIONS = [subject for subject in subjects(variants=True) if subject.options]
-# One whose product with a scale onnxruntime once had otherwise.
-ONCE = ("vca-joint=False",)
 
 
-@pytest.mark.parametrize("subject", [pytest.param(s, marks=[] if str(s) in ONCE else [full]) for s in OPTIONS], ids=str)
+@full
+@pytest.mark.parametrize("subject", OPTIONS, ids=str)
 def test_options(subject):
     leaves(in_onnxruntime, OnImages(subject.layer()).eval(), EXAMPLE, UNSEEN, 16)
 
