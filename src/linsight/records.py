@@ -1,7 +1,7 @@
 """Records that people write: pydantic models whose values may be text, and whose errors are one line.
 
     class Run(Record):
-        epochs: Whole = Field(10, ge=1, description="...")
+        epochs: Whole = Field(default=10, description="...")
 
     Run(epochs="30"); Run(epoch=3)  # unknown field 'epoch': did you mean 'epochs'?
 
@@ -119,7 +119,7 @@ class Record(BaseModel):
     kind: ClassVar[str] = "record"  # what errors call it
     group: ClassVar[str] = ""  # the heading of the fields that a class declares
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -4,10 +4,13 @@ import json
 
 import pytest
 import yaml
+from small import TINY
 
 from linsight.errors import LinsightError, UnknownNameError
+from linsight.tasks import read_recipe
 from linsight.tasks.files import read_values, schema, written
-from linsight.train import RECIPES, resolve, train
+from linsight.train import RECIPES, Interrupted, resolve, resume, train
+from linsight.train.progress import Silent
 
 SOME = ("digits", "cifar10", "finetune", "inline_swin_tiny", "dynp_resnet18_t128")
 
@@ -135,14 +138,30 @@ def test_the_command_prints_lists_and_a_run_is_called_like_its_file(linsight, tm
     assert folder.name.startswith("mine-")
 
 
+class Stopped(Silent):
+    """Ends a run in its second epoch."""
+
+    def step(self, epoch, step, images, loss):
+        if (epoch, step) == (1, 2):
+            raise KeyboardInterrupt
+
+
 def test_old_run_folders_go_on(tmp_path):
     """Of a time when a recipe named no task."""
-    train(resolve("digits", {"epochs": 1, "warmup_epochs": 0, "figures": False, "workers": 0}), out=tmp_path / "run")
+    recipe = resolve("digits", {**TINY, "save_every": 1})
+    train(recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path / "run", report=Stopped())
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["recipe"].pop("task") == "classify"
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    from linsight.train.run import kept_recipe
+    resume(tmp_path / "run")
+    weights = [(tmp_path / name / "best.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
 
-    assert kept_recipe(tmp_path / "run") == resolve(
-        "digits", {"epochs": 1, "warmup_epochs": 0, "figures": False, "workers": 0}
-    )
+
+@pytest.mark.parametrize("name", ["self", "cls", "values", "model_config", "__init__"])
+def test_no_name_of_python_is_a_field(name):
+    """As a hostile file of weights may have it."""
+    with pytest.raises(UnknownNameError, match="unknown recipe field"):
+        read_recipe({name: 1})

@@ -1,7 +1,7 @@
 """The meters of tasks, whose sums are kept on the CPU."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ class Meter(Protocol):
     def compute(self) -> dict[str, float]:
         """Measures by name."""
 
-    def merge_state(self, other: Any) -> None:
-        """Count in what another meter of the same kind, which saw other images, has counted."""
-
 
 class Accuracy:
     """Percent of images whose class is the first, or among the first five, and the mean loss."""
@@ -40,13 +37,6 @@ class Accuracy:
         self.fifth += int(hits.sum())
         self.loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
         self.images += len(targets)
-
-    def merge_state(self, other: Self) -> None:
-        """See `Meter`."""
-        self.first += other.first
-        self.fifth += other.fifth
-        self.loss += other.loss
-        self.images += other.images
 
     def compute(self) -> dict[str, float]:
         """`top1` and `top5` in percent, and `loss`."""
@@ -71,13 +61,6 @@ class Exits:
         self.correct.append(torch.stack([indices == batch.targets for _, indices in best], 1))
         self.targets += batch.targets.tolist()
         self.loss += float(F.cross_entropy(answers[-1], batch.targets, reduction="sum"))
-
-    def merge_state(self, other: Self) -> None:
-        """See `Meter`."""
-        self.confidences += other.confidences
-        self.correct += other.correct
-        self.targets += other.targets
-        self.loss += other.loss
 
     def scored(self) -> tuple[Scored, list[int]]:
         """The answers, and the classes of the images."""
