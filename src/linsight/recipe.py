@@ -202,6 +202,13 @@ class RunFields(Record):
     accumulate: Whole = Field(default=1, description="parts that a batch is computed in, for less memory")
     seed: Seed = Field(default=0, description="decides initial weights, order and augmentation")
     device: Text = Field(default="auto", description="cpu, cuda, cuda:1, mps; auto: the best there is")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="what each of several processes holds: the whole model, or a part of each block"
+    )
+    image_ranks: Whole = Field(default=1, description="processes that share each image, in bands of its rows")
+    deterministic: bool = Field(
+        default=False, description="operations of a GPU that give the same numbers every time, slower ones too"
+    )
     amp: Literal["auto", "off", "bf16", "fp16"] = Field(
         default="auto", description="mixed precision; auto: bf16 where the device computes in it, fp16 on older GPUs"
     )
@@ -229,7 +236,10 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
     kind = "recipe"
     # Fields that may change when a run goes on: none that its result depends on.
     RESUMABLE: ClassVar[frozenset[str]] = frozenset(
-        ("device", "workers", "cache", "cache_dir", "threads", "save_every", "compile", "figures", "report", "track")
+        (
+            *("device", "parallel", "image_ranks", "workers", "cache", "cache_dir", "threads", "save_every", "compile"),
+            *("figures", "report", "track"),
+        )
     )
 
     task: Text = Field(default="classify", description=TASK)

@@ -15,7 +15,7 @@ from test_commands import TINY, data  # noqa: F401
 from linsight.errors import LinsightError
 from linsight.runtime import signals
 from linsight.runtime.files import hold, require_folder, write_json, writing
-from linsight.runtime.launch import refuse_copies
+from linsight.runtime.launch import Copy, require_rank, this_copy
 from linsight.runtime.signals import Interrupted, Stop, Terminated, Unwinding
 from linsight.tasks import classify
 from linsight.tasks import task as tasks
@@ -218,27 +218,30 @@ input()
 
 
 COPIES = [
-    {"WORLD_SIZE": "2", "RANK": "0"},
-    {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"},
+    {"WORLD_SIZE": "2"},
     {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "2"},
     {"OMPI_COMM_WORLD_SIZE": "2"},
-    {"PMI_SIZE": "3"},
+    {"PMI_SIZE": "3", "PMI_RANK": "3"},
 ]
 
 
 @pytest.mark.parametrize("variables", COPIES, ids=lambda variables: min(variables))
-def test_copies_of_a_run_are_refused(variables, tmp_path, data, monkeypatch, linsight):  # noqa: F811
+def test_copies_that_do_not_know_which_they_are(variables, tmp_path, data, monkeypatch, linsight):  # noqa: F811
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LinsightError, match=r"copies would train the same run.*torchrun"):
+    with pytest.raises(LinsightError, match=r"copies would train the same run.*which.*torchrun"):
         train(recipe(data), out=tmp_path / "run")
     code, out, err = linsight("train", "--out", tmp_path / "run")
     assert code == 2 and out == "" and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_one_process_of_a_launcher_is_none_too_many():
-    for alone in ({"WORLD_SIZE": "1"}, {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, {"WORLD_SIZE": "x"}, {}):
-        refuse_copies(alone)
+    job = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}  # a script that has not started its tasks
+    one = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    for alone in ({"WORLD_SIZE": "1", "RANK": "0"}, job, one, {"WORLD_SIZE": "x"}, {}):
+        require_rank(alone)
+        assert this_copy(alone) == Copy()
+    assert this_copy({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}) == Copy(1, 2, 1, 1)
 
 
 def test_a_full_disk_is_one_line(tmp_path, data, monkeypatch):  # noqa: F811

@@ -35,7 +35,10 @@ PYRAMID = (2, 64, 96), ((1, 160, 96), (3, 67, 149), (2, 33, 30), (1, 64, 64), (2
 full = pytest.mark.full
 
 
-def sizes(model):
+def sizes(model, way=None):
+    """torch.export notes of a table of positions that the example has several places a side, and refuses one alone."""
+    if way is exported and model == "vit_tiny":
+        return PATCHES[0], tuple(size for size in PATCHES[1] if min(size[1:]) > 8)
     return PATCHES if model in ("vit_tiny", "compact_pico") else PYRAMID
 
 
@@ -93,8 +96,7 @@ def test_the_table_is_the_list_of_checks():
 
 @pytest.mark.parametrize(("model", "way"), CELLS)
 def test_models(model, way):
-    example, others = sizes(model)
-    leaves(BY_WAY[way], make(model), example, others)
+    leaves(BY_WAY[way], make(model), *sizes(model, BY_WAY[way]))
 
 
 @full
@@ -109,7 +111,7 @@ def test_forms_for_inference(host, attention):
 @pytest.mark.parametrize("host", SMALL)
 def test_features(host, way):
     """All maps, as separate outputs."""
-    leaves(way, shallow(host, features_only=True, out_indices=(0, 1)), *sizes(host))
+    leaves(way, shallow(host, features_only=True, out_indices=(0, 1)), *sizes(host, way))
 
 
 @full

@@ -12,6 +12,7 @@ import typer
 
 from linsight import __version__
 from linsight.errors import LinsightError
+from linsight.runtime.launch import this_copy
 from linsight.runtime.signals import Interrupted, Stop, drop_output, exit_code
 
 from . import bench, export, push, report, show, train
@@ -57,7 +58,8 @@ def _run() -> int:
             sys.stdout.flush()
         return int(code or 0)
     except Interrupted as stopped:
-        return _fail(str(stopped), stopped.code)
+        # of several processes, all of which were asked, one tells
+        return _fail(str(stopped), stopped.code) if this_copy().rank == 0 else stopped.code
     except LinsightError as error:
         return _fail(str(error))
     except _UsageError as error:

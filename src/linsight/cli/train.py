@@ -13,10 +13,10 @@ from linsight.recipe import GROUPS, Recipe
 from linsight.records import Record
 from linsight.runtime.console import new_console
 from linsight.runtime.files import to_json
-from linsight.runtime.launch import refuse_copies
+from linsight.runtime.launch import require_rank, this_copy
 from linsight.runtime.text import printable
 from linsight.tasks import field_of, known_fields
-from linsight.train.progress import reporter, tile_reporter
+from linsight.train.progress import Silent, reporter, tile_reporter
 from linsight.train.recipes import OWN
 
 from . import batch
@@ -58,7 +58,7 @@ def _train(**options: Any) -> None:
         if folder is not None and value is not None:
             raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
     overrides = {key: field_of(key).parse(key, value) for key, value in options.items() if value is not None}
-    report = reporter(new_console())
+    report = Silent() if this_copy().rank else reporter(new_console())
     try:
         from linsight.train import resolve, resume, suggest, train
         from linsight.train.chosen import told_channels
@@ -67,7 +67,7 @@ def _train(**options: Any) -> None:
         if folder is not None:
             summary = resume(folder, overrides=overrides, report=report)
         else:
-            refuse_copies()
+            require_rank()
             if name is None:
                 name = suggest(overrides)
                 report.note(f"recipe {name}: {OWN[name].about.partition('. ')[0]}")
@@ -77,6 +77,8 @@ def _train(**options: Any) -> None:
             summary = train(recipe, out=out, name=pathlib.Path(name).stem, report=report)
     finally:
         report.end()
+    if this_copy().rank:
+        return  # one of several processes tells
     best, *others = columns_of(summary)
     last = best.text({best.key: summary[f"last_{best.key}"]}, unit=True)
     when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {last}"

@@ -11,6 +11,7 @@ import torch
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.files import user_cache
+from linsight.runtime.launch import ALONE, Copy
 
 from ._streams import Stream
 from .datasets import Data
@@ -49,9 +50,13 @@ def open_feeds(
     size: tuple[int, int],
     device: torch.device,
     note: Callable[[str], None],
+    copy: Copy = ALONE,
 ) -> Feeds:
-    """The feeds of a run at images of `size`; raises where no image can be read, or a bad one is refused."""
-    workers = default_workers() if recipe.workers is None else recipe.workers
+    """The feeds of a run at images of `size`; raises where no image can be read, or a bad one is refused.
+
+    copy: the process, of those that share each batch.
+    """
+    workers = readers(recipe, copy)
     _check_order(recipe, data.train)
     train, val = data.train, data.val
     if recipe.cache != "off":
@@ -68,8 +73,8 @@ def open_feeds(
         shown_samples = task.samples(val.head(), size, training=False)
     return Feeds(
         order,
-        loader(samples, order, workers=workers, pin=pin, collate=task.collate),
-        loader(val_samples, once, workers=min(workers, len(once)), pin=pin, collate=task.collate),
+        loader(samples, order, workers=workers, pin=pin, collate=task.collate, copy=copy),
+        loader(val_samples, once, workers=min(workers, len(once)), pin=pin, collate=task.collate, copy=copy),
         shown_samples,
     )
 
@@ -119,6 +124,11 @@ def refuse(recipe: Recipe, bad: list[str]) -> None:
     """Raise if there are bad images and the recipe has none of it."""
     if bad and recipe.on_bad_image == "refuse":
         raise LinsightError(f"unreadable image {bad[0]} (on_bad_image=skip leaves such images out)")
+
+
+def readers(recipe: Recipe, copy: Copy = ALONE) -> int:
+    """Processes that read images for this one; by default, all on a machine have as many as one alone would have."""
+    return max(1, default_workers() // copy.local_world) if recipe.workers is None else recipe.workers
 
 
 def default_workers() -> int:

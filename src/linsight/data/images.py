@@ -16,10 +16,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
+from linsight.runtime.launch import ALONE, Copy
 from linsight.runtime.signals import outlive
 
 from .pictures import MODES, Decoded, first_line
-from .random import seed_sample, share
+from .random import Shares, seed_sample, share
 from .sources import Arrays, Source
 
 MODE_OF = {channels: mode for mode, channels in MODES.items()}
@@ -264,13 +265,18 @@ def loader(
     workers: int,
     pin: bool,
     collate: Callable[[list[Any]], Batch] = collate,
+    copy: Copy = ALONE,
 ) -> Iterable[Batch]:
-    """A loader to iterate once an epoch. A source that is a stream has its own, which goes by `batches`, too."""
+    """A loader to iterate once an epoch. A source that is a stream has its own, which goes by `batches`, too.
+
+    copy: the process, of those that share each batch.
+    """
     if isinstance(samples.source, Streaming):
-        return samples.source.feed(samples, batches, workers=workers, pin=pin, collate=collate)
+        ranks = {"rank": copy.rank, "world": copy.world}
+        return samples.source.feed(samples, batches, workers=workers, pin=pin, collate=collate, **ranks)
     return DataLoader(
         samples,
-        batch_sampler=batches,
+        batch_sampler=batches if copy.world == 1 else Shares(batches, copy.rank, copy.world),
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=start_worker,

@@ -6,7 +6,7 @@ worker processes, and a run resumes from any step bit for bit.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,20 @@ def share(count: int, number: int, of: int) -> list[int]:
     pairs = -(-count // 2)
     first, last = number * pairs // of, (number + 1) * pairs // of
     return sorted({*range(first, last), *(count - 1 - place for place in range(first, last))})
+
+
+class Shares:
+    """The share of one process of every batch, as `share` cuts it; it may be empty. For `DataLoader(batch_sampler=)`.
+
+    batches: lists of items, whose order all processes know.  number, of: of the process, and how many there are.
+    """
+
+    def __init__(self, batches: Iterable[list[tuple[int, ...]]], number: int, of: int) -> None:
+        self.batches, self.number, self.of = batches, number, of
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        for batch in self.batches:
+            yield [batch[place] for place in share(len(batch), self.number, self.of)]
 
 
 def by_shard(shards: Sequence[int], draw: np.random.Generator) -> Any:

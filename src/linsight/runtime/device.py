@@ -1,7 +1,9 @@
 """Devices: which there are, which one computes, and in which precision."""
 
 import contextlib
+import os
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +39,23 @@ def pick_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]
     if device.type == "cpu" and cpu_bf16():
         return _DTYPES["bf16"], "bf16 mixed precision"
     return None, "float32" + (", no native bf16" if device.type == "cpu" else "")
+
+
+@contextlib.contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """A context in which operations give the same numbers every time, where that is wanted."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

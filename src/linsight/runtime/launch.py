@@ -8,16 +8,6 @@ from typing import NamedTuple
 
 from linsight.errors import LinsightError
 
-# The variables that launchers set to the number of copies: torchrun and accelerate, SLURM's srun, MPI's.
-_COPIES = (
-    "WORLD_SIZE",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_NTASKS",
-    "OMPI_COMM_WORLD_SIZE",
-    "PMI_SIZE",
-    "MV2_COMM_WORLD_SIZE",
-)
-
 # What launchers call the number of a copy, how many there are, and the same on this machine. A job of SLURM has tasks
 # before `srun` starts them, so its own numbers are not among these.
 _RANKS = (
@@ -38,6 +28,9 @@ class Copy(NamedTuple):
     local_world: int = 1
 
 
+ALONE = Copy()
+
+
 def this_copy(environment: Mapping[str, str] = os.environ) -> Copy:
     """Which of several copies this process is, as the environment says; alone where it says nothing."""
     for names in _RANKS:
@@ -51,21 +44,18 @@ def this_copy(environment: Mapping[str, str] = os.environ) -> Copy:
     return Copy()
 
 
-def refuse_copies(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise where this process is one of several copies, which would all do the same work.
+def require_rank(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise where this process is one of several copies, and nothing says which: all would do the same work.
 
     Raises:
         LinsightError: a variable of the environment says so.
     """
-    # a step of a SLURM job may have fewer tasks than the job
-    names = [name for name in _COPIES if name in environment]
-    if "SLURM_STEP_NUM_TASKS" in names and "SLURM_NTASKS" in names:
-        names.remove("SLURM_NTASKS")
-    for name in names:
-        if environment[name].isdigit() and int(environment[name]) > 1:
+    for _, count, *_ in _RANKS:
+        copies = environment.get(count, "")
+        if copies.isdigit() and int(copies) > 1 and this_copy(environment).world == 1:
             raise LinsightError(
-                f"{name}={environment[name]}: {environment[name]} copies would train the same run, each for itself; "
-                f"linsight trains in one process: start one, without torchrun, accelerate or srun, or with one task"
+                f"{count}={copies}: {copies} copies would train the same run, each for itself, as nothing says which of "
+                f"them this one is: start them with torchrun, `accelerate launch` or srun, or unset {count}"
             )
 
 

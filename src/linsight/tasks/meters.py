@@ -13,13 +13,19 @@ from .exits import Scored
 
 
 class Meter(Protocol):
-    """A meter of a model, counting batch by batch. A metric of torchmetrics that takes a batch is one, too."""
+    """A meter of a model, counting batch by batch. A metric of torchmetrics that takes a batch is one, too.
+
+    It can be pickled: each of several processes counts its images.
+    """
 
     def update(self, outputs: Any, batch: Batch) -> None:
         """Count the outputs of a batch in."""
 
     def compute(self) -> dict[str, float]:
         """Measures by name."""
+
+    def merge_state(self, other: Any) -> None:
+        """Count in what another meter of the kind has counted, of other images."""
 
 
 class Accuracy:
@@ -37,6 +43,11 @@ class Accuracy:
         self.fifth += int(hits.sum())
         self.loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
         self.images += len(targets)
+
+    def merge_state(self, other: "Accuracy") -> None:
+        """See `Meter`."""
+        for name in ("first", "fifth", "loss", "images"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def compute(self) -> dict[str, float]:
         """`top1` and `top5` in percent, and `loss`."""
@@ -61,6 +72,13 @@ class Exits:
         self.correct.append(torch.stack([indices == batch.targets for _, indices in best], 1))
         self.targets += batch.targets.tolist()
         self.loss += float(F.cross_entropy(answers[-1], batch.targets, reduction="sum"))
+
+    def merge_state(self, other: "Exits") -> None:
+        """See `Meter`."""
+        self.confidences += other.confidences
+        self.correct += other.correct
+        self.targets += other.targets
+        self.loss += other.loss
 
     def scored(self) -> tuple[Scored, list[int]]:
         """The answers, and the classes of the images."""

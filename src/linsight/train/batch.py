@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linsight.data.feeds import default_workers, refuse
+from linsight.data.feeds import readers, refuse
 from linsight.data.images import Batch, Samples, loader, told
 from linsight.data.inputs import Inputs, open_inputs
 from linsight.data.values import check_fill
@@ -129,7 +129,7 @@ def predict_to(
     try:
         share = shard[0] - 1 + shard[1] * copy.rank, shard[1] * copy.world
         work = _Work(asked, inputs, parts, range(share[0], parts.count, share[1]), report or Images())
-        work.run(_readers(recipe, copy), note)
+        work.run(readers(recipe, copy), note)
         errors = finish(parts, out)
         left = 0 if errors is not None or out.exists() else len(parts.missing())
         return Written(
@@ -220,7 +220,7 @@ class _Work:
         self.unread: list[str] = []
         self.notes: list[str] = []
 
-    def run(self, readers: int, note: Callable[[str], None]) -> None:
+    def run(self, most: int, note: Callable[[str], None]) -> None:
         """Predict the parts that are not there, and keep each."""
         recipe, way = self.asked.recipe, self.asked.way
         there = self.parts.there()
@@ -231,7 +231,7 @@ class _Work:
             note(f"going on: {done:,} of {total:,} images are done")
         samples = Samples(self.inputs, way.transform, recipe.in_chans, 0, recipe.fill)
         batches = _Batches(left, way.batch_size)
-        workers = min(readers, len(batches))
+        workers = min(most, len(batches))
         feed = loader(samples, batches, workers=workers, pin=way.normalise.device.type == "cuda")
         started = time.perf_counter()
         self.report.begin(done, total)
@@ -307,11 +307,6 @@ def _device(name: str, copy: Copy) -> str:
     if copy.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{copy.local_rank % torch.cuda.device_count()}"
     return name
-
-
-def _readers(recipe: Recipe, copy: Copy) -> int:
-    """Processes that read images for this one."""
-    return max(1, default_workers() // copy.local_world) if recipe.workers is None else recipe.workers
 
 
 def _digest(trained: Trained) -> str:

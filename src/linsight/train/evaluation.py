@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
@@ -169,6 +169,13 @@ class Scores(NamedTuple):
     bad: list[str]
 
 
+_Count: TypeAlias = tuple[Meter, int, list[str]]
+
+
+def _alone(count: _Count) -> list[_Count]:
+    return [count]
+
+
 @torch.inference_mode()
 def score(
     task: Task,
@@ -177,10 +184,11 @@ def score(
     dtype: torch.dtype | None,
     after_batch: Callable[[Batch], None] = lambda batch: None,
     meter: Meter | None = None,
+    gather: Callable[[_Count], list[_Count]] = _alone,
 ) -> Scores:
     """Evaluate `model`, which is left in evaluation mode, by a task that has begun.
 
-    meter: of the task, a new one unless told.
+    meter: of the task, a new one unless told.  gather: the counts of several processes, from this one's.
     """
     model.eval()
     meter = task.measure() if meter is None else meter
@@ -194,9 +202,23 @@ def score(
             meter.update(answers, batch)
             images += len(batch.images)
         after_batch(batch)
+    meter, images, bad = _counted(gather((meter, images, bad)))
     if not images:
         raise LinsightError(f"no image could be read: {bad[0] if bad else 'there is none'}")
     return Scores(meter.compute(), images, bad)
+
+
+def _counted(found: list[_Count]) -> _Count:
+    """The counts of several processes as one."""
+    counted = [meter for meter, images, _ in found if images] or [found[0][0]]
+    for other in counted[1:]:
+        if not hasattr(other, "merge_state"):
+            name = type(other).__name__
+            raise LinsightError(
+                f"the meter {name} has no merge_state, by which processes count together: use one process"
+            )
+        counted[0].merge_state(other)
+    return counted[0], sum(images for _, images, _ in found), [line for *_, bad in found for line in bad]
 
 
 @torch.inference_mode()

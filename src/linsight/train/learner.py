@@ -1,7 +1,8 @@
 """One update of the weights, around timm's optimisers, schedules, mixing and averaging."""
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -13,9 +14,11 @@ from linsight.data.images import Batch
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.device import autocast
+from linsight.runtime.processes import Processes
 from linsight.tasks import Task
 
 from .model import load_state
+from .spread import Spread
 
 
 def ema_decay(recipe: Recipe) -> float:
@@ -33,10 +36,25 @@ def warmup_epochs(recipe: Recipe) -> float:
     return recipe.warmup_epochs if recipe.warmup_epochs < recipe.epochs else recipe.epochs / 4
 
 
+class Part(NamedTuple):
+    """A part of a batch, as it is computed at once.
+
+    number: among those of all processes.  share: times the mean loss of its images, for the mean of all processes to be
+    that of the batch.  images: how many of its images count.  last: of this process.
+    """
+
+    number: int
+    batch: Batch
+    share: float
+    images: int
+    last: bool
+
+
 class Learner:
     """A model in training. All of its state but the number of updates done is in `state`.
 
     task: which begins here.
+    spread: how the model lies over several processes.
     new: names of the parameters that `init` did not fill, None where there is no `init`.
     """
 
@@ -49,8 +67,11 @@ class Learner:
         *,
         updates: int,
         new: Collection[str] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         recipe = task.recipe
+        self.spread = Spread(Processes(), device) if spread is None else spread
+        self.spare: Batch | None = None
         self.task, self.recipe, self.device, self.dtype = task, recipe, device, dtype
         if new is None and (recipe.freeze or recipe.new_lr_scale != 1):
             raise LinsightError("freeze and new_lr_scale part what init fills from what is new: give it weights, init=")
@@ -70,10 +91,19 @@ class Learner:
         self.model = model.to(device)
         self.params = sum(parameter.numel() for parameter in model.parameters())
         task.begin(device)
+        self.ema: ModelEmaV3 | None = None
+        if recipe.ema:
+            # torch's joint operations do not take tensors some of which lie over processes
+            joint = not self.spread.shards
+            self.ema = ModelEmaV3(self.model, ema_decay(recipe), use_warmup=recipe.ema_warmup, foreach=joint)
+        self.spread.lay(self.model)
         self._optimise(updates)
-        self.ema = ModelEmaV3(self.model, ema_decay(recipe), use_warmup=recipe.ema_warmup) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self._run: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
+        run: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
+        self._whole = self.spread.runnable(run)
+        self._run = self.spread.learning(self._whole)
+        if self.ema is not None:
+            self._averaged = self.spread.runnable(self.spread.lay(self.ema.module))
 
     def _optimise(self, updates: int) -> None:
         recipe = self.recipe
@@ -124,7 +154,7 @@ class Learner:
     @property
     def scored(self) -> nn.Module:
         """`evaluated`, compiled where it is."""
-        return self._run if self.ema is None else self.ema.module
+        return self._whole if self.ema is None else self._averaged
 
     @property
     def lr(self) -> float:
@@ -145,21 +175,46 @@ class Learner:
         """The answer of the averaged weights, in evaluation mode and without a gradient."""
         assert self.ema is not None, "the recipe was checked"
         with autocast(self.device, self.dtype):
-            return self.ema.module.eval()(images)
+            return self._averaged.eval()(images)
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
         """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
         return self.task.loss(self, batch, epoch)
 
-    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
-        """The parts that a batch is computed in, each with its share of the mean loss; none without images."""
-        count = self.recipe.accumulate
-        if count == 1:
-            yield batch, 1.0
-            return
-        parts = [batch.part(number, count) for number in range(count)]
+    def parts(self, batch: Batch) -> Iterator[Part]:
+        """The parts that this process computes its share of a batch in; none where no process has an image."""
+        count, copy = self.recipe.accumulate, self.spread.copy
+        parts = [batch] if count == 1 else [batch.part(number, count) for number in range(count)]
         sizes = [self.task.usable(len(part.images)) for part in parts]
-        yield from ((part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True) if size)
+        every = self.spread.processes.tell(*sizes)
+        mean = sum(map(sum, every)) / len(every)
+        if not mean:
+            return
+        # all processes compute as many parts: the gradients of the last are those of all
+        for place, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            if size:
+                self.spare = part
+            elif len(every) == 1:
+                continue
+            last = not any(sizes[place + 1 :]) if len(every) == 1 else place == count - 1
+            yield Part(copy.rank * count + place, part if size else self._spare(), size / mean, size, last)
+
+    def _spare(self) -> Batch:
+        """Images to compute with where this process has none, and others have."""
+        if self.spare is None:
+            copy = self.spread.processes.copy
+            raise LinsightError(f"process {copy.rank + 1} of {copy.world} could read no image of its first batch")
+        return self.spare
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """Evaluate for nothing, where the others need this process's part of the model."""
+        if self.spread.shards:
+            self.task.answer(self.scored.eval(), self.task.inputs(self._spare().images[:1]))
+
+    def adding(self, part: Part) -> AbstractContextManager[None]:
+        """A context for the loss of a part and its `backward`."""
+        return self.spread.adding(self._run, last=part.last)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those that are there; `step` uses them up."""
@@ -179,22 +234,26 @@ class Learner:
             self.ema.update(self.model, step=done + 1)
 
     def state(self) -> dict[str, Any]:
-        """Tensors and numbers, for `load`."""
+        """Tensors and numbers, for `load`; whole, in the main process. All processes make the call."""
         return {
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "model": self.spread.whole(self.model.state_dict()),
+            "optimiser": self.spread.whole(self.optimiser.state_dict()),
             "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema": None if self.ema is None else self.spread.whole(self.ema.module.state_dict()),
             "new": self.new,
         }
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to keep, whole, in the main process. All processes make the call."""
+        return self.spread.whole(self.evaluated.state_dict())
+
     def load(self, state: dict[str, Any], source: str) -> None:
         """Take up the state of a learner of the same recipe; a CheckpointError if it is of another."""
-        load_state(self.model, state["model"], source)
+        load_state(self.model, self.spread.laid(state["model"], self.model), source)
         try:
             if self.ema is not None:
-                load_state(self.ema.module, state["ema"], source)
-            self.optimiser.load_state_dict(state["optimiser"])
+                load_state(self.ema.module, self.spread.laid(state["ema"], self.ema.module), source)
+            self.optimiser.load_state_dict(self.spread.laid_optimiser(state["optimiser"], self.optimiser))
             self.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"the state in '{source}' is of another optimiser: {error}") from error

@@ -1,38 +1,23 @@
-"""The course of a run: epochs, evaluation, what is written when, and how it stops and goes on."""
+"""The course of a run: its folder, its processes, how it stops and goes on."""
 
-import dataclasses
-import math
 import pathlib
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from linsight.data.datasets import Data
-from linsight.data.feeds import default_workers, open_feeds, refuse
-from linsight.data.images import Batch, told
-from linsight.data.random import seed_noise, seed_step
 from linsight.errors import LinsightError
-from linsight.models import ARCHITECTURES, default_attention
 from linsight.recipe import Recipe, require_known
-from linsight.runtime.device import pick_device, pick_dtype
+from linsight.runtime.device import repeatable
 from linsight.runtime.figures import require_matplotlib
-from linsight.runtime.launch import refuse_copies
+from linsight.runtime.processes import Processes, is_lost, join
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
-from linsight.tasks import Column, Task, read_recipe, task_of
-from linsight.tasks.building import image_size
-from linsight.tasks.task import in_row
+from linsight.tasks import Column, read_recipe, task_of
 
-from . import _figures
-from .evaluation import outputs, score
-from .learner import Learner, warmup_epochs
-from .model import count_of, left_new, load_trained, save, start_from
 from .progress import Silent
-from .report import findings_of, look, numbered, read_kept, write_page
-from .run import WEIGHTS, Run
+from .run import Run, kept_recipe, shared
 from .trackers import tracked
+from .trainer import Trainer
 
 
 def train(
@@ -44,10 +29,9 @@ def train(
         LinsightError: the data, the model or the folder cannot be used, or the loss is no longer a number.
         Interrupted: SIGINT, SIGTERM or SIGHUP; the state is saved, once there is one.
     """
-    refuse_copies()
     recipe = read_recipe(recipe.values())
     require_known(recipe)
-    return _go(Run.start(recipe, out, name), report or Silent())
+    return _together(lambda: Run.start(recipe, out, name), recipe.device, report or Silent())
 
 
 def resume(
@@ -58,320 +42,68 @@ def resume(
     It goes on with as many threads as it started with, since sums over others round differently.
     Only fields that the result does not depend on may be overridden (device, workers, save_every ...).
     """
-    refuse_copies()
-    return _go(Run.resume(path, overrides or {}), report or Silent())
+    kept = kept_recipe(pathlib.Path(path))
+    device = (overrides or {}).get("device") or (kept.device if kept is not None else "auto")
+    return _together(lambda: Run.resume(path, overrides or {}), device, report or Silent())
 
 
-def _go(run: Run, report: Silent) -> dict[str, Any]:
+def _together(open_run: Callable[[], Run], device: str, report: Silent) -> dict[str, Any]:
+    """Make a run with all processes that were started for it, of which the main one opens its folder and tells."""
+    processes = join(device)
+    try:
+        run = shared(open_run() if processes.main else None, processes)
+        try:
+            return _go(run, processes, report if processes.main else Silent())
+        finally:
+            run.close()
+    finally:
+        processes.close()
+
+
+def _go(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
     if run.finished:
         report.note(f"the run in '{run.path}' is finished")
         return run.summary()
     try:
-        report = tracked(run.recipe.track, run.path, run.recipe.values(), report)
-        with Unwinding():
-            return _run(run, report)
+        if processes.main:
+            report = tracked(run.recipe.track, run.path, run.recipe.values(), report)
+        with Unwinding(), repeatable(run.recipe.deterministic):
+            return _run(run, processes, report)
     except KeyboardInterrupt as stopped:
         raise Interrupted(f"stopped at once; {run.way()}", exit_code(stopped)) from None
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise LinsightError(
             f"out of memory with batch_size={run.recipe.batch_size}: set it lower, or grad_checkpointing; {run.way()}"
         ) from error
+    except RuntimeError as error:
+        if processes.copy.world == 1 or not is_lost(error):
+            raise
+        raise LinsightError(f"{processes.lost()}; {run.way()}") from error
     finally:
         report.end()
-        run.close()
 
 
-def _run(run: Run, report: Silent) -> dict[str, Any]:
+def _run(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
     if run.recipe.figures:
         require_matplotlib("drawing curves.png and predictions.png (--no-figures goes without)")
-    if run.threads:
-        torch.set_num_threads(run.threads)
+    # of several processes, each has its share of the cores, as its launcher says
+    threads = run.threads if processes.copy.world == 1 else run.recipe.threads
+    if threads:
+        torch.set_num_threads(threads)
     report.busy("reading what data there is")
     task = task_of(run.recipe)
-    data = task.open()
+    with processes.main_first():
+        data = task.open()
     for note in data.notes:
         report.note(note)
     report.busy("building the model")
-    trainer = Trainer(run, task, data, report, run.load_state())
+    state, run.rows = processes.share((run.load_state(), run.rows))
+    trainer = Trainer(run, task, data, report, processes, state)
     with Stop() as stop:
         return trainer.run_epochs(stop)
-
-
-# What a row tells of an epoch beside measures.
-_COURSE = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "skipped")
-
-
-def told_facts(facts: Mapping[str, Any]) -> str:
-    """How many classes there are, and the like."""
-    return "".join(f", {len(value)} {name}" for name, value in facts.items() if isinstance(value, list | tuple))
 
 
 def columns_of(summary: Mapping[str, Any]) -> Sequence[Column]:
     """The measures that people are shown of a finished run, the one that decided first."""
     facts = {"classes": tuple(map(str, range(summary.get("classes", 0))))}
     return task_of(read_recipe({"task": summary.get("task", "classify")}), facts).columns
-
-
-class Trainer:
-    """One run in progress, from a saved state, or else from the weights of its recipe."""
-
-    def __init__(self, run: Run, task: Task, data: Data, report: Silent, state: dict[str, Any] | None = None) -> None:
-        recipe = self.recipe = run.recipe
-        self.run, self.task, self.data, self.report = run, task, data, report
-        self.stop = Stop()
-        device = pick_device(recipe.device)
-        self.dtype, precision = pick_dtype(recipe.amp, device)
-        seed_step(recipe.seed)
-        model = task.build()
-        new = state.get("new") if state and recipe.init else None
-        if recipe.init and state is None:
-            head = recipe.init_partial or not recipe.freeze  # a linear probe has a new one
-            size = recipe.from_size
-            filled = start_from(model, recipe.init, partial=recipe.init_partial, head=head, from_size=size)
-            report.note(str(filled))
-            new = left_new(model, filled)
-            if new:
-                report.note(f"new: {count_of(model, new)}")
-        size = image_size(recipe, model)
-        self.feeds = open_feeds(recipe, data, task, size, device, report.note)
-        self.steps = len(self.feeds.order)
-        self.learner = Learner(task, model, device, self.dtype, updates=self.steps, new=new)
-        warmup = warmup_epochs(recipe)
-        if warmup != recipe.warmup_epochs:
-            report.note(
-                f"a warm-up of {recipe.warmup_epochs} epochs would take all {recipe.epochs}: it is {warmup:g} of them"
-            )
-        self.epoch = self.step = 0
-        self.notes, self.told = list[str](), False
-        self.best: tuple[float, int] = (-1.0, 0)  # the measure, and its epoch; 0: none yet
-        self.seconds = 0.0
-        self._reset_sums()
-        # the folder appears once everything is known to be good
-        run.describe({"train": len(data.train), "val": len(data.val), **task.facts})
-        self.attention = "" if recipe.model in ARCHITECTURES else recipe.attention or default_attention(recipe.model)
-        report.note(
-            f"{recipe.model}{self.attention and f' ({self.attention})'}, {self.learner.params / 1e6:.2f} M parameters, "
-            f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate"
-            f"{told_facts(task.facts)}; {device}, {precision}; folder {run.path}"
-        )
-        if state is not None:
-            self._load(state)
-
-    def _reset_sums(self) -> None:
-        self.loss_sum = 0.0
-        self.images = 0
-        self.train_seconds = self.epoch_seconds = 0.0
-        self.bad: list[str] = []
-        self.pending: list[tuple[Tensor, int]] = []
-
-    def run_epochs(self, stop: Stop) -> dict[str, Any]:
-        """From where we are to the summary, or to where `stop` says so."""
-        self.stop = stop
-        epochs = self.learner.epochs
-        self.report.begin(epochs, self.steps, self.epoch, self.step, self.task.columns)
-        while self.epoch < epochs:
-            self._train_epoch()
-            self._end_epoch()
-            if self.stop.code and self.epoch < epochs:
-                self._interrupt()
-        return self._finish()
-
-    def _train_epoch(self) -> None:
-        self.feeds.order.epoch, self.feeds.order.start = self.epoch, self.step
-        if self.step == self.steps:
-            return
-        clock = time.perf_counter()
-        for batch in self._watched(self.feeds.train):
-            refuse(self.recipe, batch.bad)
-            self.bad += batch.bad
-            self.notes += batch.notes
-            self._update(batch)
-            self.step += 1
-            mean = self.loss_sum / self.images if self.images else math.nan
-            self.report.step(self.epoch, self.step, len(batch.targets), mean)
-            self.report.update(self.epoch * self.steps + self.step, self.loss_sum, self.images, self.learner.lr)
-            now = time.perf_counter()
-            self.train_seconds += now - clock
-            self.epoch_seconds += now - clock
-            clock = now
-            if self.stop.code:
-                self._save()
-                self._interrupt()
-            if self.recipe.save_every and self.step % self.recipe.save_every == 0:
-                self._save()
-
-    def _watched(self, feed: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of `feed`; where a process that reads them is killed, the end of the run is one line."""
-        batches = iter(feed)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                if self.stop.code:  # by the same signal
-                    self._save()
-                    self._interrupt()
-                raise LinsightError(
-                    f"a process that reads images was killed, most likely for want of memory: set workers lower; "
-                    f"{self.run.way()}"
-                ) from error
-            yield batch
-
-    def _update(self, batch: Batch) -> None:
-        learner, learned = self.learner, False
-        for number, (part, share) in enumerate(learner.parts(batch)):
-            # after the batch: without worker processes, it was drawn from the generators of this one
-            seed_step(self.recipe.seed, self.epoch, self.step)
-            if number:  # images are mixed alike in all parts of a batch, while a model's noise is another
-                seed_noise(self.recipe.seed, self.epoch, self.step, number)
-            found = learner.loss(part, self.epoch)
-            if found is None:
-                continue
-            loss, count = found
-            self.pending.append((loss.detach(), count))
-            # a GPU would wait for each reading of a loss; on the CPU, none that is no number reaches the weights
-            if loss.device.type == "cpu" or len(self.pending) == 20:
-                self._flush()
-            learner.backward(loss * share if share != 1 else loss)
-            learned = True
-        if learned:
-            learner.step(self.epoch * self.steps + self.step)
-
-    def _flush(self) -> None:
-        """Bring losses over from the device."""
-        losses = torch.stack([loss for loss, _ in self.pending]).tolist() if self.pending else []
-        for (_, count), loss in zip(self.pending, losses, strict=True):
-            self._require_finite(loss)
-            self.loss_sum += loss * count
-            self.images += count
-        self.pending = []
-
-    def _require_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise LinsightError(
-                f"the loss became {loss} in epoch {self.epoch + 1}, near step {self.step + 1}: lower lr, or set "
-                f"clip_grad or amp=off; the last good state is in '{self.run.path}'"
-            )
-
-    def _end_epoch(self) -> None:
-        clock = time.perf_counter()
-        self._flush()
-        if not self.images:
-            raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
-        learner = self.learner
-        scores = score(self.task, learner.scored, self._watched(self.feeds.val), self.dtype, self.after_val_batch)
-        for value in scores.measures.values():
-            self._require_finite(value)
-        self.epoch_seconds += time.perf_counter() - clock
-        self.seconds += self.epoch_seconds
-        bad = self.bad + scores.bad
-        row = {
-            "epoch": self.epoch + 1,
-            "lr": learner.lr,
-            "train_loss": self.loss_sum / self.images,
-            **{in_row(name): value for name, value in scores.measures.items()},
-            "images_per_second": round(self.images / max(self.train_seconds, 1e-9), 1),
-            "seconds": round(self.epoch_seconds, 3),
-            "skipped": len(bad),
-        }
-        measure = scores.measures[self.task.best]
-        better = measure < self.best[0] if self.task.smaller else measure > self.best[0]
-        if better or not self.best[1]:
-            self.best = (measure, self.epoch + 1)
-            about = {self.task.best: measure, "epoch": self.epoch + 1}
-            save(self.run.path / WEIGHTS, learner.evaluated.state_dict(), self.recipe, {**self.task.facts, **about})
-        self.run.record(row)
-        self.epoch, self.step = self.epoch + 1, 0
-        self._reset_sums()
-        self._save()  # before it is told: who listens may be gone
-        self.report.epoch(row, learner.epochs)
-        for line in [] if self.told else told(self.notes):
-            self.report.note(line)
-        self.notes, self.told = [], True  # the images are the same in every epoch
-        if bad:
-            self.report.note(f"skipped {len(bad)} unreadable images: {'; '.join(bad[:3])}{' ...' if bad[3:] else ''}")
-
-    def after_val_batch(self, batch: Batch) -> None:
-        """Refuse a bad image where those are refused; stop, with the state saved, if that was asked."""
-        refuse(self.recipe, batch.bad)
-        self.notes += batch.notes
-        if self.stop.code:
-            self._save()
-            self._interrupt()
-
-    def _interrupt(self) -> None:
-        raise Interrupted(
-            f"stopped in epoch {self.epoch + 1}, after {self.step} of {self.steps} steps; {self.run.way()}",
-            self.stop.code,
-        )
-
-    def _finish(self) -> dict[str, Any]:
-        rows, best = self.run.rows, self.run.rows[self.best[1] - 1]
-        if self.recipe.figures:
-            _figures.curves(self.run.path / "curves.png", rows, self.task.columns)
-            self._draw(load_trained(self.run.path).model.to(self.learner.device))
-        summary = {
-            "name": self.run.name,
-            "model": self.recipe.model,
-            "attention": self.attention,
-            "params": self.learner.params,
-            "task": self.task.name,
-            **{name: value for name, value in best.items() if name not in _COURSE},
-            "best_epoch": self.best[1],
-            f"last_{in_row(self.task.best)}": rows[-1][in_row(self.task.best)],
-            "epochs": self.learner.epochs,
-            "seconds": round(self.seconds, 2),
-            "train_images": len(self.data.train),
-            "val_images": len(self.data.val),
-            **{name: len(value) for name, value in self.task.facts.items() if isinstance(value, list | tuple)},
-            "folder": str(self.run.path),
-        }
-        if self.recipe.report:
-            self._tell(summary)
-        self.run.summarise(summary)
-        return summary
-
-    def _tell(self, summary: dict[str, Any]) -> None:
-        """report.html: what the best weights see of all images that they were evaluated on."""
-        workers = default_workers() if self.recipe.workers is None else self.recipe.workers
-        samples, device, outcome = self.feeds.val_samples, self.learner.device, None
-        if self.task.facts.get("classes"):
-            batches = self._watched(numbered(samples, self.recipe.batch_size, workers, device.type == "cuda"))
-            model = load_trained(self.run.path).model.to(device)
-            outcome = look(model, batches, samples.source, self.task.inputs, self.dtype, self.after_val_batch)
-        kept = dataclasses.replace(read_kept(self.run.path), summary=summary)
-        write_page(kept, findings_of(self.task, self.run.rows, outcome))
-
-    def _draw(self, model: nn.Module) -> None:
-        """predictions.png: images spread over the evaluation source."""
-
-        def seen(images: Tensor) -> Tensor:
-            return outputs(model, images, self.task.inputs, self.dtype)
-
-        self.task.draw(self.run.path / "predictions.png", self.feeds.val_samples, seen)
-
-    def _save(self) -> None:
-        self._flush()
-        self.run.save_state(
-            {
-                "epoch": self.epoch,
-                "step": self.step,
-                "best": list(self.best),
-                "sums": [self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds],
-                "bad": self.bad,
-                "place": self.feeds.order.place,
-                **self.learner.state(),
-            }
-        )
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self.learner.load(state, str(self.run.path))
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.best = (state["best"][0], state["best"][1])
-        self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds = state["sums"]
-        self.bad = state["bad"]
-        self.feeds.order.place = state.get("place")
-        self.report.note(f"going on at epoch {self.epoch + 1}, step {self.step + 1}")

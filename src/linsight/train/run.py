@@ -19,6 +19,7 @@ from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe, require_known
 from linsight.runtime.files import hold, read_json, replacing, require_folder, to_json, write_json, write_text, writing
 from linsight.runtime.machine import describe_machine
+from linsight.runtime.processes import Processes
 from linsight.tasks import read_recipe
 
 CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"
@@ -163,6 +164,46 @@ class Run:
             lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
             self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= epoch]
         return state
+
+
+def shared(run: Run | None, processes: Processes) -> Run:
+    """The run that the main process has opened, as each process sees it: the main one writes its files."""
+    told = None if run is None else (run.path, run.name, run.recipe.values(), run.data, run.finished)
+    path, name, values, data, finished = processes.share(told)  # type: ignore[misc]
+    return run or Followed(path, name, read_recipe(values), data, finished)
+
+
+class Followed(Run):
+    """The folder of a run for a process that leaves the writing to another one."""
+
+    def __init__(
+        self, path: pathlib.Path, name: str, recipe: Recipe, data: dict[str, Any] | None, finished: bool
+    ) -> None:
+        super().__init__(path, name, recipe, data)
+        self._finished = finished
+
+    @property
+    def finished(self) -> bool:
+        """See `Run`."""
+        return self._finished
+
+    def describe(self, data: dict[str, Any]) -> None:
+        """See `Run`."""
+        self.data = data
+
+    def record(self, row: dict[str, Any]) -> None:
+        """See `Run`."""
+        self.rows.append(row)
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """See `Run`."""
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """See `Run`."""
+
+    def load_state(self) -> dict[str, Any] | None:
+        """See `Run`."""
+        return None
 
 
 def kept_recipe(folder: pathlib.Path) -> Recipe | None:

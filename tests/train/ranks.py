@@ -1,0 +1,149 @@
+"""`python ranks.py FOLDER CASE ...`: runs made by several processes, forked from one that has imported everything.
+
+FOLDER has `data`, a folder of class folders. It prints one JSON: by case, the exit code of each process.
+"""
+
+import json
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from small import TINY
+
+from linsight.errors import LinsightError
+from linsight.runtime.signals import Interrupted
+from linsight.train import resolve, resume, train
+
+# Half of the time of a batch norm; stochastic depth, whose draws are those of a part.
+NORMS = {**TINY, "model": "compact_pico", "model_args": ""}
+DROPS = {**TINY, "drop_path": 0.3}
+FULL = {"batch_size": 12, "lr": 2e-3, "mixup": 0.5, "cutmix": 0.5, "ema": 0.8, "clip_grad": 1.0, "weight_decay": 0.05}
+PLAIN = {**FULL, "mixup": 0.0, "cutmix": 0.0, "batch_size": 7}
+
+# By name: what one process does, and what several do in its place, by their number.
+CASES = {
+    "norms": ({**NORMS, **FULL}, {2: {}, 4: {}}),
+    "sharded": ({**NORMS, **FULL}, {2: {"parallel": "fsdp"}, 4: {"parallel": "fsdp"}}),
+    "drops": ({**DROPS, **FULL, "accumulate": 2}, {2: {"accumulate": 1}}),
+    "parts": ({**DROPS, **FULL, "accumulate": 4}, {2: {"accumulate": 2}, 4: {"accumulate": 1}}),
+    "sharded parts": ({**DROPS, **FULL, "accumulate": 4}, {2: {"accumulate": 2, "parallel": "fsdp"}}),
+    "bands": ({**TINY, **FULL}, {2: {"image_ranks": 2}, 4: {"image_ranks": 2}}),
+    "odd": ({**TINY, **PLAIN}, {2: {}, 4: {"parallel": "fsdp"}}),
+    "muon": ({**TINY, **FULL, "opt": "muon"}, {2: {"parallel": "fsdp"}}),
+}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return str(found.getsockname()[1])
+
+
+def fork(world, act, errors):
+    """Processes that a launcher might have started, each of which does something; their numbers, by rank."""
+    port, found = free_port(), []
+    for rank in range(world):
+        number = os.fork()
+        if number == 0:
+            code = 1
+            try:
+                sys.stderr = (errors.with_name(f"{errors.name}-{rank}")).open("w")
+                if world > 1:
+                    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+                    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+                act()
+                code = 0
+            except Interrupted as stopped:
+                print(stopped, file=sys.stderr)
+                code = stopped.code
+            except LinsightError as error:
+                print(error, file=sys.stderr)
+                code = 2
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        found.append(number)
+    return found
+
+
+def codes(numbers):
+    return [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]
+
+
+def run(folder, name, world, values, **settings):
+    """Train by `values`; the exit codes."""
+    recipe = {"data": str(folder / "data"), "seed": 5, **values, **settings}
+    act = lambda: train(resolve("digits", recipe), out=folder / name)  # noqa: E731
+    return codes(fork(world, act, folder / f"{name}.err"))
+
+
+def elastic(folder):
+    """A run of one process that two take up in its middle, and three of them sharded; then one again."""
+    base = {**TINY, **FULL, "epochs": 4}
+    found = {"whole": run(folder, "whole", 1, base)}
+    numbers = fork(1, lambda: stop_after(folder, base), folder / "elastic.err")
+    found["begun"] = codes(numbers)
+    for name, world, settings in (
+        ("two", 2, {}),
+        ("sharded", 3, {"parallel": "fsdp"}),
+        ("one", 1, {"parallel": "ddp"}),
+    ):
+        last = name == "one"
+        act = lambda: go_on(folder, settings, last)  # noqa: B023, E731
+        found[name] = codes(fork(world, act, folder / f"elastic-{name}.err"))
+    return found
+
+
+class Stopping:
+    """A reporter by which a run is asked to stop after some steps."""
+
+    def __new__(cls, steps):
+        import signal
+
+        from linsight.train.progress import Silent
+
+        left = iter(range(steps - 1, -1, -1))
+
+        class Reporter(Silent):
+            def step(self, *args):
+                if next(left, None) == 0:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        return Reporter()
+
+
+def stop_after(folder, values):
+    recipe = {"data": str(folder / "data"), "seed": 5, **values}
+    train(resolve("digits", recipe), out=folder / "elastic", report=Stopping(3))
+
+
+def go_on(folder, settings, last):
+    resume(folder / "elastic", overrides=settings, report=None if last else Stopping(3))
+
+
+def main(folder, names):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found = {}
+    for name in names:
+        if name == "elastic":
+            found[name] = elastic(folder)
+            continue
+        values, several = CASES[name]
+        found[name] = {"1": run(folder, f"{name}-1", 1, values)}
+        for world, more in several.items():
+            found[name][str(world)] = run(folder, f"{name}-{world}", world, values, **more)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
