@@ -44,6 +44,14 @@ def undrawn(monkeypatch, request):
         monkeypatch.setattr(weight_init, "_trunc_normal_", lambda x, *args: x if loads or x.is_meta else draw(x, *args))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_precision():
+    """amp=auto is float32 on every CPU, also on one that multiplies in bfloat16: numbers are those of all machines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("linsight.runtime.device.cpu_bf16", lambda: "")
+        yield
+
+
 @pytest.fixture
 def linsight(monkeypatch, capsys):
     """Run a command in this process: its exit code, standard output and standard error."""

@@ -221,6 +221,9 @@ class RunFields(Record):
     save_every: Count = Field(
         default=0, description="steps between saved states within an epoch; 0: at the end of each epoch"
     )
+    keep_states: Whole = Field(
+        default=1, description="saved states that are kept: the last one as state.pt, those before it by epoch and step"
+    )
     report: bool = Field(
         default=True, description="write report.html at the end, a page on the run; one more evaluation"
     )
@@ -237,8 +240,8 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
     # Fields that may change when a run goes on: none that its result depends on.
     RESUMABLE: ClassVar[frozenset[str]] = frozenset(
         (
-            *("device", "parallel", "image_ranks", "workers", "cache", "cache_dir", "threads", "save_every", "compile"),
-            *("figures", "report", "track"),
+            *("device", "parallel", "image_ranks", "workers", "cache", "cache_dir", "threads", "compile"),
+            *("save_every", "keep_states", "figures", "report", "track"),
         )
     )
 

@@ -19,7 +19,7 @@ from linsight.runtime.launch import Copy, require_rank, this_copy
 from linsight.runtime.signals import Interrupted, Stop, Terminated, Unwinding
 from linsight.tasks import classify
 from linsight.tasks import task as tasks
-from linsight.train import loop, resolve, resume, train
+from linsight.train import loop, resolve, resume, train, trainer
 from linsight.train.progress import Silent
 
 
@@ -86,7 +86,7 @@ def test_a_signal_before_the_first_step(data, tmp_path, monkeypatch):  # noqa: F
     def during(*arguments):
         to_the_group(signal.SIGTERM)
 
-    for module, step in ((classify, "open_data"), (tasks, "build"), (loop, "open_feeds")):
+    for module, step in ((classify, "open_data"), (tasks, "build"), (trainer, "open_feeds")):
         with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at once; nothing was writ") as s:
             patch.setattr(module, step, during)
             train(recipe(data), out=tmp_path / "run")

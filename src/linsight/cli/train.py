@@ -54,8 +54,11 @@ def register(app: typer.Typer) -> None:
 
 def _train(**options: Any) -> None:
     name, out, folder = options.pop("recipe"), options.pop("out"), options.pop("resume")
+    auto = folder == "auto"
+    if auto and out is None:
+        raise typer.BadParameter("--resume auto needs --out: the folder of the run, there or not yet")
     for option, value in (("--recipe", name), ("--out", out)):
-        if folder is not None and value is not None:
+        if folder is not None and not auto and value is not None:
             raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
     overrides = {key: field_of(key).parse(key, value) for key, value in options.items() if value is not None}
     report = Silent() if this_copy().rank else reporter(new_console())
@@ -64,7 +67,7 @@ def _train(**options: Any) -> None:
         from linsight.train.chosen import told_channels
         from linsight.train.loop import columns_of
 
-        if folder is not None:
+        if folder is not None and not auto:
             summary = resume(folder, overrides=overrides, report=report)
         else:
             require_rank()
@@ -74,7 +77,7 @@ def _train(**options: Any) -> None:
             recipe = resolve(name, overrides)
             if told := told_channels(name, recipe):
                 report.note(told)
-            summary = train(recipe, out=out, name=pathlib.Path(name).stem, report=report)
+            summary = train(recipe, out=out, name=pathlib.Path(name).stem, report=report, go_on=auto)
     finally:
         report.end()
     if this_copy().rank:
@@ -112,7 +115,11 @@ def _signature() -> inspect.Signature:
         (
             "resume",
             str | None,
-            typer.Option(metavar="FOLDER", help="go on with the stopped run in a folder", rich_help_panel="Run"),
+            typer.Option(
+                metavar="FOLDER|auto",
+                help="go on with the stopped run in a folder; auto: in --out, where there is one",
+                rich_help_panel="Run",
+            ),
         ),
     ]
     fields = known_fields()

@@ -54,8 +54,8 @@ def require_rank(environment: Mapping[str, str] = os.environ) -> None:
         copies = environment.get(count, "")
         if copies.isdigit() and int(copies) > 1 and this_copy(environment).world == 1:
             raise LinsightError(
-                f"{count}={copies}: {copies} copies would train the same run, each for itself, as nothing says which of "
-                f"them this one is: start them with torchrun, `accelerate launch` or srun, or unset {count}"
+                f"{count}={copies}: {copies} copies would train the same run, each for itself, as nothing says which "
+                f"of them this one is: start them with torchrun, `accelerate launch` or srun, or unset {count}"
             )
 
 

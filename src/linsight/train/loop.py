@@ -21,9 +21,17 @@ from .trainer import Trainer
 
 
 def train(
-    recipe: Recipe, *, out: str | pathlib.Path | None = None, name: str = "run", report: Silent | None = None
+    recipe: Recipe,
+    *,
+    out: str | pathlib.Path | None = None,
+    name: str = "run",
+    report: Silent | None = None,
+    go_on: bool = False,
 ) -> dict[str, Any]:
     """Train by a recipe into a new run folder, `runs/<name>-<time>` unless told; the run's summary.
+
+    Under torchrun, `accelerate launch` or srun, all processes make the one run. go_on: take up the run in the folder
+    `out`, where there is one of this recipe; of one that is finished, the summary.
 
     Raises:
         LinsightError: the data, the model or the folder cannot be used, or the loss is no longer a number.
@@ -31,7 +39,13 @@ def train(
     """
     recipe = read_recipe(recipe.values())
     require_known(recipe)
-    return _together(lambda: Run.start(recipe, out, name), recipe.device, report or Silent())
+    if go_on and out is None:
+        raise LinsightError("a run is taken up in its folder: give out, the same each time")
+
+    def open_run() -> Run:
+        return Run.take_up(recipe, out, name) if go_on and out is not None else Run.start(recipe, out, name)
+
+    return _together(open_run, recipe.device, report or Silent())
 
 
 def resume(
@@ -97,8 +111,11 @@ def _run(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
     for note in data.notes:
         report.note(note)
     report.busy("building the model")
-    state, run.rows = processes.share((run.load_state(), run.rows))
-    trainer = Trainer(run, task, data, report, processes, state)
+    state = run.load_state()
+    for note in run.notes:
+        report.note(note)
+    state, run.rows = processes.share((state, run.rows))
+    trainer = Trainer(run, task, data, report, state, processes)
     with Stop() as stop:
         return trainer.run_epochs(stop)
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 import pickle
 import platform
@@ -17,7 +18,18 @@ import torchvision
 import linsight
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe, require_known
-from linsight.runtime.files import hold, read_json, replacing, require_folder, to_json, write_json, write_text, writing
+from linsight.records import shown
+from linsight.runtime.files import (
+    hold,
+    read_json,
+    replacing,
+    require_folder,
+    sync,
+    to_json,
+    write_json,
+    write_text,
+    writing,
+)
 from linsight.runtime.machine import describe_machine
 from linsight.runtime.processes import Processes
 from linsight.tasks import read_recipe
@@ -34,6 +46,8 @@ class Run:
         self.path, self.name, self.recipe, self.data = path, name, recipe, data
         self.rows: list[dict[str, Any]] = []
         self.threads = recipe.threads
+        self.notes: list[str] = []  # what a user should hear of the folder
+        self._place: tuple[int, int] | None = None  # of the last state: epoch and step
         self._release: Callable[[], Any] | None = None
 
     @classmethod
@@ -47,6 +61,32 @@ class Run:
             path = pathlib.Path(out)
         cls._check_new(path)
         return cls(path, name, recipe, None)
+
+    @classmethod
+    def take_up(cls, recipe: Recipe, out: str | pathlib.Path, name: str) -> "Run":
+        """The run of `recipe` in the folder `out`, where there is one, else a new one.
+
+        Raises:
+            LinsightError: it is of another recipe, in what its result depends on.
+        """
+        path = pathlib.Path(out)
+        if not (path / CONFIG).exists():
+            return cls.start(recipe, path, name)
+        before = kept_recipe(path)
+        if before is None:
+            return cls.resume(path, {})  # which tells what is wrong with it
+        fields = [
+            field for field in type(recipe).model_fields if getattr(recipe, field) != getattr(before, field, None)
+        ]
+        other = [field for field in fields if field not in recipe.RESUMABLE]
+        if other:
+            now, then = (shown(getattr(one, other[0], None)) for one in (recipe, before))
+            raise LinsightError(
+                f"the run in '{path}' is of another recipe ({other[0]}: {then} there, {now} here): give another --out, "
+                f"or go on with it as it is by --resume {path}"
+            )
+        changes = {field: getattr(recipe, field) for field in fields if getattr(recipe, field) is not None}
+        return cls.resume(path, changes)
 
     @staticmethod
     def _check_new(path: pathlib.Path) -> None:
@@ -146,24 +186,57 @@ class Run:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write all that it takes to go on."""
-        # torch itself would not say why it cannot write
-        with writing(self.path / STATE), replacing(self.path / STATE) as temporary, temporary.open("wb") as file:
-            torch.save(state, file)
+        path = self.path / STATE
+        with writing(path), replacing(path) as temporary:
+            with temporary.open("wb") as file:  # torch itself would not say why it cannot write
+                torch.save(state, file)
+            sync(temporary)
+            if self.recipe.keep_states > 1:
+                self._set_aside(path)
+        self._place = state["epoch"], state["step"]
+
+    def _set_aside(self, path: pathlib.Path) -> None:
+        """Keep the state in `path`, which is about to be replaced, under a name of its own; forget the oldest."""
+        if path.exists() and self._place is not None:
+            older = path.with_name("state-{:05}-{:07}.pt".format(*self._place))
+            older.unlink(missing_ok=True)
+            os.link(path, older)
+        for old in self.older()[self.recipe.keep_states - 1 :]:
+            old.unlink(missing_ok=True)
+
+    def older(self) -> list[pathlib.Path]:
+        """The files of states before the last one, the newest first."""
+        return sorted(self.path.glob("state-*-*.pt"), reverse=True)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The state that `save_state` wrote last, None if nothing yet. Metrics that it does not cover are forgotten."""
-        path = self.path / STATE
-        if not path.exists():
-            return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            epoch = int(state["epoch"])
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from error
-        if (self.path / METRICS).exists():
-            lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
-            self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= epoch]
-        return state
+        """The state that `save_state` wrote last, None if nothing yet. Metrics that it does not cover are forgotten.
+
+        Where the file is damaged, as by a disk, it is the newest of those before it that were kept.
+        """
+        paths = [path for path in (self.path / STATE, *self.older()) if path.exists()]
+        for number, path in enumerate(paths):
+            try:
+                state = _read_state(path)
+            except CheckpointError as error:
+                if path == paths[-1]:
+                    raise
+                self.notes.append(f"{error}; going on from '{paths[number + 1].name}'")
+                continue
+            if (self.path / METRICS).exists():
+                lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+                self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= state["epoch"]]
+            self._place = state["epoch"], state["step"]
+            return state
+        return None
+
+
+def _read_state(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state["epoch"], state["step"] = int(state["epoch"]), int(state["step"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from error
+    return state
 
 
 def shared(run: Run | None, processes: Processes) -> Run:

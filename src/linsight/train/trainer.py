@@ -49,11 +49,12 @@ class Trainer:
         task: Task,
         data: Data,
         report: Silent,
-        processes: Processes,
         state: dict[str, Any] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         recipe = self.recipe = run.recipe
-        self.run, self.task, self.data, self.report, self.processes = run, task, data, report, processes
+        self.run, self.task, self.data, self.report = run, task, data, report
+        processes = self.processes = processes or Processes()
         self.stop = Stop()
         device = processes.device(recipe.device)
         spread = self.spread = Spread(processes, device, recipe.parallel, recipe.image_ranks)
