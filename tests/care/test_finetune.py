@@ -57,7 +57,7 @@ def test_a_run_that_starts_from_weights_is_fine_tuned(digits, photos, tmp_path, 
     for name in ("model", "attention", "model_args", *images):
         assert getattr(after.recipe, name) == getattr(before.recipe, name), name
     ours = resolve("finetune")
-    for name in ("lr", "opt_args", "new_lr_scale", "warmup_epochs", "min_lr"):
+    for name in ("lr", "layer_decay", "new_lr_scale", "warmup_epochs", "min_lr"):
         assert getattr(after.recipe, name) == getattr(ours, name) != getattr(before.recipe, name), name
     assert after.recipe.data == photos and after.recipe.epochs == 2
 

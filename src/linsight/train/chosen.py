@@ -15,6 +15,7 @@ from linsight.tasks.files import is_recipe_file, read_values
 from .model import kept_fields
 from .recipes import FINETUNE, RECIPES
 from .run import WEIGHTS, kept_recipe
+from .softmax import is_timm, told
 
 
 def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -68,6 +69,8 @@ def _shipped(name: str) -> Recipe:
 
 def _kept(init: str, data: bool) -> Mapping[str, Any]:
     """Fields of the run that weights are of, as far as they tell: of its model and images, and, if asked, its data."""
+    if is_timm(init):
+        return told(init)
     path = pathlib.Path(init)
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
     kept = kept_recipe(folder) if folder else None

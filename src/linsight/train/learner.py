@@ -15,17 +15,13 @@ from linsight.recipe import Recipe
 from linsight.runtime.device import autocast
 from linsight.tasks import Task
 
+from .freezing import freeze
 from .model import load_state
 
 
 def ema_decay(recipe: Recipe) -> float:
     """The decay of the averaged weights at the recipe's batch."""
     return recipe.ema ** (recipe.batch_size / recipe.ema_base_batch if recipe.ema_base_batch else 1)
-
-
-def _is_frozen_norm(module: nn.Module) -> bool:
-    norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return norm and not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def warmup_epochs(recipe: Recipe) -> float:
@@ -52,17 +48,9 @@ class Learner:
     ) -> None:
         recipe = task.recipe
         self.task, self.recipe, self.device, self.dtype = task, recipe, device, dtype
-        if new is None and (recipe.freeze or recipe.new_lr_scale != 1):
-            raise LinsightError("freeze and new_lr_scale part what init fills from what is new: give it weights, init=")
         task.check(model)
         self.new = sorted(new or ())
-        if recipe.freeze:
-            if not self.new:
-                raise LinsightError("init fills every parameter: freeze trains a new head where init_partial is off")
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in self.new)
-        # statistics of batch norms whose weights do not change are kept, too
-        self.still = [module for module in model.modules() if recipe.freeze and _is_frozen_norm(module)]
+        self.still = freeze(model, recipe, new)
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if recipe.channels_last:
@@ -79,8 +67,13 @@ class Learner:
         recipe = self.recipe
         scale = recipe.batch_size / recipe.lr_base_batch if recipe.lr_base_batch else 1.0
         try:
+            layers = {"layer_decay": recipe.layer_decay} if 0 < recipe.layer_decay < 1 else {}
             self.optimiser = create_optimizer_v2(
-                self.model, recipe.opt, lr=recipe.lr * scale, weight_decay=recipe.weight_decay, **recipe.opt_args
+                self.model,
+                recipe.opt,
+                lr=recipe.lr * scale,
+                weight_decay=recipe.weight_decay,
+                **{**layers, **recipe.opt_args},
             )
             self._scale_new()
             self.schedule, self.epochs = create_scheduler_v2(

@@ -26,6 +26,7 @@ from linsight.tasks.building import require_classifier as require_classifier
 
 from .hub import PREFIX, Saved, fetched, is_saved, open_saved, weights_file
 from .run import WEIGHTS as WEIGHTS
+from .softmax import is_timm, start_from_timm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ def start_from(
 ) -> LoadReport:
     """Fill a model from other weights; a classifier of another number of classes stays as it is.
 
+    source: a run, a file, an address, a model of the Hub, or "timm/NAME", which stands for weights of softmax attention.
     partial: so does all else that the weights lack, or have in another shape.
     head: False leaves any classifier as it is.
     from_size: side, or height and width, of the images they were made for, where the file does not tell.
@@ -68,8 +70,10 @@ def start_from(
     Raises:
         CheckpointError: they cannot be read safely, or are of another model.
     """
-    source = weights_file(source)
     size: Any = (from_size * 2)[:2] or None
+    if is_timm(source):
+        return start_from_timm(model, source, partial=partial, head=head, from_size=size)
+    source = weights_file(source)
     report = load_published(model, source, strict=False, head=head, from_size=size)
     if report.mismatched and not partial:
         return load_published(model, source, head=False, from_size=size)
