@@ -17,6 +17,7 @@ from linsight.tasks import Task
 
 from .freezing import freeze
 from .model import load_state
+from .teachers import load_teacher
 
 
 def ema_decay(recipe: Recipe) -> float:
@@ -58,10 +59,14 @@ class Learner:
         self.model = model.to(device)
         self.params = sum(parameter.numel() for parameter in model.parameters())
         task.begin(device)
+        whole = task.around(self.model, load_teacher)
+        own = {id(parameter) for parameter in self.model.parameters()}
+        # what is learned beside the model, and not kept with its weights
+        self.beside = {name: parameter for name, parameter in whole.named_parameters() if id(parameter) not in own}
         self._optimise(updates)
         self.ema = ModelEmaV3(self.model, ema_decay(recipe), use_warmup=recipe.ema_warmup) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self._run: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
+        self._run: nn.Module = torch.compile(whole) if recipe.compile else whole  # type: ignore[assignment]
 
     def _optimise(self, updates: int) -> None:
         recipe = self.recipe
@@ -76,6 +81,10 @@ class Learner:
                 **{**layers, **recipe.opt_args},
             )
             self._scale_new()
+            for decays in (True, False):
+                if params := [p for p in self.beside.values() if (p.ndim > 1) == decays]:
+                    more = {"weight_decay": recipe.weight_decay * decays, "lr_scale": recipe.new_lr_scale}
+                    self.optimiser.add_param_group({"params": params, **more})
             self.schedule, self.epochs = create_scheduler_v2(
                 self.optimiser,
                 recipe.sched,
@@ -133,12 +142,16 @@ class Learner:
         with autocast(self.device, self.dtype):
             return self._run(images)
 
-    @torch.no_grad()
     def taught(self, images: Tensor) -> Any:
         """The answer of the averaged weights, in evaluation mode and without a gradient."""
         assert self.ema is not None, "the recipe was checked"
+        return self.asked(self.ema.module, images)
+
+    @torch.no_grad()
+    def asked(self, model: nn.Module, images: Tensor) -> Any:
+        """The answer of another model, in evaluation mode and without a gradient, in the dtype of mixed precision."""
         with autocast(self.device, self.dtype):
-            return self.ema.module.eval()(images)
+            return model.eval()(images)
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
         """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
@@ -164,7 +177,7 @@ class Learner:
             self.schedule.step_update(done)
         if self.recipe.clip_grad:
             self.scaler.unscale_(self.optimiser)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+            nn.utils.clip_grad_norm_([*self.model.parameters(), *self.beside.values()], self.recipe.clip_grad)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
@@ -179,12 +192,15 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "new": self.new,
+            "beside": {name: parameter.detach() for name, parameter in self.beside.items()},
         }
 
     def load(self, state: dict[str, Any], source: str) -> None:
         """Take up the state of a learner of the same recipe; a CheckpointError if it is of another."""
         load_state(self.model, state["model"], source)
         try:
+            for name, parameter in self.beside.items():
+                parameter.data.copy_(state["beside"][name])
             if self.ema is not None:
                 load_state(self.ema.module, state["ema"], source)
             self.optimiser.load_state_dict(state["optimiser"])

@@ -83,8 +83,13 @@ def start_from_timm(
     return dataclasses.replace(report, source=source)
 
 
+def is_known(name: str) -> bool:
+    """True for a name of a model that timm can make, with or without the tag of its weights."""
+    return is_model(name.partition(".")[0])
+
+
 def _name(source: str) -> str:
     name = source.removeprefix(PREFIX)
-    if not is_model(name.partition(".")[0]):
+    if not is_known(name):
         raise UnknownNameError("model of timm", name, list_models())
     return name
