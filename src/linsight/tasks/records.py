@@ -107,7 +107,8 @@ def read_recipe(values: Mapping[str, Any]) -> Recipe:
 def known_fields() -> dict[str, type[Recipe]]:
     """The fields of all tasks, each with the first kind of recipe that has it."""
     found: dict[str, type[Recipe]] = {}
-    for kind in RECORDS.values():
+    kinds: list[type[Recipe]] = [Recipe, *RECORDS.values()]  # whose first has any task
+    for kind in kinds:
         for name in kind.model_fields:
             found.setdefault(name, kind)
     return found

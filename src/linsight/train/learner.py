@@ -35,6 +35,7 @@ class Learner:
 
     task: which begins here.
     new: names of the parameters that `init` did not fill, None where there is no `init`.
+    kept: how many parameters are not trained.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Learner:
             model = model.to(memory_format=torch.channels_last)
         self.model = model.to(device)
         self.params = sum(parameter.numel() for parameter in model.parameters())
+        self.kept = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
         task.begin(device)
         whole = task.around(self.model, load_teacher)
         own = {id(parameter) for parameter in self.model.parameters()}
