@@ -71,6 +71,7 @@ def test_the_first_layers_are_those_of_timm_s_numbers():
         ours = learner(HEAD, freeze_layers=count, layer_decay=0.5)
         trained = {name: p.requires_grad for name, p in ours.model.named_parameters()}
         assert trained == {name: not name.startswith(kept) for name in trained}
+        assert ours.kept == sum(p.numel() for p in ours.model.parameters() if not p.requires_grad) < ours.params
         assert rates(ours.optimiser, ours.model).keys() == {name for name in trained if trained[name]}
     ours = learner(("blocks.0.attn.core.generator.0.weight",), freeze_layers=2)  # what is new is trained anywhere
     trained = [name for name, p in ours.model.named_parameters() if p.requires_grad and name.startswith("blocks.0.")]
