@@ -62,7 +62,7 @@ class ModelFields(Record):
     num_classes: Annotated[Classes | None, NONE] = Field(default=None, description="none: as many as the data has")
     drop_path: Share = Field(default=0.0, description="stochastic depth of the last block")
     init: Annotated[Text | None, NONE] = Field(
-        default=None, description="weights to start from, published or one's own: a run, a file, an address"
+        default=None, description="weights to start from: a run, a file, an address, or a model of timm as timm/NAME"
     )
     init_partial: bool = Field(
         default=False, description="what init lacks stays as initialised, as with another mechanism"
@@ -172,7 +172,14 @@ class OptimiserFields(Record):
         default=0, description="rates are for this batch and scale with it; 0: used as they are"
     )
     new_lr_scale: Positive = Field(default=1.0, description="times the learning rate, for what init did not fill")
+    layer_decay: Share = Field(
+        default=0.0, description="times the learning rate, for each layer group below the last; 0 or 1 is off"
+    )
     freeze: bool = Field(default=False, description="train a new head alone; with init_partial, what init did not fill")
+    freeze_layers: Count = Field(
+        default=0, description="layer groups, from the first, where only what init did not fill is trained"
+    )
+    freeze_stages: Count = Field(default=0, description="the same by stages, which in a ViT are its layer groups")
     weight_decay: NotNegative = Field(default=0.05, description="not applied to vectors and what the model exempts")
     clip_grad: NotNegative = Field(default=0.0, description="largest norm of the gradient, 0 is off")
     sched: Literal["cosine", "tanh", "poly", "step", "none"] = Field(

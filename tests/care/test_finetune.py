@@ -1,6 +1,9 @@
 """Starting from weights: the recipe for it, a new head alone, and softmax weights in another mechanism."""
 
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,7 +60,7 @@ def test_a_run_that_starts_from_weights_is_fine_tuned(digits, photos, tmp_path, 
     for name in ("model", "attention", "model_args", *images):
         assert getattr(after.recipe, name) == getattr(before.recipe, name), name
     ours = resolve("finetune")
-    for name in ("lr", "opt_args", "new_lr_scale", "warmup_epochs", "min_lr"):
+    for name in ("lr", "layer_decay", "new_lr_scale", "warmup_epochs", "min_lr"):
         assert getattr(after.recipe, name) == getattr(ours, name) != getattr(before.recipe, name), name
     assert after.recipe.data == photos and after.recipe.epochs == 2
 
@@ -122,3 +125,32 @@ def test_softmax_weights_of_timm_start_another_mechanism(tmp_path):
     logits = learner.model(torch.randn(1, 3, 224, 224))
     report = linsight.load_published(linsight.create_model("inline_deit_tiny", depth=2), deit, strict=False)
     assert logits.shape == (1, 10) and len(report.loaded) == len(ours) - len(learner.new) - 2
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "fine-tune.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"^```bash\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_guide_are_understood(digits, photos, monkeypatch, command):
+    """Up to the run itself, with what is spoken of in its place."""
+    found = []
+    monkeypatch.setattr("linsight.train.train", lambda recipe, **more: found.append(recipe) or sys.exit(0))
+    placed = {"runs/NAME": str(digits), "path/to/images": photos, "imagenet": photos}
+    words = [placed.get(word, word) for word in shlex.split(command)]
+    assert words[:2] == ["linsight", "train"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    given = dict(re.findall(r"--([\w-]+) ([^-\s]\S*)", " ".join(words)))
+    (recipe,) = found
+    for option, text in given.items():
+        if option != "recipe":
+            name = option.replace("-", "_")
+            assert getattr(recipe, name) == type(recipe).parse(name, text), option
+    assert ("--freeze" in words) == recipe.freeze and ("--init-partial" in words) == recipe.init_partial

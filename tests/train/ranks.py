@@ -34,6 +34,7 @@ CASES = {
     "sharded parts": ({**DROPS, **FULL, "accumulate": 4}, {2: {"accumulate": 2, "parallel": "fsdp"}}),
     "bands": ({**TINY, **FULL}, {2: {"image_ranks": 2}, 4: {"image_ranks": 2}}),
     "odd": ({**TINY, **PLAIN}, {2: {}, 4: {"parallel": "fsdp"}}),
+    "distil": ({**TINY, **FULL, "task": "distil", "distil_kind": "features"}, {2: {}, 3: {"parallel": "fsdp"}}),
     "muon": ({**TINY, **FULL, "opt": "muon"}, {2: {"parallel": "fsdp"}}),
 }
 
@@ -139,6 +140,9 @@ def main(folder, names):
             found[name] = elastic(folder)
             continue
         values, several = CASES[name]
+        if values.get("task") == "distil":
+            run(folder, "teacher", 1, {**TINY, "model_args": TINY["model_args"].replace("16", "24")})
+            values = {**values, "teacher": str(folder / "teacher")}
         found[name] = {"1": run(folder, f"{name}-1", 1, values)}
         for world, more in several.items():
             found[name][str(world)] = run(folder, f"{name}-{world}", world, values, **more)

@@ -44,6 +44,8 @@ def assert_close(one, other, tolerance=2e-4):
             torch.testing.assert_close(tensor, theirs[part][name], rtol=tolerance, atol=tolerance, msg=f"{part} {name}")
     for mine, yours in zip(ours["optimiser"]["state"].values(), theirs["optimiser"]["state"].values(), strict=True):
         assert all(mine[name].shape == yours[name].shape for name in mine if hasattr(mine[name], "shape"))
+    for name, tensor in ours["beside"].items():
+        torch.testing.assert_close(tensor, theirs["beside"][name], rtol=tolerance, atol=tolerance)
     for mine, yours in zip(our_rows, their_rows, strict=True):
         assert mine["skipped"] == yours["skipped"] and mine["top1"] == yours["top1"]
         assert mine["train_loss"] == pytest.approx(yours["train_loss"], rel=tolerance)

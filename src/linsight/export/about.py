@@ -130,8 +130,8 @@ def shared_recipe(recipe: Recipe) -> dict[str, Any]:
     return {name: _cut(value) if name not in _PLACES else value for name, value in values.items()}
 
 
-_PLACES = ("data", "init")
-_KNOWN_PLACES = re.compile(r"(?:torch|hfds|hfids|tfds|wds|hf-hub)[:/][\w.-]+(?:/[\w.-]+)?", re.ASCII)
+_PLACES = ("data", "init", "teacher", "teacher_checkpoint")
+_KNOWN_PLACES = re.compile(r"(?:torch|hfds|hfids|tfds|wds|hf-hub|timm)[:/][\w.-]+(?:/[\w.-]+)?", re.ASCII)
 
 
 def _place(text: str) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from timm.data import Mixup
@@ -21,6 +21,8 @@ from ._guesses import guesses, predictions
 from .meters import Accuracy, Meter
 from .records import ClassifyRecipe
 from .task import Column, Student, Task
+
+Criterion = Callable[[Tensor, Tensor], Tensor]  # of logits and targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +118,21 @@ class Classify(Task):
             return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
         outputs = student.forward(images)
-        own = getattr(student.model, "training_loss", None)
-        loss = criterion(outputs, targets) if own is None else own(outputs, targets, criterion)
+        loss = self.judged(student, outputs, images, targets, criterion)
         if recipe.mesa and epoch >= int(recipe.mesa_start * recipe.epochs):
             # MESA (Du et al., NeurIPS 2022)
-            loss = loss + recipe.mesa * F.cross_entropy(outputs.float(), student.taught(images).float().softmax(-1))
+            taught = student.taught(images).float().softmax(-1)
+            loss = loss + recipe.mesa * F.cross_entropy(self.logits(outputs).float(), taught)
         return loss, len(images)
+
+    def judged(self, student: Student, outputs: Any, images: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:
+        """The mean loss of what the student made of images, as it was given them. criterion: the recipe's loss."""
+        own = getattr(student.model, "training_loss", None)
+        return criterion(outputs, targets) if own is None else own(outputs, targets, criterion)
+
+    def logits(self, outputs: Any) -> Tensor:
+        """The logits `(B, classes)` among what the student answers in training."""
+        return outputs
 
     def measure(self) -> Meter:
         """See `Task`."""

@@ -1,13 +1,13 @@
 """The recipes of tasks: what every run has, and what a task adds. Without torch, for the help of a command."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.recipe import TASK, Recipe
-from linsight.records import NotNegative, Record, Share, shown
+from linsight.records import NONE, NotNegative, Positive, Record, Share, Sides, Text, shown
 
 
 class MixFields(Record):
@@ -55,8 +55,37 @@ class BudgetRecipe(ClassifyRecipe):
     task: Literal["budget"] = Field(default="budget", description=TASK)  # type: ignore[assignment]
 
 
+class DistilFields(Record):
+    """Learning from another model."""
+
+    group = "Optimisation"
+
+    teacher: Annotated[Text | None, NONE] = Field(
+        default=None, description="who is learned from: a run, a model of linsight or timm by name, hf-hub:OWNER/NAME"
+    )
+    teacher_checkpoint: Annotated[Text | None, NONE] = Field(
+        default=None, description="published weights of a teacher given by name: a file or an address"
+    )
+    teacher_size: Sides = Field(default=(), description="side, or height and width, that it sees; empty: its own")
+    distil_kind: Literal["soft", "hard", "features", "map"] = Field(
+        default="soft",
+        description="learned from it: its probabilities, its decision, its pooled features, its last map of them",
+    )
+    distil_weight: Share = Field(default=0.5, description="share of that in the loss; the rest is that of the labels")
+    distil_temperature: Positive = Field(default=2.0, description="logits are divided by it, for distil_kind soft")
+    distil_distance: Literal["mse", "cosine"] = Field(
+        default="mse", description="between features, each set standardised: squared error, or 1 minus the cosine"
+    )
+
+
+class DistilRecipe(ClassifyRecipe, DistilFields):
+    """A run of the task `distil`."""
+
+    task: Literal["distil"] = Field(default="distil", description=TASK)  # type: ignore[assignment]
+
+
 # By the names of their tasks. `linsight.tasks.register` adds others.
-RECORDS: dict[str, type[Recipe]] = {"classify": ClassifyRecipe, "budget": BudgetRecipe}
+RECORDS: dict[str, type[Recipe]] = {"classify": ClassifyRecipe, "budget": BudgetRecipe, "distil": DistilRecipe}
 
 
 def record_of(task: Any) -> type[Recipe]:
@@ -78,7 +107,8 @@ def read_recipe(values: Mapping[str, Any]) -> Recipe:
 def known_fields() -> dict[str, type[Recipe]]:
     """The fields of all tasks, each with the first kind of recipe that has it."""
     found: dict[str, type[Recipe]] = {}
-    for kind in RECORDS.values():
+    kinds: list[type[Recipe]] = [Recipe, *RECORDS.values()]  # whose first has any task
+    for kind in kinds:
         for name in kind.model_fields:
             found.setdefault(name, kind)
     return found

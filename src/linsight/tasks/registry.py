@@ -10,7 +10,8 @@ from linsight.recipe import Recipe
 from .records import RECORDS, record_of
 from .task import Task
 
-_OWN = {"classify": ("classify", "Classify"), "budget": ("budget", "Budget")}  # imported when they are asked for
+# Imported when they are asked for.
+_OWN = {"classify": ("classify", "Classify"), "budget": ("budget", "Budget"), "distil": ("distil", "Distil")}
 _OTHERS: dict[str, type[Task]] = {}
 
 

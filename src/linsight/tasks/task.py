@@ -52,6 +52,32 @@ class Student(Protocol):
     def taught(self, images: Tensor) -> Any:
         """The answer of the averaged weights, in evaluation mode and without a gradient."""
 
+    def asked(self, model: nn.Module, images: Tensor) -> Any:
+        """The answer of another model, in evaluation mode and without a gradient, in the dtype of mixed precision."""
+
+
+class Loaded(Protocol):
+    """A trained model that a task asks for by name: `linsight.train.Trained`, as a task sees it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """In evaluation mode, on the CPU."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that tells how images are prepared for it."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of its classes, in the order of the logits."""
+
+    @property
+    def run(self) -> bool:
+        """True where those names are told, and are not only what the classes of published weights are called."""
+
+
+Load = Callable[[str, str | None], Loaded]  # by a name, and by published weights where the name is a model's
+
 
 class Task(abc.ABC):
     """One run's task. A subclass is a file; `register` makes it known.
@@ -125,6 +151,14 @@ class Task(abc.ABC):
     def begin(self, device: torch.device) -> None:
         """Get ready to learn, and to be evaluated, on a device."""
         self.inputs = Normalise(self.recipe, device)
+
+    def around(self, model: nn.Module, load: Load) -> nn.Module:
+        """The module that learns, once `begin` was called: `model`, or one around it that gives the loss more.
+
+        Parameters of its own are trained, and kept in the state of the run, not with the weights. In evaluation mode it
+        answers as `model` does. It is called on training alone, and may `load` other models, which it does not hold.
+        """
+        return model
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most have nothing to say
         """Raise a LinsightError where the recipe asks for what this model cannot learn by."""

@@ -9,12 +9,13 @@ from linsight.data.images import decode
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
 from linsight.recipe import Recipe, averaged, require_known
-from linsight.tasks import field_of, record_of
+from linsight.tasks import field_of, known_fields, record_of
 from linsight.tasks.files import is_recipe_file, read_values
 
 from .model import kept_fields
 from .recipes import FINETUNE, RECIPES
 from .run import WEIGHTS, kept_recipe
+from .softmax import is_timm, told
 
 
 def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -39,6 +40,7 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
     else:
         base = _shipped(name)
     base = _of_task(base, overrides.pop("task", base.task))
+    _require_fields(base, overrides)
     given = base.parse_all(overrides)
     if name == FINETUNE and given.get("init"):
         base = base.changed(**_kept(given["init"], "data" not in given))
@@ -60,6 +62,15 @@ def _of_task(base: Recipe, task: Any) -> Recipe:
     return record(**{**shared, "task": task})
 
 
+def _require_fields(base: Recipe, given: Mapping[str, Any]) -> None:
+    """Raise where a field is one of another task alone; a field of none is left to the record."""
+    known = known_fields()
+    for name in given:
+        if name not in type(base).model_fields and name in known:
+            task = known[name].model_fields["task"].default
+            raise UnknownNameError("recipe field", name, type(base).model_fields, f"task={task} has it")
+
+
 def _shipped(name: str) -> Recipe:
     if name not in RECIPES:
         raise UnknownNameError("recipe", name, RECIPES, "or a file that ends in .yaml, .toml or .json")
@@ -68,6 +79,8 @@ def _shipped(name: str) -> Recipe:
 
 def _kept(init: str, data: bool) -> Mapping[str, Any]:
     """Fields of the run that weights are of, as far as they tell: of its model and images, and, if asked, its data."""
+    if is_timm(init):
+        return told(init)
     path = pathlib.Path(init)
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
     kept = kept_recipe(folder) if folder else None
@@ -75,7 +88,7 @@ def _kept(init: str, data: bool) -> Mapping[str, Any]:
         return kept_fields(path)
     groups = {"Model", "Augmentation", *(["Data"] if data else [])}
     names = kept.in_group(*groups)
-    return {name: getattr(kept, name) for name in names if not name.startswith(("init", "from", "num_classes"))}
+    return {name: getattr(kept, name) for name in names if not name.startswith(("init", "from", "num_classes", "task"))}
 
 
 def told_channels(name: str, recipe: Recipe) -> str:

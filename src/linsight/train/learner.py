@@ -17,18 +17,15 @@ from linsight.runtime.device import autocast
 from linsight.runtime.processes import Processes
 from linsight.tasks import Task
 
+from .freezing import freeze
 from .model import load_state
-from .spread import Spread
+from .spread import Spread, like
+from .teachers import load_teacher
 
 
 def ema_decay(recipe: Recipe) -> float:
     """The decay of the averaged weights at the recipe's batch."""
     return recipe.ema ** (recipe.batch_size / recipe.ema_base_batch if recipe.ema_base_batch else 1)
-
-
-def _is_frozen_norm(module: nn.Module) -> bool:
-    norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return norm and not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def warmup_epochs(recipe: Recipe) -> float:
@@ -56,6 +53,7 @@ class Learner:
     task: which begins here.
     spread: how the model lies over several processes.
     new: names of the parameters that `init` did not fill, None where there is no `init`.
+    kept: how many parameters are not trained.
     """
 
     def __init__(
@@ -73,46 +71,55 @@ class Learner:
         self.spread = Spread(Processes(), device) if spread is None else spread
         self.spare: Batch | None = None
         self.task, self.recipe, self.device, self.dtype = task, recipe, device, dtype
-        if new is None and (recipe.freeze or recipe.new_lr_scale != 1):
-            raise LinsightError("freeze and new_lr_scale part what init fills from what is new: give it weights, init=")
         task.check(model)
         self.new = sorted(new or ())
-        if recipe.freeze:
-            if not self.new:
-                raise LinsightError("init fills every parameter: freeze trains a new head where init_partial is off")
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in self.new)
-        # statistics of batch norms whose weights do not change are kept, too
-        self.still = [module for module in model.modules() if recipe.freeze and _is_frozen_norm(module)]
+        self.still = freeze(model, recipe, new)
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.model = model.to(device)
         self.params = sum(parameter.numel() for parameter in model.parameters())
+        self.kept = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
         task.begin(device)
+        whole = task.around(self.model, load_teacher)
         self.ema: ModelEmaV3 | None = None
         if recipe.ema:
             # torch's joint operations do not take tensors some of which lie over processes
             joint = not self.spread.shards
             self.ema = ModelEmaV3(self.model, ema_decay(recipe), use_warmup=recipe.ema_warmup, foreach=joint)
         self.spread.lay(self.model)
+        self.spread.lay_beside(whole, self.model)
+        own = {id(parameter) for parameter in self.model.parameters()}
+        # what is learned beside the model, and not kept with its weights
+        self.beside = {name: parameter for name, parameter in whole.named_parameters() if id(parameter) not in own}
         self._optimise(updates)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        run: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
-        self._whole = self.spread.runnable(run)
-        self._run = self.spread.learning(self._whole)
+        self._whole = self.spread.runnable(self._compiled(self.model))
+        self._run = self.spread.learning(self._whole if whole is self.model else self._compiled(whole))
         if self.ema is not None:
             self._averaged = self.spread.runnable(self.spread.lay(self.ema.module))
+
+    def _compiled(self, module: nn.Module) -> nn.Module:
+        return torch.compile(module) if self.recipe.compile else module  # type: ignore[return-value]
 
     def _optimise(self, updates: int) -> None:
         recipe = self.recipe
         scale = recipe.batch_size / recipe.lr_base_batch if recipe.lr_base_batch else 1.0
         try:
+            layers = {"layer_decay": recipe.layer_decay} if 0 < recipe.layer_decay < 1 else {}
             self.optimiser = create_optimizer_v2(
-                self.model, recipe.opt, lr=recipe.lr * scale, weight_decay=recipe.weight_decay, **recipe.opt_args
+                self.model,
+                recipe.opt,
+                lr=recipe.lr * scale,
+                weight_decay=recipe.weight_decay,
+                **{**layers, **recipe.opt_args},
             )
             self._scale_new()
+            for decays in (True, False):
+                if params := [p for p in self.beside.values() if (p.ndim > 1) == decays]:
+                    more = {"weight_decay": recipe.weight_decay * decays, "lr_scale": recipe.new_lr_scale}
+                    self.optimiser.add_param_group({"params": params, **more})
             self.schedule, self.epochs = create_scheduler_v2(
                 self.optimiser,
                 recipe.sched,
@@ -170,12 +177,16 @@ class Learner:
         with autocast(self.device, self.dtype):
             return self._run(images)
 
-    @torch.no_grad()
     def taught(self, images: Tensor) -> Any:
         """The answer of the averaged weights, in evaluation mode and without a gradient."""
         assert self.ema is not None, "the recipe was checked"
+        return self.asked(self._averaged, images)
+
+    @torch.no_grad()
+    def asked(self, model: nn.Module, images: Tensor) -> Any:
+        """The answer of another model, in evaluation mode and without a gradient, in the dtype of mixed precision."""
         with autocast(self.device, self.dtype):
-            return self._averaged.eval()(images)
+            return model.eval()(images)
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
         """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
@@ -226,7 +237,7 @@ class Learner:
             self.schedule.step_update(done)
         if self.recipe.clip_grad:
             self.scaler.unscale_(self.optimiser)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+            nn.utils.clip_grad_norm_([*self.model.parameters(), *self.beside.values()], self.recipe.clip_grad)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
@@ -241,6 +252,7 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.spread.whole(self.ema.module.state_dict()),
             "new": self.new,
+            "beside": self.spread.whole({name: parameter.detach() for name, parameter in self.beside.items()}),
         }
 
     def weights(self) -> dict[str, Tensor]:
@@ -251,6 +263,8 @@ class Learner:
         """Take up the state of a learner of the same recipe; a CheckpointError if it is of another."""
         load_state(self.model, self.spread.laid(state["model"], self.model), source)
         try:
+            for name, parameter in self.beside.items():
+                parameter.data.copy_(like(state["beside"][name], parameter))
             if self.ema is not None:
                 load_state(self.ema.module, self.spread.laid(state["ema"], self.ema.module), source)
             self.optimiser.load_state_dict(self.spread.laid_optimiser(state["optimiser"], self.optimiser))

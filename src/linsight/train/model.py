@@ -26,6 +26,7 @@ from linsight.tasks.building import require_classifier as require_classifier
 
 from .hub import PREFIX, Saved, fetched, is_saved, open_saved, weights_file
 from .run import WEIGHTS as WEIGHTS
+from .softmax import is_timm, start_from_timm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ def start_from(
 ) -> LoadReport:
     """Fill a model from other weights; a classifier of another number of classes stays as it is.
 
+    source: a run, a file, an address, a model of the Hub, or "timm/NAME", a softmax model.
     partial: so does all else that the weights lack, or have in another shape.
     head: False leaves any classifier as it is.
     from_size: side, or height and width, of the images they were made for, where the file does not tell.
@@ -68,8 +70,10 @@ def start_from(
     Raises:
         CheckpointError: they cannot be read safely, or are of another model.
     """
-    source = weights_file(source)
     size: Any = (from_size * 2)[:2] or None
+    if is_timm(source):
+        return start_from_timm(model, source, partial=partial, head=head, from_size=size)
+    source = weights_file(source)
     report = load_published(model, source, strict=False, head=head, from_size=size)
     if report.mismatched and not partial:
         return load_published(model, source, head=False, from_size=size)
@@ -184,7 +188,7 @@ def kept_fields(path: pathlib.Path) -> dict[str, Any]:
         with safe_open(weights_file(str(path)), framework="pt") as file:
             kept = json.loads((file.metadata() or {})["linsight"])["recipe"]
         recipe = read_recipe(kept)
-        return {name: getattr(recipe, name) for name in kept if name != "num_classes"}
+        return {name: getattr(recipe, name) for name in kept if name not in ("num_classes", "task")}
     except (
         SafetensorError,
         OSError,
@@ -211,11 +215,18 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     model.load_state_dict(state)
 
 
-def load_source(source: str, checkpoint: str | None = None, from_size: str | None = None, *, hint: str = "") -> Trained:
+def load_source(
+    source: str,
+    checkpoint: str | None = None,
+    from_size: str | None = None,
+    *,
+    hint: str = "",
+    option: str = "--checkpoint",
+) -> Trained:
     """A run, or a model by name with published weights: a file or an address, by default where its authors put them.
 
     from_size: of the images that such weights were made for, as text, where they do not tell.
-    hint: another way than weights, told where a name has none.
+    hint: another way than weights, told where a name has none.  option: how one gives the weights.
 
     Raises:
         CheckpointError: nothing there, or a name alone of a model whose weights linsight cannot fetch.
@@ -226,7 +237,7 @@ def load_source(source: str, checkpoint: str | None = None, from_size: str | Non
         entry = VARIANTS.get(source) or ARCHITECTURES.get(source)
         if entry is None or not entry.weights.startswith("https://"):
             raise CheckpointError(
-                f"'{source}' is the name of a model, without weights: give published ones with --checkpoint FILE, or "
+                f"'{source}' is the name of a model, without weights: give published ones with {option} FILE, or "
                 f"the folder of a run in place of the name{hint}"
             )
         checkpoint = entry.weights

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,7 +78,23 @@ class Spread:
             for unit in units(model):
                 fully_shard(unit, mesh=mesh)
             fully_shard(model, mesh=mesh)
+            for method in ("forward_features", "forward_head"):
+                register_fsdp_forward_method(model, method)
         return model
+
+    def lay_beside(self, whole: nn.Module, model: nn.Module) -> None:
+        """Lay what is learned beside a laid model, by the module around both.
+
+        Raises:
+            LinsightError: images lie in bands, and what is around the model asks for more than logits.
+        """
+        if whole is model:
+            return
+        if self.rows is not None:
+            raise LinsightError("image_ranks: an image in bands gives logits, and this task learns of features, too")
+        for module in whole.children() if self.shards else ():
+            if module is not model and any(True for _ in module.parameters()):
+                fully_shard(module, mesh=init_device_mesh(self.device.type, (self.processes.copy.world,)))
 
     def runnable(self, model: nn.Module) -> nn.Module:
         """The form of a laid model that is called with whole images."""
@@ -101,8 +117,7 @@ class Spread:
             return
         for module in run.modules() if self.shards else ():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(last)
-                break  # the outermost one tells the others
+                module.set_requires_gradient_sync(last, recurse=False)
         yield
 
     def whole(self, state: Any) -> Any:
@@ -114,7 +129,7 @@ class Spread:
         if not self.shards:
             return state
         own = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-        return {name: _like(value, own.get(name)) for name, value in state.items()}
+        return {name: like(value, own.get(name)) for name, value in state.items()}
 
     def laid_optimiser(self, state: dict[str, Any], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
         """The state of an optimiser as its parameters lie over the processes, from whole tensors."""
@@ -122,7 +137,7 @@ class Spread:
             return state
         parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         entries = {
-            number: {name: _like(value, parameters[number]) for name, value in entry.items()}
+            number: {name: like(value, parameters[number]) for name, value in entry.items()}
             for number, entry in state["state"].items()
         }
         return {**state, "state": entries}
@@ -161,7 +176,8 @@ def _whole(tree: Any, keep: bool) -> Any:
     return tree
 
 
-def _like(value: Any, own: Tensor | None) -> Any:
+def like(value: Any, own: Tensor | None) -> Any:
+    """A whole tensor as another one lies over the processes, where it does."""
     if isinstance(own, DTensor) and isinstance(value, Tensor) and value.shape == own.shape and value.dim():
         return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
     return value

@@ -80,6 +80,8 @@ class Trainer:
             self.feeds = open_feeds(recipe, data, task, size, device, report.note, spread.copy)
             self.steps = len(self.feeds.order)
         self.learner = Learner(task, model, device, self.dtype, updates=self.steps, new=new, spread=spread)
+        if self.learner.kept:
+            report.note(f"kept as they are: {self.learner.kept} of {self.learner.params} parameters")
         warmup = warmup_epochs(recipe)
         if warmup != recipe.warmup_epochs:
             report.note(
