@@ -274,5 +274,5 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, small, facts):
     with pytest.raises(ValueError, match=r"'small' has no exported form: .*; --static exports for one size") as error:
         export_program(small, tmp_path / "m.pt2", facts=facts)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"the model itself does not take 2x5x16x16: .*channels"):
+    with pytest.raises(ValueError, match=r"the model itself does not take 2x5x64x64: .*channels"):
         export_program(small, tmp_path / "m.pt2", facts=facts._replace(input_size=(5, 16, 16)))

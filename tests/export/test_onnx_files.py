@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from small_runs import Small
 
+from linsight import create_model
 from linsight.errors import CheckpointError, LinsightError
 from linsight.export import Facts, export_onnx, load_exported, open_exported
 from linsight.export import onnx as room
@@ -161,3 +162,16 @@ def test_what_is_no_exported_file_is_one_line(tmp_path):
             (tmp_path / name).write_bytes(b"x")
         with pytest.raises(LinsightError, match=told):
             open_exported(tmp_path / name)
+
+
+def test_small_images_do_not_fix_the_size_of_the_graph(tmp_path):
+    """Of PVTv2 at 32 pixels, the last stage has one key; at 64, several."""
+    stages = {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2)}
+    model = create_model("pvt_v2_b0", attention="softmax", num_classes=4, **stages).eval()
+    path = tmp_path / "m.onnx"
+    export_onnx(model, path, facts=FACTS._replace(input_size=(3, 32, 32)))
+    run = open_exported(path).model
+    for shape in ((1, 3, 32, 32), (2, 3, 64, 96), (3, 3, 161, 70)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(run(images), model(images), rtol=0, atol=1e-5)

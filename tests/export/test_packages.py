@@ -28,7 +28,7 @@ def test_a_package_tells_what_was_checked(package):
     path, _, done = package
     opened = open_exported(path)
     assert opened.facts == done.facts._replace(recipe={})
-    assert [check.shape for check in done.checks] == [(1, 3, 22, 16), (3, 3, 11, 33), (2, 3, 19, 9)]
+    assert [check.shape for check in done.checks] == [(1, 3, 33, 16), (3, 3, 11, 33), (2, 3, 19, 9)]
     assert opened.facts.checks == tuple((check.shape, check.error) for check in done.checks)
     assert done.error < 1e-6 < done.limit == 1e-4
     assert opened.model(torch.zeros(5, 3, 7, 40)).shape == (5, 4)

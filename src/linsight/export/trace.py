@@ -21,6 +21,7 @@ from .verify import PIXELS, TOLERANCE, Checked, Run, answers, compare, error_of,
 
 T = TypeVar("T")
 _BATCH = 2  # of the example: one image would be taken for a constant
+_SIDE = 128  # of the example, or more: so would one place in the coarsest map
 
 
 class Traced(NamedTuple):
@@ -64,6 +65,11 @@ class Traced(NamedTuple):
         return self.facts._replace(checks=tuple((check.shape, check.error) for check in checks))
 
 
+def _large(size: tuple[int, int]) -> tuple[int, int]:
+    """The size of the example for images of a size: of small ones, up to four times as large a side."""
+    return tuple(side * min(4, -(-_SIDE // side)) for side in size)  # type: ignore[return-value]
+
+
 @contextlib.contextmanager
 def traced(
     model: nn.Module, facts: Facts | None, tolerance: float | None = None, half: bool = False, way: str = ""
@@ -91,7 +97,8 @@ def traced(
         dims = names if facts.dynamic else {}
         shapes = unseen(_BATCH, size[1:]) if facts.dynamic else [(1, *size[1:])] * 3
         examples = [_images(facts, number, *shape) for number, shape in enumerate(shapes)]
-        example = _cast(_images(facts, 0, _BATCH if facts.dynamic else 1, *size[1:]), dtype)
+        shape = (_BATCH, *_large(size[1:])) if facts.dynamic else (1, *size[1:])
+        example = _cast(_images(facts, 0, *shape), dtype)
         pairs = tuple((_cast(x, _dtype(reference)), _cast(x, dtype)) for x in examples)
         limit = (PIXELS if facts.pixels else TOLERANCE) if tolerance is None else tolerance
         answers(given, example)  # which says in one line what is wrong with it

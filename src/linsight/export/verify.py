@@ -47,10 +47,10 @@ class Exported(NamedTuple):
 
 
 def unseen(batch: int, size: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
-    """Batches and sizes to check at: one image, oblong; more images, smaller and odd; as many, narrow."""
+    """Batches and sizes to check at: one image, of twice the height; more images, smaller and odd; as many, narrow."""
     height, width = size
     return (
-        (1, height + height // 3 + 1, width),
+        (1, 2 * height + 1, width),
         (batch + 1, max(1, height - height // 4 - 1), width + 17),
         (batch, height + 3, max(1, width // 2 + 1)),
     )
