@@ -5,8 +5,12 @@ FOLDER has `data`, a folder of class folders. It prints one JSON: by case, the e
 
 import json
 import os
+import random
+import shutil
+import signal
 import socket
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -108,8 +112,6 @@ class Stopping:
     """A reporter by which a run is asked to stop after some steps."""
 
     def __new__(cls, steps):
-        import signal
-
         from linsight.train.progress import Silent
 
         left = iter(range(steps - 1, -1, -1))
@@ -131,6 +133,39 @@ def go_on(folder, settings, last):
     resume(folder / "elastic", overrides=settings, report=None if last else Stopping(3))
 
 
+def killed(folder, world, kills):
+    """A run that is begun by one command and killed at random moments, one of its processes or all; then ended."""
+    values = {**TINY, **FULL, "epochs": 6, "save_every": 1, "keep_states": 2, "seed": 5, "data": str(folder / "data")}
+    name, draw = f"killed-{world}", random.Random(world)
+    errors = folder / f"{name}.err"
+
+    def act():
+        train(resolve("digits", values), out=folder / name, go_on=True)
+
+    found = {"whole": run(folder, f"{name}-whole", 1, values), "killed": 0, "ended": 0, "others": [], "states": []}
+    began = time.perf_counter()
+    found["first"] = codes(fork(world, lambda: train(resolve("digits", values), out=folder / f"{name}-time"), errors))
+    whole = time.perf_counter() - began
+    while found["killed"] < kills:
+        numbers = fork(world, act, errors)
+        time.sleep(draw.uniform(0.1, 1.0) * whole)
+        some = numbers if draw.random() < 0.5 else [draw.choice(numbers)]
+        for number in some:
+            os.kill(number, signal.SIGKILL)
+        ended = codes(numbers)
+        if -signal.SIGKILL in ended:
+            found["killed"] += 1
+            found["others"] += [code for code in ended if code != -signal.SIGKILL]
+        else:  # it was quicker
+            found["ended"] += 1
+        if (folder / name / "state.pt").exists():  # is whole, whenever
+            found["states"].append(torch.load(folder / name / "state.pt", weights_only=True)["epoch"])
+        if (folder / name / "summary.json").exists():
+            shutil.rmtree(folder / name)
+    found["last"] = codes(fork(world, act, errors))
+    return found
+
+
 def main(folder, names):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -139,13 +174,19 @@ def main(folder, names):
         if name == "elastic":
             found[name] = elastic(folder)
             continue
-        values, several = CASES[name]
+        if name.startswith("killed"):
+            found[name] = killed(folder, *map(int, name.split("-")[1:]))
+            continue
+        case, _, world = name.rpartition("-")
+        values, several = CASES[case]
         if values.get("task") == "distil":
-            run(folder, "teacher", 1, {**TINY, "model_args": TINY["model_args"].replace("16", "24")})
+            if not (folder / "teacher").exists():
+                run(folder, "teacher", 1, {**TINY, "model_args": TINY["model_args"].replace("16", "24")})
             values = {**values, "teacher": str(folder / "teacher")}
-        found[name] = {"1": run(folder, f"{name}-1", 1, values)}
-        for world, more in several.items():
-            found[name][str(world)] = run(folder, f"{name}-{world}", world, values, **more)
+        if (folder / f"{case}-1").exists():
+            shutil.rmtree(folder / f"{case}-1")
+        found[name] = {"1": run(folder, f"{case}-1", 1, values)}
+        found[name][world] = run(folder, name, int(world), values, **several[int(world)])
     print(json.dumps(found))
 
 

@@ -8,23 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import CASES
-from small import colours
+from small import assert_same_end, colours
 
 HERE = Path(__file__).parent
 
 
+pytestmark = pytest.mark.timeout(300)
+QUICK = ("norms-2", "sharded parts-2", "elastic", "killed-2-3")  # made at once: to import everything takes seconds
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """What the script makes of cases, in a folder."""
-    folder = tmp_path_factory.mktemp("ranks")
+    """What the script makes of a case, in a folder; of quick ones, of all of them at the first."""
+    folder, found = tmp_path_factory.mktemp("ranks"), {}
     colours(folder / "data", {"blue": 17, "green": 15, "red": 18})
 
-    def make(*names):
-        done = subprocess.run(
-            [sys.executable, HERE / "ranks.py", folder, *names], capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1]), folder
+    def make(name):
+        if name not in found:
+            names = QUICK if name in QUICK else (name,)
+            command = [sys.executable, HERE / "ranks.py", folder, *names]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+            assert done.returncode == 0, done.stderr
+            found.update(json.loads(done.stdout.splitlines()[-1]))
+        return found[name], folder
 
     return make
 
@@ -52,29 +58,40 @@ def assert_close(one, other, tolerance=2e-4):
         assert mine["val_loss"] == pytest.approx(yours["val_loss"], rel=tolerance)
 
 
-def check(made, name):
-    found, folder = made(name)
-    assert set(found[name]) == {"1", *map(str, CASES[name][1])}
-    for world, codes in found[name].items():
-        lines = [path.read_text() for path in sorted(folder.glob(f"{name}-{world}.err-*"))]
-        assert codes == [0] * int(world), lines
-        # Muon's iteration rounds to bfloat16
-        assert_close(folder / f"{name}-1", folder / f"{name}-{world}", 2e-3 if name == "muon" else 2e-4)
+ALL = [f"{name}-{world}" for name, (_, several) in CASES.items() for world in several]
 
 
-@pytest.mark.parametrize("name", ["norms", "sharded parts"])
-def test_several_are_one(made, name):
-    check(made, name)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("norms", "sharded parts")])
-def test_several_are_one_in_every_way(made, name):
-    check(made, name)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in ALL]
+)
+def test_several_are_one(made, case):
+    found, folder = made(case)
+    name, _, world = case.rpartition("-")
+    lines = [path.read_text() for path in sorted(folder.glob(f"{name}-*.err-*"))]
+    assert found == {"1": [0], world: [0] * int(world)}, lines
+    # Muon's iteration rounds to bfloat16
+    assert_close(folder / f"{name}-1", folder / case, 2e-3 if name == "muon" else 2e-4)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(made):
     found, folder = made("elastic")
-    codes = found["elastic"]
-    assert codes == {"whole": [0], "begun": [143], "two": [143] * 2, "sharded": [143] * 3, "one": [0]}
+    assert found == {"whole": [0], "begun": [143], "two": [143] * 2, "sharded": [143] * 3, "one": [0]}
     assert_close(folder / "whole", folder / "elastic")
+
+
+@pytest.mark.parametrize(
+    ("world", "kills"),
+    [(2, 3), pytest.param(1, 20, marks=pytest.mark.full), pytest.param(2, 20, marks=pytest.mark.full)],
+)
+def test_a_killed_run_is_ended_by_the_same_command(made, world, kills):
+    """At random moments, in training, evaluation and saving: one of its processes, or all."""
+    name = f"killed-{world}-{kills}"
+    told, folder = made(name)
+    assert told["whole"] == [0] and told["first"] == told["last"] == [0] * world and told["killed"] == kills
+    assert set(told["others"]) <= {0, 2}  # who lost another says so, in a line
+    run, whole = folder / f"killed-{world}", folder / f"killed-{world}-whole"
+    if world == 1:
+        assert_same_end(whole, run)
+    else:
+        assert_close(whole, run)
+    assert not [path for path in run.iterdir() if path.name.startswith(".") and path.suffix in (".pt", ".safetensors")]
