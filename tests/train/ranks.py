@@ -29,6 +29,9 @@ DROPS = {**TINY, "drop_path": 0.3}
 FULL = {"batch_size": 12, "lr": 2e-3, "mixup": 0.5, "cutmix": 0.5, "ema": 0.8, "clip_grad": 1.0, "weight_decay": 0.05}
 PLAIN = {**FULL, "mixup": 0.0, "cutmix": 0.0, "batch_size": 7}
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+
 # By name: what one process does, and what several do in its place, by their number.
 CASES = {
     "norms": ({**NORMS, **FULL}, {2: {}, 4: {}}),
@@ -49,7 +52,7 @@ def free_port():
         return str(found.getsockname()[1])
 
 
-def fork(world, act, errors):
+def fork(world, act, errors, slurm=False):
     """Processes that a launcher might have started, each of which does something; their numbers, by rank."""
     port, found = free_port(), []
     for rank in range(world):
@@ -59,10 +62,13 @@ def fork(world, act, errors):
             try:
                 sys.stderr = (errors.with_name(f"{errors.name}-{rank}")).open("w")
                 if world > 1:
-                    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-                    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+                    values = zip(SLURM if slurm else TORCHRUN, (rank, world, rank, world), strict=True)
+                    os.environ |= {name: str(value) for name, value in values}
+                    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
                 act()
                 code = 0
+            except SystemExit as ended:
+                code = ended.code or 0
             except Interrupted as stopped:
                 print(stopped, file=sys.stderr)
                 code = stopped.code

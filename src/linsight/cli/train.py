@@ -181,6 +181,7 @@ def evaluate(
     as_json: _Json = False,
 ) -> None:
     """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second. Or, with --budget, its exits."""
+    from linsight.runtime.processes import joined
     from linsight.train import evaluate as run
 
     images: dict[str, Any] = {
@@ -203,7 +204,10 @@ def evaluate(
     if out is not None:
         raise typer.BadParameter("--out goes with --budget")
     trained = load(source, checkpoint, from_size, images)
-    result = run(trained, **images)
+    with joined(device) as processes:
+        result = run(trained, **images, processes=processes)
+    if not processes.main:
+        return
     if as_json:
         typer.echo(to_json(result))
         return

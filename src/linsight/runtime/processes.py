@@ -162,6 +162,16 @@ def join(device: str) -> Processes:
     return Processes() if copy.world == 1 else Launched(copy, device)
 
 
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """A context of `join`, at whose end the processes part."""
+    processes = join(device)
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
 def is_lost(error: BaseException) -> bool:
     """True for what torch raises where another process is gone."""
     text = str(error)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from linsight.data.feeds import default_workers, refuse
+from linsight.data.feeds import readers, refuse
 from linsight.data.images import Batch, Normalise, Unprepared, eval_transform, loader, told, whole_image
 from linsight.data.random import Batches
 from linsight.data.values import check_fill
@@ -17,6 +17,8 @@ from linsight.fuse import fused
 from linsight.recipe import Recipe
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
+from linsight.runtime.launch import ALONE, Copy
+from linsight.runtime.processes import Processes
 from linsight.tasks import Task, task_of
 from linsight.tasks.building import image_size
 from linsight.tasks.meters import Meter
@@ -40,6 +42,7 @@ def evaluate(
     data_dir: str | None = None,
     fill: float | None = None,
     img_size: Any = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """The measures of its task and the speed on `data`, by default on what the run was evaluated on.
 
@@ -47,13 +50,15 @@ def evaluate(
 
     `notes` in it are lines about what was left out, or not read as it is. fill: the value of pixels that are no number;
     None: that of the training, if it had one. img_size: of the images, a side or height and width; by default, that of
-    the run.
+    the run. processes: that evaluate together, each its share of the images; the result is that of all.
 
     Raises:
         LinsightError: no such data, classes that the model does not know, or a bad image where those are refused; or
             the model gives what is no number.
     """
-    given = prepare(trained, data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill, img_size)
+    processes = processes or Processes()
+    images = (batch_size, str(processes.device(device)), amp, workers, on_bad_image, data_dir, fill, img_size)
+    given = prepare(trained, data, split, *images, copy=processes.copy)
     recipe, notes = given.task.recipe, list[str]()
 
     def after_batch(batch: Batch) -> None:
@@ -61,7 +66,8 @@ def evaluate(
         notes.extend(batch.notes)
 
     started = time.perf_counter()
-    scores = score(given.task, given.model, given.feed, given.dtype, after_batch)
+    scores = score(given.task, given.model, given.feed, given.dtype, after_batch, gather=processes.gather)
+    notes = [note for told_of in processes.gather(notes) for note in told_of]
     require_finite(torch.tensor([*scores.measures.values()]), f"images of '{recipe.data}'")
     seconds = time.perf_counter() - started
     return {
@@ -107,8 +113,12 @@ def prepare(
     img_size: Any = None,
     *,
     make: Callable[[Recipe, Mapping[str, Any]], Task] = task_of,
+    copy: Copy = ALONE,
 ) -> Evaluation:
-    """Get ready to evaluate on `data`, by default on what the run was evaluated on. make: the task of a recipe."""
+    """Get ready to evaluate on `data`, by default on what the run was evaluated on.
+
+    make: the task of a recipe.  copy: the process, of those that share the images.
+    """
     settings = {"batch_size": batch_size, "device": device, "amp": amp, "workers": workers}
     settings |= {"on_bad_image": on_bad_image, "img_size": asked_size(trained, img_size)}
     recipe = trained.recipe.changed(**settings)
@@ -135,8 +145,8 @@ def prepare(
     task.inputs = way.normalise
     samples = task.samples(source, way.size, training=False)
     batches = Batches(len(source), way.batch_size, shuffle=False)
-    count = min(default_workers() if recipe.workers is None else recipe.workers, len(batches))
-    feed = loader(samples, batches, workers=count, pin=where.type == "cuda", collate=task.collate)
+    count = min(readers(recipe, copy), len(batches))
+    feed = loader(samples, batches, workers=count, pin=where.type == "cuda", collate=task.collate, copy=copy)
     return Evaluation(task, model, feed, dtype, precision, source.notes)
 
 

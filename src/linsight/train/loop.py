@@ -10,7 +10,7 @@ from linsight.errors import LinsightError
 from linsight.recipe import Recipe, require_known
 from linsight.runtime.device import repeatable
 from linsight.runtime.figures import require_matplotlib
-from linsight.runtime.processes import Processes, is_lost, join
+from linsight.runtime.processes import Processes, is_lost, joined
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
 from linsight.tasks import Column, read_recipe, task_of
 
@@ -63,15 +63,12 @@ def resume(
 
 def _together(open_run: Callable[[], Run], device: str, report: Silent) -> dict[str, Any]:
     """Make a run with all processes that were started for it, of which the main one opens its folder and tells."""
-    processes = join(device)
-    try:
+    with joined(device) as processes:
         run = shared(open_run() if processes.main else None, processes)
         try:
             return _go(run, processes, report if processes.main else Silent())
         finally:
             run.close()
-    finally:
-        processes.close()
 
 
 def _go(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
