@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from linsight.attention.on_grid import GRIDS
 from linsight.errors import CheckpointError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, default_config
+from linsight.runtime.places import located
 
 from ._kinds import about_address, about_archive, about_file, about_folder, missing_bytes
 from .unwrap import IMG_SIZE
@@ -68,7 +69,7 @@ def read(source: str | Path) -> Mapping[str, Any]:
         way = about_address(str(source))
         if way:
             raise CheckpointError(f"'{source}' is no file: {way}")
-        return _read_file(Path(source).expanduser())
+        return _read_file(located(source))
     path = _download(str(source))
     try:
         return _read_file(path)
@@ -96,6 +97,8 @@ def _download(url: str) -> Path:
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is no file of a disk, but a pipe or a device")
         with path.open("rb") as file:
             head = file.read(512)
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ import torch
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.files import user_cache
+from linsight.runtime.places import located
 
 from ._streams import Stream
 from .datasets import Data
@@ -99,7 +99,7 @@ def _cached(recipe: Recipe, sources: list[Source], workers: int, note: Callable[
     notes: list[str] = []
     if recipe.cache == "memory" and len(sources[0]) > 5000:
         note("reading all images into memory")
-    folder = pathlib.Path(recipe.cache_dir).expanduser() if recipe.cache_dir else user_cache("images")
+    folder = located(recipe.cache_dir) if recipe.cache_dir else user_cache("images")
     for source in sources:
         if recipe.cache == "memory":
             kept, bad, told_of = cached(source, recipe.in_chans, recipe.fill, workers)

@@ -21,6 +21,7 @@ from linsight.runtime.signals import outlive
 from .pictures import MODES, Decoded, first_line
 from .random import seed_sample, share
 from .sources import Arrays, Source
+from .watched import watched
 
 MODE_OF = {channels: mode for mode, channels in MODES.items()}
 _MANY = 1000  # images from which on it pays to start processes
@@ -152,22 +153,19 @@ def all_decoded(
     """
     decoding = _Decoding(source, MODE_OF[in_chans], fill)
     many = workers if len(source) >= _MANY else 0
-    try:
-        yield from DataLoader(
-            decoding,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=many,
-            worker_init_fn=start_worker,
-            prefetch_factor=16 if many else None,
-            generator=torch.Generator(),
-        )
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise LinsightError(
-            "a process that decodes images was killed, most likely for want of memory: set workers lower, or cache=off"
-        ) from error
+    feed = DataLoader(
+        decoding,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=many,
+        worker_init_fn=start_worker,
+        prefetch_factor=16 if many else None,
+        generator=torch.Generator(),
+    )
+    yield from watched(
+        feed,
+        "a process that decodes images was killed, most likely for want of memory: set workers lower, or cache=off",
+    )
 
 
 def _as_it_is(item: Any) -> Any:

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from linsight.data.images import Batch
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe
+from linsight.records import shown
 from linsight.runtime.device import autocast
 from linsight.tasks import Task
 
 from .model import load_state
+from .moments import fitting, require_scale
+from .state import require_weights
 
 
 def ema_decay(recipe: Recipe) -> float:
@@ -56,6 +59,8 @@ class Learner:
             raise LinsightError("freeze and new_lr_scale part what init fills from what is new: give it weights, init=")
         task.check(model)
         self.new = sorted(new or ())
+        if unknown := sorted(set(self.new) - {name for name, _ in model.named_parameters()}):
+            raise CheckpointError(f"the saved state says that {shown(unknown[0])} is new, which the model has not")
         if recipe.freeze:
             if not self.new:
                 raise LinsightError("init fills every parameter: freeze trains a new head where init_partial is off")
@@ -190,11 +195,13 @@ class Learner:
 
     def load(self, state: dict[str, Any], source: str) -> None:
         """Take up the state of a learner of the same recipe; a CheckpointError if it is of another."""
-        load_state(self.model, state["model"], source)
+        averaged = [] if self.ema is None else [("ema", self.ema.module)]
+        for name, module in (("model", self.model), *averaged):
+            require_weights(state[name], module.state_dict(), name, source)
+            load_state(module, state[name], source)
+        require_scale(state["scaler"], self.scaler, source)
         try:
-            if self.ema is not None:
-                load_state(self.ema.module, state["ema"], source)
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.optimiser.load_state_dict(fitting(state["optimiser"], self.optimiser, source))
             self.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"the state in '{source}' is of another optimiser: {error}") from error

@@ -14,6 +14,7 @@ from linsight.data.datasets import Data
 from linsight.data.feeds import default_workers, open_feeds, refuse
 from linsight.data.images import Batch, told
 from linsight.data.random import seed_noise, seed_step
+from linsight.data.watched import KILLED, watched
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
 from linsight.recipe import Recipe, require_known
@@ -31,7 +32,8 @@ from .learner import Learner, warmup_epochs
 from .model import count_of, left_new, load_trained, save, start_from
 from .progress import Silent
 from .report import findings_of, look, numbered, read_kept, write_page
-from .run import WEIGHTS, Run
+from .run import STATE, WEIGHTS, Run
+from .state import require_within
 from .trackers import tracked
 
 
@@ -194,31 +196,18 @@ class Trainer:
             self.train_seconds += now - clock
             self.epoch_seconds += now - clock
             clock = now
-            if self.stop.code:
-                self._save()
-                self._interrupt()
+            self._stop_if_asked()
             if self.recipe.save_every and self.step % self.recipe.save_every == 0:
                 self._save()
 
     def _watched(self, feed: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of `feed`; where a process that reads them is killed, the end of the run is one line."""
-        batches = iter(feed)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                if self.stop.code:  # by the same signal
-                    self._save()
-                    self._interrupt()
-                raise LinsightError(
-                    f"a process that reads images was killed, most likely for want of memory: set workers lower; "
-                    f"{self.run.way()}"
-                ) from error
-            yield batch
+        return watched(feed, f"{KILLED}; {self.run.way()}", self._stop_if_asked)
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.code:
+            self._save()
+            self._interrupt()
 
     def _update(self, batch: Batch) -> None:
         learner, learned = self.learner, False
@@ -298,9 +287,7 @@ class Trainer:
         """Refuse a bad image where those are refused; stop, with the state saved, if that was asked."""
         refuse(self.recipe, batch.bad)
         self.notes += batch.notes
-        if self.stop.code:
-            self._save()
-            self._interrupt()
+        self._stop_if_asked()
 
     def _interrupt(self) -> None:
         raise Interrupted(
@@ -368,6 +355,7 @@ class Trainer:
         )
 
     def _load(self, state: dict[str, Any]) -> None:
+        require_within(state, self.learner.epochs, self.steps, self.run.path / STATE)
         self.learner.load(state, str(self.run.path))
         self.epoch, self.step = state["epoch"], state["step"]
         self.best = (state["best"][0], state["best"][1])
