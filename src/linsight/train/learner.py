@@ -1,5 +1,6 @@
 """One update of the weights, around timm's optimisers, schedules, mixing and averaging."""
 
+import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -144,6 +145,15 @@ class Learner:
             norm.eval()
         with autocast(self.device, self.dtype):
             return self._run(images)
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside, `forward` runs the model itself, not what it was compiled to."""
+        run, self._run = self._run, self.model
+        try:
+            yield
+        finally:
+            self._run = run
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> Any:

@@ -1,10 +1,11 @@
 """The course of a run: epochs, evaluation, what is written when, and how it stops and goes on."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from linsight.data.random import seed_noise, seed_step
 from linsight.data.watched import KILLED, watched
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
+from linsight.models.bounds import require_bounded
 from linsight.recipe import Recipe, require_known
-from linsight.runtime.device import pick_device, pick_dtype
+from linsight.runtime.device import is_out_of_memory, pick_device, pick_dtype
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
@@ -27,6 +29,7 @@ from linsight.tasks.building import image_size
 from linsight.tasks.task import in_row
 
 from . import _figures
+from .bad_updates import BadUpdates
 from .evaluation import outputs, score
 from .learner import Learner, warmup_epochs
 from .model import count_of, left_new, load_trained, save, start_from
@@ -74,7 +77,9 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
             return _run(run, report)
     except KeyboardInterrupt as stopped:
         raise Interrupted(f"stopped at once; {run.way()}", exit_code(stopped)) from None
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise LinsightError(
             f"out of memory with batch_size={run.recipe.batch_size}: set it lower, or grad_checkpointing; {run.way()}"
         ) from error
@@ -100,7 +105,7 @@ def _run(run: Run, report: Silent) -> dict[str, Any]:
 
 
 # What a row tells of an epoch beside measures.
-_COURSE = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "skipped")
+_COURSE = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "skipped", "bad_updates")
 
 
 def told_facts(facts: Mapping[str, Any]) -> str:
@@ -124,6 +129,8 @@ class Trainer:
         device = pick_device(recipe.device)
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
+        if recipe.img_size or recipe.model_args:
+            require_bounded(recipe.model, task.build, told="as the recipe describes it")
         model = task.build()
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
@@ -138,6 +145,7 @@ class Trainer:
         self.feeds = open_feeds(recipe, data, task, size, device, report.note)
         self.steps = len(self.feeds.order)
         self.learner = Learner(task, model, device, self.dtype, updates=self.steps, new=new)
+        self.bad_updates = BadUpdates(self.learner)
         warmup = warmup_epochs(recipe)
         if warmup != recipe.warmup_epochs:
             report.note(
@@ -211,23 +219,42 @@ class Trainer:
 
     def _update(self, batch: Batch) -> None:
         learner, learned = self.learner, False
+        self.bad_updates.begin()
         for number, (part, share) in enumerate(learner.parts(batch)):
-            # after the batch: without worker processes, it was drawn from the generators of this one
-            seed_step(self.recipe.seed, self.epoch, self.step)
-            if number:  # images are mixed alike in all parts of a batch, while a model's noise is another
-                seed_noise(self.recipe.seed, self.epoch, self.step, number)
-            found = learner.loss(part, self.epoch)
+            again = functools.partial(self._loss, part, number)
+            found = again()
             if found is None:
                 continue
             loss, count = found
+            if self.bad_updates.looks(loss) and not math.isfinite(loss.item()):
+                self._leave_out(loss.item(), again)
+                return
             self.pending.append((loss.detach(), count))
             # a GPU would wait for each reading of a loss; on the CPU, none that is no number reaches the weights
             if loss.device.type == "cpu" or len(self.pending) == 20:
                 self._flush()
             learner.backward(loss * share if share != 1 else loss)
             learned = True
-        if learned:
-            learner.step(self.epoch * self.steps + self.step)
+        if not learned:
+            return
+        if where := self.bad_updates.gradient(loss):
+            self._leave_out(math.nan, None, where)
+            return
+        learner.step(self.epoch * self.steps + self.step)
+        self.bad_updates.done()
+
+    def _loss(self, part: Batch, number: int) -> tuple[Tensor, int] | None:
+        """The loss of a part of the batch, which is the same however often it is computed."""
+        # after the batch: without worker processes, it was drawn from the generators of this one
+        seed_step(self.recipe.seed, self.epoch, self.step)
+        if number:  # images are mixed alike in all parts of a batch, while a model's noise is another
+            seed_noise(self.recipe.seed, self.epoch, self.step, number)
+        return self.learner.loss(part, self.epoch)
+
+    def _leave_out(self, loss: float, again: Callable[[], Any] | None, where: str = "") -> None:
+        """Leave this update out, where that is asked for, or end the run."""
+        if not self.bad_updates.leave_out():
+            self._refuse_loss(loss, where or self.bad_updates.origin(again))
 
     def _flush(self) -> None:
         """Bring losses over from the device."""
@@ -240,14 +267,19 @@ class Trainer:
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise LinsightError(
-                f"the loss became {loss} in epoch {self.epoch + 1}, near step {self.step + 1}: lower lr, or set "
-                f"clip_grad or amp=off; the last good state is in '{self.run.path}'"
-            )
+            self._refuse_loss(loss, self.bad_updates.origin(None))
+
+    def _refuse_loss(self, loss: float, where: str) -> None:
+        raise LinsightError(
+            f"the loss became {loss} in epoch {self.epoch + 1}, near step {self.step + 1}: "
+            f"{self.bad_updates.words(where)}; the last good state is in '{self.run.path}'"
+        )
 
     def _end_epoch(self) -> None:
         clock = time.perf_counter()
         self._flush()
+        if not self.images and self.bad_updates.counts[0]:
+            self._refuse_loss(math.nan, self.bad_updates.origin(None))
         if not self.images:
             raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
         learner = self.learner
@@ -265,6 +297,7 @@ class Trainer:
             "images_per_second": round(self.images / max(self.train_seconds, 1e-9), 1),
             "seconds": round(self.epoch_seconds, 3),
             "skipped": len(bad),
+            **self.bad_updates.row(),
         }
         measure = scores.measures[self.task.best]
         better = measure < self.best[0] if self.task.smaller else measure > self.best[0]
@@ -350,6 +383,7 @@ class Trainer:
                 "sums": [self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds],
                 "bad": self.bad,
                 "place": self.feeds.order.place,
+                "bad_updates": self.bad_updates.counts,
                 **self.learner.state(),
             }
         )
@@ -360,6 +394,6 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.best = (state["best"][0], state["best"][1])
         self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds = state["sums"]
-        self.bad = state["bad"]
+        self.bad, self.bad_updates.counts = state["bad"], state.get("bad_updates", [0, 0])
         self.feeds.order.place = state.get("place")
         self.report.note(f"going on at epoch {self.epoch + 1}, step {self.step + 1}")

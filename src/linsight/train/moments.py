@@ -19,17 +19,14 @@ def fitting(state: Mapping[str, Any], optimiser: torch.optim.Optimizer, source: 
     Raises:
         CheckpointError: it is of another optimiser, or damaged.
     """
-    own = optimiser.state_dict()
+    own, after = optimiser.state_dict()["param_groups"], _stepped(optimiser)
     groups, kept = state.get("param_groups"), state.get("state")
-    if not isinstance(groups, list) or not isinstance(kept, dict) or len(groups) != len(own["param_groups"]):
+    if not isinstance(groups, list) or not isinstance(kept, dict) or len(groups) != len(own):
         raise _other(source, "it has other groups of parameters")
-    merged = [
-        _group(group, mine, f"group {number}", source)
-        for number, (group, mine) in enumerate(zip(groups, own["param_groups"], strict=True))
-    ]
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    _check_kept(kept, parameters, optimiser, source)
-    return {**state, "param_groups": merged}
+    for number, (group, model) in enumerate(zip(groups, after.state_dict()["param_groups"], strict=True)):
+        _check_group(group, model, f"group {number}", source)
+    _check_kept(kept, after, source)
+    return {**state, "param_groups": [{**mine, **group} for mine, group in zip(own, groups, strict=True)]}
 
 
 def require_scale(state: Mapping[str, Any], scaler: torch.amp.GradScaler, source: str) -> None:
@@ -45,8 +42,7 @@ def require_scale(state: Mapping[str, Any], scaler: torch.amp.GradScaler, source
             raise _other(source, f"the scaler has {name}={shown(value)}")
 
 
-def _group(given: Any, own: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
-    """One group of parameters: the saved values, and its own for what is not saved."""
+def _check_group(given: Any, own: Mapping[str, Any], name: str, source: str) -> None:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise _other(source, f"{name} is no group of parameters")
     if given.get("params") != own["params"] or any(type(place) is not int for place in given["params"]):
@@ -56,13 +52,12 @@ def _group(given: Any, own: Mapping[str, Any], name: str, source: str) -> dict[s
             continue
         if key not in own:
             raise _other(source, f"{name} has {shown(key, str)}, which it does not know")
-        if not _alike(value, own[key]):
+        if not (is_step(value) if key == "step" else _alike(value, own[key])):
             raise _other(source, f"{name} has {key}={shown(value)}")
-    return {**own, **given}
 
 
 def _alike(value: Any, own: Any) -> bool:
-    """True for two options of one kind, where a number may be another one, and all else is the same."""
+    """True for two options of one kind, where a number, as a rate, may be another one, and all else is the same."""
     if isinstance(own, bool) or own is None or isinstance(own, str):
         return type(value) is type(own) and value == own
     if isinstance(own, Tensor):
@@ -73,26 +68,31 @@ def _alike(value: Any, own: Any) -> bool:
         return (
             isinstance(value, list | tuple)
             and len(value) == len(own)
-            and all(_alike(one, other) for one, other in zip(value, own, strict=True))
+            and all(is_number(one) == is_number(other) and one == other for one, other in zip(value, own, strict=True))
         )
     return type(value) is type(own)
 
 
-def _check_kept(
-    kept: Mapping[Any, Any], parameters: list[Tensor], optimiser: torch.optim.Optimizer, source: str
-) -> None:
-    if not kept:
-        return
-    expected = _expected(optimiser)
+def is_step(value: Any) -> bool:
+    """True for a count of updates, which is a whole number, some optimisers' as a tensor."""
+    if isinstance(value, Tensor):
+        if not is_plain(value) or value.dim() or value.is_complex():
+            return False
+        value = value.item()
+    return is_number(value) and 0 <= value <= 1e12 and value == int(value)
+
+
+def _check_kept(kept: Mapping[Any, Any], after: torch.optim.Optimizer, source: str) -> None:
+    parameters = [parameter for group in after.param_groups for parameter in group["params"]]
     for place, found in kept.items():
         if type(place) is not int or not 0 <= place < len(parameters) or not isinstance(found, dict):
             raise _other(source, f"it has a state of parameter {shown(place)}, of which there is none")
-        own = expected[place]
+        own = after.state.get(parameters[place], {})
         if found.keys() != own.keys():
             odd = sorted(map(str, found.keys() ^ own.keys()))[0]
             raise _other(source, f"the state of parameter {place} differs by {shown(odd, str)}")
         for name, value in found.items():
-            if not _fits(value, own[name]):
+            if not (is_step(value) if name == "step" else _fits(value, own[name])):
                 raise _other(source, f"the state of parameter {place} has another {shown(name, str)}")
 
 
@@ -110,14 +110,14 @@ def _fits(value: Any, own: Any) -> bool:
     return type(value) is type(own) and (isinstance(own, dict) or value == own)
 
 
-def _expected(optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The state of each parameter after one step of a copy of `optimiser`, which itself is left as it is."""
+def _stepped(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A copy of `optimiser` after one step, with all that it keeps then; `optimiser` is left as it is."""
     copied = copy.deepcopy(optimiser)
-    parameters = [parameter for group in copied.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    for group in copied.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
     copied.step()
-    return [dict(copied.state.get(parameter, {})) for parameter in parameters]
+    return copied
 
 
 def _other(source: str, reason: str) -> CheckpointError:
