@@ -135,7 +135,7 @@ def odd(draw: random.Random, depth: int = 0) -> Any:
             ["'\"{}", "$HOME", "%s%n", "{0.__class__}", "é̀", "\u202e", "1,2,3,4", "a=1,b=(", "http://"]
         ),
         lambda: draw.choice(
-            ["http://", "https://no address", "hf-hub:", "/dev/zero", "file:///x", "rand-m9", "adamw", "cpu", "-1"]
+            ["http://", "https://no address", "hf-hub:", "/dev/zero", "ftp://x", "rand-m9", "adamw", "cpu", "-1"]
         ),
         lambda: draw.choice([b"", b"\x80", 1j, (1, 2), {1}, frozenset(), range(3), object]),
         lambda: draw.randrange(-1000, 1000),

@@ -247,6 +247,11 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
             low, high = getattr(self, name)
             if low > high:
                 raise LinsightError(f"{name}={low:g},{high:g}: the first number is the smaller one")
+        if self.accumulate > self.batch_size:
+            raise LinsightError(
+                f"accumulate={self.accumulate} parts of a batch need as many images: batch_size={self.batch_size} has "
+                "fewer"
+            )
         return self
 
     @classmethod

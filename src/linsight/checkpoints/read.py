@@ -5,6 +5,7 @@ A pickled checkpoint may name any Python object, which an unsafe reader would ca
 """
 
 import hashlib
+import http.client
 import json
 import pickle
 import re
@@ -65,7 +66,11 @@ def read(source: str | Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: there is no such file, it is damaged, no checkpoint, or not safe to read.
     """
-    if urlparse(str(source)).scheme not in ("http", "https"):
+    try:
+        scheme = urlparse(str(source)).scheme
+    except ValueError as error:
+        raise CheckpointError(f"{source} is no address: {error}") from None
+    if scheme not in ("http", "https"):
         way = about_address(str(source))
         if way:
             raise CheckpointError(f"'{source}' is no file: {way}")
@@ -89,7 +94,7 @@ def _download(url: str) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:
+        except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:  # some for no address at all
             way = "fetch it elsewhere, and pass the path of the file"
             raise CheckpointError(f"{url} could not be downloaded: {error}; {way}") from None
     return path

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import warnings
 from typing import Any
 
 import torch
@@ -16,8 +17,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch gives up
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it keeps no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise LinsightError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
     return device

@@ -56,7 +56,7 @@ class BadUpdates:
         self.counts[1] = 0
 
     def row(self) -> dict[str, Any]:
-        """What the metrics of an epoch tell of it; the next epoch begins."""
+        """Count what was left out, for the metrics of an epoch; the next epoch begins."""
         count, self.counts[0] = self.counts[0], 0
         return {"bad_updates": count} if self.skips else {}
 
