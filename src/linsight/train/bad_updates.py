@@ -21,6 +21,7 @@ class BadUpdates:
         self.learner = learner
         self.skips = learner.recipe.on_bad_loss == "skip"
         self.counts = [0, 0]
+        self.where = ""  # the last one began, as far as that was looked at
         norms = [module for module in learner.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
         self._before: list[Tensor] = []
@@ -41,8 +42,9 @@ class BadUpdates:
         """
         return bad_gradient(self.learner) if self.looks(loss) and not self.learner.scaler.is_enabled() else ""
 
-    def leave_out(self) -> bool:
+    def leave_out(self, where: str) -> bool:
         """Undo an update that has begun; False where that is not to be done, or was done too often."""
+        self.where = where
         if not self.skips or self.counts[1] >= MOST:
             return False
         for buffer, before in zip(self._statistics, self._before, strict=True):

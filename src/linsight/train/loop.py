@@ -253,7 +253,7 @@ class Trainer:
 
     def _leave_out(self, loss: float, again: Callable[[], Any] | None, where: str = "") -> None:
         """Leave this update out, where that is asked for, or end the run."""
-        if not self.bad_updates.leave_out():
+        if not self.bad_updates.leave_out(where):
             self._refuse_loss(loss, where or self.bad_updates.origin(again))
 
     def _flush(self) -> None:
@@ -278,8 +278,8 @@ class Trainer:
     def _end_epoch(self) -> None:
         clock = time.perf_counter()
         self._flush()
-        if not self.images and self.bad_updates.counts[0]:
-            self._refuse_loss(math.nan, self.bad_updates.origin(None))
+        if self.bad_updates.counts[0] >= self.steps:  # nothing was learned
+            self._refuse_loss(math.nan, self.bad_updates.where or self.bad_updates.origin(None))
         if not self.images:
             raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
         learner = self.learner
