@@ -235,7 +235,10 @@ def explain(cls: type[Record], error: ValidationError, values: Mapping[str, Any]
     if first["type"] == "literal_error":
         return UnknownNameError(name, shown(given, str), map(str, cls.choices(name)))
     if first["type"] in _BOUNDS:
-        limit = _limit(_found(schema, "minimum"), _found(schema, "maximum"))
+        low, high = _found(schema, "minimum"), _found(schema, "maximum")
+        if low is None or high is None:  # of a choice, or text
+            return LinsightError(f"{name}={shown(given, str)} is out of range")
+        limit = _limit(low, high)
         return LinsightError(f"{name}={shown(given, str)} is out of range: it must be {limit}")
     if first["type"] in ("too_long", "missing"):  # of a tuple
         least = _found(schema, "minItems")

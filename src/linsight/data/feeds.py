@@ -68,7 +68,7 @@ def open_feeds(
         shown_samples = task.samples(val.head(), size, training=False)
     return Feeds(
         order,
-        loader(samples, order, workers=workers, pin=pin, collate=task.collate),
+        loader(samples, order, workers=min(workers, len(order)), pin=pin, collate=task.collate),
         loader(val_samples, once, workers=min(workers, len(once)), pin=pin, collate=task.collate),
         shown_samples,
     )

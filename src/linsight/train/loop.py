@@ -69,8 +69,9 @@ def resume(
 
 def _go(run: Run, report: Silent) -> dict[str, Any]:
     if run.finished:
+        summary = run.summary()
         report.note(f"the run in '{run.path}' is finished")
-        return run.summary()
+        return summary
     try:
         report = tracked(run.recipe.track, run.path, run.recipe.values(), report)
         with Unwinding():
