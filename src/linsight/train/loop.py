@@ -25,7 +25,7 @@ from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.launch import refuse_copies
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
 from linsight.tasks import Column, Task, read_recipe, task_of
-from linsight.tasks.building import image_size
+from linsight.tasks.building import image_size, looks_large
 from linsight.tasks.task import in_row
 
 from . import _figures
@@ -130,7 +130,7 @@ class Trainer:
         device = pick_device(recipe.device)
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
-        if recipe.img_size or recipe.model_args:
+        if looks_large(recipe):
             require_bounded(recipe.model, task.build, told="as the recipe describes it")
         model = task.build()
         new = state.get("new") if state and recipe.init else None
