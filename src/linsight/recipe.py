@@ -186,6 +186,9 @@ class OptimiserFields(Record):
         default="cosine", description="course of the learning rate, by update"
     )
     sched_args: Options = Field(default={}, description="other arguments of timm's schedule")
+    on_bad_loss: Literal["stop", "skip"] = Field(
+        default="stop", description="a loss or gradient that is no number ends the run, or its update is left out"
+    )
     epochs: Whole = Field(default=10, description="with the warm-up, without the cool-down")
     warmup_epochs: Count = Field(default=0, description="epochs of linear warm-up")
     warmup_lr: Rate = Field(default=0.0, description="learning rate it starts from")
@@ -264,6 +267,11 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
             low, high = getattr(self, name)
             if low > high:
                 raise LinsightError(f"{name}={low:g},{high:g}: the first number is the smaller one")
+        if self.accumulate > self.batch_size:
+            raise LinsightError(
+                f"accumulate={self.accumulate} parts of a batch need as many images: batch_size={self.batch_size} has "
+                "fewer"
+            )
         return self
 
     @classmethod

@@ -124,6 +124,8 @@ class Record(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise explain(type(self), error, values) from None
+        except (RecursionError, UnicodeError):
+            raise _unreadable(type(self), values) from None
 
     def changed(self, **values: Any) -> Self:
         """The record with other values, checked as a new one is."""
@@ -173,6 +175,8 @@ class Record(BaseModel):
             return _adapter(cls, name).validate_python(value)
         except ValidationError as error:
             raise explain(cls, error, {name: value}, name) from None
+        except (RecursionError, UnicodeError):
+            raise _unreadable(cls, {name: value}) from None
 
     @classmethod
     def parse_all(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +235,10 @@ def explain(cls: type[Record], error: ValidationError, values: Mapping[str, Any]
     if first["type"] == "literal_error":
         return UnknownNameError(name, shown(given, str), map(str, cls.choices(name)))
     if first["type"] in _BOUNDS:
-        limit = _limit(_found(schema, "minimum"), _found(schema, "maximum"))
+        low, high = _found(schema, "minimum"), _found(schema, "maximum")
+        if low is None or high is None:  # of a choice, or text
+            return LinsightError(f"{name}={shown(given, str)} is out of range")
+        limit = _limit(low, high)
         return LinsightError(f"{name}={shown(given, str)} is out of range: it must be {limit}")
     if first["type"] in ("too_long", "missing"):  # of a tuple
         least = _found(schema, "minItems")
@@ -244,6 +251,19 @@ def explain(cls: type[Record], error: ValidationError, values: Mapping[str, Any]
     if _found(schema, "additionalProperties") is not None:
         return LinsightError(f"{name}={shown(given)} is not understood: write name=value,name=value")
     return LinsightError(f"{name}={shown(given)} is not {_kind(schema)}")
+
+
+def _unreadable(cls: type[Record], values: Mapping[str, Any]) -> LinsightError:
+    """The first value that is nested too deeply, or has letters that are none."""
+    for name, value in values.items():
+        try:
+            repr(value).encode()
+            _adapter(cls, name).validate_python(value)
+        except (RecursionError, UnicodeError, ValidationError):
+            return LinsightError(f"{name}={shown(value)} is nested too deeply, or no text of Unicode")
+        except KeyError:  # no field
+            continue
+    return LinsightError(f"a value of the {cls.kind} is nested too deeply, or no text of Unicode")
 
 
 def shown(value: Any, write: Callable[[Any], str] = repr) -> str:

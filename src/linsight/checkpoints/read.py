@@ -5,6 +5,7 @@ A pickled checkpoint may name any Python object, which an unsafe reader would ca
 """
 
 import hashlib
+import http.client
 import json
 import pickle
 import re
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from linsight.attention.on_grid import GRIDS
 from linsight.errors import CheckpointError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, default_config
+from linsight.runtime.places import located
 
 from ._kinds import about_address, about_archive, about_file, about_folder, missing_bytes
 from .unwrap import IMG_SIZE
@@ -64,11 +66,15 @@ def read(source: str | Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: there is no such file, it is damaged, no checkpoint, or not safe to read.
     """
-    if urlparse(str(source)).scheme not in ("http", "https"):
+    try:
+        scheme = urlparse(str(source)).scheme
+    except ValueError as error:
+        raise CheckpointError(f"{source} is no address: {error}") from None
+    if scheme not in ("http", "https"):
         way = about_address(str(source))
         if way:
             raise CheckpointError(f"'{source}' is no file: {way}")
-        return _read_file(Path(source).expanduser())
+        return _read_file(located(source))
     path = _download(str(source))
     try:
         return _read_file(path)
@@ -88,7 +94,7 @@ def _download(url: str) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:
+        except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:  # some for no address at all
             way = "fetch it elsewhere, and pass the path of the file"
             raise CheckpointError(f"{url} could not be downloaded: {error}; {way}") from None
     return path
@@ -96,6 +102,8 @@ def _download(url: str) -> Path:
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is no file of a disk, but a pipe or a device")
         with path.open("rb") as file:
             head = file.read(512)
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from linsight import __version__
 from linsight.errors import LinsightError
 from linsight.runtime.launch import this_copy
 from linsight.runtime.signals import Interrupted, Stop, drop_output, exit_code
+from linsight.runtime.text import printable
 
 from . import bench, export, push, report, show, train
 
@@ -69,5 +70,5 @@ def _run() -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"linsight: {message}", file=sys.stderr)
+    print(f"linsight: {printable(message)}", file=sys.stderr)
     return code

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.files import user_cache
 from linsight.runtime.launch import ALONE, Copy
+from linsight.runtime.places import located
 
 from ._streams import Stream
 from .datasets import Data
@@ -73,7 +73,7 @@ def open_feeds(
         shown_samples = task.samples(val.head(), size, training=False)
     return Feeds(
         order,
-        loader(samples, order, workers=workers, pin=pin, collate=task.collate, copy=copy),
+        loader(samples, order, workers=min(workers, len(order)), pin=pin, collate=task.collate, copy=copy),
         loader(val_samples, once, workers=min(workers, len(once)), pin=pin, collate=task.collate, copy=copy),
         shown_samples,
     )
@@ -104,7 +104,7 @@ def _cached(recipe: Recipe, sources: list[Source], workers: int, note: Callable[
     notes: list[str] = []
     if recipe.cache == "memory" and len(sources[0]) > 5000:
         note("reading all images into memory")
-    folder = pathlib.Path(recipe.cache_dir).expanduser() if recipe.cache_dir else user_cache("images")
+    folder = located(recipe.cache_dir) if recipe.cache_dir else user_cache("images")
     for source in sources:
         if recipe.cache == "memory":
             kept, bad, told_of = cached(source, recipe.in_chans, recipe.fill, workers)

@@ -16,14 +16,17 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
+from linsight.records import shown
 from linsight.runtime.launch import ALONE, Copy
 from linsight.runtime.signals import outlive
 
 from .pictures import MODES, Decoded, first_line
 from .random import Shares, seed_sample, share
 from .sources import Arrays, Source
+from .watched import watched
 
 MODE_OF = {channels: mode for mode, channels in MODES.items()}
+_LARGEST = 16384  # side of an image before the crop of evaluation
 _MANY = 1000  # images from which on it pays to start processes
 
 
@@ -153,22 +156,19 @@ def all_decoded(
     """
     decoding = _Decoding(source, MODE_OF[in_chans], fill)
     many = workers if len(source) >= _MANY else 0
-    try:
-        yield from DataLoader(
-            decoding,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=many,
-            worker_init_fn=start_worker,
-            prefetch_factor=16 if many else None,
-            generator=torch.Generator(),
-        )
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise LinsightError(
-            "a process that decodes images was killed, most likely for want of memory: set workers lower, or cache=off"
-        ) from error
+    feed = DataLoader(
+        decoding,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=many,
+        worker_init_fn=start_worker,
+        prefetch_factor=16 if many else None,
+        generator=torch.Generator(),
+    )
+    yield from watched(
+        feed,
+        "a process that decodes images was killed, most likely for want of memory: set workers lower, or cache=off",
+    )
 
 
 def _as_it_is(item: Any) -> Any:
@@ -198,7 +198,17 @@ def statistics(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def eval_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
-    """timm's transform for evaluation, to uint8 `(C, H, W)`."""
+    """timm's transform for evaluation, to uint8 `(C, H, W)`.
+
+    Raises:
+        LinsightError: images would be made so large, for a small crop of them, that it cannot be meant.
+    """
+    side = round(max(size) / recipe.crop_pct)
+    if side > max(_LARGEST, 2 * max(size)):
+        raise LinsightError(
+            f"crop_pct={recipe.crop_pct:g} at img_size={max(size)} makes images of {side} pixels before they are "
+            f"cropped, and {_LARGEST} are the limit: set crop_pct higher, 0.875 is usual"
+        )
     return create_transform(
         (recipe.in_chans, *size),
         interpolation=recipe.interpolation,
@@ -235,7 +245,9 @@ def train_transform(recipe: Recipe, size: tuple[int, int]) -> Callable[[Image.Im
             mean=statistics(recipe)[0],
         )
     except (AssertionError, ValueError, KeyError) as error:
-        raise LinsightError(f"auto_augment='{recipe.auto_augment}' is no policy of timm: {error}") from error
+        raise LinsightError(
+            f"auto_augment={shown(recipe.auto_augment)} is no policy of timm: {shown(str(error), str)}"
+        ) from error
     if own_crop:
         head = eval_transform(recipe, size).transforms[:-1]  # type: ignore[attr-defined]
         if recipe.crop_mode == "pad":

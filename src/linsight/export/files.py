@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from linsight.errors import CheckpointError, LinsightError, MissingExtraError
+from linsight.runtime.places import located
 from linsight.runtime.text import printable
 
 from .archive import read_program
@@ -34,7 +35,7 @@ def open_exported(path: str | Path) -> Opened:
         LinsightError: neither of these by its name.
         MissingExtraError: onnxruntime is not installed.
     """
-    path = Path(path)
+    path = located(path)
     if not path.is_file():
         raise CheckpointError(f"'{path}' is a folder" if path.is_dir() else f"no such file: '{path}'")
     readers = dict(zip(SUFFIXES, (_open_onnx, _open_program), strict=True))

@@ -8,6 +8,7 @@ from torch import nn
 
 from linsight.errors import LinsightError, MissingExtraError
 from linsight.runtime.files import require_place
+from linsight.runtime.places import located
 
 from .facts import KEY, Facts
 from .files import open_exported
@@ -52,7 +53,7 @@ def export_onnx(
         LinsightError: the model cannot be exported so, the file answers otherwise than the model, or cannot be written.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
-    path = Path(path)
+    path = located(path)
     require_place(path)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from linsight.errors import LinsightError
 from linsight.runtime.files import require_place
+from linsight.runtime.places import located
 
 from .facts import KEY, Facts
 from .files import open_exported
@@ -76,7 +77,7 @@ def export_aoti(
 
 
 def _package(path: str | Path) -> Path:
-    path = Path(path)
+    path = located(path)
     if path.suffix != ".pt2":
         raise LinsightError(f"'{path}': the name of a package must end with .pt2, by which torch knows it")
     require_place(path)

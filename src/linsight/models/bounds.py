@@ -22,10 +22,13 @@ _SPARE = 10**8  # values that a model may have beyond those in its file, as for 
 _ACTIVE = threading.local()
 
 
-def require_bounded(name: str, make: Callable[[], Any], weights: Path | None = None) -> None:
+def require_bounded(
+    name: str, make: Callable[[], Any], weights: Path | None = None, *, told: str = "as its file describes it"
+) -> None:
     """Raise unless the model that `make` gives is of a size that can be meant. It is made without memory.
 
     weights: the file that it is to be filled from, whose size tells its own; None: it is to fit into memory.
+    told: who says what size it is.
 
     Raises:
         LinsightError: it has too many modules or values.
@@ -39,7 +42,7 @@ def require_bounded(name: str, make: Callable[[], Any], weights: Path | None = N
         size = weights.stat().st_size
         most, reason = size + _SPARE, f"and its weights are a file of {size} bytes"
     try:
-        with torch.device("meta"), _counted(name, most, reason):
+        with torch.device("meta"), _counted(f"'{name}' {told}", most, reason):
             make()
     except LinsightError:
         raise
@@ -55,13 +58,13 @@ def _counted(name: str, most: float, reason: str) -> Iterator[None]:
         nonlocal modules
         modules += _counts()
         if modules > MODULES:
-            raise LinsightError(f"'{name}' as its file describes it has more than {MODULES} modules: it is not made")
+            raise LinsightError(f"{name} has more than {MODULES} modules: it is not made")
 
     def add_tensor(module: nn.Module, key: str, tensor: Tensor | None) -> None:
         nonlocal values
         values += tensor.numel() * _counts() if isinstance(tensor, Tensor) else 0
         if values > most:
-            raise LinsightError(f"'{name}' as its file describes it has {values:.3g} values or more, {reason}")
+            raise LinsightError(f"{name} has {values:.3g} values or more, {reason}")
 
     handles = (
         register_module_module_registration_hook(add_module),

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch gives up
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it keeps no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise LinsightError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
     return device
@@ -84,3 +89,8 @@ def _cpu_flags() -> dict[str, Any]:
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what is raised where memory has no room, on any device: on the CPU it is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -4,14 +4,18 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from linsight.errors import LinsightError
 
 _HELD: set[pathlib.Path] = set()  # by this process, which a lock of the system does not keep from itself
+
+
+_TEMPORARY = re.compile(r"\.(.+)-[0-9a-f]{8}")
 
 
 class HeldError(LinsightError):
@@ -29,6 +33,24 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):  # where it could not be made, it cannot be removed either
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: pathlib.Path, names: Collection[str]) -> None:
+    """Remove what a killed `replacing` left in `folder` of the files `names`; who calls holds the folder."""
+    for file in leftovers(folder, names):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def leftovers(folder: pathlib.Path, names: Collection[str]) -> list[pathlib.Path]:
+    """The temporary files of `replacing` for the files `names` in `folder`."""
+    known = {(path.stem, path.suffix) for path in map(pathlib.Path, names)}
+    found: list[pathlib.Path] = []
+    for file in folder.iterdir():
+        match = _TEMPORARY.fullmatch(file.stem)
+        if match and (match[1], file.suffix) in known and file.is_file() and not file.is_symlink():
+            found.append(file)
+    return found
 
 
 @contextlib.contextmanager
@@ -75,6 +97,8 @@ def require_place(path: pathlib.Path) -> None:
 
 
 def _unwritten(path: pathlib.Path, error: OSError) -> LinsightError:
+    if isinstance(error, FileNotFoundError) and not os.path.isdir(path.parent):
+        return LinsightError(f"'{path}' cannot be written: the folder '{path.parent}' is gone, or never was")
     return LinsightError(f"'{path}' cannot be written: {error.strerror or error}")
 
 
@@ -141,7 +165,10 @@ def hold(folder: pathlib.Path, name: str) -> Callable[[], None]:
 
     name: of the file in it that is locked. Processes that this one forks do not hold it, and cannot let go of it.
     """
-    path = folder.resolve() / name
+    try:
+        path = folder.resolve() / name
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise LinsightError(f"nothing can be written to '{folder}': {error}") from error
     taken = HeldError(f"another run works in '{folder}': wait for its end, or give another folder")
     if path in _HELD:  # to open and close its file would let go of the lock
         raise taken
@@ -158,7 +185,8 @@ def hold(folder: pathlib.Path, name: str) -> Callable[[], None]:
     def release() -> None:
         if path in _HELD and os.getpid() == owner:
             _HELD.discard(path)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder may be gone, or not be written to any more
+                path.unlink()
             os.close(descriptor)
 
     return release

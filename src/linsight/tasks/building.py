@@ -9,6 +9,8 @@ from linsight.errors import LinsightError
 from linsight.models import VARIANTS, create_model
 from linsight.recipe import Recipe
 
+_LARGE = 4096  # width, depth, or side of images
+
 
 def build(recipe: Recipe, num_classes: int) -> nn.Module:
     """The model of a recipe, with fresh weights."""
@@ -34,6 +36,12 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
         )
     except TypeError as error:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
+
+
+def looks_large(recipe: Recipe) -> bool:
+    """True for a recipe with a number about its model that is larger than those of published ones."""
+    numbers = [value for value in recipe.model_args.values() if isinstance(value, int | float)]
+    return max([*recipe.img_size, *numbers], default=0) > _LARGE
 
 
 def require_classifier(name: str) -> None:

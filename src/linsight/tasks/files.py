@@ -20,6 +20,7 @@ import yaml
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.recipe import GROUPS, Recipe
 from linsight.records import shown
+from linsight.runtime.places import located
 
 from .records import field_of, record_of
 
@@ -79,6 +80,7 @@ def read_values(path: str | pathlib.Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _read(path: pathlib.Path) -> Any:
+    path = located(path)
     if not path.is_file():
         raise LinsightError(f"no such recipe file: '{path}'")
     if path.stat().st_size > _LARGEST:

@@ -21,6 +21,7 @@ import numpy as np
 from linsight.data.trees import count
 from linsight.errors import LinsightError
 from linsight.runtime.files import HeldError, hold, replacing, require_folder, sync, to_json, writing
+from linsight.runtime.places import located
 
 from ._tables import Row, require_table, shortest, write_table
 
@@ -241,8 +242,8 @@ def merge_predictions(out: str | pathlib.Path, folders: Sequence[str | pathlib.P
     Raises:
         LinsightError: there is no such folder, they are of different predictions, or parts are missing.
     """
-    out = pathlib.Path(out)
-    paths = [pathlib.Path(folder) for folder in folders] or [out.with_name(f"{out.name}.parts")]
+    out = located(out)
+    paths = [located(folder) for folder in folders] or [out.with_name(f"{out.name}.parts")]
     found: list[Parts] = []
     for path in paths:
         parts = Parts.of(path)

@@ -16,6 +16,7 @@ from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
+from linsight.runtime.places import located
 
 from .evaluation import outputs, preparation
 from .model import Trained, asked_size
@@ -53,7 +54,7 @@ def predict(
     require_top(top)
     files: list[pathlib.Path] = []
     aside: list[str] = []
-    for path in map(pathlib.Path, paths):
+    for path in map(located, paths):
         if not os.path.exists(path):
             raise LinsightError(f"no such image or folder: {shown(path)}")
         if path.is_file() and is_packed(path.name):

@@ -14,12 +14,14 @@ from linsight.data.feeds import readers, refuse
 from linsight.data.images import Batch, Samples, loader, told
 from linsight.data.inputs import Inputs, open_inputs
 from linsight.data.values import check_fill
+from linsight.data.watched import KILLED, watched
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.recipe import Recipe
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 from linsight.runtime.launch import Copy, this_copy
+from linsight.runtime.places import located
 from linsight.runtime.signals import Interrupted, exit_code
 
 from ._parts import Parts, Plan, begin, chunk_size, finish
@@ -100,7 +102,7 @@ def predict_to(
             image where those are refused, or the model gives no numbers.
         Interrupted: a signal asked to stop.
     """
-    out, copy = pathlib.Path(out), this_copy()
+    out, copy = located(out), this_copy()
     check_shard(*shard)
     require_top(top)
     if not trained.classes:
@@ -236,7 +238,7 @@ class _Work:
         started = time.perf_counter()
         self.report.begin(done, total)
         try:
-            self._predict(batches, _watched(feed))
+            self._predict(batches, watched(feed, f"{KILLED}, and go on with the same command"))
         except KeyboardInterrupt as stopped:
             done = sum(len(self.parts.images(number)) for number in self.numbers if number in self.parts.there())
             line = f"stopped: {done:,} of {total:,} images are done; go on with the same command"
@@ -287,19 +289,6 @@ class _Batches:
         for images in self.ranges:
             for start in range(0, len(images), self.batch_size):
                 yield [(0, index) for index in images[start : start + self.batch_size]]
-
-
-def _watched(feed: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of `feed`; where a process that reads them is killed, the end is one line."""
-    try:
-        yield from feed
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise LinsightError(
-            "a process that reads images was killed, most likely for want of memory: set workers lower, and go on with "
-            "the same command"
-        ) from error
 
 
 def _device(name: str, copy: Copy) -> str:

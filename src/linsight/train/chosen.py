@@ -1,6 +1,5 @@
 """A recipe by name with some fields changed, and the one for a run that names none."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +8,11 @@ from linsight.data.images import decode
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
 from linsight.recipe import Recipe, averaged, require_known
+from linsight.runtime.places import located
 from linsight.tasks import field_of, known_fields, record_of
 from linsight.tasks.files import is_recipe_file, read_values
 
+from .hub import PREFIX
 from .model import kept_fields
 from .recipes import FINETUNE, RECIPES
 from .run import WEIGHTS, kept_recipe
@@ -81,11 +82,13 @@ def _kept(init: str, data: bool) -> Mapping[str, Any]:
     """Fields of the run that weights are of, as far as they tell: of its model and images, and, if asked, its data."""
     if is_timm(init):
         return told(init)
-    path = pathlib.Path(init)
+    if "://" in init or init.startswith(PREFIX):
+        return kept_fields(init)
+    path = located(init)
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
     kept = kept_recipe(folder) if folder else None
     if kept is None:
-        return kept_fields(path)
+        return kept_fields(str(path))
     groups = {"Model", "Augmentation", *(["Data"] if data else [])}
     names = kept.in_group(*groups)
     return {name: getattr(kept, name) for name in names if not name.startswith(("init", "from", "num_classes", "task"))}

@@ -12,6 +12,7 @@ from linsight.data.feeds import readers, refuse
 from linsight.data.images import Batch, Normalise, Unprepared, eval_transform, loader, told, whole_image
 from linsight.data.random import Batches
 from linsight.data.values import check_fill
+from linsight.data.watched import watched
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 from linsight.recipe import Recipe
@@ -147,7 +148,7 @@ def prepare(
     batches = Batches(len(source), way.batch_size, shuffle=False)
     count = min(readers(recipe, copy), len(batches))
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda", collate=task.collate, copy=copy)
-    return Evaluation(task, model, feed, dtype, precision, source.notes)
+    return Evaluation(task, model, watched(feed), dtype, precision, source.notes)
 
 
 class Preparation(NamedTuple):

@@ -15,6 +15,7 @@ from linsight.errors import LinsightError
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.files import require_folder, write_json, write_text, writing
 from linsight.runtime.finite import require_finite
+from linsight.runtime.places import located
 from linsight.tasks.budget import Budget, require_exits
 from linsight.tasks.building import image_size
 from linsight.tasks.exits import Scored, Setting, choose, curve
@@ -53,7 +54,7 @@ def evaluate_exits(
     """
     model: Any = trained.model
     require_exits(model, trained.recipe.model)
-    folder = pathlib.Path(out) if out is not None else trained.path.parent if trained.run else pathlib.Path()
+    folder = located(out) if out is not None else trained.path.parent if trained.run else pathlib.Path()
     require_folder(folder)
     require_matplotlib(f"drawing {_PNG}")
     asked = (data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill, img_size)

@@ -12,6 +12,7 @@ from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_model
 from linsight.models.timm.saved import CONFIG, fetch_config, fetch_weights, read_config, repository, weights_in
 from linsight.recipe import Recipe
+from linsight.runtime.places import located
 from linsight.tasks import ClassifyRecipe
 
 from .run import WEIGHTS, kept_recipe
@@ -57,12 +58,14 @@ def fetched(name: str, revision: str | None = None) -> pathlib.Path:
 
 def weights_file(source: str) -> str:
     """The file or address of weights to start from: of a run, of a folder in timm's layout, or of the Hub."""
-    path = pathlib.Path(source)
     if source.startswith(PREFIX):
         return str(weights_in(fetched(source), pickled=False))
+    if "://" in source:
+        return source
+    path = located(source)
     if path.is_dir():
         return str(weights_in(path, pickled=False) if is_saved(path) else path / WEIGHTS)
-    return source
+    return str(path)
 
 
 def open_saved(folder: pathlib.Path, **kwargs: Any) -> Saved:
@@ -154,7 +157,7 @@ def place_of(name: str | pathlib.Path, revision: str | None = None) -> pathlib.P
         LinsightError: nothing there.
     """
     text = str(name)
-    path = pathlib.Path(text.removeprefix(LOCAL)).expanduser()
+    path = located(text.removeprefix(LOCAL))
     if not text.startswith(PREFIX) and path.exists():
         if revision is not None:
             raise LinsightError(f"revision={revision} is for the Hub, and '{path}' is here: leave it out")

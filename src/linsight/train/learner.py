@@ -1,5 +1,6 @@
 """One update of the weights, around timm's optimisers, schedules, mixing and averaging."""
 
+import contextlib
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 from linsight.data.images import Batch
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe
+from linsight.records import shown
 from linsight.runtime.device import autocast
 from linsight.runtime.processes import Processes
 from linsight.tasks import Task
 
 from .freezing import freeze
 from .model import load_state
+from .moments import fitting, require_scale
 from .spread import Spread, like
+from .state import require_weights
 from .teachers import load_teacher
 
 
@@ -73,6 +77,8 @@ class Learner:
         self.task, self.recipe, self.device, self.dtype = task, recipe, device, dtype
         task.check(model)
         self.new = sorted(new or ())
+        if unknown := sorted(set(self.new) - {name for name, _ in model.named_parameters()}):
+            raise CheckpointError(f"the saved state says that {shown(unknown[0])} is new, which the model has not")
         self.still = freeze(model, recipe, new)
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -96,6 +102,7 @@ class Learner:
         self._optimise(updates)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self._whole = self.spread.runnable(self._compiled(self.model))
+        self._plain = self.spread.runnable(self.model) if whole is self.model else whole
         self._run = self.spread.learning(self._whole if whole is self.model else self._compiled(whole))
         if self.ema is not None:
             self._averaged = self.spread.runnable(self.spread.lay(self.ema.module))
@@ -176,6 +183,15 @@ class Learner:
             norm.eval()
         with autocast(self.device, self.dtype):
             return self._run(images)
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside, `forward` runs the model itself, not what it was compiled to."""
+        run, self._run = self._run, self._plain
+        try:
+            yield
+        finally:
+            self._run = run
 
     def taught(self, images: Tensor) -> Any:
         """The answer of the averaged weights, in evaluation mode and without a gradient."""
@@ -261,13 +277,16 @@ class Learner:
 
     def load(self, state: dict[str, Any], source: str) -> None:
         """Take up the state of a learner of the same recipe; a CheckpointError if it is of another."""
-        load_state(self.model, self.spread.laid(state["model"], self.model), source)
+        averaged = [] if self.ema is None else [("ema", self.ema.module)]
+        for name, module in (("model", self.model), *averaged):
+            require_weights(state[name], module.state_dict(), name, source)
+            load_state(module, self.spread.laid(state[name], module), source)
+        require_scale(state["scaler"], self.scaler, source)
         try:
             for name, parameter in self.beside.items():
                 parameter.data.copy_(like(state["beside"][name], parameter))
-            if self.ema is not None:
-                load_state(self.ema.module, self.spread.laid(state["ema"], self.ema.module), source)
-            self.optimiser.load_state_dict(self.spread.laid_optimiser(state["optimiser"], self.optimiser))
+            fitted = fitting(state["optimiser"], self.optimiser, source)
+            self.optimiser.load_state_dict(self.spread.laid_optimiser(fitted, self.optimiser))
             self.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"the state in '{source}' is of another optimiser: {error}") from error

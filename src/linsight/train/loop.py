@@ -8,7 +8,7 @@ import torch
 
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe, require_known
-from linsight.runtime.device import repeatable
+from linsight.runtime.device import is_out_of_memory, repeatable
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.processes import Processes, is_lost, joined
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
@@ -73,8 +73,9 @@ def _together(open_run: Callable[[], Run], device: str, report: Silent) -> dict[
 
 def _go(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
     if run.finished:
+        summary = processes.share(run.summary() if processes.main else {})
         report.note(f"the run in '{run.path}' is finished")
-        return run.summary()
+        return summary
     try:
         if processes.main:
             report = tracked(run.recipe.track, run.path, run.recipe.values(), report)
@@ -82,14 +83,14 @@ def _go(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
             return _run(run, processes, report)
     except KeyboardInterrupt as stopped:
         raise Interrupted(f"stopped at once; {run.way()}", exit_code(stopped)) from None
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise LinsightError(
-            f"out of memory with batch_size={run.recipe.batch_size}: set it lower, or grad_checkpointing; {run.way()}"
-        ) from error
-    except RuntimeError as error:
-        if processes.copy.world == 1 or not is_lost(error):
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            line = f"out of memory with batch_size={run.recipe.batch_size}: set it lower, or grad_checkpointing"
+        elif processes.copy.world > 1 and is_lost(error):
+            line = str(processes.lost())
+        else:
             raise
-        raise LinsightError(f"{processes.lost()}; {run.way()}") from error
+        raise LinsightError(f"{line}; {run.way()}") from error
     finally:
         report.end()
 

@@ -19,6 +19,7 @@ from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model
 from linsight.models.bounds import require_bounded
 from linsight.recipe import Recipe
 from linsight.runtime.files import replacing, to_json, writing
+from linsight.runtime.places import located
 from linsight.tasks import ClassifyRecipe, Task, read_recipe, task_of
 from linsight.tasks.building import build as build
 from linsight.tasks.building import image_size as image_size
@@ -144,7 +145,7 @@ def load_trained(source: str | pathlib.Path) -> Trained:
     Raises:
         CheckpointError: nothing there, not such a file, damaged, or not of this model.
     """
-    path = fetched(str(source)) if str(source).startswith(PREFIX) else pathlib.Path(source)
+    path = fetched(str(source)) if str(source).startswith(PREFIX) else located(source)
     if path.is_dir():
         if is_saved(path):
             return of_saved(open_saved(path))
@@ -182,10 +183,13 @@ def of_saved(saved: Saved) -> Trained:
     return Trained(saved.model, saved.recipe, saved.classes, saved.path, run=saved.named, titles=saved.titles)
 
 
-def kept_fields(path: pathlib.Path) -> dict[str, Any]:
+def kept_fields(source: str) -> dict[str, Any]:
     """The fields of a recipe that `save` wrote into a file; none where it is no such file."""
     try:
-        with safe_open(weights_file(str(path)), framework="pt") as file:
+        path = pathlib.Path(weights_file(source))
+        if not path.is_file():  # an address, or a pipe, which may never end
+            return {}
+        with safe_open(path, framework="pt") as file:
             kept = json.loads((file.metadata() or {})["linsight"])["recipe"]
         recipe = read_recipe(kept)
         return {name: getattr(recipe, name) for name in kept if name not in ("num_classes", "task")}
@@ -233,7 +237,7 @@ def load_source(
         LinsightError: `from_size` is none, or a run was given, which tells its own.
     """
     sides = Recipe.parse("from_size", from_size or "")
-    if checkpoint is None and not pathlib.Path(source).exists() and (source in HOSTS or is_model(source)):
+    if checkpoint is None and not located(source).exists() and (source in HOSTS or is_model(source)):
         entry = VARIANTS.get(source) or ARCHITECTURES.get(source)
         if entry is None or not entry.weights.startswith("https://"):
             raise CheckpointError(

@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import pathlib
-import pickle
 import platform
 import sys
 import weakref
@@ -21,7 +20,9 @@ from linsight.recipe import Recipe, require_known
 from linsight.records import shown
 from linsight.runtime.files import (
     hold,
+    leftovers,
     read_json,
+    remove_leftovers,
     replacing,
     require_folder,
     sync,
@@ -31,12 +32,17 @@ from linsight.runtime.files import (
     writing,
 )
 from linsight.runtime.machine import describe_machine
+from linsight.runtime.places import located
 from linsight.runtime.processes import Processes
 from linsight.tasks import read_recipe
+
+from .config import read_config, read_summary
+from .state import read_rows, read_state
 
 CONFIG, METRICS, STATE, SUMMARY = "config.json", "metrics.jsonl", "state.pt", "summary.json"
 WEIGHTS = "best.safetensors"
 LOCK = ".linsight-lock"
+_WRITTEN = (CONFIG, METRICS, STATE, SUMMARY, WEIGHTS)  # while the folder is held
 
 
 class Run:
@@ -58,7 +64,7 @@ class Run:
             tries = (pathlib.Path("runs", f"{name}-{stamp}{f'-{n}' if n else ''}") for n in range(1000))
             path = next(path for path in tries if not path.exists())
         else:
-            path = pathlib.Path(out)
+            path = located(out)
         cls._check_new(path)
         return cls(path, name, recipe, None)
 
@@ -69,7 +75,7 @@ class Run:
         Raises:
             LinsightError: it is of another recipe, in what its result depends on.
         """
-        path = pathlib.Path(out)
+        path = located(out)
         if not (path / CONFIG).exists():
             return cls.start(recipe, path, name)
         before = kept_recipe(path)
@@ -91,23 +97,16 @@ class Run:
     @staticmethod
     def _check_new(path: pathlib.Path) -> None:
         require_folder(path)
-        if path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
+        if path.is_dir() and set(path.iterdir()) - {path / LOCK, *leftovers(path, _WRITTEN)}:
             raise LinsightError(f"'{path}' exists and is not empty: go on with --resume {path}, or give another --out")
 
     @classmethod
     def resume(cls, path: str | pathlib.Path, overrides: dict[str, Any]) -> "Run":
         """The run in a folder, with its own recipe; only what its result does not depend on may change."""
-        path = pathlib.Path(path)
+        path = located(path)
         if not (path / CONFIG).exists():
             raise LinsightError(f"'{path}' is no run folder: it has no {CONFIG}")
-        try:
-            config = read_json(path / CONFIG)
-            recipe = read_recipe(config["recipe"])
-            name, data, threads = str(config["name"]), dict(config["data"]), int(config["threads"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, LinsightError):
-                raise
-            raise LinsightError(f"'{path / CONFIG}' is damaged: {error}") from error
+        name, recipe, data, threads = read_config(path / CONFIG)
         for field in overrides:
             recipe.field(field)
             if field not in recipe.RESUMABLE:
@@ -119,7 +118,7 @@ class Run:
         if not run.finished:
             run._hold()
         if "threads" not in overrides:  # sums over another number of threads round differently
-            run.threads = int(threads)
+            run.threads = threads
         return run
 
     @property
@@ -159,6 +158,7 @@ class Run:
 
     def _hold(self) -> None:
         self._release = weakref.finalize(self, hold(self.path, LOCK))
+        remove_leftovers(self.path, _WRITTEN)
 
     def close(self) -> None:
         """Let other runs have the folder."""
@@ -182,7 +182,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """The summary of a finished run."""
-        return read_json(self.path / SUMMARY)
+        return read_summary(self.path / SUMMARY, self.recipe)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write all that it takes to go on."""
@@ -216,27 +216,16 @@ class Run:
         paths = [path for path in (self.path / STATE, *self.older()) if path.exists()]
         for number, path in enumerate(paths):
             try:
-                state = _read_state(path)
+                state = read_state(path)
             except CheckpointError as error:
                 if path == paths[-1]:
                     raise
                 self.notes.append(f"{error}; going on from '{paths[number + 1].name}'")
                 continue
-            if (self.path / METRICS).exists():
-                lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
-                self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= state["epoch"]]
+            self.rows = read_rows(self.path / METRICS, state["epoch"], self.recipe)
             self._place = state["epoch"], state["step"]
             return state
         return None
-
-
-def _read_state(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        state["epoch"], state["step"] = int(state["epoch"]), int(state["step"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from error
-    return state
 
 
 def shared(run: Run | None, processes: Processes) -> Run:

@@ -54,6 +54,14 @@ class Spread:
         # which images are those of this process
         self.copy = Copy(copy.rank // rows, copy.world // rows, copy.local_rank, copy.local_world)
 
+    def check(self, batch_size: int) -> None:
+        """Raise a LinsightError unless each process, or each group of them with an image, has a share of a batch."""
+        if batch_size < self.copy.world:
+            raise LinsightError(
+                f"batch_size={batch_size}, of all processes together, is less than their number, {self.copy.world}: "
+                "set it higher"
+            )
+
     @property
     def about(self) -> str:
         """A phrase on it."""

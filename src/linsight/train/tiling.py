@@ -16,6 +16,7 @@ from linsight.errors import ImageError, LinsightError, UnknownNameError
 from linsight.recipe import Recipe
 from linsight.runtime.device import autocast, pick_device, pick_dtype
 from linsight.runtime.files import replacing
+from linsight.runtime.places import located
 from linsight.runtime.signals import Interrupted, Stop
 from linsight.streaming import stream
 from linsight.tasks import Prediction
@@ -66,7 +67,7 @@ def predict_stream(
     """
     require_top(top)
     Recipe.parse("on_bad_image", on_bad_image)
-    files = [pathlib.Path(path) for path in paths]
+    files = [located(path) for path in paths]
     if not files:
         raise LinsightError("no image is given: name image files")
     for file in files:
@@ -102,7 +103,7 @@ def save_stream(
 
     The file is whole or absent. Raises as `predict_stream`, or if `out` cannot be written.
     """
-    file, out = pathlib.Path(path), pathlib.Path(out)
+    file, out = located(path), located(out)
     _check_file(file)
     if output not in ("features", "map"):
         raise UnknownNameError("output", output, ("features", "map"))

@@ -1,9 +1,10 @@
 """`Trainer`: the epochs of a run, evaluation, what is written when, and how it stops and goes on."""
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,26 +14,30 @@ from linsight.data.datasets import Data
 from linsight.data.feeds import default_workers, open_feeds, refuse
 from linsight.data.images import Batch, told
 from linsight.data.random import seed_noise, seed_step
+from linsight.data.watched import KILLED, watched
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, default_attention
+from linsight.models.bounds import require_bounded
 from linsight.runtime.device import pick_dtype
 from linsight.runtime.processes import Processes
 from linsight.runtime.signals import Interrupted, Stop
 from linsight.tasks import Task
-from linsight.tasks.building import image_size
+from linsight.tasks.building import image_size, looks_large
 from linsight.tasks.task import in_row
 
 from . import _figures
+from .bad_updates import BadUpdates
 from .evaluation import outputs, score
-from .learner import Learner, warmup_epochs
+from .learner import Learner, Part, warmup_epochs
 from .model import count_of, left_new, load_trained, save, start_from
 from .progress import Silent
 from .report import findings_of, look, numbered, read_kept, write_page
-from .run import WEIGHTS, Run
+from .run import STATE, WEIGHTS, Run
 from .spread import Spread
+from .state import require_within
 
 # What a row tells of an epoch beside measures.
-_COURSE = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "skipped")
+_COURSE = ("epoch", "lr", "train_loss", "images_per_second", "seconds", "skipped", "bad_updates")
 
 
 def told_facts(facts: Mapping[str, Any]) -> str:
@@ -58,13 +63,11 @@ class Trainer:
         self.stop = Stop()
         device = processes.device(recipe.device)
         spread = self.spread = Spread(processes, device, recipe.parallel, recipe.image_ranks)
-        if recipe.batch_size < spread.copy.world:
-            raise LinsightError(
-                f"batch_size={recipe.batch_size}, of all processes together, is less than their number, "
-                f"{spread.copy.world}: set it higher"
-            )
+        spread.check(recipe.batch_size)
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
+        if looks_large(recipe):
+            require_bounded(recipe.model, task.build, told="as the recipe describes it")
         model = task.build()
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
@@ -80,6 +83,7 @@ class Trainer:
             self.feeds = open_feeds(recipe, data, task, size, device, report.note, spread.copy)
             self.steps = len(self.feeds.order)
         self.learner = Learner(task, model, device, self.dtype, updates=self.steps, new=new, spread=spread)
+        self.bad_updates = BadUpdates(self.learner)
         if self.learner.kept:
             report.note(f"kept as they are: {self.learner.kept} of {self.learner.params} parameters")
         warmup = warmup_epochs(recipe)
@@ -148,23 +152,13 @@ class Trainer:
 
     def _watched(self, feed: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of `feed`; where a process that reads them is killed, the end of the run is one line."""
-        batches = iter(feed)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                if self.stop.code and self.processes.copy.world == 1:  # by the same signal
-                    self._save()
-                    self._interrupt()
-                raise LinsightError(
-                    f"a process that reads images was killed, most likely for want of memory: set workers lower; "
-                    f"{self.run.way()}"
-                ) from error
-            yield batch
+        return watched(feed, f"{KILLED}; {self.run.way()}", self._stop_alone)
+
+    def _stop_alone(self) -> None:
+        """Stop as asked, where no others have to be told."""
+        if self.stop.code and self.processes.copy.world == 1:
+            self._save()
+            self._interrupt()
 
     def _asked(self) -> bool:
         """True where a process, all of which ask here, was asked to stop."""
@@ -175,25 +169,49 @@ class Trainer:
     def _update(self, batch: Batch) -> int:
         """Learn from a batch; the number of its images, in this process."""
         learner, images = self.learner, 0
-        learned = False
+        loss: Tensor | None = None
+        self.bad_updates.begin()
         for part in learner.parts(batch):
-            # after the batch: without worker processes, it was drawn from the generators of this one
-            seed_step(self.recipe.seed, self.epoch, self.step)
-            if part.number:  # images are mixed alike in all parts of a batch, while a model's noise is another
-                seed_noise(self.recipe.seed, self.epoch, self.step, part.number)
             with learner.adding(part):
-                found = learner.loss(part.batch, self.epoch)
-                assert found is not None, "it has images"
-                loss, _ = found
+                again = functools.partial(self._loss, part)
+                loss = again()
+                if self.bad_updates.looks(loss) and self._anywhere(not math.isfinite(loss.item())):
+                    self._leave_out(loss.item(), again)
+                    return 0
                 self.pending.append((loss.detach(), part.images))
                 # a GPU would wait for each reading of a loss; on the CPU, none that is no number reaches the weights
                 if loss.device.type == "cpu" or len(self.pending) == 20:
                     self._flush()
                 learner.backward(loss * part.share if part.share != 1 else loss)
-            learned, images = True, images + part.images
-        if learned:
-            learner.step(self.epoch * self.steps + self.step)
+            images += part.images
+        if loss is None:
+            return 0
+        where = self.bad_updates.gradient(loss)
+        if self.bad_updates.looks(loss) and self._anywhere(bool(where)):
+            self._leave_out(math.nan, None, where)
+            return 0
+        learner.step(self.epoch * self.steps + self.step)
+        self.bad_updates.done()
         return images
+
+    def _loss(self, part: Part) -> Tensor:
+        """The loss of a part of the batch, which is the same however often it is computed."""
+        # after the batch: without worker processes, it was drawn from the generators of this one
+        seed_step(self.recipe.seed, self.epoch, self.step)
+        if part.number:  # images are mixed alike in all parts of a batch, while a model's noise is another
+            seed_noise(self.recipe.seed, self.epoch, self.step, part.number)
+        found = self.learner.loss(part.batch, self.epoch)
+        assert found is not None, "it has images"
+        return found[0]
+
+    def _anywhere(self, bad: bool) -> bool:
+        """True where it is so in any process; all of them ask."""
+        return any(found for (found,) in self.processes.tell(bad))
+
+    def _leave_out(self, loss: float, again: Callable[[], Any] | None, where: str = "") -> None:
+        """Leave this update out, where that is asked for, or end the run."""
+        if not self.bad_updates.leave_out(where):
+            self._refuse_loss(loss, where or self.bad_updates.origin(again))
 
     def _flush(self) -> None:
         """Bring losses over from the device."""
@@ -234,14 +252,24 @@ class Trainer:
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise LinsightError(
-                f"the loss became {loss} in epoch {self.epoch + 1}, near step {self.step + 1}: lower lr, or set "
-                f"clip_grad or amp=off; the last good state is in '{self.run.path}'"
-            )
+            raise self._bad_loss(loss, self.bad_updates.origin(None))
+
+    def _refuse_loss(self, loss: float, where: str) -> None:
+        """End the run, in all processes, for what one of them has found."""
+        found = self.processes.gather((loss, where))
+        raise self._bad_loss(*next((entry for entry in found if not math.isfinite(entry[0])), found[0]))
+
+    def _bad_loss(self, loss: float, where: str) -> LinsightError:
+        return LinsightError(
+            f"the loss became {loss} in epoch {self.epoch + 1}, near step {self.step + 1}: "
+            f"{self.bad_updates.words(where)}; the last good state is in '{self.run.path}'"
+        )
 
     def _end_epoch(self) -> None:
         clock = time.perf_counter()
         self._collect()
+        if self.bad_updates.counts[0] >= self.steps:  # nothing was learned
+            self._refuse_loss(math.nan, self.bad_updates.where or self.bad_updates.origin(None))
         if self.processes.main and not self.images:
             raise LinsightError(f"no image to train on could be read: {self.bad[0]}")
         learner, feed = self.learner, self._together(self.feeds.val)
@@ -259,6 +287,7 @@ class Trainer:
             "images_per_second": round(self.images / max(self.train_seconds, 1e-9), 1),
             "seconds": round(self.epoch_seconds, 3),
             "skipped": len(bad),
+            **self.bad_updates.row(),
         }
         measure = scores.measures[self.task.best]
         better = measure < self.best[0] if self.task.smaller else measure > self.best[0]
@@ -350,16 +379,18 @@ class Trainer:
                 "sums": [self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds],
                 "bad": self.bad,
                 "place": {**places[0], "lanes": lanes} if places else None,
+                "bad_updates": self.bad_updates.counts,
                 **self.learner.state(),
             }
         )
 
     def _load(self, state: dict[str, Any]) -> None:
+        require_within(state, self.learner.epochs, self.steps, self.run.path / STATE)
         self.learner.load(state, str(self.run.path))
         self.epoch, self.step = state["epoch"], state["step"]
         self.best = (state["best"][0], state["best"][1])
         self.loss_sum, self.images, self.train_seconds, self.epoch_seconds, self.seconds = state["sums"]
-        self.bad = state["bad"]
+        self.bad, self.bad_updates.counts = state["bad"], state.get("bad_updates", [0, 0])
         if not self.processes.main:  # it counts for all
             self.loss_sum, self.images, self.bad = 0.0, 0, []
         self.feeds.order.place = state.get("place")

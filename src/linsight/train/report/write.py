@@ -3,9 +3,11 @@
 import pathlib
 
 from linsight.data.feeds import default_workers
+from linsight.data.watched import watched
 from linsight.errors import LinsightError
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.files import require_place
+from linsight.runtime.places import located
 from linsight.tasks import task_of
 from linsight.tasks.building import image_size
 
@@ -36,9 +38,9 @@ def write_report(
     Raises:
         LinsightError: no run is there, its files are damaged, or the page cannot be written.
     """
-    folder = pathlib.Path(run)
+    folder = located(run)
     kept = read_kept(folder)
-    path = folder / PAGE if out is None else pathlib.Path(out)
+    path = folder / PAGE if out is None else located(out)
     require_place(path)
     recipe = kept_recipe(folder)
     if recipe is None:
@@ -58,7 +60,7 @@ def write_report(
             count = default_workers() if recipe.workers is None else recipe.workers
             batches = numbered(samples, recipe.batch_size, count, where.type == "cuda")
             dtype, _ = pick_dtype(recipe.amp, where)
-            outcome = look(trained.model.to(where), batches, samples.source, own.inputs, dtype)
+            outcome = look(trained.model.to(where), watched(batches), samples.source, own.inputs, dtype)
         except LinsightError as error:
             notes.append(f"Its images are not shown: {error}")
     return write_page(kept, findings_of(task, kept.rows, outcome, notes), path)
