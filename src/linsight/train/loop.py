@@ -92,8 +92,7 @@ def _go(run: Run, report: Silent) -> dict[str, Any]:
 def _run(run: Run, report: Silent) -> dict[str, Any]:
     if run.recipe.figures:
         require_matplotlib("drawing curves.png and predictions.png (--no-figures goes without)")
-    if run.threads:
-        torch.set_num_threads(run.threads)
+    run.set_threads()
     report.busy("reading what data there is")
     task = task_of(run.recipe)
     data = task.open()
