@@ -68,6 +68,7 @@ CONFIGS = [
     ({"threads": None}, "is damaged: threads=None is not a whole number"),
     ({"threads": True}, "is damaged: threads=True is not a whole number"),
     ({"threads": 30_000_000_000}, "is damaged: threads=30000000000 is not between 1 and 4096"),
+    ({"threads": 4096}, r"threads=4096 are too many for this machine: \d+ at most \(--threads\)"),
     ({"threads": 0}, "is damaged: threads=0 is not between 1 and 4096"),
     ({"threads": KeyError}, "is damaged: it has no 'threads'"),
     ({"name": 3}, "is damaged: name=3 is not text"),

@@ -4,8 +4,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe, require_known
 from linsight.runtime.device import is_out_of_memory, repeatable
@@ -99,9 +97,8 @@ def _run(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
     if run.recipe.figures:
         require_matplotlib("drawing curves.png and predictions.png (--no-figures goes without)")
     # of several processes, each has its share of the cores, as its launcher says
-    threads = run.threads if processes.copy.world == 1 else run.recipe.threads
-    if threads:
-        torch.set_num_threads(threads)
+    if processes.copy.world == 1 or run.recipe.threads:
+        run.set_threads()
     report.busy("reading what data there is")
     task = task_of(run.recipe)
     with processes.main_first():

@@ -160,6 +160,17 @@ class Run:
         self._release = weakref.finalize(self, hold(self.path, LOCK))
         remove_leftovers(self.path, _WRITTEN)
 
+    def set_threads(self) -> None:
+        """Compute with as many threads as the run has; a LinsightError where they are far more than there are cores.
+
+        OpenMP ends the process, without a word of ours, where the system has no room for a thread.
+        """
+        most = max(256, 4 * (os.cpu_count() or 1))
+        if self.threads and self.threads > most:
+            raise LinsightError(f"threads={self.threads} are too many for this machine: {most} at most (--threads)")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
     def close(self) -> None:
         """Let other runs have the folder."""
         if self._release is not None:
