@@ -67,7 +67,7 @@ def evaluate(
         notes.extend(batch.notes)
 
     started = time.perf_counter()
-    scores = score(given.task, given.model, given.feed, given.dtype, after_batch, gather=processes.gather)
+    scores = score(given.task, given.model, watched(given.feed), given.dtype, after_batch, gather=processes.gather)
     notes = [note for told_of in processes.gather(notes) for note in told_of]
     require_finite(torch.tensor([*scores.measures.values()]), f"images of '{recipe.data}'")
     seconds = time.perf_counter() - started
@@ -148,7 +148,7 @@ def prepare(
     batches = Batches(len(source), way.batch_size, shuffle=False)
     count = min(readers(recipe, copy), len(batches))
     feed = loader(samples, batches, workers=count, pin=where.type == "cuda", collate=task.collate, copy=copy)
-    return Evaluation(task, model, watched(feed), dtype, precision, source.notes)
+    return Evaluation(task, model, feed, dtype, precision, source.notes)
 
 
 class Preparation(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 
 from linsight.data.feeds import refuse
 from linsight.data.random import hold_out
+from linsight.data.watched import watched
 from linsight.errors import LinsightError
 from linsight.runtime.figures import require_matplotlib
 from linsight.runtime.files import require_folder, write_json, write_text, writing
@@ -60,7 +61,8 @@ def evaluate_exits(
     asked = (data, split, batch_size, device, amp, workers, on_bad_image, data_dir, fill, img_size)
     given = prepare(trained, *asked, make=Budget)
     recipe, meter = given.task.recipe, Exits()
-    bad = score(given.task, given.model, given.feed, given.dtype, lambda batch: refuse(recipe, batch.bad), meter).bad
+    feed = watched(given.feed)
+    bad = score(given.task, given.model, feed, given.dtype, lambda batch: refuse(recipe, batch.bad), meter).bad
     scored, targets = meter.scored()
     require_finite(scored.confidences, f"images of '{recipe.data}'")
     first, second = (torch.tensor(part, dtype=torch.long) for part in hold_out(targets, 0.5))
