@@ -55,11 +55,12 @@ def test_values_linear_in_keys_are_found():
 
 
 def test_keys_far_from_zero_keep_their_digits():
+    """Products of uncentred keys are 10000 here, of which float32 knows a thousandth: as much as covariances are."""
     core, grid = create_core("lla", 8, 2, ridge=0.1), Grid(6, 6)
     tokens = random_tokens(core, 1, grid, 8)
-    tokens = cast(tokens._replace(k=tokens.k + 100, q=tokens.q + 100), torch.float32)
+    tokens = cast(tokens._replace(k=tokens.k + 100), torch.float32)
     exact = core.double()(cast(tokens, F64), Layout(grid))
-    assert (core.float()(tokens, Layout(grid)) - exact).abs().max() <= 2e-3 * exact.abs().max()
+    assert (core.float()(tokens, Layout(grid)) - exact).abs().max() <= 1e-4 * exact.abs().max()
 
 
 def test_a_ridge_of_zero_is_refused():
