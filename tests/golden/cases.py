@@ -49,7 +49,7 @@ def model_name(case: str) -> str | None:
 
 def published_state(spec: dict[str, Any]) -> dict[str, Tensor]:
     """The checkpoint of a case: keys filled by the rule or given, and the constant buffers, which nobody may read."""
-    filled = {key: torch.from_numpy(fill(key, tuple(shape))) for key, shape in spec["state_dict"]}
+    filled = {key: torch.from_numpy(np.asarray(fill(key, tuple(shape)))) for key, shape in spec["state_dict"]}
     filled |= {key: torch.tensor(value) for key, value in spec.get("literal_state", {}).items()}
     constant = {key: shape for key, shape, *_ in (*spec.get("constant_buffers", ()), *spec.get("kept_buffers", ()))}
     for key, shape in constant.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from linsight.attention import Core, Tokens, drive
+from linsight.attention import PROJECTIONS, Core, Tokens, drive
 from linsight.ops import Grid, Layout, Tile
 
 from .subject import Subject, cast, random_tokens
@@ -18,15 +18,19 @@ MILLION = Grid(1000, 1000)
 
 
 def _run(core: Core, tokens: Tokens, grid: Grid) -> list[Tensor]:
-    """The output, and the gradients of its mean by what is projected."""
-    leaves = {name: getattr(tokens, name).detach().requires_grad_() for name in projected(tokens)}
+    """The output, and the gradients of its mean by what a layer projects, and by all else that the core uses."""
+    leaves = {name: getattr(tokens, name).detach().requires_grad_() for name in drawn(tokens)}
     out = core(tokens._replace(**leaves), Layout(grid))
-    gradients = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out) / out.shape[1])
-    return [out.detach(), *gradients]
+    weights = torch.ones_like(out) / out.shape[1]
+    gradients = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
+    projected = {part for projection in PROJECTIONS[core.projections] for part in projection.parts}
+    used = [g for name, g in zip(leaves, gradients, strict=True) if g is not None or name in projected]
+    assert all(g is not None for g in used), "a part that is projected is not used"
+    return [out.detach(), *used]
 
 
-def projected(tokens: Tokens) -> list[str]:
-    """Which tokens a layer projects for this core."""
+def drawn(tokens: Tokens) -> list[str]:
+    """Which tokens a core may read as queries, keys, values and more."""
     return ["q", "k", "v"] if tokens.extra is None else ["q", "k", "v", "extra"]
 
 
@@ -34,7 +38,7 @@ def _scales(core: Core, tokens: Tokens, grid: Grid, dtype: torch.dtype) -> Itera
     """1e3 and every tenth of it whose results, computed in float64, `dtype` can hold."""
     limit = torch.finfo(dtype).max
     for scale in (1e3, 1e2, 1e1, 1.0):
-        scaled = tokens._replace(**{name: getattr(tokens, name) * scale for name in (*projected(tokens), "x")})
+        scaled = tokens._replace(**{name: getattr(tokens, name) * scale for name in (*drawn(tokens), "x")})
         scaled = cast(scaled, dtype)
         exact = _run(copy.deepcopy(core).double(), cast(scaled, torch.float64), grid)
         if max(t.abs().max().item() for t in exact) < limit:

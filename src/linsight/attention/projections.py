@@ -16,5 +16,7 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "q_kv": (Projection("q", ("q",)), Projection("kv", ("k", "v"))),
     "q_k_v": (Projection("q", ("q",)), Projection("k", ("k",)), Projection("v", ("v",))),
     "qk": (Projection("qk", ("q", "k")),),
+    "q_k": (Projection("q", ("q",)), Projection("k", ("k",))),
+    "xkv": (Projection("qkv", ("extra", "k", "v")),),
     "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
 }
