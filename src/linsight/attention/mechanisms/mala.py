@@ -26,13 +26,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from linsight.ops import Moments, Tile, apply_state, central_absorb, full_precision, mask_tokens
+from linsight.ops import Features, Moments, Tile, apply_state, central_absorb, full_precision, mask_tokens
 
 from ..capabilities import Structure
+from ..parts.gated_rotary import GatedRotary
 from ..registry import Paper, register
 from ..rounds import Done, Round
 from ..tokens import Tokens
-from .rala import GatedRotary, mapped
 
 _EPS = 1e-6
 
@@ -49,7 +49,7 @@ class RotatedMoments(Round):
 
     def absorb(self, core: "MALA", tokens: Tokens, tile: Tile, done: Done) -> KeyMoments:
         """Over the tile's tokens."""
-        k = mask_tokens(mapped(tokens.k), tokens.keep)
+        k = mask_tokens(Features(tokens.k, "elu+1").mapped(), tokens.keep)
         turned = core.rotated(k, tile)
         return KeyMoments(central_absorb(turned, tokens.v, tokens.keep), (turned - k).sum(dim=1))
 
@@ -78,7 +78,7 @@ class MALA(GatedRotary):
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """The factor times what the covariance gives, the mean of v by what is left of both terms, and the gate."""
         moments, added = done[0]
-        q = mapped(tile.inner(tokens.q))
+        q = Features(tile.inner(tokens.q), "elu+1").mapped()
         with full_precision(q):
             q = q * q.shape[-1] ** -0.5
             turned = self.rotated(q, dataclasses.replace(tile, halo=0))
