@@ -45,6 +45,7 @@ class Core(nn.Module):
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `projections.py`
     qkv_bias: ClassVar[bool] = True  # False: projected without one, whatever the host has
     reads_residual: ClassVar[bool] = False  # it asks for `tokens.residual`
+    held: ClassVar[str] = ""  # what outputs depend on and, as published, gradients do not
     layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do
     extra_dim: int = 0  # width of `tokens.extra`
     out_dim: int | None = None  # width of the outputs, heads merged, where it is not `dim`
