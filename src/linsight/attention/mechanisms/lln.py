@@ -65,7 +65,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def stacked(cls, count: Tensor, mean: Tensor, square: Tensor) -> "Spread":
-        """That of all sets along the first axis (Chan, Golub, LeVeque 1979)."""
+        """All sets along the first axis as one (Chan, Golub, LeVeque 1979)."""
         total = count.sum(dim=0)
         middle = (count * mean).sum(dim=0) / total.clamp(min=1)
         return cls(total, middle, (square + count * (mean - middle).square()).sum(dim=0))
