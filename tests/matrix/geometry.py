@@ -264,9 +264,13 @@ def causal_tiles_are_a_scan(subject: Subject) -> None:
 
 
 def causal_is_the_past_only(subject: Subject) -> None:
-    """Token i of the causal form is the last token of the plain form on tokens 0..i, gradients too."""
+    """Token i of the causal form is the last token of the plain form on tokens 0..i, gradients too.
+
+    Where positions are shares of a length, both have the length of all tokens.
+    """
     subject.need("causal")
-    layer, plain = subject.layer(causal=True).double(), subject.layer().double()
+    length = {"length": 135} if any(option.name == "length" for option in subject.entry.options) else {}
+    layer, plain = subject.layer(causal=True, **length).double(), subject.layer(**length).double()
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(2, 135, 16, dtype=torch.float64, requires_grad=True)  # over two chunks of 64
     out = layer(x, Grid(9, 15))
