@@ -146,7 +146,7 @@ def causal_linear_attention(
 
 
 def causal_products(q: Tensor, k: Tensor, v: Tensor, before: LinearState | None = None) -> tuple[Tensor, Tensor]:
-    """What `causal_linear_attention` divides: `(B, N, H, E)` and `(B, N, H, 1)`, in the accumulator's dtype.
+    """The products that `causal_linear_attention` divides: `(B, N, H, E)` and `(B, N, H, 1)`, in the accumulator's dtype.
 
     Chunks of 64 tokens: a triangle inside a chunk, the running state of the chunks before it.
     """

@@ -91,7 +91,7 @@ class CosFormer(KernelCore):
             return (apply_state(q, state.kv) / below.clamp(min=_LEAST)).to(tokens.q.dtype)
 
     def follow(self, tokens: Tokens, tile: Tile, before: Any) -> Tensor:
-        """The same with sums up to each token."""
+        """q~ against the sums up to each token."""
         q, k = (self.features(name, x, tile, ()).mapped() for name, x in (("q", tokens.q), ("k", tokens.k)))
         above, below = causal_products(q, k, tokens.v, before)
         return (above / below.clamp(min=_LEAST)).to(tokens.q.dtype)
