@@ -43,6 +43,7 @@ class Core(nn.Module):
     halo: int = 0  # by how many further tokens on each side `read` sees a tile
     causal: bool = False  # built in its causal form
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `projections.py`
+    reduced_projections: ClassVar[str] = "q_kv"  # those where keys are of a coarser grid
     qkv_bias: ClassVar[bool] = True  # False: projected without one, whatever the host has
     reads_residual: ClassVar[bool] = False  # it asks for `tokens.residual`
     held: ClassVar[str] = ""  # what outputs depend on and, as published, gradients do not

@@ -10,11 +10,14 @@ class Projection(NamedTuple):
     parts: tuple[str, ...]
 
 
+OF_QUERIES = ("q", "extra")  # made of the layer's input; the others of its context, or of keys on a coarser grid
+
 # What no projection yields is the layer's input itself.
 PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "qkv": (Projection("qkv", ("q", "k", "v")),),
     "q_kv": (Projection("q", ("q",)), Projection("kv", ("k", "v"))),
     "q_k_v": (Projection("q", ("q",)), Projection("k", ("k",)), Projection("v", ("v",))),
     "qk": (Projection("qk", ("q", "k")),),
+    "qx_kv": (Projection("qx", ("q", "extra")), Projection("kv", ("k", "v"))),
     "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
 }

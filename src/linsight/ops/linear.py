@@ -146,9 +146,9 @@ def causal_linear_attention(
 
 
 def causal_products(q: Tensor, k: Tensor, v: Tensor, before: LinearState | None = None) -> tuple[Tensor, Tensor]:
-    """The products that `causal_linear_attention` divides: `(B, N, H, E)` and `(B, N, H, 1)`, in the accumulator's dtype.
+    """Numerators and denominators of `causal_linear_attention`, without eps: `(B, N, H, E)` and `(B, N, H, 1)`.
 
-    Chunks of 64 tokens: a triangle inside a chunk, the running state of the chunks before it.
+    In the accumulator's dtype. By chunks of 64 tokens: a triangle inside a chunk, the state of the chunks before it.
     """
     dtype, n = accumulator(v.dtype), v.shape[1]
     pad = -n % _CHUNK
