@@ -154,5 +154,6 @@ def module_protocol(subject: Subject) -> None:
     close(meta(x, grid), out, 0.0)
 
     typed = subject.layer(device=torch.device("cpu"), dtype=torch.float64)
-    assert {t.dtype for t in typed.state_dict().values()} == {torch.float64}
+    # A counter stays one.
+    assert {t.dtype for t in typed.state_dict().values() if t.is_floating_point()} == {torch.float64}
     assert typed(x.double(), grid).dtype == torch.float64
