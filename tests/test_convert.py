@@ -10,13 +10,18 @@ import torchvision
 from torch import nn
 
 from linsight import Grid, create_attention, list_attentions
-from linsight.attention import create_core
+from linsight.attention import PROJECTIONS, create_core, mechanism
 from linsight.convert import Attention2d, MultiheadAttention, attention_class, replace_attention, surgery
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 
 DIM, HEADS = 16, 4
-OWN_PROJECTIONS = ("mlla", "rala", "rala_softmax", "ttt")  # more than those of q, k and v
 CORES = [entry.name for entry in list_attentions() if entry.kind == "core"]
+# Others than those of q, k and v.
+OWN_PROJECTIONS = [
+    name
+    for name in CORES
+    if {part for made in PROJECTIONS[mechanism(name).factory.projections] for part in made.parts} != set("qkv")
+]
 
 
 def pair(**options):
