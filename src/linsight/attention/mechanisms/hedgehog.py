@@ -48,6 +48,14 @@ FeatureMap = Literal["softmax", "softmax_parts", "exp_parts", "exp"]
 _LEAST = 1e-12  # of features, in the published code of maps in two parts
 
 
+class WideLinear(nn.Linear):
+    """A linear layer in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return x @ self.weight.to(x.dtype).t() + self.bias.to(x.dtype)
+
+
 class HeadMap(nn.Module):
     """The learned feature map of one kind of tokens, `(B, n, H, D)` to `(B, n, H, 2f)`, in the accumulator's dtype.
 
@@ -57,9 +65,9 @@ class HeadMap(nn.Module):
     def __init__(self, num_heads: int, width: int, features: int, kind: FeatureMap, **factory: Any) -> None:
         super().__init__()
         self.kind = kind
-        self.layer: nn.Linear | None = None
+        self.layer: WideLinear | None = None
         if kind == "softmax":
-            self.layer = nn.Linear(width, features, **factory)
+            self.layer = WideLinear(width, features, **factory)
             nn.init.eye_(self.layer.weight)
             nn.init.zeros_(self.layer.bias)
         else:
@@ -71,15 +79,14 @@ class HeadMap(nn.Module):
         dtype = accumulator(x.dtype)
         x = x.to(dtype)
         with full_precision(x):
-            if self.layer is not None:
-                y = x @ self.layer.weight.to(dtype).t() + self.layer.bias.to(dtype)
-            else:
-                y = apply_state(x, self.heads.to(dtype)[None])
+            y = self.layer(x) if self.layer is not None else apply_state(x, self.heads.to(dtype)[None])
             return torch.cat([y, -y], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features phi(x); of the map "exp" there are only `exponents`."""
+        """The features phi(x); of the map "exp" their exponents."""
         y = self.exponents(x)
+        if self.kind == "exp":
+            return y
         if self.kind == "softmax":
             return (2 * y).softmax(dim=-1)
         parts = unflatten(y, -1, (2, -1))
@@ -94,7 +101,7 @@ class Exponentials(Round):
 
     def absorb(self, core: "Hedgehog", tokens: Tokens, tile: Tile, done: Done) -> LogSumExp:
         """A log-sum-exp for each feature."""
-        return LogSumExp.absorb(core.map_k.exponents(tokens.k), tokens.v, tokens.keep)
+        return LogSumExp.absorb(core.map_k(tokens.k), tokens.v, tokens.keep)
 
     def finish(self, core: "Hedgehog", state: LogSumExp, done: Done) -> tuple[Tensor, LinearState]:
         """The largest exponents `(B, 1, H, 2f)`, and the sums relative to those; an empty z is 1: 0 is read."""
@@ -169,7 +176,7 @@ class Hedgehog(KernelCore):
         mapping = self.map_q if name == "q" else self.map_k
         if self.feature_map != "exp":
             return Features(mapping(x))
-        scores = mapping.exponents(x) + done[0]
+        scores = mapping(x) + done[0]
         return Features(torch.exp(scores - scores.detach().amax(dim=-1, keepdim=True)))
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:

@@ -174,13 +174,13 @@ def slope(own: Tensor, other: Tensor) -> Tensor:
 def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention inside blocks of D tokens: `(B, N, H, D)` each, the result in the accumulator's dtype."""
     batch, tokens, _, width = q.shape
-    pad = -tokens % width
+    pad, count = -tokens % width, -(-tokens // width)
 
     def blocks(x: Tensor) -> Tensor:  # (B, N, H, D) -> (B * blocks, H, D, D)
         x = F.pad(x.to(accumulator(x.dtype)), (0, 0, 0, 0, 0, pad))
-        return unflatten(x, 1, (-1, width)).flatten(0, 1).transpose(1, 2)
+        return unflatten(x, 1, (count, width)).flatten(0, 1).transpose(1, 2)
 
     inside = F.pad(q.new_ones(batch, tokens, dtype=torch.bool), (0, pad))
     with full_precision(q):
-        out = attend(blocks(q), blocks(k), blocks(v), unflatten(inside, 1, (-1, width)).flatten(0, 1)[:, None, None])
-    return unflatten(out.transpose(1, 2), 0, (batch, -1)).flatten(1, 2)[:, :tokens]
+        out = attend(blocks(q), blocks(k), blocks(v), unflatten(inside, 1, (count, width)).flatten(0, 1)[:, None, None])
+    return unflatten(out.transpose(1, 2), 0, (batch, count)).flatten(1, 2)[:, :tokens]

@@ -55,6 +55,15 @@ class DirectionMeans(KernelMeans):
         return CountedSums(sums, count_tokens(tokens.v, tokens.keep))
 
 
+class WideNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., C)`; the shape is kept."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 @register(
     "nalaformer",
     formula="o_i = rot(Q_i) mean(rot(K) v^T) / (Q_i . mean(K) + eps), Q = [q+ | q-]^p / r^p, p = 3 (1/2 + tanh r), "
@@ -90,7 +99,7 @@ class NaLaFormer(GatedRotary):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype)
-        self.ln = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.ln = WideNorm(dim, device=device, dtype=dtype)
 
     def rotated_parts(self, x: Tensor, tile: Tile) -> Tensor:
         """`x` `(B, n, H, 2D)` with both its halves turned by the places of `tile`."""
@@ -110,9 +119,7 @@ class NaLaFormer(GatedRotary):
 
     def join(self, out: Tensor, gate: Tensor) -> Tensor:
         """LN(out) * SiLU(gate), heads merged for the norm."""
-        weight, bias = (x.to(out.dtype) for x in (self.ln.weight, self.ln.bias))
-        normed = F.layer_norm(merge_heads(out), self.ln.normalized_shape, weight, bias, self.ln.eps)
-        return split_heads(normed, self.num_heads) * F.silu(gate.to(out.dtype))
+        return split_heads(self.ln(merge_heads(out)), self.num_heads) * F.silu(gate.to(out.dtype))
 
 
 def by_sign(x: Tensor) -> Tensor:
