@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from golden.fill import fill_input
+from linsight import Grid
 from linsight.attention import Rename
 
 REDUCTION = (Rename("sr.", "reduction.sr."), Rename("norm.", "reduction.norm."))
@@ -29,6 +30,13 @@ class Run(NamedTuple):
 def tensor(shape: list[int], name: str = "input") -> Tensor:
     """An input of a case."""
     return torch.from_numpy(fill_input(tuple(shape), name))
+
+
+def on_map(layer: nn.Module, spec: dict[str, Any]) -> Callable[[], Tensor]:
+    """The call of a layer on a map `(B, C, H, W)`."""
+    x = tensor(spec["input_shape"])
+    size = x.shape[2:]
+    return lambda: layer(x.flatten(2).transpose(1, 2), Grid(*size)).transpose(1, 2).unflatten(2, size)
 
 
 def heads(spec: dict[str, Any]) -> int:

@@ -239,16 +239,21 @@ def context_on_another_grid(subject: Subject) -> None:
 
 
 def keys_of_a_reduced_grid(subject: Subject) -> None:
-    """PVT's spatial reduction of keys and values, at any size; alone on the grid, all is seen."""
+    """PVT's spatial reduction of keys and values, at any size; alone on the grid, all is seen.
+
+    By the first query, in one of some draws: features may be 0, and a query and a key have none in common.
+    """
     subject.need("reduced")
     for asked in ({"reduction": 2}, {"pool": 3}):
         layer = subject.layer(**asked).double()
         for grid in (Grid(6, 10), Grid(7, 5), Grid(1, 3)):
-            x = torch.randn(2, grid.tokens, 16, dtype=torch.float64, requires_grad=True)
-            out = layer(x, grid)
-            assert out.shape == x.shape
-            (gradient,) = torch.autograd.grad(out[:, 0].sum(), x)
-            seen = gradient.abs().sum(-1).unflatten(1, (grid.height, grid.width)) > 0
+            seen = torch.zeros(2, grid.height, grid.width, dtype=torch.bool)
+            for _ in range(3):
+                x = torch.randn(2, grid.tokens, 16, dtype=torch.float64, requires_grad=True)
+                out = layer(x, grid)
+                assert out.shape == x.shape
+                (gradient,) = torch.autograd.grad(out[:, 0].sum(), x)
+                seen |= gradient.abs().sum(-1).unflatten(1, (grid.height, grid.width)) > 0
             whole = layer.reduction.ratio
             low, wide = (max(n // whole * whole, min(n, whole)) for n in (grid.height, grid.width))
             assert seen[:, :low, :wide].all()  # a stride floors: the rest of the grid is no key
@@ -264,9 +269,13 @@ def causal_tiles_are_a_scan(subject: Subject) -> None:
 
 
 def causal_is_the_past_only(subject: Subject) -> None:
-    """Token i of the causal form is the last token of the plain form on tokens 0..i, gradients too."""
+    """Token i of the causal form is the last token of the plain form on tokens 0..i, gradients too.
+
+    Where positions are shares of a length, both have the length of all tokens.
+    """
     subject.need("causal")
-    layer, plain = subject.layer(causal=True).double(), subject.layer().double()
+    length = {"length": 135} if any(option.name == "length" for option in subject.entry.options) else {}
+    layer, plain = subject.layer(causal=True, **length).double(), subject.layer(**length).double()
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(2, 135, 16, dtype=torch.float64, requires_grad=True)  # over two chunks of 64
     out = layer(x, Grid(9, 15))

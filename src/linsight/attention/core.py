@@ -43,8 +43,11 @@ class Core(nn.Module):
     halo: int = 0  # by how many further tokens on each side `read` sees a tile
     causal: bool = False  # built in its causal form
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `projections.py`
+    reduced_projections: ClassVar[str] = "q_kv"  # those where keys are of a coarser grid
     qkv_bias: ClassVar[bool] = True  # False: projected without one, whatever the host has
     reads_residual: ClassVar[bool] = False  # it asks for `tokens.residual`
+    largest: ClassVar[float] = 1e3  # activations up to which the formula stays among the numbers of bfloat16
+    held: ClassVar[str] = ""  # what outputs depend on and, as published, gradients do not
     layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do
     extra_dim: int = 0  # width of `tokens.extra`
     out_dim: int | None = None  # width of the outputs, heads merged, where it is not `dim`

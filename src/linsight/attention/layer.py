@@ -16,7 +16,7 @@ from .core import Core, Rename
 from .nodes import Node
 from .packed import mark_packed, mix_packed
 from .parts.reduction import Reduction
-from .projections import PROJECTIONS
+from .projections import OF_QUERIES, PROJECTIONS
 from .registry import require
 from .tokens import Tokens, merge_heads, split_heads
 
@@ -82,12 +82,17 @@ class Attention(Layer):
         self.dim = dim
         self.widths = {"q": dim, "k": dim, "v": dim, "extra": core.extra_dim}  # of the parts
         self.num_heads: int = core.num_heads  # type: ignore[assignment]
-        self.layout_name = projections or ("q_kv" if reducing else core.projections)
+        self.layout_name = projections or (core.reduced_projections if reducing else core.projections)
         layout = PROJECTIONS[self.layout_name]
         if reduction > 1 and pool > 0:
             raise LinsightError(f"reduction={reduction} and pool={pool}: keys are reduced one way, pass one of them")
-        if reducing and any("q" in projection.parts and len(projection.parts) > 1 for projection in layout):
-            raise LinsightError("a reduction needs keys and values projected apart from queries: projections='q_kv'")
+        if reducing and any(
+            0 < len({*projection.parts} & {*OF_QUERIES}) < len(projection.parts) for projection in layout
+        ):
+            raise LinsightError(
+                "a reduction needs keys and values projected apart from queries: "
+                f"projections='{core.reduced_projections}'"
+            )
         for projection in layout:
             out = sum(self.widths[part] for part in projection.parts)
             self.add_module(projection.name, nn.Linear(dim, out, bias=qkv_bias and core.qkv_bias, **factory))
@@ -185,13 +190,14 @@ class Attention(Layer):
         return x, Layout(grid)
 
     def _project(self, x: Tensor, source: Tensor) -> dict[str, Tensor]:
-        """q from `x`, the rest from `source`, each `(B, N, width)`; what is not projected is its input."""
+        """q and extra from `x`, k and v from `source`, each `(B, N, width)`; what is not projected is its input."""
         found = {"q": x, "k": source, "v": source}
         for projection in PROJECTIONS[self.layout_name]:
             linear = getattr(self, projection.name)
             widths = [self.widths[part] for part in projection.parts]
-            for part, out in zip(projection.parts, linear(source).split(widths, dim=-1), strict=True):
-                found[part] = out
-            if "q" in projection.parts and source is not x:  # called for each: hooks and parametrizations see it
-                found["q"] = linear(x)[..., : widths[0]]
+            for tokens in (x,) if source is x else (x, source):  # called for each: hooks and parametrizations see it
+                wanted = [source is x or (part in OF_QUERIES) == (tokens is x) for part in projection.parts]
+                if any(wanted):
+                    made = zip(projection.parts, linear(tokens).split(widths, dim=-1), wanted, strict=True)
+                    found |= {part: out for part, out, own in made if own}
         return found

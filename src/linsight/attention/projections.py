@@ -10,6 +10,8 @@ class Projection(NamedTuple):
     parts: tuple[str, ...]
 
 
+OF_QUERIES = ("q", "extra")  # made of the layer's input; the others of its context, or of keys on a coarser grid
+
 # What no projection yields is the layer's input itself.
 PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "qkv": (Projection("qkv", ("q", "k", "v")),),
@@ -18,5 +20,6 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "qk": (Projection("qk", ("q", "k")),),
     "q_k": (Projection("q", ("q",)), Projection("k", ("k",))),
     "xkv": (Projection("qkv", ("extra", "k", "v")),),
+    "qx_kv": (Projection("qx", ("q", "extra")), Projection("kv", ("k", "v"))),
     "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
 }

@@ -139,14 +139,25 @@ def causal_linear_attention(
 ) -> Tensor:
     """Query i reads keys j <= i only. `q`, `k` `(B, N, H, D)`, mapped; `v` `(B, N, H, E)`; cost O(N).
 
-    Chunks of 64 tokens: a triangle inside a chunk, the running state of the chunks before it. `before` is the state of
-    tokens in front of all of these.
+    `before` is the state of tokens in front of all of these.
+    """
+    product, norm = causal_products(q, k, v, before)
+    return (product / (norm + eps)).to(v.dtype)
+
+
+def causal_products(q: Tensor, k: Tensor, v: Tensor, before: LinearState | None = None) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators of `causal_linear_attention`, without eps: `(B, N, H, E)` and `(B, N, H, 1)`.
+
+    In the accumulator's dtype. By chunks of 64 tokens: a triangle inside a chunk, the state of the chunks before it.
     """
     dtype, n = accumulator(v.dtype), v.shape[1]
     pad = -n % _CHUNK
 
     def chunked(x: Tensor) -> Tensor:  # (B, N, H, D) -> (B, chunks, H, 64, D)
         return unflatten(F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)), 1, (-1, _CHUNK)).transpose(2, 3)
+
+    def tokens(x: Tensor) -> Tensor:  # and back
+        return x.transpose(2, 3).flatten(1, 2)[:, :n]
 
     with full_precision(v):
         qc, kc, vc = chunked(q), chunked(k), chunked(v)
@@ -156,6 +167,5 @@ def causal_linear_attention(
         if before is not None:
             kv_before, k_before = kv_before + before.kv[:, None], k_before + before.k[:, None]
         scores = (qc @ kc.transpose(-1, -2)).tril()
-        norm = scores.sum(dim=-1) + (qc @ k_before[..., None])[..., 0] + eps
-        out = (scores @ vc + qc @ kv_before) / norm[..., None]
-        return out.transpose(2, 3).flatten(1, 2)[:, :n].to(v.dtype)
+        norm = scores.sum(dim=-1, keepdim=True) + qc @ k_before[..., None]
+        return tokens(scores @ vc + qc @ kv_before), tokens(norm)

@@ -19,34 +19,18 @@ linear interpolation along the flattened sequence. Prefix tokens, of which the p
 are read and absorbed as all others, without a position and without the convolution.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import (
-    Features,
-    FittedTable,
-    Grid,
-    Tile,
-    accumulator,
-    fit_grid,
-    fit_square,
-    focus,
-    pad_prefix,
-    table_for,
-)
+from linsight.ops import Features, Tile, accumulator, focus
 
-from ..capabilities import Capabilities, Structure
 from ..core import Rename
-from ..on_grid import OnGrid
-from ..parts.kernel import KernelCore, KernelMeans
-from ..parts.token_conv import TokenConv, convolved_values, grid_values
+from ..parts.placed import PlacedKernel
 from ..registry import Paper, register
 from ..rounds import Done
-from ..tokens import Tokens, split_heads
+from ..tokens import split_heads
 
 
 @register(
@@ -59,7 +43,7 @@ from ..tokens import Tokens, split_heads
     complexity="O(N d^2)",
     paper=Paper("FLatten Transformer: Vision Transformer using Focused Linear Attention", "2308.00442", "ICCV 2023"),
 )
-class Focused(OnGrid, KernelCore):
+class Focused(PlacedKernel):
     """Linear attention with a norm-preserving power map and a depthwise convolution of v.
 
     Args:
@@ -67,9 +51,6 @@ class Focused(OnGrid, KernelCore):
         kernel_size: side of the depthwise kernel, odd.
     """
 
-    capabilities = Capabilities(keep=True, sizes=True, prefix=True)
-    structure = Structure(stream=True, reduced=True)
-    rounds = (KernelMeans(),)
     published = (
         Rename("scale", "core.scale"),
         Rename("positional_encoding", "core.positions"),
@@ -87,56 +68,16 @@ class Focused(OnGrid, KernelCore):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if not power > 0:
             raise LinsightError(f"power={power} of 'focused' must be above 0; published models use 3")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise LinsightError(f"kernel_size={kernel_size} of 'focused' must be odd, so that it has a middle")
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads, kernel_size=kernel_size, grid=grid, device=device, dtype=dtype)
         self.power = power
-        self.halo = kernel_size // 2
-        self.size = grid or (0, 0)  # of the table
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        width = dim // num_heads
-        self.scale = nn.Parameter(torch.zeros(1, 1, dim, **factory))
-        places = self.size[0] * self.size[1]
-        self.positions = nn.Parameter(torch.zeros(1, places, dim, **factory)) if grid else None
-        self.dwc = TokenConv(width, kernel_size, repeats=num_heads, **factory)
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
 
     def features(self, name: str, x: Tensor, tile: Tile, done: Done) -> Features:
         """phi, of keys with their positions."""
         dtype = accumulator(x.dtype)
-        if name == "k" and self.positions is not None:
-            table = table_for(self.positions, self.size, tile, "bicubic").to(dtype)
-            x = x + split_heads(pad_prefix(table, tile.prefix), self.num_heads)
+        if name == "k":
+            x = self.placed(x, tile)
         scale = split_heads(self.scale.to(dtype), self.num_heads)
         return focus(x, 1 / F.softplus(scale[0, 0]), self.power)
-
-    def local(self, tokens: Tokens, tile: Tile) -> Tensor:
-        """conv(v)."""
-        return convolved_values(self.dwc, tokens, tile)
-
-    def lift(self, tokens: Tokens, keys: Tile, queries: Tile) -> Tokens:
-        """v of all tokens, by linear interpolation along the flattened sequence."""
-        v = grid_values(tokens, keys).transpose(1, 2)
-        v = v.to(accumulator(v.dtype))
-        v = F.interpolate(v, queries.height * queries.width, mode="linear").transpose(1, 2)
-        return tokens._replace(v=split_heads(v, self.num_heads))
-
-    def set_grid(self, grid: tuple[int, int]) -> None:
-        """Resample the table, if there is one, to another grid of keys."""
-        if self.positions is None or tuple(grid) == tuple(self.size):
-            return
-        table = table_for(self.positions.detach(), self.size, Tile.whole(Grid(*grid)), "bicubic")
-        self.positions = nn.Parameter(table.to(self.positions.dtype), self.positions.requires_grad)
-        self.size = (grid[0], grid[1])
-
-    def table_grids(self) -> dict[str, tuple[int, int]]:
-        """The grid of the positions."""
-        return {} if self.positions is None else {"positions": self.size}
-
-    def fit_table(self, name: str, table: Tensor, old: tuple[int, int] | None = None) -> FittedTable | None:
-        """A published table of the grid `old`, of a square one where that is None, resampled to ours."""
-        if name != "positions" or self.positions is None:
-            return None
-        return fit_grid(table, old, self.size, "bicubic") if old else fit_square(table, self.size, "bicubic")

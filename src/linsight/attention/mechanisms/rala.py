@@ -1,7 +1,7 @@
 """Rank-augmented linear attention: keys weighted by a global query, rotated, in a layer with a gate.
 
 Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", CVPR 2025 (arXiv 2411.07635), by its published code.
-Per head, with f = elu + 1, g the mean of f(q) over the tokens, and rot the rotation below,
+Per head, with f = elu + 1, g the mean of f(q) over the tokens, and rot the rotation of a token by its place,
 
     a_j = softmax_j(d^(-1/2) g . f(k_j))
     o_i = rot(f(q_i)) sum_j a_j rot(f(k_j)) v_j^T / (f(q_i) . sum_j a_j f(k_j) + 1e-6)
@@ -11,11 +11,7 @@ where x_o is a fourth projection of the input, without an activation. The publis
 divides both sums by N; here N cancels first, so no product N a_j k_j is ever rounded. The late stages of the published
 models have `rala_softmax` in its place: o_i = sum_j softmax_j(d^(-1/2) rot(q_i) . rot(k_j)) v_j, in the same layer.
 
-Each head is rotated alone: the first half of its channels by the row of the token, the second half by its column. The
-angles of one step, one for each channel of a half, are a buffer that checkpoints hold (`angle`): 10000^(-t), t from 0
-to 1 in d / 4 steps, each for a pair of channels. Channels (2i, 2i + 1) turn as a pair,
-
-    (x cos(r angle_2i) - y sin(r angle_2i), y cos(r angle_(2i+1)) + x sin(r angle_(2i+1))).
+The layer and its rotation are those of `GatedRotary`, which others share.
 
 Prefix tokens, of which the publication has none, have no place on the grid: they are not rotated and get no
 convolution. A padded batch and dropped tokens leave zeros for the convolution.
@@ -27,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from linsight.errors import LinsightError
 from linsight.ops import (
     FEATURE_MAPS,
     LinearState,
@@ -42,12 +37,11 @@ from linsight.ops import (
     unflatten,
 )
 
-from ..capabilities import Capabilities, Structure
-from ..core import Core, Rename
-from ..parts.token_conv import TokenConv, add_behind, convolved_values
+from ..capabilities import Structure
+from ..parts.gated_rotary import GatedRotary
 from ..registry import Paper, register
 from ..rounds import Done, Round
-from ..tokens import Tokens, split_heads
+from ..tokens import Tokens
 
 _EPS = 1e-6
 
@@ -92,60 +86,6 @@ class WeightedSums(Round):
         """The weighted means of rot(f(k)) v^T and of f(k)."""
         means = unflatten(state.mean()[:, :, 0], -1, (done[0].shape[-1], -1))
         return LinearState(means[..., :-1], means[..., -1])
-
-
-class GatedRotary(Core):
-    """The layer that both forms share: rotation, convolution of v, gate."""
-
-    angle: Tensor
-    capabilities = Capabilities(keep=True, sizes=True, prefix=True)
-    halo = 2
-    projections = "qkvx"
-    published = (
-        Rename("qkvo.", "qkv.", ones=2),
-        Rename("proj.", "proj.", ones=2),
-        Rename("lepe.", "core.lepe."),
-    )
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        width = dim // num_heads
-        if width % 4:
-            raise LinsightError(f"RALA rotates each head on the grid: its width must be divisible by 4, not {width}")
-        self.num_heads = num_heads
-        self.extra_dim = dim
-        angle = 1e4 ** -torch.linspace(0, 1, width // 4, device=device)
-        self.register_buffer("angle", angle.repeat_interleave(2).to(dtype or torch.get_default_dtype()))
-        self.lepe = TokenConv(dim, 5, device=device, dtype=dtype)
-
-    def rotated(self, x: Tensor, tile: Tile) -> Tensor:
-        """`x` `(B, n, H, D)`, in the accumulator's dtype, of all that `tile` sees, turned by its places."""
-        (top, bottom), (left, right) = tile.rows, tile.columns
-        rows, columns = (
-            (torch.arange(last - first, device=x.device, dtype=x.dtype) + first)[:, None] * self.angle.to(x.dtype)
-            for first, last in ((top, bottom), (left, right))
-        )
-        angles = torch.cat(
-            [rows[:, None].expand(-1, right - left, -1), columns.expand(bottom - top, -1, -1)], dim=-1
-        ).flatten(0, 1)[:, None]
-        spatial = x[:, tile.prefix :]
-        a, b = unflatten(spatial, -1, (-1, 2)).unbind(-1)
-        turned = spatial * angles.cos() + torch.stack([-b, a], dim=-1).flatten(-2) * angles.sin()
-        return torch.cat([x[:, : tile.prefix], turned], dim=1) if tile.prefix else turned
-
-    def gated(self, out: Tensor, tokens: Tokens, tile: Tile) -> Tensor:
-        """(out + conv(v)) * x_o, of `out` `(B, n, H, E)`, the tile's own tokens."""
-        if tokens.extra is None:
-            raise LinsightError("the gate of RALA is a fourth projection: it needs projections='qkvx'")
-        out = add_behind(out, convolved_values(self.lepe, tokens, tile), tile.prefix)
-        return (out * split_heads(tile.inner(tokens.extra), self.num_heads)).to(tokens.q.dtype)
 
 
 @register(

@@ -13,9 +13,9 @@ from torch import Tensor
 from linsight.ops import Layout, Tile, accumulator, gather_pooled
 
 from ..capabilities import Cost, Structure
+from ..parts.gated_rotary import GatedRotary
 from ..registry import Paper, register
 from ..tokens import Tokens
-from .rala import GatedRotary
 
 
 @register(
