@@ -139,6 +139,7 @@ class Attention(Layer):
                 raise LinsightError("context= needs context_layout=, the grid of its tokens")
             source = context
             source_layout = entered(context, context_layout, dim=self.dim, weight=held(self.proj), name="context")
+            x = mask_tokens(x, layout.keep(x.device))  # padding of its own, which `keep` does not tell of
         elif context_layout is not None:
             raise LinsightError("context_layout= came without context=, the tokens that lie so")
         inside = source_layout.keep(source.device)
