@@ -29,9 +29,11 @@ class Round:
 
     of: whose grid it absorbs, that of k and v or that of q and x.
     halo: by how many further tokens on each side `absorb` sees a tile, as far as the grid reaches.
+    placed: where tokens lie matters to it, as to one that pools them over cells.
     """
 
     of: Literal["keys", "queries"] = "keys"
+    placed: bool = False
 
     def __init__(self, halo: int = 0) -> None:
         self.halo = halo
