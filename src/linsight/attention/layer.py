@@ -193,6 +193,8 @@ class Attention(Layer):
             widths = [self.widths[part] for part in projection.parts]
             for part, out in zip(projection.parts, linear(source).split(widths, dim=-1), strict=True):
                 found[part] = out
+            for part in projection.also:
+                found[part] = found[projection.parts[0]]
             if "q" in projection.parts and source is not x:  # called for each: hooks and parametrizations see it
                 found["q"] = linear(x)[..., : widths[0]]
         return found

@@ -4,10 +4,14 @@ from typing import NamedTuple
 
 
 class Projection(NamedTuple):
-    """One linear map of a layer: its name in the state dict, and which of q, k, v it yields, in order."""
+    """One linear map of a layer: its name in the state dict, and which of q, k, v it yields, in order.
+
+    also: what is the first of these parts, too, as keys that are projected as queries are.
+    """
 
     name: str
     parts: tuple[str, ...]
+    also: tuple[str, ...] = ()
 
 
 # What no projection yields is the layer's input itself.
@@ -16,5 +20,6 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "q_kv": (Projection("q", ("q",)), Projection("kv", ("k", "v"))),
     "q_k_v": (Projection("q", ("q",)), Projection("k", ("k",)), Projection("v", ("v",))),
     "qk": (Projection("qk", ("q", "k")),),
+    "q_v": (Projection("q", ("q",), also=("k",)), Projection("v", ("v",))),
     "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
 }
