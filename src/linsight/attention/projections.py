@@ -21,5 +21,6 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "q_k_v": (Projection("q", ("q",)), Projection("k", ("k",)), Projection("v", ("v",))),
     "qk": (Projection("qk", ("q", "k")),),
     "q_v": (Projection("q", ("q",), also=("k",)), Projection("v", ("v",))),
+    "none": (),  # for a layer that makes its tokens itself
     "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
 }
