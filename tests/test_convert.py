@@ -15,7 +15,7 @@ from linsight.convert import Attention2d, MultiheadAttention, attention_class, r
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 
 DIM, HEADS = 16, 4
-OWN_PROJECTIONS = ("mhla", "mlla", "rala", "rala_softmax", "soft", "ttt")  # more than those of q, k and v
+OWN_PROJECTIONS = ("flare", "mhla", "mlla", "rala", "rala_softmax", "soft", "ttt")  # more than those of q, k and v
 CORES = [entry.name for entry in list_attentions() if entry.kind == "core"]
 ORDERED = [entry.name for entry in list_attentions() if not entry.structure.bidirectional]  # of a sequence, not a grid
 
