@@ -10,18 +10,25 @@ import torchvision
 from torch import nn
 
 from linsight import Grid, create_attention, list_attentions
-from linsight.attention import PROJECTIONS, create_core, mechanism
+from linsight.attention import PROJECTIONS, Attention, create_core, mechanism
 from linsight.convert import Attention2d, MultiheadAttention, attention_class, replace_attention, surgery
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 
 DIM, HEADS = 16, 4
 CORES = [entry.name for entry in list_attentions() if entry.kind == "core"]
-OWN_PROJECTIONS = [  # more than those of q, k and v, or fewer
-    name
-    for name in CORES
-    if {part for projection in PROJECTIONS[mechanism(name).factory.projections] for part in projection.parts}
-    != {"q", "k", "v"}
-]
+ORDERED = [entry.name for entry in list_attentions() if not entry.structure.bidirectional]  # of a sequence, not a grid
+
+
+def does_more(name):
+    """True for a mechanism whose layer projects more than q, k and v, or fewer, or does more than project."""
+    core = mechanism(name).factory
+    parts = {part for projection in PROJECTIONS[core.projections] for part in projection.parts}
+    around = core.layer or Attention
+    usual = around.tokens is Attention.tokens and around.conclude is Attention.conclude
+    return parts != {"q", "k", "v"} or not usual
+
+
+OWN_PROJECTIONS = [name for name in CORES if does_more(name)]
 
 
 def pair(**options):
@@ -148,7 +155,7 @@ def test_dropped_values_leave_no_trace_in_gradients(name):
         torch.testing.assert_close(poisoned, plain)
 
 
-@pytest.mark.parametrize("name", [name for name in CORES if name not in OWN_PROJECTIONS])
+@pytest.mark.parametrize("name", [name for name in CORES if name not in (*OWN_PROJECTIONS, *ORDERED)])
 def test_without_a_grid_only_where_places_do_not_matter(name):
     ours = MultiheadAttention(DIM, HEADS, attention=name, batch_first=True)
     x = torch.randn(2, 12, DIM)

@@ -41,6 +41,7 @@ class Core(nn.Module):
     structure: Structure = Structure()
     rounds: tuple[Round, ...] = ()
     halo: int = 0  # by how many further tokens on each side `read` sees a tile
+    placed: bool = False  # where tokens lie matters to it, though neither its halo nor a round tells so
     causal: bool = False  # built in its causal form
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `projections.py`
     reduced_projections: ClassVar[str] = "q_kv"  # those where keys are of a coarser grid

@@ -144,6 +144,7 @@ class Attention(Layer):
                 raise LinsightError("context= needs context_layout=, the grid of its tokens")
             source = context
             source_layout = entered(context, context_layout, dim=self.dim, weight=held(self.proj), name="context")
+            x = mask_tokens(x, layout.keep(x.device))  # padding of its own, which `keep` does not tell of
         elif context_layout is not None:
             raise LinsightError("context_layout= came without context=, the tokens that lie so")
         inside = source_layout.keep(source.device)
@@ -196,8 +197,9 @@ class Attention(Layer):
             linear = getattr(self, projection.name)
             widths = [self.widths[part] for part in projection.parts]
             for tokens in (x,) if source is x else (x, source):  # called for each: hooks and parametrizations see it
-                wanted = [source is x or (part in OF_QUERIES) == (tokens is x) for part in projection.parts]
-                if any(wanted):
-                    made = zip(projection.parts, linear(tokens).split(widths, dim=-1), wanted, strict=True)
-                    found |= {part: out for part, out, own in made if own}
+                wanted = {part: source is x or (part in OF_QUERIES) == (tokens is x) for part in projection.yields}
+                if any(wanted.values()):
+                    made = dict(zip(projection.parts, linear(tokens).split(widths, dim=-1), strict=True))
+                    made |= dict.fromkeys(projection.also, made[projection.parts[0]])
+                    found |= {part: out for part, out in made.items() if wanted[part]}
         return found

@@ -4,10 +4,19 @@ from typing import NamedTuple
 
 
 class Projection(NamedTuple):
-    """One linear map of a layer: its name in the state dict, and which of q, k, v it yields, in order."""
+    """One linear map of a layer: its name in the state dict, and which of q, k, v it yields, in order.
+
+    also: what is the first of these parts, too, as keys that are projected as queries are.
+    """
 
     name: str
     parts: tuple[str, ...]
+    also: tuple[str, ...] = ()
+
+    @property
+    def yields(self) -> tuple[str, ...]:
+        """All that it gives."""
+        return self.parts + self.also
 
 
 OF_QUERIES = ("q", "extra")  # made of the layer's input; the others of its context, or of keys on a coarser grid
@@ -21,5 +30,7 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "q_k": (Projection("q", ("q",)), Projection("k", ("k",))),
     "xkv": (Projection("qkv", ("extra", "k", "v")),),
     "qx_kv": (Projection("qx", ("q", "extra")), Projection("kv", ("k", "v"))),
+    "q_v": (Projection("q", ("q",), also=("k",)), Projection("v", ("v",))),
+    "none": (),  # for a layer that makes its tokens itself
     "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
 }

@@ -29,9 +29,11 @@ class Round:
 
     of: whose grid it absorbs, that of k and v or that of q and x.
     halo: by how many further tokens on each side `absorb` sees a tile, as far as the grid reaches.
+    placed: where tokens lie matters to it, as to one that pools them over cells.
     """
 
     of: Literal["keys", "queries"] = "keys"
+    placed: bool = False
 
     def __init__(self, halo: int = 0) -> None:
         self.halo = halo
@@ -109,8 +111,11 @@ def dense(core: Any, tokens: Tokens, layout: Layout, context_layout: Layout | No
     source = context_layout or layout
     queries, keys = Tile.whole(layout.grid, layout.sizes), Tile.whole(source.grid, source.sizes)
 
+    # `keep` is of the keys; of queries that lie elsewhere, those beyond an image's own size are not there.
+    asking = tokens if context_layout is None else tokens._replace(keep=layout.keep(tokens.q.device))
+
     def parts(now: Round) -> list[tuple[Tokens, Tile]]:
-        return [(tokens, queries if now.of == "queries" else keys)]
+        return [(asking, queries) if now.of == "queries" else (tokens, keys)]
 
     done = drive(core, parts, whole=not plain_is_asked())
     if context_layout is not None:

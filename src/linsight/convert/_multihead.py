@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from linsight.attention import (
     PROJECTIONS,
+    Attention,
     Tokens,
     check_asked,
     check_beside,
@@ -83,7 +84,9 @@ class MultiheadAttention(nn.Module):
         place: dict[str, Any] = {"grid": table_grid(grid), "query_grid": table_grid(grid)}
         core = create_core(attention, embed_dim, num_heads, **place, **factory, **options)
         parts = {part for projection in PROJECTIONS[core.projections] for part in projection.parts}
-        if parts != {"q", "k", "v"} or core.out_dim not in (None, embed_dim):
+        around: Any = core.layer or Attention
+        usual = around.tokens is Attention.tokens and around.conclude is Attention.conclude
+        if parts != {"q", "k", "v"} or core.out_dim not in (None, embed_dim) or not usual:
             raise CapabilityError(
                 f"'{attention}' has projections of its own, which in_proj_weight does not hold: use create_attention"
             )

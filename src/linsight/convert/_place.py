@@ -45,7 +45,7 @@ def check_prefix(owner: type[nn.Module], prefix: int) -> None:
 
 def lies_on_grid(core: Core) -> bool:
     """True where it matters to a mechanism where tokens lie: it convolves, pools, or has no place for prefix tokens."""
-    local = core.halo or any(now.halo or now.of == "queries" for now in core.rounds)
+    local = core.halo or core.placed or any(now.halo or now.placed for now in core.rounds)
     return bool(local) or not core.capabilities.prefix
 
 

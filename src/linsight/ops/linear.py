@@ -148,24 +148,31 @@ def causal_linear_attention(
 def causal_products(q: Tensor, k: Tensor, v: Tensor, before: LinearState | None = None) -> tuple[Tensor, Tensor]:
     """Numerators and denominators of `causal_linear_attention`, without eps: `(B, N, H, E)` and `(B, N, H, 1)`.
 
-    In the accumulator's dtype. By chunks of 64 tokens: a triangle inside a chunk, the state of the chunks before it.
+    In the accumulator's dtype.
+    """
+    counted = F.pad(v.to(accumulator(v.dtype)), (0, 1), value=1.0)
+    sums = None if before is None else torch.cat([before.kv, before.k[..., None]], dim=-1)
+    out = causal_product(q, k, counted, before=sums)
+    return out[..., :-1], out[..., -1:]
+
+
+def causal_product(q: Tensor, k: Tensor, v: Tensor, *, before: Tensor | None = None) -> Tensor:
+    """q_i sum_{j <= i} k_j v_j^T, `(B, N, H, E)`, in the accumulator's dtype, without a normaliser; cost O(N).
+
+    Chunks of 64 tokens: a triangle inside a chunk, the running sum of the chunks before it. `before` `(B, H, D, E)` is
+    that of tokens in front of all of these.
     """
     dtype, n = accumulator(v.dtype), v.shape[1]
     pad = -n % _CHUNK
 
-    def chunked(x: Tensor) -> Tensor:  # (B, N, H, D) -> (B, chunks, H, 64, D)
-        return unflatten(F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)), 1, (-1, _CHUNK)).transpose(2, 3)
-
-    def tokens(x: Tensor) -> Tensor:  # and back
-        return x.transpose(2, 3).flatten(1, 2)[:, :n]
+    def chunked(x: Tensor) -> Tensor:  # (B, N, H, D) -> (B, H, chunks, 64, D); heads first: laid out so at any length
+        return unflatten(F.pad(x.to(dtype).transpose(1, 2), (0, 0, 0, pad)), 2, (-1, _CHUNK))
 
     with full_precision(v):
         qc, kc, vc = chunked(q), chunked(k), chunked(v)
-        kv, ks = kc.transpose(-1, -2) @ vc, kc.sum(dim=-2)
-        kv_before = F.pad(kv.cumsum(dim=1)[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-        k_before = F.pad(ks.cumsum(dim=1)[:, :-1], (0, 0, 0, 0, 1, 0))
+        kv = kc.transpose(-1, -2) @ vc
+        kv_before = F.pad(kv.cumsum(dim=2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
         if before is not None:
-            kv_before, k_before = kv_before + before.kv[:, None], k_before + before.k[:, None]
-        scores = (qc @ kc.transpose(-1, -2)).tril()
-        norm = scores.sum(dim=-1, keepdim=True) + qc @ k_before[..., None]
-        return tokens(scores @ vc + qc @ kv_before), tokens(norm)
+            kv_before = kv_before + before[:, :, None]
+        out = (qc @ kc.transpose(-1, -2)).tril() @ vc + qc @ kv_before
+        return out.flatten(2, 3)[:, :, :n].transpose(1, 2)

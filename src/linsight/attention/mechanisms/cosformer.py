@@ -51,6 +51,7 @@ class CosFormer(KernelCore):
     """
 
     capabilities = Capabilities(sizes=True, prefix=True)
+    placed = True
     structure = Structure(stream=True, causal=True)
     projections = "q_k_v"
     published = (*(Rename(f"{name}_proj.", f"{name}.") for name in "qkv"), Rename("out_proj.", "proj."))

@@ -78,6 +78,6 @@ class Focused(PlacedKernel):
         """phi, of keys with their positions."""
         dtype = accumulator(x.dtype)
         if name == "k":
-            x = self.placed(x, tile)
+            x = self.at_places(x, tile)
         scale = split_heads(self.scale.to(dtype), self.num_heads)
         return focus(x, 1 / F.softplus(scale[0, 0]), self.power)

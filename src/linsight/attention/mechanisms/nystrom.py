@@ -48,6 +48,8 @@ class SegmentSums(NamedTuple):
 class Segments(Round):
     """The landmarks of queries or keys `(B, m, H, D)`; 0 where an image has fewer tokens than landmarks."""
 
+    placed = True
+
     def __init__(self, of: Literal["keys", "queries"]) -> None:
         super().__init__()
         self.of = of

@@ -91,7 +91,7 @@ class PolaFormer(PlacedKernel):
         """Q_same, or K with its positions."""
         x = x.to(accumulator(x.dtype))
         if name == "k":
-            x = self.placed(x, tile)
+            x = self.at_places(x, tile)
         scale, power = (parameter.to(x.dtype) for parameter in (self.scale, self.power))
         x = x / F.softplus(split_heads(scale, self.num_heads))
         power = 1 + self.alpha * power.transpose(1, 2).sigmoid()

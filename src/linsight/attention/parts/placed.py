@@ -51,7 +51,7 @@ class PlacedKernel(OnGrid, KernelCore):
         self.positions = nn.Parameter(torch.zeros(1, places, dim, **factory)) if grid else None
         self.dwc = TokenConv(dim // num_heads, kernel_size, repeats=num_heads, **factory)
 
-    def placed(self, k: Tensor, tile: Tile) -> Tensor:
+    def at_places(self, k: Tensor, tile: Tile) -> Tensor:
         """Keys `(B, n, H, D)` of `tile` with their positions, in the accumulator's dtype; if there is a table."""
         if self.positions is None:
             return k

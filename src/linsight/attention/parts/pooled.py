@@ -17,6 +17,7 @@ class Pool(Round):
     """Adaptive averages of the queries' map over a grid of `size` cells."""
 
     of: Literal["keys", "queries"] = "queries"
+    placed = True
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()

@@ -1,0 +1,77 @@
+"""SOFT against its kernels and exact inverses, on sides that the ratio does not divide; its starts."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from linsight import create_attention
+from linsight.attention import create_core
+from linsight.errors import CapabilityError, LinsightError
+from linsight.ops import Grid, Layout
+from matrix.subject import close, random_tokens
+
+
+def make_core(**options):
+    core = create_core("soft", 8, 2, **options).double()
+    torch.nn.init.normal_(core.landmarks)  # landmarks far from each other, so that steps converge
+    torch.nn.init.normal_(core.norm.weight, mean=3.0)
+    return core
+
+
+def definition(core, tokens, grid, normalised):
+    """By torch's convolution, cdist and exact inverses, for one image with the queries as keys."""
+    out, r, prefix = torch.zeros_like(tokens.v), core.ratio, grid.prefix
+    for h in range(core.num_heads):
+        q, k, v = (x[0, :, h] for x in tokens[:3])
+        q, k = q * q.shape[1] ** -0.25, k * q.shape[1] ** -0.25
+        canvas = q[prefix:].T.unflatten(-1, (grid.height, grid.width))
+        canvas = F.pad(canvas, (0, -grid.width % r, 0, -grid.height % r))
+        marks = F.conv2d(canvas, core.landmarks, stride=r).flatten(1).T
+        marks = F.gelu(F.layer_norm(marks, marks.shape[1:], core.norm.weight, core.norm.bias))
+        ahead, behind, among = (torch.exp(-torch.cdist(x, marks).square() / 2) for x in (q, k, marks))
+        if normalised:
+            root = among.sum(1).rsqrt()
+            inverse = root[:, None] * among.inverse() * root
+        else:
+            inverse = (among + 0.01 * torch.eye(len(among))).inverse()
+        out[0, :, h] = ahead @ inverse @ behind.T @ v
+        if core.kernel is not None:
+            local = v[prefix:].T.unflatten(-1, (grid.height, grid.width))[:, None]
+            out[0, prefix:, h] += F.conv2d(local, core.kernel[h : h + 1], padding=core.halo)[:, 0].flatten(1).T
+    return out
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("grid", "ratio", "kernel"), [(Grid(4, 6), 2, 3), (Grid(5, 4, 2), 2, 0), (Grid(1, 4), 3, 5)])
+def test_core_is_its_kernels(grid, ratio, kernel, normalised):
+    core = make_core(ratio=ratio, kernel_size=kernel, normalised=normalised)
+    tokens = random_tokens(core, 1, grid, dim=8)
+    close(core(tokens, Layout(grid)), definition(core, tokens, grid, normalised), 1e-6)
+
+
+def test_the_layer_has_one_projection_of_queries_and_keys():
+    layer = create_attention("soft", 16, 2)
+    assert {"q.weight", "v.weight"} < layer.state_dict().keys()
+    assert layer.q.out_features == 16
+    tokens = layer.tokens(x := torch.randn(1, 6, 16), x, Layout(Grid(2, 3)), None)
+    assert torch.equal(tokens.q, tokens.k)
+
+
+def test_starts_agree_where_both_converge():
+    """The published one is of the batch: alone an image has another, and one landmark has none at all."""
+    grid, exact, original = Grid(4, 6), make_core(normalised=True), make_core(normalised=True, start="original")
+    original.load_state_dict(exact.state_dict())
+    tokens = random_tokens(exact, 2, grid, dim=8)
+    close(original(tokens, Layout(grid)), exact(tokens, Layout(grid)), 1e-6)
+    with pytest.raises(CapabilityError, match="padded batches"):
+        layer = create_attention("soft", 8, 2, normalised=True, start="original")
+        layer(torch.randn(1, 6, 8), Layout(Grid(2, 3), torch.tensor([[2, 2]])))
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    close(exact.inverse(one), one)
+    close(original.inverse(one), torch.zeros_like(one))
+
+
+def test_mistakes_are_told():
+    for mistake in ({"ratio": 0}, {"kernel_size": 4}):
+        with pytest.raises(LinsightError, match=next(iter(mistake))):
+            create_attention("soft", 16, 2, **mistake)
