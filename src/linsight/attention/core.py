@@ -46,6 +46,7 @@ class Core(nn.Module):
     reduced_projections: ClassVar[str] = "q_kv"  # those where keys are of a coarser grid
     qkv_bias: ClassVar[bool] = True  # False: projected without one, whatever the host has
     reads_residual: ClassVar[bool] = False  # it asks for `tokens.residual`
+    ordered: ClassVar[bool] = False  # the order of tokens matters to it, even where it sees no neighbours
     largest: ClassVar[float] = 1e3  # activations up to which the formula stays among the numbers of bfloat16
     held: ClassVar[str] = ""  # what outputs depend on and, as published, gradients do not
     layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do

@@ -44,8 +44,8 @@ def check_prefix(owner: type[nn.Module], prefix: int) -> None:
 
 
 def lies_on_grid(core: Core) -> bool:
-    """True where it matters to a mechanism where tokens lie: it convolves, pools, or has no place for prefix tokens."""
-    local = core.halo or any(now.halo or now.of == "queries" for now in core.rounds)
+    """True where it matters to a mechanism where tokens lie: it convolves, pools, goes by order, or has no prefix."""
+    local = core.ordered or core.halo or any(now.halo or now.of == "queries" for now in core.rounds)
     return bool(local) or not core.capabilities.prefix
 
 

@@ -52,6 +52,7 @@ class CosFormer(KernelCore):
 
     capabilities = Capabilities(sizes=True, prefix=True)
     structure = Structure(stream=True, causal=True)
+    ordered = True
     projections = "q_k_v"
     published = (*(Rename(f"{name}_proj.", f"{name}.") for name in "qkv"), Rename("out_proj.", "proj."))
 
