@@ -343,11 +343,12 @@ KINDS = (*MUTATIONS, "recipe")
 def judged(act: Callable[[], Any], marker: pathlib.Path) -> tuple[str, str]:
     """The kind of end of `act`, and what it said."""
     said = io.StringIO()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             act()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         found = "went on", ""
     except LinsightError as error:
         found = ("several lines" if "\n" in str(error) else "one line"), str(error)
@@ -357,7 +358,8 @@ def judged(act: Callable[[], Any], marker: pathlib.Path) -> tuple[str, str]:
         traceback.print_exc(file=said)
         found = "traceback", said.getvalue()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        with contextlib.suppress(Hung):  # the clock may strike just now
+            signal.setitimer(signal.ITIMER_REAL, 0)
     if marker.exists():
         marker.unlink()
         return "executed", found[1]

@@ -199,3 +199,9 @@ def test_bad_options(options):
     with pytest.raises(LinsightError, match="'focused' must be") as caught:
         create_core("focused", 16, 2, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_parameters_keep_their_order():
+    """Saved states of optimisers know parameters by it."""
+    names = [name for name, _ in create_core("focused", 16, 2, grid=(4, 4)).named_parameters()]
+    assert names == ["scale", "positions", "dwc.weight", "dwc.bias"]

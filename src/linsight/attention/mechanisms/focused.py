@@ -72,7 +72,10 @@ class Focused(PlacedKernel):
             raise LinsightError(f"power={power} of 'focused' must be above 0; published models use 3")
         super().__init__(dim, num_heads, kernel_size=kernel_size, grid=grid, device=device, dtype=dtype)
         self.power = power
+        positions = self.positions
+        del self.positions  # to come behind the scale, where saved states of optimisers have it
         self.scale = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
+        self.positions = positions
 
     def features(self, name: str, x: Tensor, tile: Tile, done: Done) -> Features:
         """phi, of keys with their positions."""
