@@ -157,6 +157,9 @@ def test_transparent_colours_lie_on_white(tmp_path):
     assert np.abs(found - (rgba[..., :3] * share + 255 * (1 - share))).max() <= 0.5
     assert (seen(path, "L")[0][0] == 255).all()
     assert np.array_equal(seen(path, "CMYK")[0], rgba)  # a model of four channels takes them as they are
+    floats = tmp_path / "floats.tif"
+    tifffile.imwrite(floats, (rgba / 255).astype(np.float32), photometric="rgb", extrasamples=["unassalpha"])
+    assert np.abs(seen(floats)[0] - (rgba[..., :3] * share + 255 * (1 - share))).max() <= 0.51
     palette = Image.fromarray(noise(*SIDES, 3)).quantize(8)
     palette.save(path, transparency=bytes(8))
     assert (seen(path)[0] == 255).all()
@@ -338,13 +341,13 @@ def pyramid(path, **more):
 def test_levels_of_a_tiff_file(tmp_path):
     path = tmp_path / "a.tif"
     full = pyramid(path, resolution=(40000, 40000), resolutionunit=3)  # a quarter of a micron
-    for asked, step in (({}, 1), ({"level": 2}, 4), ({"mpp": 0.5}, 2), ({"mpp": 1.2}, 4), ({"mpp": 0.2}, 1)):
+    for asked, step in (({}, 1), ({"level": 2}, 4), ({"mpp": 0.5}, 2), ({"mpp": 1.41}, 4), ({"mpp": 0.2}, 1)):
         with opened(path, 3, **asked) as (picture, _):
             assert np.array_equal(picture[0 : 128 // step, 0 : 128 // step], full[::step, ::step])
     levels = "0: 128 x 128 at 0.25 microns a pixel; 1: 64 x 64 at 0.5 microns a pixel; 2: 32 x 32 at 1"
     for asked, words in (
         ({"level": 3}, "no level 3"),
-        ({"mpp": 8.0}, "no level near 8"),
+        ({"mpp": 1.42}, "no level near 1.42"),  # more than half a step away
         ({"level": 1, "mpp": 0.5}, ""),
         ({"mpp": 0.0}, ""),
     ):

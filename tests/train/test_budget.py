@@ -122,6 +122,12 @@ def test_a_worse_last_exit_is_passed_by_too():
     assert all(setting.thresholds[1:] == (0.0, 0.0) and sum(setting.report.shares[:2]) == 1 for setting in settings)
 
 
+def test_an_exit_as_good_as_one_before_does_not_pay():
+    correct = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1], [0, 1, 1, 0]], dtype=torch.bool)
+    assert paying(Scored(torch.rand(3, 4), correct)) == (1, 2)
+    assert paying(Scored(torch.rand(3, 3), correct[:, [0, 0, 1]])) == (1, 3)
+
+
 def test_thresholds_know_nothing_of_the_images_reported_on():
     calibration, one, other = scored(0), scored(1), scored(2, 50)
     for a, b in zip(curve(calibration, one, costs)[0], curve(calibration, other, costs)[0], strict=True):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import linsight.tasks.task
+import linsight.train.trainer
 from linsight.data.images import Batch, Samples, train_transform
 from linsight.errors import LinsightError
 from linsight.tasks import Classify, task_of
@@ -160,12 +161,36 @@ def test_a_batch_in_parts_is_learned_as_in_one(tmp_path, more):
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 0.02  # which is far more
 
 
+def test_a_part_counts_as_much_as_it_has_images():
+    """Of a sum over the parts, what a mean over the batch is."""
+    for images, accumulate in ((7, 3), (6, 4), (10, 4), (5, 1)):
+        parts = list(learner(accumulate=accumulate, batch_size=images).parts(batch(images)))
+        assert sum(part.images for part in parts) == sum(len(part.batch.images) for part in parts) == images
+        assert [part.share for part in parts] == pytest.approx([part.images / images for part in parts])
+        assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
+
+
+def test_every_update_and_every_part_of_it_draws_by_a_key_of_its_own(tmp_path, monkeypatch):
+    drawn = {"seed_step": [], "seed_noise": []}
+    for name, keys in drawn.items():
+        monkeypatch.setattr(linsight.train.trainer, name, lambda *key, keys=keys: keys.append(key))
+    monkeypatch.setattr(Classify, "loss", lambda self, student, batch, epoch: (no_loss(student), len(batch.images)))
+    train(resolve("digits", {**TINY, "seed": 4, "batch_size": 512, "accumulate": 3}), out=tmp_path / "run")
+    steps = [(4, epoch, step) for epoch in range(2) for step in range(2)]
+    assert drawn["seed_step"] == [(4,), *(step for step in steps for _ in range(3))]  # first for the weights
+    assert drawn["seed_noise"] == [(*step, part) for step in steps for part in (1, 2)]
+
+
+def no_loss(student):
+    return sum(p.sum() for p in student.model.parameters()) * 0
+
+
 def test_in_every_part_images_are_mixed_alike_and_a_model_drops_others(tmp_path, monkeypatch):
     seen = []
 
     def loss(self, student, batch, epoch):
         seen.append((len(batch.images), np.random.rand(), random.random(), float(torch.rand(()))))
-        return sum(p.sum() for p in student.model.parameters()) * 0, len(batch.images)
+        return no_loss(student), len(batch.images)
 
     monkeypatch.setattr(Classify, "loss", loss)
     train(
