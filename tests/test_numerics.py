@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 
+from linsight.errors import CapabilityError
 from linsight.ops import (
     FEATURE_MAPS,
     INNER_MODELS,
@@ -118,6 +119,10 @@ SHALLOW = {
 def test_models_in_half_precision(host, attention):
     """`.half()`, `.bfloat16()` and both autocasts: logits and every gradient are finite, for bright images too."""
     built, x = build(host, attention, **SHALLOW[host]), 100 * torch.randn(1, 3, *sizes(host)[0])
+    try:  # a quadratic mechanism is given windows, and in shifted ones has to drop tokens
+        built(x)
+    except CapabilityError as error:
+        pytest.skip(str(error))
     for dtype in HALVES:
         for autocast in (False, True):
             model = copy.deepcopy(built) if autocast else copy.deepcopy(built).to(dtype)

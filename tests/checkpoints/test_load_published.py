@@ -367,7 +367,8 @@ def test_every_mechanism_goes_out_and_in():
         if entry.kind == "block":
             continue
         source, target = (linsight.create_attention(entry.name, 8, 2) for _ in range(2))
-        load_published(target, export_published(source))
+        if source.state_dict():
+            load_published(target, export_published(source))
         assert equal(target.state_dict(), source.state_dict()), entry.name
         core = mechanism(entry.name).factory(8, 2)
         load_published(core, export_published(core)) if core.state_dict() else None

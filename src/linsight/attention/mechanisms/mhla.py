@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 from linsight.ops import (
@@ -53,6 +54,14 @@ from ..tokens import Tokens
 
 _EPS = 1e-6
 _NORM_EPS = torch.finfo(torch.float32).eps
+
+
+class WideNorm(nn.RMSNorm):
+    """An RMSNorm in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., dim)` to the same."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Blocks(NamedTuple):
@@ -240,7 +249,7 @@ class MHLA(Core):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.side, self.denominator = num_heads, side, denominator
         self.halo = kernel_size // 2
-        self.q_norm, self.k_norm = (nn.RMSNorm(dim, eps=_NORM_EPS, **factory) if qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (WideNorm(dim, eps=_NORM_EPS, **factory) if qk_norm else None for _ in range(2))
         self.mix = nn.Parameter(torch.empty(blocks, blocks, **factory))
         with torch.no_grad():
             self.mix.copy_(mixing(side, transform, exp_sigma))
@@ -252,9 +261,7 @@ class MHLA(Core):
         """f of queries or keys `(B, n, H, D)`, in the accumulator's dtype."""
         x = x.to(accumulator(x.dtype))
         if norm is not None:
-            square = x.square().mean(dim=(-2, -1), keepdim=True)
-            weight: Tensor = norm.weight  # type: ignore[assignment]
-            x = x * torch.rsqrt(square + _NORM_EPS) * unflatten(weight.to(x.dtype), 0, (self.num_heads, -1))
+            x = unflatten(norm(x.flatten(-2)), -1, (self.num_heads, -1))  # over all channels, of all heads
         return x.relu() + _EPS
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:

@@ -42,6 +42,14 @@ from ..tokens import Tokens, merge_heads, split_heads
 _STEPS = 20
 
 
+class WideNorm(nn.LayerNorm):
+    """A LayerNorm in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., dim)` to the same."""
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 @register(
     "soft",
     formula="o = x(q, L) (x(L, L) + 0.01)^(-1) x(L, k) v + conv(v), x(a, b) = exp(-|a - b|^2 / 2), k = q, "
@@ -101,7 +109,7 @@ class Soft(Core):
         self.halo = kernel_size // 2
         self.landmarks = nn.Parameter(torch.empty(width, width, ratio, ratio, **factory))
         nn.init.kaiming_uniform_(self.landmarks, a=5**0.5)
-        self.norm = nn.LayerNorm(width, **factory)
+        self.norm = WideNorm(width, **factory)
         self.kernel = None
         if kernel_size:
             self.kernel = nn.Parameter(torch.empty(num_heads, 1, kernel_size, kernel_size, **factory))
@@ -141,8 +149,7 @@ class Soft(Core):
         cells = F.conv2d(canvas, kernel, stride=r, groups=self.num_heads)
         high, wide = cells.shape[2:]
         marks = unflatten(cells.permute(0, 2, 3, 1).flatten(1, 2), -1, q.shape[2:])
-        weight, bias = self.norm.weight.to(q.dtype), self.norm.bias.to(q.dtype)
-        marks = F.gelu(F.layer_norm(marks, marks.shape[-1:], weight, bias, self.norm.eps)).transpose(1, 2)
+        marks = F.gelu(self.norm(marks)).transpose(1, 2)
         if layout.sizes is None and not traced():
             return marks, None
         sides: Any = (height, width) if layout.sizes is None else layout.sizes.to(q.device)[..., None].unbind(1)
