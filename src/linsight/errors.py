@@ -18,6 +18,7 @@ class UnknownNameError(LinsightError):
         names = sorted(known)
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
         offer = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names[:12]) or 'none'}"
+        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
         super().__init__(f"unknown {kind} '{name}': {offer}{f' ({hint})' if hint else ''}")
 
 

@@ -70,11 +70,16 @@ def _options(value: Any) -> Any:
     return options
 
 
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, all the way down: what JSON made of them."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+def _tuples(value: Any, depth: int = 0) -> Any:
+    """Lists as tuples, all the way down: what JSON made of them. A RecursionError where that is far."""
+    if depth > _DEEPEST:
+        raise RecursionError
+    if isinstance(value, Mapping):
+        return {name: _tuples(item, depth + 1) for name, item in value.items()}
+    return tuple(_tuples(item, depth + 1) for item in value) if isinstance(value, list | tuple) else value
 
 
+_DEEPEST = 20  # nests of an option; what uses it may copy it, which Python does by calls in calls
 _MOST = 1e9  # no number of a record is larger, unless its type says so
 whole = BeforeValidator(_whole)  # for whole numbers that are choices
 NONE = BeforeValidator(_none)  # for what may be none: "none" and "" are

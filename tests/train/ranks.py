@@ -22,6 +22,7 @@ from small import TINY
 from linsight.errors import LinsightError
 from linsight.runtime.signals import Interrupted
 from linsight.train import resolve, resume, train
+from linsight.train.progress import Silent
 
 # Half of the time of a batch norm; stochastic depth, whose draws are those of a part.
 NORMS = {**TINY, "model": "compact_pico", "model_args": ""}
@@ -114,20 +115,16 @@ def elastic(folder):
     return found
 
 
-class Stopping:
-    """A reporter by which a run is asked to stop after some steps."""
+class Stopping(Silent):
+    """Asks its process to stop after some steps."""
 
-    def __new__(cls, steps):
-        from linsight.train.progress import Silent
+    def __init__(self, steps):
+        self.left = steps
 
-        left = iter(range(steps - 1, -1, -1))
-
-        class Reporter(Silent):
-            def step(self, *args):
-                if next(left, None) == 0:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-        return Reporter()
+    def step(self, *args):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_after(folder, values):
@@ -172,6 +169,26 @@ def killed(folder, world, kills):
     return found
 
 
+def refused(folder):
+    """Runs whose batch is too small for their processes."""
+    found = {}
+    for name, values in (("norms", {**NORMS, "batch_size": 3}), ("few", {**TINY, "batch_size": 1})):
+        codes_of = run(folder, f"refused-{name}", 2, values)
+        found[name] = [codes_of, (folder / f"refused-{name}.err-0").read_text()]
+    return found
+
+
+def guest(folder):
+    """A run in processes whose caller has joined them: they stay so."""
+
+    def act():
+        torch.distributed.init_process_group("gloo")
+        train(resolve("digits", {**TINY, "data": str(folder / "data"), "epochs": 1}), out=folder / "guest")
+        torch.distributed.barrier()
+
+    return codes(fork(2, act, folder / "guest.err"))
+
+
 def main(folder, names):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -179,6 +196,9 @@ def main(folder, names):
     for name in names:
         if name == "elastic":
             found[name] = elastic(folder)
+            continue
+        if name in ("refused", "guest"):
+            found[name] = globals()[name](folder)
             continue
         if name.startswith("killed"):
             found[name] = killed(folder, *map(int, name.split("-")[1:]))

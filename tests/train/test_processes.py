@@ -14,7 +14,14 @@ HERE = Path(__file__).parent
 
 
 pytestmark = pytest.mark.timeout(900)  # of twenty kills, on a busy machine; else half a minute
-QUICK = ("norms-2", "sharded parts-2", "elastic", "killed-2-3")  # made at once: to import everything takes seconds
+QUICK = (
+    "norms-2",
+    "sharded parts-2",
+    "elastic",
+    "killed-2-3",
+    "refused",
+    "guest",
+)  # made at once: to import everything takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +78,23 @@ def test_several_are_one(made, case):
     assert found == {"1": [0], world: [0] * int(world)}, lines
     # Muon's iteration rounds to bfloat16
     assert_close(folder / f"{name}-1", folder / case, 2e-3 if name == "muon" else 2e-4)
+
+
+def test_a_batch_that_is_too_small_is_refused(made):
+    found, folder = made("refused")
+    (norms, said), (few, other) = found["norms"], found["few"]
+    assert norms == few == [2, 2]
+    assert said == (
+        "batch_size=3 is of all 2 processes together: take 4 or more, for each to have two images for its batch norms\n"
+    )
+    assert other == "batch_size=1 is of all 2 processes together: take 2 or more, for each to have an image\n"
+    assert not (folder / "refused-few").exists()
+
+
+def test_processes_that_were_joined_before_stay_so(made):
+    found, folder = made("guest")
+    lines = [path.read_text() for path in sorted(folder.glob("guest.err-*"))]
+    assert found == [0, 0], lines
 
 
 def test_a_run_goes_on_with_another_number_of_processes(made):

@@ -176,3 +176,17 @@ def test_a_run_that_names_no_recipe_gets_one_for_its_images(tmp_path):
         suggest({"data": str(tmp_path / "none")})
     with pytest.raises(UnknownNameError, match="inline_deit_tiny"):
         suggest({"data": str(small), "model": "inline_diet_tiny"})
+
+
+@pytest.mark.parametrize("deep", [[], {}])
+def test_options_are_not_nested_without_an_end(deep):
+    for _ in range(300):
+        deep = [deep]
+    with pytest.raises(LinsightError, match=r"opt_args=.* is nested too deeply") as error:
+        ClassifyRecipe(opt_args={"betas": deep})
+    assert "\n" not in str(error.value)
+    assert ClassifyRecipe(opt_args={"betas": [[0.9], [0.95]]}).opt_args == {"betas": ((0.9,), (0.95,))}
+
+
+def test_a_name_with_line_breaks_is_told_in_one_line():
+    assert str(UnknownNameError("model", "a\nb", ["c"])) == "unknown model 'a\\nb': known: c"

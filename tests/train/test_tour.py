@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from small import TINY, colours
 
 HERE = Path(__file__).parent
@@ -35,8 +34,3 @@ def test_every_command_runs_small(tmp_path):
         assert set(codes) == {0}, (command, codes, errors)
     summaries = {path.parent.name for path in tmp_path.glob("runs/*/summary.json")}
     assert {"mine", "next", "two", "large"} <= summaries
-
-
-@pytest.mark.parametrize("word", ["fine-tun", "distil", "--resume auto", "--parallel fsdp", "torchrun", "srun"])
-def test_the_tour_has_all_of_it(word):
-    assert word in TEXT

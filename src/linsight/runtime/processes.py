@@ -53,9 +53,9 @@ class Processes:
         """A context that the main process goes through before the others, which find what it left, as downloads."""
         yield
 
-    def lost(self) -> LinsightError:
-        """The error of a process that has lost the others."""
-        return LinsightError("alone, a process has no others to lose")
+    def lost(self, error: BaseException) -> LinsightError | None:
+        """Our error for one that torch raises where another process is gone; None of any other."""
+        return None
 
     def close(self) -> None:
         """End the company: no process waits for another from now on."""
@@ -74,14 +74,15 @@ class Launched(Processes):
             from accelerate import PartialState
         except ImportError as error:
             raise MissingExtraError("accelerate", "train", f"a run of {copy.world} processes") from error
-        self.copy, self._cpu = copy, device == "cpu"
+        self.copy = copy
         if device not in ("auto", "cpu", "cuda", "mps", "xpu"):
             raise LinsightError(f"device={device}: {copy.world} processes take a device each, leave its number out")
         _as_torchrun(copy)
+        self._begun = not dist.is_initialized()  # else the group is of who called us, and goes on
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # ours are a field of the recipe
-                self._state = PartialState(cpu=self._cpu)
+                self._state = PartialState(cpu=device == "cpu")
             # what is told on the CPU keeps no GPU waiting
             self._group: Any = dist.new_group(backend="gloo")
         except (RuntimeError, ValueError) as error:
@@ -130,12 +131,15 @@ class Launched(Processes):
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or not is_lost(error):
+            lost = self.lost(error)
+            if lost is None:
                 raise
-            raise self.lost() from error
+            raise lost from error
 
-    def lost(self) -> LinsightError:
+    def lost(self, error: BaseException) -> LinsightError | None:
         """See `Processes`."""
+        if not _is_lost(error):
+            return None
         return LinsightError(
             f"process {self.copy.rank + 1} of {self.copy.world} has lost the others: one was killed, or ended with an "
             "error of its own"
@@ -143,7 +147,7 @@ class Launched(Processes):
 
     def close(self) -> None:
         """See `Processes`."""
-        if dist.is_initialized():
+        if self._begun and dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
         self._state._reset_state()
@@ -172,8 +176,9 @@ def joined(device: str) -> Iterator[Processes]:
         processes.close()
 
 
-def is_lost(error: BaseException) -> bool:
-    """True for what torch raises where another process is gone."""
+def _is_lost(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
     text = str(error)
     return isinstance(error, dist.DistError) or any(
         word in text for word in ("Connection", "connection", "gloo", "Gloo", "NCCL", "ProcessGroup", "Broken pipe")

@@ -58,8 +58,8 @@ def evaluate(
             the model gives what is no number.
     """
     processes = processes or Processes()
-    images = (batch_size, str(processes.device(device)), amp, workers, on_bad_image, data_dir, fill, img_size)
-    given = prepare(trained, data, split, *images, copy=processes.copy)
+    settings = (batch_size, str(processes.device(device)), amp, workers, on_bad_image, data_dir, fill, img_size)
+    given = prepare(trained, data, split, *settings, copy=processes.copy)
     recipe, notes = given.task.recipe, list[str]()
 
     def after_batch(batch: Batch) -> None:

@@ -101,9 +101,9 @@ class Learner:
         self.beside = {name: parameter for name, parameter in whole.named_parameters() if id(parameter) not in own}
         self._optimise(updates)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self._whole = self.spread.runnable(self._compiled(self.model))
+        self._answers = self.spread.runnable(self._compiled(self.model))
         self._plain = self.spread.runnable(self.model) if whole is self.model else whole
-        self._run = self.spread.learning(self._whole if whole is self.model else self._compiled(whole))
+        self._run = self.spread.learning(self._answers if whole is self.model else self._compiled(whole))
         if self.ema is not None:
             self._averaged = self.spread.runnable(self.spread.lay(self.ema.module))
 
@@ -168,7 +168,7 @@ class Learner:
     @property
     def scored(self) -> nn.Module:
         """`evaluated`, compiled where it is."""
-        return self._whole if self.ema is None else self._averaged
+        return self._answers if self.ema is None else self._averaged
 
     @property
     def lr(self) -> float:

@@ -8,7 +8,7 @@ from linsight.errors import LinsightError
 from linsight.recipe import Recipe, require_known
 from linsight.runtime.device import is_out_of_memory, repeatable
 from linsight.runtime.figures import require_matplotlib
-from linsight.runtime.processes import Processes, is_lost, joined
+from linsight.runtime.processes import Processes, joined
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
 from linsight.tasks import Column, read_recipe, task_of
 
@@ -84,8 +84,8 @@ def _go(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             line = f"out of memory with batch_size={run.recipe.batch_size}: set it lower, or grad_checkpointing"
-        elif processes.copy.world > 1 and is_lost(error):
-            line = str(processes.lost())
+        elif (lost := processes.lost(error)) is not None:
+            line = str(lost)
         else:
             raise
         raise LinsightError(f"{line}; {run.way()}") from error

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from linsight.attention import Layer
@@ -43,23 +44,32 @@ class Spread:
     def __init__(self, processes: Processes, device: torch.device, kind: str = "ddp", rows: int = 1) -> None:
         copy = processes.copy
         if copy.world % rows:
-            raise LinsightError(f"image_ranks={rows}: {copy.world} processes cannot be shared out so, take a divisor")
+            raise LinsightError(f"image_ranks={rows} does not divide the number of processes, which is {copy.world}")
         self.processes, self.device = processes, device
         self.copies = copy.world > 1 and kind == "ddp"
         self.shards = copy.world > 1 and kind == "fsdp"
         self.rows: DeviceMesh | None = None
+        self.all: DeviceMesh | None = None
         if copy.world > 1:
             mesh = init_device_mesh(device.type, (copy.world // rows, rows), mesh_dim_names=("images", "rows"))
             self.rows = mesh["rows"] if rows > 1 else None
+            self.all = init_device_mesh(device.type, (copy.world,))
         # which images are those of this process
         self.copy = Copy(copy.rank // rows, copy.world // rows, copy.local_rank, copy.local_world)
 
-    def check(self, batch_size: int) -> None:
-        """Raise a LinsightError unless each process, or each group of them with an image, has a share of a batch."""
-        if batch_size < self.copy.world:
+    def check(self, batch_size: int, model: nn.Module) -> None:
+        """Raise a LinsightError unless each process, or each group of them with an image, has a share of a batch.
+
+        Of a model with batch norms, some of which treat one image otherwise, that is two images.
+        """
+        if self.copy.world == 1:
+            return
+        norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+        least = self.copy.world * (2 if norms else 1)
+        if batch_size < least:
             raise LinsightError(
-                f"batch_size={batch_size}, of all processes together, is less than their number, {self.copy.world}: "
-                "set it higher"
+                f"batch_size={batch_size} is of all {self.copy.world} processes together: take {least} or more, for "
+                f"each to have {'two images for its batch norms' if norms else 'an image'}"
             )
 
     @property
@@ -82,10 +92,9 @@ class Spread:
             split(model, self.rows)
         synchronised(model)
         if self.shards:
-            mesh = init_device_mesh(self.device.type, (self.processes.copy.world,))
             for unit in units(model):
-                fully_shard(unit, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+                fully_shard(unit, mesh=self.all)
+            fully_shard(model, mesh=self.all)
             for method in ("forward_features", "forward_head"):
                 register_fsdp_forward_method(model, method)
         return model
@@ -102,7 +111,7 @@ class Spread:
             raise LinsightError("image_ranks: an image in bands gives logits, and this task learns of features, too")
         for module in whole.children() if self.shards else ():
             if module is not model and any(True for _ in module.parameters()):
-                fully_shard(module, mesh=init_device_mesh(self.device.type, (self.processes.copy.world,)))
+                fully_shard(module, mesh=self.all)
 
     def runnable(self, model: nn.Module) -> nn.Module:
         """The form of a laid model that is called with whole images."""

@@ -63,12 +63,12 @@ class Trainer:
         self.stop = Stop()
         device = processes.device(recipe.device)
         spread = self.spread = Spread(processes, device, recipe.parallel, recipe.image_ranks)
-        spread.check(recipe.batch_size)
         self.dtype, precision = pick_dtype(recipe.amp, device)
         seed_step(recipe.seed)
         if looks_large(recipe):
             require_bounded(recipe.model, task.build, told="as the recipe describes it")
         model = task.build()
+        spread.check(recipe.batch_size, model)
         new = state.get("new") if state and recipe.init else None
         if recipe.init and state is None:
             head = recipe.init_partial or not recipe.freeze  # a linear probe has a new one

@@ -22,19 +22,12 @@ from linsight.ops import Tile, accumulator, full_precision, mask_tokens, outer_s
 
 from ..capabilities import Capabilities, Structure
 from ..core import Core, Rename
+from ..parts.wide import WideLinear
 from ..registry import Paper, register
 from ..rounds import Done, Round
 from ..tokens import Tokens, merge_heads, split_heads
 
 _LEAST = 1e-12  # of a norm
-
-
-class WideLinear(nn.Linear):
-    """A linear map in the dtype of its input, whatever that of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` `(..., C)` times the weights, and the bias."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class QuerySums(NamedTuple):

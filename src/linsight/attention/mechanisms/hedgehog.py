@@ -40,20 +40,13 @@ from linsight.ops import (
 from ..capabilities import Capabilities, Structure
 from ..core import Rename
 from ..parts.kernel import KernelCore, KernelSums
+from ..parts.wide import WideLinear
 from ..registry import Paper, register
 from ..rounds import Done, Round
 from ..tokens import Tokens
 
 FeatureMap = Literal["softmax", "softmax_parts", "exp_parts", "exp"]
 _LEAST = 1e-12  # of features, in the published code of maps in two parts
-
-
-class WideLinear(nn.Linear):
-    """A linear layer in the dtype of its input, whatever that of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`."""
-        return x @ self.weight.to(x.dtype).t() + self.bias.to(x.dtype)
 
 
 class HeadMap(nn.Module):

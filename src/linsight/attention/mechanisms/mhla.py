@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 from linsight.ops import (
@@ -48,20 +47,13 @@ from ..capabilities import Capabilities, Structure
 from ..core import Core, Rename
 from ..layer import Attention
 from ..parts.token_conv import TokenConv, add_behind, convolved_values
+from ..parts.wide import WideRMSNorm
 from ..registry import Paper, register
 from ..rounds import Done, Round
 from ..tokens import Tokens
 
 _EPS = 1e-6
 _NORM_EPS = torch.finfo(torch.float32).eps
-
-
-class WideNorm(nn.RMSNorm):
-    """An RMSNorm in the dtype of its input, whatever that of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., dim)` to the same."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Blocks(NamedTuple):
@@ -249,7 +241,7 @@ class MHLA(Core):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.side, self.denominator = num_heads, side, denominator
         self.halo = kernel_size // 2
-        self.q_norm, self.k_norm = (WideNorm(dim, eps=_NORM_EPS, **factory) if qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (WideRMSNorm(dim, eps=_NORM_EPS, **factory) if qk_norm else None for _ in range(2))
         self.mix = nn.Parameter(torch.empty(blocks, blocks, **factory))
         with torch.no_grad():
             self.mix.copy_(mixing(side, transform, exp_sigma))

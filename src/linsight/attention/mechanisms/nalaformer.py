@@ -17,7 +17,7 @@ float32 (float64 for float64), as published: k^3 has no room in half precision.
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from linsight.ops import (
@@ -35,6 +35,7 @@ from ..capabilities import Structure
 from ..core import Rename
 from ..parts.gated_rotary import GatedRotary
 from ..parts.kernel import CountedSums, KernelMeans
+from ..parts.wide import WideLayerNorm
 from ..registry import Paper, register
 from ..rounds import Done
 from ..tokens import Tokens, merge_heads, split_heads
@@ -53,15 +54,6 @@ class DirectionMeans(KernelMeans):
             k = by_sign(k**3)
             sums = LinearState(outer_sum(core.rotated_parts(k, tile), v), k.sum(dim=1))
         return CountedSums(sums, count_tokens(tokens.v, tokens.keep))
-
-
-class WideNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input, whatever that of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., C)`; the shape is kept."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 @register(
@@ -99,7 +91,7 @@ class NaLaFormer(GatedRotary):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype)
-        self.ln = WideNorm(dim, device=device, dtype=dtype)
+        self.ln = WideLayerNorm(dim, device=device, dtype=dtype)
 
     def rotated_parts(self, x: Tensor, tile: Tile) -> Tensor:
         """`x` `(B, n, H, 2D)` with both its halves turned by the places of `tile`."""

@@ -11,23 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from linsight.ops import Layout, accumulator, full_precision, mask_tokens
 
 from ..capabilities import Capabilities, Cost, Structure
 from ..core import Core, Rename
 from ..parts.seen import count_seen, seen_keys
+from ..parts.wide import WideLayerNorm
 from ..registry import Paper, register
 from ..tokens import Tokens
-
-
-class WideNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input, whatever that of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The norm of `x` `(..., D)`."""
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 @register(
@@ -71,7 +63,7 @@ class Sigmoid(Core):
         if not self.counted:
             self.register_buffer("attn_bias", torch.zeros(1, **factory))
         self.q_norm, self.k_norm = (
-            WideNorm(dim // num_heads, **factory) if qk_norm else nn.Identity() for _ in range(2)
+            WideLayerNorm(dim // num_heads, **factory) if qk_norm else nn.Identity() for _ in range(2)
         )
 
     def forward(

@@ -36,18 +36,11 @@ from linsight.ops import Layout, accumulator, copied, depthwise_conv, full_preci
 from ..capabilities import Capabilities, Cost, Structure
 from ..core import Core, Rename
 from ..parts.token_conv import add_behind
+from ..parts.wide import WideLayerNorm
 from ..registry import Paper, register
 from ..tokens import Tokens, merge_heads, split_heads
 
 _STEPS = 20
-
-
-class WideNorm(nn.LayerNorm):
-    """A LayerNorm in the dtype of its input, whatever that of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., dim)` to the same."""
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 @register(
@@ -109,7 +102,7 @@ class Soft(Core):
         self.halo = kernel_size // 2
         self.landmarks = nn.Parameter(torch.empty(width, width, ratio, ratio, **factory))
         nn.init.kaiming_uniform_(self.landmarks, a=5**0.5)
-        self.norm = WideNorm(width, **factory)
+        self.norm = WideLayerNorm(width, **factory)
         self.kernel = None
         if kernel_size:
             self.kernel = nn.Parameter(torch.empty(num_heads, 1, kernel_size, kernel_size, **factory))
