@@ -43,7 +43,7 @@ def train(
     def open_run() -> Run:
         return Run.take_up(recipe, out, name) if go_on and out is not None else Run.start(recipe, out, name)
 
-    return _together(open_run, recipe.device, report or Silent())
+    return _make(open_run, recipe.device, report or Silent())
 
 
 def resume(
@@ -56,10 +56,10 @@ def resume(
     """
     kept = kept_recipe(pathlib.Path(path))
     device = (overrides or {}).get("device") or (kept.device if kept is not None else "auto")
-    return _together(lambda: Run.resume(path, overrides or {}), device, report or Silent())
+    return _make(lambda: Run.resume(path, overrides or {}), device, report or Silent())
 
 
-def _together(open_run: Callable[[], Run], device: str, report: Silent) -> dict[str, Any]:
+def _make(open_run: Callable[[], Run], device: str, report: Silent) -> dict[str, Any]:
     """Make a run with all processes that were started for it, of which the main one opens its folder and tells."""
     with joined(device) as processes:
         run = shared(open_run() if processes.main else None, processes)
