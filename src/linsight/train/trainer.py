@@ -73,7 +73,8 @@ class Trainer:
         if recipe.init and state is None:
             head = recipe.init_partial or not recipe.freeze  # a linear probe has a new one
             size = recipe.from_size
-            filled = start_from(model, recipe.init, partial=recipe.init_partial, head=head, from_size=size)
+            with processes.main_first():  # it may have to be fetched
+                filled = start_from(model, recipe.init, partial=recipe.init_partial, head=head, from_size=size)
             report.note(str(filled))
             new = left_new(model, filled)
             if new:
