@@ -91,6 +91,23 @@ def codes(numbers):
     return [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]
 
 
+def after_a_loss(numbers, patience=10):
+    """The exit codes where some may have been killed: as by a launcher, those are ended that go on to wait for them.
+
+    One that is killed before the others have met it leaves them waiting for half an hour, as torch does.
+    """
+    found, began = {}, time.perf_counter()
+    while len(found) < len(numbers):
+        for number in set(numbers) - found.keys():
+            done, status = os.waitpid(number, os.WNOHANG)
+            if done:
+                found[number] = os.waitstatus_to_exitcode(status)
+            elif -signal.SIGKILL in found.values() and time.perf_counter() - began > patience:
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.01)
+    return [found[number] for number in numbers]
+
+
 def run(folder, name, world, values, **settings):
     """Train by `values`; the exit codes."""
     recipe = {"data": str(folder / "data"), "seed": 5, **values, **settings}
@@ -155,7 +172,7 @@ def killed(folder, world, kills):
         some = numbers if draw.random() < 0.5 else [draw.choice(numbers)]
         for number in some:
             os.kill(number, signal.SIGKILL)
-        ended = codes(numbers)
+        ended = after_a_loss(numbers)
         if -signal.SIGKILL in ended:
             found["killed"] += 1
             found["others"] += [code for code in ended if code != -signal.SIGKILL]
