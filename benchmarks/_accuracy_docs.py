@@ -1,17 +1,34 @@
-"""What `accuracy.py` found, as a table, as a picture, and as a page of the documentation."""
+"""What `accuracy.py` found, as tables, as pictures, and as a page of the documentation.
 
+Ranks are ranges: a mechanism comes after those that are better by more than chance, and before those that are worse by
+more than chance, by Tukey's honest test of all pairs at 5 %, whose spread is that of the seeds of all mechanisms.
+"""
+
+import math
 import re
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from _places import Place
+from scipy.stats import studentized_range
 
 from linsight.errors import LinsightError
 from linsight.runtime.figures import Label, drawing, label_points, new_figure, require_matplotlib, save_figure
 from linsight.runtime.files import write_text
 
-HEADER = ("mechanism", "top-1 %", "by seed", "beside softmax", "k params", "M multiply-adds", "images/s, forward")
+HEADER = (
+    "mechanism",
+    "rank",
+    "top-1 %",
+    "by seed",
+    "beside softmax",
+    "k params",
+    "M multiply-adds",
+    "images/s, forward",
+)
 HEADER += ("images/s, training",)
 BASELINE = "softmax"
 MARKS = re.compile(r"(<!-- generated: accuracy -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -32,6 +49,39 @@ def scores(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     return dict(sorted(found.items(), key=lambda item: (-statistics.fmean(item[1]) if item[1] else 0.0, item[0])))
 
 
+def tells_apart(found: Mapping[str, Sequence[float]]) -> Callable[[str, str], bool] | None:
+    """True of two mechanisms whose means differ by more than chance (Tukey and Kramer, 5 %); None: nothing to go by."""
+    groups = {name: values for name, values in found.items() if values}
+    free = sum(len(values) - 1 for values in groups.values())
+    if free < 1 or len(groups) < 2:
+        return None
+    within = (
+        sum(statistics.variance(values) * (len(values) - 1) for values in groups.values() if len(values) > 1) / free
+    )
+    limit = float(studentized_range.ppf(0.95, len(groups), free))
+
+    def differ(one: str, other: str) -> bool:
+        error = math.sqrt(within / 2 * (1 / len(groups[one]) + 1 / len(groups[other])))
+        return abs(statistics.fmean(groups[one]) - statistics.fmean(groups[other])) > limit * error
+
+    return differ
+
+
+def ranks(found: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """The best and the worst place of each mechanism that the test leaves open, as `3-9`."""
+    differ = tells_apart(found)
+    means = {name: statistics.fmean(values) for name, values in found.items() if values}
+    if differ is None:
+        return dict.fromkeys(found, "-")
+    shown = dict.fromkeys(found, "-")
+    for name, mean in means.items():
+        apart = [other for other in means if other != name and differ(name, other)]
+        first = 1 + sum(means[other] > mean for other in apart)
+        last = len(means) - sum(means[other] < mean for other in apart)
+        shown[name] = f"{first}-{last}" if last > first else f"{first}"
+    return shown
+
+
 def spread(values: Sequence[float]) -> str:
     """`mean ± standard deviation`."""
     if not values:
@@ -43,7 +93,7 @@ def spread(values: Sequence[float]) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line for each mechanism; failed runs are counted, and told of below."""
     found = scores(rows)
-    base = found.get(BASELINE)
+    base, places = found.get(BASELINE), ranks(found)
     failed = [row for row in rows if row["error"]]
     lines = [HEADER, ["---"] * len(HEADER)]
     for name, values in found.items():
@@ -53,6 +103,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             [
                 f"`{name}`{' (a whole block)' if row['kind'] == 'block' else ''}",
+                places[name],
                 spread(values) + (f", {lost} of {lost + len(values)} failed" if lost else ""),
                 " ".join(f"{value:.2f}" for value in values) or "-",
                 beside,
@@ -73,9 +124,9 @@ def _speed(row: dict[str, Any], step: str) -> str:
 
 
 @drawing()
-def picture(path: Path, rows: Sequence[dict[str, Any]], budget: str) -> None:
+def picture(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Accuracy by mechanism, each run a dot; and the mean against the speed of training."""
-    require_matplotlib("drawing accuracy.png")
+    require_matplotlib(f"drawing {path.name}")
     found = {name: values for name, values in scores(rows).items() if values}
     figure = new_figure(10, 1.5 + 0.26 * len(found))
     left, right = figure.subplots(1, 2)
@@ -95,20 +146,26 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], budget: str) -> None:
     right.set(xlabel="images a second in training", ylabel="mean top-1 %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"CIFAR-10, {budget}", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     right.margins(0.1)
     label_points(right, points, size=7)
     save_figure(figure, path)
 
 
-def write(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, Any], arguments: Sequence[str]) -> None:
-    """The generated part of `accuracy.md` in a folder, and `accuracy.png` beside it."""
+def write(folder: Path, found: Mapping[Place, Sequence[dict[str, Any]]], arguments: Sequence[str]) -> None:
+    """The generated part of `accuracy.md` in a folder, a section for each place, and a picture of each beside it."""
     path = folder / "accuracy.md"
     if not path.exists() or not MARKS.search(path.read_text(encoding="utf-8")):
         raise LinsightError(f"'{path}' is not there, or has no line '<!-- generated: accuracy -->' to write below")
-    command = shlex.join(["python", "benchmarks/accuracy.py", *arguments])
-    picture(folder / "accuracy.png", rows, facts["budget"])
-    told = ", ".join(f"{key} {value}" for key, value in facts.items())
-    part = f"```bash\n{command}\n```\n\n{told}\n\n{table(rows)}\n\n![accuracy](accuracy.png)\n"
-    text = MARKS.sub(lambda found: found[1] + part, path.read_text(encoding="utf-8"))
+    parts = [f"```bash\n{shlex.join(['python', 'benchmarks/accuracy.py', *arguments])}\n```\n"]
+    for at, rows in found.items():
+        if not rows:
+            continue
+        drawn = f"accuracy-{at.name}.png"
+        picture(folder / drawn, rows, f"{at.about}\n{rows[0]['budget']}")
+        told = [f"{rows[0]['budget']}; {rows[0]['device']}, {rows[0]['precision']}, threads {rows[0]['threads']}"]
+        told += [f"{key} {', '.join(sorted({row[key] for row in rows}))}" for key in ("torch", "timm", "linsight")]
+        parts.append(f"## {at.about[0].upper()}{at.about[1:]}\n\n{', '.join(told)}\n")
+        parts.append(f"{table(rows)}\n\n![{at.name}]({drawn})\n")
+    text = MARKS.sub(lambda match: match[1] + "\n".join(parts), path.read_text(encoding="utf-8"))
     write_text(path, text)

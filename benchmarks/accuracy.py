@@ -1,14 +1,15 @@
-"""Every mechanism in one small host, trained alike on CIFAR-10: accuracy over seeds, size, operations, speed.
+"""Every mechanism in one small host, trained alike: accuracy over seeds, size, operations, speed.
 
     python benchmarks/accuracy.py
+    python benchmarks/accuracy.py --place cifar10,cifar10-64,recall-16,recall-64 --docs docs
     python benchmarks/accuracy.py --epochs 30 --subset 50000 --device cuda --amp bf16
-    python benchmarks/accuracy.py --docs docs
 
-The host is the compact one: two convolutions, then four blocks on 64 tokens, whose MLP has a convolution in it, so
-that no mechanism is the only one to know of places. It takes whole blocks as well as layers; a mechanism is what is
+A place (`--place`, see `_places.py`) is a host, images and a budget: CIFAR-10 on 8x8 and on 64x64 tokens, and a task
+that needs mixing over the whole grid. The host is the compact one, whose MLP has a convolution in it, so that no
+mechanism is the only one to know where a token is. It takes whole blocks as well as layers; a mechanism is what is
 registered, with its default options. Nothing is tuned for any of them. A run is done with linsight's own trainer; each
-one that ends is a row of the CSV file, and is not done again. What diverges, or does not fit in time or memory, is a
-row like the others. At the end all models are timed in rounds that alternate between them.
+one that ends is a row of the CSV file, and is not done again: stop it and go on at any time. What diverges, or does not
+fit in time or memory, is a row like the others. At the end all models are timed in rounds that alternate between them.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 import _accuracy_docs as docs
 import timm
 import torch
+from _places import PLACES, Place, place
 from _script import exit_status
 from torch import nn
 
@@ -41,20 +43,32 @@ from linsight.models import create_model
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.train import Interrupted, Recipe, resolve, train
 
-SIDE, CLASSES, BATCH = 32, 10, 64
-HOST: dict[str, Any] = {"stem": ((24, 1), (48, 2)), "stages": ((64, 4, 2),)}  # of stages: width, depth, heads
-# On top of the recipe cifar10. AdamW, as in all of the papers.
-TRAINING: dict[str, Any] = {"model": "compact_nano", "img_size": SIDE, "model_args": HOST, "batch_size": BATCH}
-TRAINING |= {"opt": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 1, "clip_grad": 1.0}
+BATCH = 64
+# On top of the recipe cifar10, below what a place has of its own. AdamW, as in all of the papers.
+TRAINING: dict[str, Any] = {"model": "compact_nano", "batch_size": BATCH, "re_prob": 0.0, "opt": "adamw"}
+TRAINING |= {"lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 1, "clip_grad": 1.0}
 TRAINING |= {"channels_last": False, "workers": 0, "figures": False}
 SPEEDS = {"infer": "forward_images_per_second", "train": "training_images_per_second"}
-COLUMNS = ("mechanism", "kind", "seed", "budget", "top1", "seconds", "error", "params", "mmacs", *SPEEDS.values())
+COLUMNS = (
+    "place",
+    "mechanism",
+    "kind",
+    "seed",
+    "budget",
+    "top1",
+    "seconds",
+    "error",
+    "params",
+    "mmacs",
+    *SPEEDS.values(),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all runs share."""
+    """What all runs at a place share."""
 
+    place: str
     data: str
     epochs: int
     subset: int
@@ -72,7 +86,11 @@ class Setting:
 
 def recipe(setting: Setting, mechanism: str, seed: int) -> Recipe:
     """How each run is done."""
+    at = place(setting.place)
     given = {
+        "img_size": at.side,
+        "model_args": dict(at.host),
+        **at.recipe,
         "attention": mechanism,
         "seed": seed,
         "data": setting.data,
@@ -87,10 +105,10 @@ def recipe(setting: Setting, mechanism: str, seed: int) -> Recipe:
     return resolve("cifar10", {**TRAINING, **given})
 
 
-def build(mechanism: str, device: str | torch.device) -> nn.Module:
+def build(mechanism: str, at: Place, device: str | torch.device) -> nn.Module:
     """The model of a run, with fresh weights."""
     with torch.device(device):
-        return create_model("compact_nano", attention=mechanism, img_size=SIDE, num_classes=CLASSES, **HOST)
+        return create_model("compact_nano", attention=mechanism, img_size=at.side, num_classes=at.classes, **at.host)
 
 
 def work(cell: tuple[str, Setting], sides: dict[int, str], send: Send) -> None:
@@ -123,7 +141,8 @@ def make(mechanism: str, step: str, setting: Setting) -> tuple[dict[str, Any], C
     """No facts, and the step to time, on random images."""
     device = torch.device(setting.device)
     dtype, _ = pick_dtype(setting.amp, device)
-    return {}, step_of(build(mechanism, device), SIDE, BATCH, CLASSES, device, dtype, step == "train")
+    at = place(setting.place)
+    return {}, step_of(build(mechanism, at, device), at.side, BATCH, at.classes, device, dtype, step == "train")
 
 
 def chosen(patterns: list[str]) -> dict[str, str]:
@@ -181,63 +200,92 @@ def time_all(worker: Worker, setting: Setting, names: list[str]) -> dict[str, di
     return found
 
 
-def size(mechanism: str) -> dict[str, float]:
+def size(mechanism: str, at: Place) -> dict[str, float]:
     """Parameters, and millions of multiply-adds for one image."""
-    model = build(mechanism, "meta").eval()
-    macs = count_macs(model, torch.empty(1, 3, SIDE, SIDE, device="meta"))
+    model = build(mechanism, at, "meta").eval()
+    macs = count_macs(model, torch.empty(1, 3, at.side, at.side, device="meta"))
     return {"params": count_parameters(model), "mmacs": round(macs / 1e6, 2)}
 
 
+def setting_of(options: argparse.Namespace, name: str, device: torch.device) -> Setting:
+    """The budget of a place, with what is given in place of it."""
+    at = place(name)
+    shared = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Setting)}
+    budget = {key: getattr(options, key) or getattr(at, key) for key in ("epochs", "subset", "test")}
+    at = dataclasses.replace(at, **budget)  # what is made, is made for it
+    return Setting(**{**shared, **budget, "place": name, "data": str(at.data(options.data)), "device": str(device)})
+
+
 def run(options: argparse.Namespace) -> None:
-    """Train what has no row yet, time all, and write."""
+    """Train what has no row yet, place by place, time all, and write."""
     device = pick_device(options.device)
     _, precision = pick_dtype(options.amp, device)
-    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)}
-    setting = Setting(**{**shared, "device": str(device)})
     machine = next(row["name"] for row in diagnose()["devices"] if row["type"] == device.type)
-    same = {"budget": setting.budget, "device": f"{device}: {machine}", "precision": precision}
-    facts = {**same, "threads": options.threads, "jobs": options.jobs}
+    facts = {"device": f"{device}: {machine}", "precision": precision, "threads": options.threads, "jobs": options.jobs}
     facts |= {"torch": torch.__version__, "timm": timm.__version__, "linsight": linsight.__version__}
     kinds = chosen(options.only)
     rows = read(options.csv)
     write(options.csv, rows)  # before hours are spent, in case it can't be written
-    ours = [row for row in rows if same.items() <= row.items() and row["mechanism"] in kinds]
-    done = {(row["mechanism"], int(row["seed"])) for row in ours}
-    todo = [(name, seed) for seed in options.seeds for name in kinds if (name, seed) not in done]
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"{len(todo)} runs to do, {len(ours)} done before", flush=True)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     workers = [Worker(work, options.limit) for _ in range(options.jobs)]
     try:
-        for row in train_all(workers, setting, todo):
-            row |= {"kind": kinds[row["mechanism"]], **size(row["mechanism"]), **facts}
-            rows.append(row)
-            ours.append(row)
-            write(options.csv, rows)
-            result = row["error"] or f"{row['top1']:.2f} % in {row['seconds']:.0f} s"
-            print(f"{row['mechanism']}, seed {row['seed']}: {result}", flush=True)
-        if options.seconds:
-            speeds = time_all(workers[0], setting, list(kinds))
-            for row in ours:
-                row |= speeds[row["mechanism"]]
-            write(options.csv, rows)
+        shown = [
+            fill(rows, name, setting_of(options, name, device), kinds, facts, workers, options)
+            for name in options.place
+        ]
     finally:
         for worker in workers:
             if worker.process is not None:
                 worker.process.kill()
-    print(docs.table(ours))
+    for name, ours in zip(options.place, shown, strict=True):
+        print(f"\n{place(name).about}\n\n{docs.table(ours)}")
     if options.docs:
-        docs.write(options.docs, ours, facts, sys.argv[1:])
+        docs.write(
+            options.docs, {place(name): ours for name, ours in zip(options.place, shown, strict=True)}, sys.argv[1:]
+        )
+
+
+def fill(
+    rows: list[dict[str, Any]],
+    name: str,
+    setting: Setting,
+    kinds: dict[str, str],
+    facts: dict[str, Any],
+    workers: list[Worker],
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """The rows of one place, of which those that were not there are added to `rows` and to the file."""
+    facts = {"place": name, "budget": setting.budget, **facts}
+    same = {key: facts[key] for key in ("place", "budget", "device", "precision")}
+    ours = [row for row in rows if same.items() <= row.items() and row["mechanism"] in kinds]
+    done = {(row["mechanism"], int(row["seed"])) for row in ours}
+    todo = [(name, seed) for seed in options.seeds for name in kinds if (name, seed) not in done]
+    print(f"{name}, {setting.budget}: {len(todo)} runs to do, {len(ours)} done before", flush=True)
+    for row in train_all(workers, setting, todo):
+        row |= {"kind": kinds[row["mechanism"]], **size(row["mechanism"], place(name)), **facts}
+        rows.append(row)
+        ours.append(row)
+        write(options.csv, rows)
+        result = row["error"] or f"{row['top1']:.2f} % in {row['seconds']:.0f} s"
+        print(f"{row['mechanism']}, seed {row['seed']}: {result}", flush=True)
+    if options.seconds:
+        speeds = time_all(workers[0], setting, list(kinds))
+        for row in ours:
+            row |= speeds[row["mechanism"]]
+        write(options.csv, rows)
+    return ours
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="../shared/data/cifar10", help="a folder of Parquet files with the splits train and test")
+    add("--place", type=lambda text: text.split(","), default="cifar10", help=f"where: {', '.join(PLACES)}")
+    add("--data", type=Path, help="a folder of Parquet files with the splits train and test, in place of the place's")
     add("--only", type=lambda text: text.split(","), default="*", help="names of mechanisms, also with *")
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], default="0,1,2")
-    add("--epochs", type=int, default=5, help="of which the first is for warming up")
-    add("--subset", type=int, default=6000, help="images to train on, the first ones")
-    add("--test", type=int, default=3000, help="images to evaluate on, the first ones")
+    add("--epochs", type=int, help="of which the first is for warming up; those and the next two: as the place has it")
+    add("--subset", type=int, help="images to train on, the first ones")
+    add("--test", type=int, help="images to evaluate on, the first ones")
     add("--jobs", type=int, default=2, help="runs side by side")
     add("--threads", type=int, default=1, help="of the CPU, for each run and for timing")
     add("--device", default="cpu", help="cpu, cuda, mps ...")
@@ -248,8 +296,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--docs", type=Path, help="folder whose accuracy.md and accuracy.png are to show the result")
     options = parser.parse_args(arguments)
     for name in ("epochs", "subset", "test", "jobs", "threads"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be 1 or more")
+    for name in options.place:
+        place(name)
     return options
 
 

@@ -70,7 +70,8 @@ def speeds(trained: Trained, rows: Sequence[dict[str, Any]], options: argparse.N
     workers = 0 if options.device in ("auto", "cpu") else None
     given = prepare(trained, None, "test", options.batch, options.device, options.amp, workers, "skip", None)
     model: Any = given.model.eval()
-    batches = [given.normalise(batch.images) for _, batch in zip(range(options.batches), given.feed, strict=False)]
+    inputs: Any = given.task.inputs  # what the task does with uint8 images
+    batches = [inputs(batch.images) for _, batch in zip(range(options.batches), given.feed, strict=False)]
     images = sum(map(len, batches))
 
     def seconds(row: dict[str, Any]) -> float:
@@ -81,7 +82,7 @@ def speeds(trained: Trained, rows: Sequence[dict[str, Any]], options: argparse.N
         return time.perf_counter() - start
 
     times: list[list[float]] = [[] for _ in rows]
-    with torch.inference_mode(), autocast(given.normalise.device, given.dtype):
+    with torch.inference_mode(), autocast(inputs.device, given.dtype):
         for number in range(options.rounds + 1):
             for i in sorted(range(len(rows)), reverse=bool(number % 2)):
                 times[i].append(seconds(rows[i]))

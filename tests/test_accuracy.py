@@ -1,6 +1,7 @@
 """The benchmark of accuracy trains each mechanism once a seed, keeps what it has, and hides no failure."""
 
 import csv
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import _accuracy_docs as docs
+import _places
 import accuracy
 
 from linsight.attention import list_attentions
@@ -56,6 +59,7 @@ def test_each_mechanism_is_trained_once_a_seed_and_timed(data, tmp_path, capsys)
         assert float(row["seconds"]) > 0 and float(row["forward_images_per_second"]) > 0
         assert float(row["training_images_per_second"]) > 0
     assert len({(row["params"], row["mmacs"]) for row in first}) == 2
+    assert {row["place"] for row in first} == {"cifar10"}
 
     capsys.readouterr()
     again = ["--seeds", "3", "--seconds", "0", "--docs", str(tmp_path)]
@@ -65,12 +69,12 @@ def test_each_mechanism_is_trained_once_a_seed_and_timed(data, tmp_path, capsys)
     assert "0 runs to do, 2 done before" in out
     text = page.read_text()
     assert text.startswith("# Words\n") and text.endswith("<!-- end -->\n\nMore words\n") and "old" not in text
-    assert "budget 1 epochs of 64 images, 20 to evaluate, device cpu: " in text and docs.table(first) in text
-    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert "1 epochs of 64 images, 20 to evaluate; cpu: " in text and docs.table(first) in text
+    assert (tmp_path / "accuracy-cifar10.png").read_bytes()[:4] == b"\x89PNG" and "(accuracy-cifar10.png)" in text
 
 
 def test_a_run_is_the_same_for_all_but_the_mechanism_and_the_seed(data):
-    setting = accuracy.Setting(str(data), 5, 6000, 3000, "cpu", "off", 1, 0.0)
+    setting = accuracy.Setting("cifar10", str(data), 5, 6000, 3000, "cpu", "off", 1, 0.0)
     first, second = (accuracy.recipe(setting, *run) for run in (("linear", 0), ("softmax", 7)))
     differing = {name for name in vars(first) if getattr(first, name) != getattr(second, name)}
     assert differing == {"attention", "seed"}
@@ -78,11 +82,65 @@ def test_a_run_is_the_same_for_all_but_the_mechanism_and_the_seed(data):
     assert (first.opt, first.warmup_epochs, first.threads, first.workers) == ("adamw", 1, 1, 0)
 
 
-def test_whatever_is_registered_fits_the_host():
+@pytest.mark.parametrize("place", _places.PLACES.values(), ids=lambda place: place.name)
+def test_whatever_is_registered_fits_the_host(place):
     kinds = accuracy.chosen(["*"])
     assert kinds.keys() == {entry.name for entry in list_attentions()}
     for name in kinds:
-        assert accuracy.count_parameters(accuracy.build(name, "meta")) > 50_000
+        model = accuracy.build(name, place, "meta")
+        assert accuracy.count_parameters(model) > 10_000
+        assert [grid for _, grid in model.grids((place.side, place.side))] == [(place.grid, place.grid)]
+
+
+def answer(pixels):
+    """What the question of an image of recall asks for, read off its pixels."""
+    cells = pixels.reshape(pixels.shape[0] // 2, 2, -1, 2, 3)
+    assert (cells[:, :, :, 0] == cells[:, :, :, 1]).all()
+    cells = cells[:, :, :, 0].transpose(0, 2, 1, 3).reshape(-1, 2, 3).astype(int)
+    cells = [cell // 255 for cell in cells if (cell != 128).any()]
+    assert len(cells) == _places.PAIRS + 1
+    pairs = {(cell[0, 0], cell[0, 1]): cell[1, 0] + 2 * cell[1, 1] for cell in cells if cell[0, 2] == 1}
+    ((question,),) = [[(cell[0, 0], cell[0, 1]) for cell in cells if cell[1, 2] == 1]]
+    return pairs[question]
+
+
+def test_an_image_of_recall_has_one_answer_anywhere():
+    rng, places, labels = np.random.default_rng(0), set(), []
+    for _ in range(300):
+        pixels, label = _places.recall_image(5, rng)
+        assert pixels.shape == (10, 10, 3) and answer(pixels) == label
+        places |= {tuple(place) for place in np.argwhere((pixels != 128).any(-1))}
+        labels.append(label)
+    assert len(places) == 100 and min(np.bincount(labels, minlength=4)) > 50
+
+
+def test_images_of_recall_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = dataclasses.replace(_places.place("recall-16"), subset=8, test=4)
+    folder = place.data(None)
+    found = datasets.load_dataset("parquet", data_dir=str(folder), cache_dir=str(tmp_path / "hf"))
+    assert {name: len(split) for name, split in found.items()} == {"train": 8, "test": 4}
+    for split in found.values():
+        for row in split:
+            assert answer(np.asarray(row["image"])) == row["label"]
+    assert len({np.asarray(row["image"]).tobytes() for split in found.values() for row in split}) == 12
+    made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert place.data(None) == folder and made == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert place.data(tmp_path) == tmp_path
+
+
+def test_ranks_are_as_wide_as_chance_is():
+    found = {"a": [50.0, 51.0, 49.0], "b": [49.5, 50.5, 48.5], "c": [40.0, 41.0, 39.0], "lost": []}
+    assert docs.ranks(found) == {"a": "1-2", "b": "1-2", "c": "3", "lost": "-"}
+    assert docs.ranks({"a": [50.0], "b": [10.0]}) == {"a": "-", "b": "-"}  # one seed says nothing of chance
+    differ = docs.tells_apart(found)
+    pooled = scipy.stats.tukey_hsd(*(found[name] for name in "abc"))
+    assert differ("a", "c") == (pooled.pvalue[0, 2] < 0.05) and differ("a", "b") == (pooled.pvalue[0, 1] < 0.05)
+    near = {"a": [50.0, 51.0, 49.0], "b": [47.6, 48.6, 46.6], "c": [47.0, 48.0, 46.0]}
+    pooled = scipy.stats.tukey_hsd(*near.values()).pvalue
+    differ = docs.tells_apart(near)
+    assert [differ("a", name) for name in "bc"] == [pooled[0, 1] < 0.05, pooled[0, 2] < 0.05] == [False, True]
+    assert docs.ranks(near) == {"a": "1-2", "b": "1-3", "c": "2-3"}
 
 
 def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -99,15 +157,15 @@ def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     assert accuracy.main(options) == 0
     assert [row["top1"] for row in rows(path) if row["error"]] == [""]
     out = capsys.readouterr().out
-    assert "| `linear` | 41.00 ± 1.41, 1 of 3 failed | 40.00 42.00 | +0.00 |" in out
-    assert "| `softmax` | 41.00 ± 1.00 | 40.00 41.00 42.00 | +0.00 |" in out
+    assert "| `linear` | 1-2 | 41.00 ± 1.41, 1 of 3 failed | 40.00 42.00 | +0.00 |" in out
+    assert "| `softmax` | 1-2 | 41.00 ± 1.00 | 40.00 41.00 42.00 | +0.00 |" in out
     assert "`linear`, seed 1, failed: the loss became nan" in out
 
 
 def test_what_diverges_is_one_line(data, monkeypatch):
     monkeypatch.setitem(accuracy.TRAINING, "lr", 1e30)
     monkeypatch.setitem(accuracy.TRAINING, "opt", "sgd")
-    setting, sent = accuracy.Setting(str(data), 2, 80, 20, "cpu", "off", 1, 0.0), []
+    setting, sent = accuracy.Setting("cifar10", str(data), 2, 80, 20, "cpu", "off", 1, 0.0), []
     accuracy.work(("run", setting), {0: "linear 0"}, lambda *message: sent.append(message))
     ((side, kind, line),) = sent
     assert (side, kind) == (0, "error") and line.startswith("the loss became") and "\n" not in line
@@ -127,6 +185,7 @@ def test_a_stopped_run_leaves_no_row(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--only", "linaer"], "did you mean 'linear'?"),
+        (["--place", "cifar10,cifar"], "no place 'cifar' to compare at: cifar10, cifar10-64, recall-16"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--csv", "no/such/folder/a.csv"], "no/such/folder"),
         (["--csv", __file__], "is no file of this benchmark"),
@@ -140,4 +199,4 @@ def test_what_cannot_be_used_is_one_line(options, message, capsys):
 
 def test_a_page_without_a_place_for_the_result_is_refused(tmp_path):
     with pytest.raises(accuracy.LinsightError, match=r"accuracy.md' is not there, or has no line"):
-        docs.write(tmp_path, [], {}, [])
+        docs.write(tmp_path, {}, [])

@@ -9,8 +9,10 @@
 from ._advise import Advice, Choice, Question, advise, known_results
 from ._curves import Estimate, at, crossings, pays_from
 from ._page import page, write_page
+from ._shortlist import Accuracies, Pick, Shortlist, check_needs, read_accuracies, shortlist
 from ._subjects import TIMM, Group, Subject, build, plan_groups, softmax_beside
 from ._worker import Worker
+from .pareto import draw_pareto, write_pareto
 from .plot import draw, write_plot
 from .roofline import measure_peaks
 from .rounds import Send, Side, Step, alternate
@@ -22,16 +24,19 @@ __all__ = [
     "COLUMNS",
     "STEPS",
     "TIMM",
+    "Accuracies",
     "Advice",
     "Cell",
     "Choice",
     "Done",
     "Estimate",
     "Group",
+    "Pick",
     "Plan",
     "Question",
     "Send",
     "Setting",
+    "Shortlist",
     "Side",
     "Size",
     "Step",
@@ -43,10 +48,12 @@ __all__ = [
     "bench",
     "build",
     "captured",
+    "check_needs",
     "check_plan",
     "cost",
     "crossings",
     "draw",
+    "draw_pareto",
     "known_results",
     "measure",
     "measure_peaks",
@@ -54,14 +61,17 @@ __all__ = [
     "pays_from",
     "plan_groups",
     "ratios",
+    "read_accuracies",
     "read_rows",
     "results_folder",
     "run_facts",
+    "shortlist",
     "softmax_beside",
     "spread",
     "step_of",
     "table",
     "write_page",
+    "write_pareto",
     "write_plot",
     "write_rows",
 ]

@@ -18,7 +18,7 @@ from linsight.runtime.signals import Interrupted, exit_code
 from .show import Command, Json, make_table, print_json, terminal
 
 if TYPE_CHECKING:
-    from linsight.bench import Choice, Done
+    from linsight.bench import Advice, Choice, Done
 
 _AMP = ("off", "auto", "bf16", "fp16")
 _GRIDS, _IMAGES = "14,28,56", "224"
@@ -134,7 +134,7 @@ class _Files:
     def open(cls, out: Path | None, csv: Path | None, html: Path | None, plot: Path | None) -> "_Files":
         """Refuse, before anything is measured, what cannot be written."""
         from linsight.bench import results_folder, write_rows
-        from linsight.runtime.figures import require_matplotlib
+        from linsight.runtime.figures import require_picture
 
         files = cls([csv] if csv else [], html, plot)
         with _refusing():
@@ -142,13 +142,10 @@ class _Files:
                 out.mkdir(parents=True, exist_ok=True)
                 files.csvs.append(out / "bench.csv")
                 files.html, files.plot = html or out / "bench.html", plot or out / "bench.svg"
-            if files.html or files.plot:
-                require_matplotlib("drawing the plot")
-            for path in (files.html, files.plot):
-                if path and not path.parent.is_dir():
-                    raise LinsightError(f"'{path}' cannot be written: there is no folder '{path.parent}'")
-            if files.plot and files.plot.suffix not in (".svg", ".png", ".pdf"):
-                raise LinsightError(f"'{files.plot}' cannot be drawn: its name must end with .svg, .png or .pdf")
+            if files.html:
+                require_picture(files.html.with_suffix(".svg"))  # the page has the same picture
+            if files.plot:
+                require_picture(files.plot)
             for path in files.csvs:
                 write_rows(path, [], {})
             results_folder().mkdir(parents=True, exist_ok=True)
@@ -216,11 +213,19 @@ def advise(
     source: Annotated[
         list[Path] | None, typer.Option("--from", metavar="FILE", help="more results, as 'linsight bench' writes them")
     ] = None,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="weigh time against accuracy: a short list, each with its reason")
+    ] = False,
+    task: Annotated[str, typer.Option(help="for --accuracy: where accuracies are from, as 'cifar10'")] = "cifar10",
+    need: Annotated[
+        str, typer.Option(help="for --accuracy: what a mechanism must do, with commas, as keep,stream,causal,onnx")
+    ] = "",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="for --accuracy: a picture of both figures")] = None,
     as_json: Json = False,
 ) -> None:
     """Say which mechanism is the fastest for images of a size, by what 'linsight bench' measured here.
 
-    It also says where softmax is faster, and when it has to guess.
+    It also says where softmax is faster, and when it has to guess. With --accuracy, it says which are worth their time.
     """
     from linsight.bench import Question, known_results
     from linsight.bench import advise as answer
@@ -228,9 +233,16 @@ def advise(
     precisions = {None: "", "off": "float32", "bf16": "bf16", "fp16": "fp16"}
     if amp not in precisions:
         raise UnknownNameError("--amp", str(amp), [name for name in precisions if name])
+    if (need or plot) and not accuracy:
+        raise LinsightError("--need and --plot are for --accuracy: add it")
+    if model and accuracy:
+        raise LinsightError("accuracies are of mechanisms in one small host, not of models: leave out --model")
     height, width, _ = _sizes(size, 1)[0]
     question = Question(height, width, patch, _device(device), precisions[amp], train, dim, heads, model or "")
     found = answer(known_results(source or ()), question)
+    if accuracy:
+        _weigh(found, task, _parts(need), plot, as_json)
+        return
     if as_json:
         print_json(dataclasses.asdict(found))
         return
@@ -238,6 +250,28 @@ def advise(
         typer.echo(line)
     head = ["", "ms an image", "time ratio", "faster from tokens", "measured, tokens", ""]
     terminal().print(make_table("", head, [_choice(choice) for choice in found.choices]))
+
+
+def _weigh(advice: "Advice", task: str, needs: list[str], plot: Path | None, as_json: bool) -> None:
+    from linsight.bench import read_accuracies, shortlist, write_pareto
+    from linsight.bench.rows import digits
+    from linsight.runtime.figures import require_picture
+
+    if plot is not None:
+        require_picture(plot)
+    found = shortlist(advice, read_accuracies(task), needs)
+    if plot is not None:
+        write_pareto(plot, found, f"{advice.tokens:,} tokens on {advice.where['device']}; accuracies of {task}")
+    if as_json:
+        print_json(dataclasses.asdict(found) | {"tokens": advice.tokens, "where": dict(advice.where)})
+        return
+    for line in found.words:
+        typer.echo(line)
+    body = [
+        [pick.choice.name, f"{pick.top1:.1f}", digits(pick.choice.milliseconds), _choice(pick.choice)[2], pick.reason]
+        for pick in found.picks
+    ]
+    terminal().print(make_table("", ["", "top-1 %", "ms an image", "time ratio", ""], body))
 
 
 def _choice(choice: "Choice") -> list[str]:

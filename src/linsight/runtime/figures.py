@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from linsight.errors import MissingExtraError
+from linsight.errors import LinsightError, MissingExtraError
 
 from .files import replacing, writing
 from .text import printable
@@ -29,6 +29,20 @@ def require_matplotlib(purpose: str) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise MissingExtraError("matplotlib", "train", purpose) from None
+
+
+def require_picture(path: pathlib.Path) -> None:
+    """Raise, before anything is computed, if no picture could be drawn into the file `path`.
+
+    Raises:
+        LinsightError: there is no such folder, or the suffix is not .svg, .png or .pdf.
+        MissingExtraError: matplotlib is not installed.
+    """
+    require_matplotlib("drawing the plot")
+    if not path.parent.is_dir():
+        raise LinsightError(f"'{path}' cannot be written: there is no folder '{path.parent}'")
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise LinsightError(f"'{path}' cannot be drawn: its name must end with .svg, .png or .pdf")
 
 
 @contextlib.contextmanager

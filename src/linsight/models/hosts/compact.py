@@ -158,4 +158,12 @@ add_hosts(
         _FEATURES,
         stride=8,
     ),
+    Host(
+        "compact_tiny",
+        Compact,
+        {"stem": ((64, 2), (64, 1), (64, 1)), "stages": (StageSize(128, 2, 4), StageSize(256, 2, 8))},
+        {**_CFG, "input_size": (3, 32, 32)},
+        _FEATURES,
+        stride=8,
+    ),
 )

@@ -8,6 +8,7 @@ from .dyn_perceiver import CFG, PAPER
 add_variants(
     Variant("inline_compact_pico", "compact_pico", "inline"),
     Variant("inline_compact_nano", "compact_nano", "inline"),
+    Variant("inline_compact_tiny", "compact_tiny", "inline"),
 )
 # Maps of 16x16 before the first two stages, then 8x8 and 4x4, which latents read whole.
 add_architectures(
