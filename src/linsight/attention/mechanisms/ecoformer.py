@@ -106,6 +106,7 @@ class EcoFormer(KernelCore):
     rounds = (MeanDistance(), BitMeans())
     projections = "q_v"
     held = "the signs of its bits"
+    steps = "signs"
     published = (
         Rename("to_qk.", "q."),
         Rename("to_v.", "v."),

@@ -110,7 +110,7 @@ class Induce(Gather):
 class InducedAttention(Attention):
     """A layer that ends as MAB1 does."""
 
-    core: "SetTransformer"  # type: ignore[assignment]
+    core: "SetTransformer"
 
     def conclude(self, out: Tensor, x: Tensor) -> Tensor:
         """MAB1 from its U on; `proj` is W_o."""
@@ -184,7 +184,7 @@ class SetTransformer(Core):
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """The U of MAB1 before LN0."""
         q = tokens.q.to(accumulator(tokens.q.dtype))
-        return (q + read_pooled(q * self.scale, *done[0], None)).to(tokens.q.dtype)
+        return (q + read_pooled(q * self.scale, done[0].keys, done[0].values, None)).to(tokens.q.dtype)
 
 
 class PMA(nn.Module):
@@ -214,7 +214,7 @@ class PMA(nn.Module):
         self.mab = Asking(dim, "fc_q", *NAMES, "fc_o", norm=norm, **factory)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Of tokens `x`, those that `keep` `(B, N)` does not drop."""
+        """The pooled tokens of `x`, without those that `keep` `(B, N)` drops."""
         x = mask_tokens(x, keep)  # before the linear maps: 0 * NaN in a gradient is NaN
         k, v = (split_heads(self.mab.get_submodule(name)(x), self.num_heads) for name in NAMES)
         with full_precision(x):

@@ -15,9 +15,10 @@ queries or keys are asked for. A query whose rows are all empty gives 0.
 slope at 1 is infinite.
 
 Hashes are a buffer that heads share and checkpoints hold, so outputs are the same at every call. Published code draws
-them anew at each one: that is for a training loop, by `redraw()`. Rows of a table that no key came to are unseen, so
-there is no reduction of keys. Everything is computed in float32 (float64 for float64). The published convolution of
-values, an option there, is left out.
+hashes anew at each call: that is for a training loop, by `redraw()`. Outputs jump where a query or a key crosses a
+plane: who rounds them to half precision reads some other rows. A query sees only keys in its rows, so there is no
+reduction of keys. Everything is computed in float32 (float64 for float64). The published convolution of values, an
+option there, is left out.
 """
 
 import math
@@ -75,8 +76,9 @@ class YOSO(Core):
     planes: Tensor
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True)
-    rounds = (Tables(),)
+    rounds: tuple[Round, ...] = (Tables(),)
     held = "hashes"
+    steps = "hashes"
 
     def __init__(
         self,
