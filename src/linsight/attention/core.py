@@ -49,6 +49,7 @@ class Core(nn.Module):
     reads_residual: ClassVar[bool] = False  # it asks for `tokens.residual`
     largest: ClassVar[float] = 1e3  # activations up to which the formula stays among the numbers of bfloat16
     held: ClassVar[str] = ""  # what outputs depend on and, as published, gradients do not
+    steps: ClassVar[str] = ""  # by what outputs jump, as by hashes: tokens that are rounded otherwise may move them far
     layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do
     extra_dim: int = 0  # width of `tokens.extra`
     out_dim: int | None = None  # width of the outputs, heads merged, where it is not `dim`

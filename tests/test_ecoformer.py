@@ -1,0 +1,83 @@
+"""EcoFormer against its sums over pairs, the gradient that passes its signs, its hash, its keys, its mistakes."""
+
+import pytest
+import torch
+
+import linsight
+from linsight import create_attention
+from linsight.attention import Tokens, create_core
+from linsight.errors import LinsightError
+from linsight.ops import Grid, Layout
+from matrix.subject import close, random_tokens
+
+F64 = torch.float64
+
+
+def hashed(core, x, h):
+    """What the bits of the tokens `x` `(N, D)` of head h are signs of."""
+    x, anchors = x / x.norm(dim=-1, keepdim=True), core.anchor[0, h]
+    distances = (x[:, None] - anchors).square().sum(-1)
+    kappa = torch.exp(-distances / (2 * distances.mean())) - core.mvec[0, h]
+    return kappa @ core.A[h].T
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+def test_core_is_its_pairs(dropping):
+    core, grid = create_core("ecoformer", 8, 2, bits=5, anchors=7).double(), Grid(3, 4, 1)
+    kept = torch.arange(grid.tokens) % 3 != 1 if dropping else torch.ones(grid.tokens, dtype=torch.bool)
+    tokens = random_tokens(core, 2, grid, dim=8, keep=kept.expand(2, -1) if dropping else None)
+    tokens = tokens._replace(k=tokens.q)
+    out = core(tokens, Layout(grid))
+    for image in range(2):
+        for h in range(2):
+            q, v = tokens.q[image, kept, h], tokens.v[image, kept, h]
+            y = hashed(core, q, h).sign()
+            assert 0.1 < (y > 0).double().mean() < 0.9
+            products = y @ y.T
+            close(out[image, kept, h], (products @ v + 6 * v) / (products.sum(-1, keepdim=True) + 6 * len(q)))
+
+
+def test_gradients_pass_signs_between_one_and_minus_one():
+    core = create_core("ecoformer", 4, 1, bits=3, anchors=5).double()
+    x = torch.randn(1, 40, 1, 4, dtype=F64, requires_grad=True)
+    y = core.features("q", x, None, (torch.ones(1, 1, 1, 1, dtype=F64),)).x
+    distances = core.distances(x)[0, :, 0]
+    sums = (torch.exp(-distances / 2) - core.mvec[0, 0]) @ core.A[0].T
+    assert torch.equal(y[0, :, 0], sums.sign())
+    inside = sums.abs() < 1
+    assert inside.any() and not inside.all()
+    (ours,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (truth,) = torch.autograd.grad(sums[inside].sum(), x)
+    close(ours, truth)
+
+
+def test_hash_is_drawn():
+    core = create_core("ecoformer", 16, 2)
+    before = {name: buffer.clone() for name, buffer in core.named_buffers()}
+    core.redraw()
+    assert not torch.equal(core.A, before["A"]) and not torch.equal(core.anchor, before["anchor"])
+    close(core.anchor.norm(dim=-1), torch.ones(1, 2, 25), 1e-6)
+    assert not list(core.parameters())
+
+
+def test_published_keys():
+    layer = create_attention("ecoformer", 64, 4)
+    shapes = {key: tuple(tensor.shape) for key, tensor in linsight.export_published(layer).items()}
+    linear = {f"{name}.{part}" for name in ("to_qk", "to_v", "proj") for part in ("weight", "bias")}
+    assert set(shapes) - linear == {f"fast_attention.{name}" for name in (
+        "projection_matrix", "ksh.A", "ksh.mvec", "ksh.anchor"
+    )}  # fmt: skip
+    assert shapes["fast_attention.projection_matrix"] == (44, 16)
+    assert shapes["fast_attention.ksh.mvec"] == (1, 4, 1, 25)
+
+
+def test_keys_are_queries():
+    layer = create_attention("ecoformer", 16, 2)
+    tokens = layer.tokens(x := torch.randn(1, 6, 16), x, Layout(Grid(2, 3)), None)
+    assert isinstance(tokens, Tokens) and torch.equal(tokens.q, tokens.k)
+
+
+def test_mistakes_are_told():
+    for mistake in ({"bits": 0}, {"anchors": 0}):
+        with pytest.raises(LinsightError, match=next(iter(mistake))):
+            create_attention("ecoformer", 16, 2, **mistake)
