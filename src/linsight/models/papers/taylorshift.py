@@ -4,6 +4,7 @@ The class token has no place in the table of positions. At 224 pixels there are 
 what is computed; `_efficient` is the same model through its features, whatever the number of tokens.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from ..registry import add_variants
@@ -31,25 +32,26 @@ _TRAINING = trained(
 )
 
 
-def _vit(size: str, width: int, depth: int, heads: int, known: dict[str, Any] | None = None, **form: str) -> Variant:
-    return Variant(
-        f"taylorshift_vit_{size}",
-        "vit_tiny",
-        "taylorshift",
-        {"embed_dim": width, "depth": depth, "num_heads": heads, "no_embed_class": True},
-        {"output_normalized": True, **form},
-        published=known or {},
-        training=(_TRAINING,),
-    )
+def _vit(size: str, width: int, depth: int, heads: int, known: dict[str, Any] | None = None) -> Iterator[Variant]:
+    """Figures are those of pairs."""
+    for name, form in (("", {}), ("_efficient", {"form": "efficient"})):
+        yield Variant(
+            f"taylorshift_vit_{size}{name}",
+            "vit_tiny",
+            "taylorshift",
+            {"embed_dim": width, "depth": depth, "num_heads": heads, "no_embed_class": True},
+            {"output_normalized": True, **form},
+            published={} if form else known or {},
+            training=(_TRAINING,),
+        )
 
 
 add_variants(
-    _vit("na", 96, 2, 2),
-    _vit("mu", 144, 6, 3),
-    _vit("ti", 192, 12, 3, figures(None, 5.72, 1.25)),
-    _vit("ti_efficient", 192, 12, 3, form="efficient"),
-    _vit("s", 384, 12, 6, figures(None, 22.05, 4.60)),
-    _vit("b", 768, 12, 12, figures(None, 86.57, 17.56)),
-    _vit("l", 1024, 24, 16),
+    *_vit("na", 96, 2, 2),
+    *_vit("mu", 144, 6, 3),
+    *_vit("ti", 192, 12, 3, figures(None, 5.72, 1.25)),
+    *_vit("s", 384, 12, 6, figures(None, 22.05, 4.60)),
+    *_vit("b", 768, 12, 12, figures(None, 86.57, 17.56)),
+    *_vit("l", 1024, 24, 16),
     code="tobna/TaylorShift",
 )

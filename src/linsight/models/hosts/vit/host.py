@@ -91,7 +91,7 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
         if timm_kwargs.get("fix_init"):
             for choice in choices:
                 refuse_for_block(choice, {"fix_init": True}, {})
-        more = {"cpe": cpe, "norm": norm, "steps": steps, "border": border}
+        more: dict[str, Any] = {"cpe": cpe, "norm": norm, "steps": steps, "border": border}
         ours = host_arguments(choices, (height // down, width // right), timm_kwargs, **more)
         super().__init__(img_size, patch_size, *timm_args, depth=depth, **{**timm_kwargs, **ours})
         self._set_parts(norm, steps)
