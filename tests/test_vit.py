@@ -5,6 +5,7 @@ import itertools
 import pytest
 import timm
 import torch
+from torch.nn import functional as F
 
 import linsight
 from linsight import Grid
@@ -100,6 +101,27 @@ def test_set_input_size():
     assert model(torch.randn(1, 3, 48, 64)).shape == (1, 7)
 
 
+def test_a_border_is_patches_of_zeros():
+    """Of an image alone, packed and padded."""
+    model, wide = vit(border=1, **TOKENS["mean"]), vit(img_size=48, **TOKENS["mean"])
+    wide.load_state_dict(model.state_dict())
+    images = [torch.randn(3, *size) for size in ((32, 32), (17, 38))]
+    canvas = torch.randn(2, 3, 32, 40)
+    for row, image in zip(canvas, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    with torch.no_grad():
+        expected = [wide(F.pad(x, (8, 8 + -x.shape[2] % 8, 8, 8 + -x.shape[1] % 8))[None]) for x in images]
+        for found in (
+            torch.cat([model(image[None]) for image in images]),
+            model.forward_packed(images),
+            model(canvas, sizes=[image.shape[1:] for image in images]),
+        ):
+            torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    model.set_input_size((16, 24))
+    assert model.pos_embed.shape == (1, 4 * 5, 32)
+    assert model(torch.randn(1, 3, 16, 24)).shape == (1, 7)
+
+
 @tokens
 def test_heads(arguments):
     model, x = vit(**arguments), torch.randn(2, 3, 32, 32)
@@ -145,6 +167,7 @@ def test_blocks_follow_the_plan():
         ({"attn_drop_rate": 0.1}, "attn_drop_rate=0"),
         ({"patch_drop_rate": 0.1}, "patch_drop_rate=0"),
         ({"num_heads": 3}, "choose a divisor of 32"),
+        ({"border": -1}, "give 0 or more"),
         ({"attention": "inline,softmax"}, "this host has 1"),
     ],
 )

@@ -88,6 +88,7 @@ TRIED = {
     "sr_ratios": (4, 2, 2, 1),
     "linear": True,
     "cpe": True,
+    "border": 1,
     "norm": "siamese",
     "steps": None,
     "attention_window": 2,

@@ -5,6 +5,7 @@ the mechanism's own rules and loaded strictly.
 """
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -29,6 +30,8 @@ TOLERANCE = 1e-4  # of the largest value of the published output
 # Statistics in a trace are means over many values: a real difference shows far above this.
 TRACE_TOLERANCE = 1e-3
 
+_BUFFERS = ("constant_buffers", "kept_buffers")
+
 # Cases whose name is not that of a model here.
 MODELS = {"cswin_64_12211_tiny_224": "cswin_tiny"}
 
@@ -51,7 +54,8 @@ def published_state(spec: dict[str, Any]) -> dict[str, Tensor]:
     """The checkpoint of a case: keys filled by the rule or given, and the constant buffers, which nobody may read."""
     filled = {key: torch.from_numpy(np.asarray(fill(key, tuple(shape)))) for key, shape in spec["state_dict"]}
     filled |= {key: torch.tensor(value) for key, value in spec.get("literal_state", {}).items()}
-    constant = {key: shape for key, shape, *_ in (*spec.get("constant_buffers", ()), *spec.get("kept_buffers", ()))}
+    listed = [found for name in _BUFFERS if not isinstance(found := spec.get(name, ()), str)]  # or told in words
+    constant = {key: shape for key, shape, *_ in itertools.chain(*listed)}
     for key, shape in constant.items():
         counter = key.endswith("num_batches_tracked")
         filled[key] = torch.zeros(shape, dtype=torch.int64) if counter else torch.full(shape, torch.nan)
@@ -131,7 +135,10 @@ def first_difference(module: nn.Module, call: Callable[[], Any], trace: dict[str
     seen: dict[str, Any] = {}
 
     def record(name: str) -> Callable[..., None]:
-        return lambda module, args, out: seen.setdefault(renamed(f"{name}.", table, back=True)[:-1], out)
+        def hook(module: nn.Module, args: Any, out: Any) -> None:  # what a hook returns would be the output
+            seen.setdefault(renamed(f"{name}.", table, back=True)[:-1], out)
+
+        return hook
 
     handles = [m.register_forward_hook(record(name)) for name, m in module.named_modules()]
     call()

@@ -61,6 +61,7 @@ for _words, _arguments in {
     "steps": {"steps": [(8, 1), (16, 1)]},
     "registers": {"reg_tokens": 3, "no_embed_class": True, "pre_norm": True, "cpe": True},
     "patches": {"patch_size": (4, 6), "global_pool": "avg"},
+    "border": {"border": 1, "global_pool": "avg"},
 }.items():
     CASES[f"vit {_words}"] = functools.partial(host, "vit_tiny", "inline", False, _arguments)
 CASES["pvt class token"] = functools.partial(host, "pvt_tiny", "inline", False, {"global_pool": "token"})

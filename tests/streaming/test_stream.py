@@ -49,6 +49,7 @@ def test_every_host(host):
         {"norm": "siamese", "steps": [(8, 1), (16, 1)]},
         {"reg_tokens": 3, "no_embed_class": True, "pre_norm": True},
         {"patch_size": (4, 6), "global_pool": "avg"},
+        {"border": 2, "global_pool": "avg"},
     ],
 )
 def test_every_form_of_the_vit(arguments):

@@ -160,8 +160,8 @@ def _to_size(model: Any, size: Sides) -> None:
 def _to_grid(model: Any, grid: Sides) -> None:
     """Move a copy to the grid of its first tokens."""
     if hasattr(model, "set_input_size"):
-        down, right = _stride(model)
-        _to_size(model, (grid[0] * down, grid[1] * right))
+        (down, right), rim = _stride(model), 2 * getattr(getattr(model, "patch_embed", None), "border", 0)
+        _to_size(model, ((grid[0] - rim) * down, (grid[1] - rim) * right))
     elif hasattr(model, "set_grid"):
         model.set_grid(grid)
     else:

@@ -68,14 +68,14 @@ def _joined(entries: list[Entry]) -> Entry:
 
 
 def published_projections(layer: Attention) -> str:
-    """The name of the projections in the mechanism's key map; of the layer's own where it speaks of none."""
+    """The name of the projections in the mechanism's key map; the layer's own where it speaks of them, or of none."""
     named = {rule.ours.rstrip(".") for rule in layer.published + layer.core.published}
     parts = _parts(layer.layout_name)
     return next(
         (
             name
-            for name, projections in PROJECTIONS.items()
-            if {p.name for p in projections} <= named and _parts(name) == parts
+            for name in (layer.layout_name, *PROJECTIONS)
+            if {p.name for p in PROJECTIONS[name]} <= named and _parts(name) == parts
         ),
         layer.layout_name,
     )

@@ -29,7 +29,8 @@ def make_layer(
 ) -> Layer:
     """The layer of a block.
 
-    projections: those of the host's published keys; a mechanism with some of its own keeps them.
+    projections: those of the host's published keys; a mechanism with some of its own keeps them, or takes those that
+        it has for reduced keys.
     reduction, pool: how the host reduces keys and values where the cost is quadratic; a mechanism that takes no
         reduced keys sees all.
     shared: `grid`, `qkv_bias`, `device` ... as of `create_attention`.
@@ -37,8 +38,9 @@ def make_layer(
     entry = mechanism(choice.name)
     shared = {key: value for key, value in shared.items() if key not in _USUAL or value != _USUAL[key]}
     if entry.kind == "core":
-        if projections and getattr(entry.factory, "projections", None) == "qkv":
-            shared["projections"] = projections
+        own, split = (getattr(entry.factory, name, None) for name in ("projections", "reduced_projections"))
+        if projections and (own == "qkv" or split != Core.reduced_projections):
+            shared["projections"] = projections if own == "qkv" else split
         if entry.quadratic and entry.structure.reduced:
             shared |= {"reduction": reduction, "pool": pool}
     return create_attention(choice.name, dim, num_heads, index=choice.index, **{**shared, **choice.options})

@@ -63,6 +63,7 @@ class PolaFormer(PlacedKernel):
         Rename("dwc.", "core.dwc."),
         Rename("qkvg.", "qkv."),
         Rename("qg.", "qx."),
+        Rename("kv.", "kv."),
     )
 
     def __init__(

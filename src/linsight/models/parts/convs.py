@@ -56,12 +56,42 @@ def with_dense_conv(mlp: MlpWithDepthwiseConv) -> MlpWithDepthwiseConv:
 class WholePatches(PatchEmbed):
     """timm's patch embedding of any size, padded to whole patches, without its checks, which make a graph for each."""
 
+    border = 0  # patches of zeros on each side of an image
+
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, ceil(H / p), ceil(W / p), C)`."""
         down, right = self.patch_size
         high, wide = to_multiple(x.shape[2], down), to_multiple(x.shape[3], right)
         x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
         return self.norm(x.permute(0, 2, 3, 1))
+
+
+class BorderedPatches(WholePatches):
+    """Whole patches, with `border` more of zeros on each side of an image, which are tokens as all others."""
+
+    def __init__(self, *timm_args: Any, border: int, **timm_kwargs: Any) -> None:
+        self.border = border  # which the size of the grid depends on
+        super().__init__(*timm_args, **timm_kwargs)
+        self._widen()
+
+    def _widen(self) -> None:
+        self.proj.padding = (self.border * self.patch_size[0], self.border * self.patch_size[1])
+
+    def _init_img_size(self, img_size: int | tuple[int, int]) -> Any:
+        size, grid, _ = super()._init_img_size(img_size)
+        assert grid is not None
+        high, wide = (side + 2 * self.border for side in grid)
+        return size, (high, wide), high * wide
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """timm's, which may make another convolution."""
+        super().set_input_size(*args, **kwargs)
+        self._widen()
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the grid of an image of `img_size`."""
+        high, wide = super().dynamic_feat_size(img_size)
+        return high + 2 * self.border, wide + 2 * self.border
 
 
 class ConvEmbed(nn.Module):

@@ -31,7 +31,8 @@ def embed_padded(model: Any, images: Tensor, sizes: Tensor | Sequence[Sequence[i
     x = model.patch_embed(images)  # (B, h, w, C)
     first = model.num_prefix_tokens
     patch = torch.as_tensor(model.patch_embed.patch_size, device=sizes.device)
-    layout = Layout(Grid(x.shape[1], x.shape[2], first), (sizes + patch - 1) // patch)
+    own = (sizes + patch - 1) // patch + 2 * model.patch_embed.border
+    layout = Layout(Grid(x.shape[1], x.shape[2], first), own)
     x = x.flatten(1, 2)
     if model.pos_embed is not None:
         table = model.pos_embed if model.no_embed_class else model.pos_embed[:, first:]

@@ -14,7 +14,7 @@ from linsight.attention import Node, Rename, is_block
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import Layout, LayoutLike, as_layout
 
-from ...parts.convs import CPE
+from ...parts.convs import CPE, BorderedPatches
 from ...parts.siamese import Junction, Pair
 from ...parts.stepsnet import Steps, block_widths, heads_of
 from ...plan import Choice
@@ -153,6 +153,7 @@ def host_arguments(
     cpe: bool = False,
     norm: str = "pre",
     steps: Steps | None = None,
+    border: int = 0,
 ) -> dict[str, Any]:
     """Arguments that make timm's VisionTransformer the host, beside those `given`; `grid` is that of its image size."""
     if 0 in grid:
@@ -163,7 +164,14 @@ def host_arguments(
     if "block_fn" in given:
         raise LinsightError("block_fn=: the host makes its own blocks, of the mechanism that attention= names")
     widths = None if steps is None else block_widths(steps)
+    embed = {}
+    if border:
+        if border < 0 or "embed_layer" in given:
+            raise LinsightError(f"border={border}: give 0 or more, and no embed_layer= beside it")
+        embed = {"embed_layer": functools.partial(BorderedPatches, border=border)}
+        grid = grid[0] + 2 * border, grid[1] + 2 * border
     return {
         "block_fn": functools.partial(make_block, choices=choices, grid=grid, cpe=cpe, norm=norm, widths=widths),
+        **embed,
         **_ALWAYS,
     }

@@ -63,6 +63,7 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
     norm: "pre", or "siamese" for two residual streams.
     steps: `(width, number of blocks)` of each step, the last as wide as the model, in place of `depth`; a head is as
         wide in all of them.
+    border: patches of zeros on each side of an image, which are tokens as all others, in maps of features too.
     """
 
     map_formats = (*FORMATS, "NLC")
@@ -79,6 +80,7 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
         cpe: bool = False,
         norm: str = "pre",
         steps: Steps | None = None,
+        border: int = 0,
         depth: int = 12,
         **timm_kwargs: Any,
     ) -> None:
@@ -89,7 +91,8 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
         if timm_kwargs.get("fix_init"):
             for choice in choices:
                 refuse_for_block(choice, {"fix_init": True}, {})
-        ours = host_arguments(choices, (height // down, width // right), timm_kwargs, cpe=cpe, norm=norm, steps=steps)
+        more: dict[str, Any] = {"cpe": cpe, "norm": norm, "steps": steps, "border": border}
+        ours = host_arguments(choices, (height // down, width // right), timm_kwargs, **more)
         super().__init__(img_size, patch_size, *timm_args, depth=depth, **{**timm_kwargs, **ours})
         self._set_parts(norm, steps)
         if self.num_prefix_tokens:

@@ -28,7 +28,7 @@ class OnePair(nn.Module):
 def vit_plan(model: Any) -> StreamPlan:
     """Patches, blocks, norm; logits of the class token or of the mean."""
     embed, first, pair = model.patch_embed, model.num_prefix_tokens, model.norm_pair
-    down, right = embed.patch_size
+    (down, right), rim = embed.patch_size, 2 * embed.border
 
     def doubled(x: Tensor) -> Tensor:
         return x if pair is None else torch.cat([x, x], dim=-1)
@@ -51,9 +51,9 @@ def vit_plan(model: Any) -> StreamPlan:
         prefix = doubled(model.norm_pre(model._pos_embed(weight.new_zeros(1, 1, 1, model.embed_dim))[:, :first]))
     start = Sample(
         run=embed,
-        size=lambda size: (-(-size[0] // down), -(-size[1] // right)),
+        size=lambda size: (-(-size[0] // down) + rim, -(-size[1] // right) + rim),
         stride=(down, right),
-        margin=0,
+        margin=rim,  # twice what a crop spoils: the last border reads no pixel, and a crop has some
         dim=model.embed_dim * (1 if pair is None else 2),
         place=place,
         prefix=prefix,
