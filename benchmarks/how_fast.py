@@ -3,11 +3,13 @@
     python benchmarks/how_fast.py --docs docs
     python benchmarks/how_fast.py --device cuda --parts operators,deit --docs docs
 
-Three parts. Operators: all mechanisms that stream, beside PyTorch's softmax attention, from 14x14 to 112x112 tokens.
+Four parts. Operators: all mechanisms with a core, beside PyTorch's softmax attention, from 14x14 to 112x112 tokens, in
+time and in memory. Whole: those that are whole layers or blocks, in DeiT-T beside timm's, forward. Both tell where each
+becomes faster than softmax, and those that never do.
 Pyramids: linear Swin-T and MLLA-T, plain and fused, beside timm's Swin-T. DeiT: InLine-DeiT-T, plain and fused,
 beside timm's DeiT-T from 224 to 1344 pixels, in float32 and bf16, and beside its own floor: the same model in which the
 values go straight from the projection to the output projection, with no mixing, no generator and no dynamic
-convolution. Under 20 minutes on two CPU cores.
+convolution. About an hour and a half on two CPU cores; `--parts` takes fewer.
 """
 
 import argparse
@@ -72,16 +74,19 @@ def plans(options: argparse.Namespace) -> dict[str, list[Plan]]:
         setting = Setting(options.device, amp, options.threads, options.seconds, compiled=compiled)
         return Plan((group,), tuple(sizes), setting, steps, options.limit)
 
-    entries = (entry for entry in list_attentions(stream=True) if entry.kind == "core")
-    streaming = tuple(Subject("operator", entry.name) for entry in entries)
-    operators = Group(streaming, Subject("operator", "softmax"))
+    kinds = {entry.name: entry.kind for entry in list_attentions()}
+    cores = tuple(Subject("operator", name) for name, kind in kinds.items() if kind == "core" and name != "softmax")
+    operators = Group(cores, Subject("operator", "softmax"))
+    host = SOFTMAX.name
+    whole = Group(tuple(Subject("model", host, name) for name, kind in kinds.items() if kind != "core"), SOFTMAX)
     swin = Subject("model", "swin_tiny_patch4_window7_224")
     plain, fused = (tuple(Subject("model", name, form) for name in PYRAMIDS) for form in ("", "fused"))
     deit = Group((INLINE, FUSED, FLOOR), SOFTMAX)
-    images = [(side, side, 1) for side in (224, 448, 896, 1344)]
     both = tuple(STEPS)
+    images = [(side, side, 1) for side in (224, 448, 896, 1344)]
     return {
         "operators": [plan(operators, [(side, side, 1) for side in (14, 28, 56, 112)], both)],
+        "whole": [plan(whole, images, ("infer",))],
         "pyramids": [
             plan(Group((*plain, *fused), swin), [(224, 224, 4)], ("infer",)),
             plan(Group(plain, swin), [(224, 224, 4)], ("train",)),
@@ -116,6 +121,19 @@ def by_size(rows: list[dict[str, Any]], step: str) -> str:
     return markdown([f"{STEPS[step]}, ms (ratio)", *(f"{n:,} tokens" for n in sizes), "faster from"], body)
 
 
+def memory(rows: list[dict[str, Any]], step: str) -> str:
+    """One line for each mechanism: the most megabytes that a step takes, by tokens."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    sizes = list(dict.fromkeys(row["tokens"] for row in rows))
+    found = {(row["model"], row["tokens"]): row.get(f"{step}_peak_mb") for row in rows}
+    body = [[f"`{name}`", *(_megabytes(found[name, size]) for size in sizes)] for name in names]
+    return markdown([f"{STEPS[step]}, MB", *(f"{size:,} tokens" for size in sizes)], body)
+
+
+def _megabytes(value: float | None) -> str:
+    return "-" if value is None else digits(value)
+
+
 def beside_floor(done: Done) -> Iterator[list[str]]:
     """One size: the model and its fused form beside the floor, and softmax beside the fused form."""
     plain, fused, floor, softmax = (done.sides[subject] for subject in (INLINE, FUSED, FLOOR, SOFTMAX))
@@ -132,6 +150,7 @@ def precision(done: Done) -> str:
 
 TITLES = {
     "operators": "Operators, {dim} channels in {heads} heads, batch 1",
+    "whole": "Whole layers and blocks, in DeiT-T",
     "pyramids": "Pyramids",
     "deit": "InLine-DeiT-T, its floor, and DeiT-T",
 }
@@ -185,7 +204,7 @@ def tell(done: Done) -> None:
 
 
 def operator_tables(rows: list[dict[str, Any]]) -> list[str]:
-    return [by_size(rows, step) for step in STEPS]
+    return [by_size(rows, step) for step in STEPS] + [memory(rows, step) for step in STEPS]
 
 
 def model_table(rows: list[dict[str, Any]]) -> str:
@@ -202,7 +221,7 @@ def document(folder: Path, text: str) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--parts", default="operators,pyramids,deit", help="which of them, all")
+    add("--parts", default="operators,whole,pyramids,deit", help="which of them, all")
     add("--device", default="cpu", help="cpu, cuda ...")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--seconds", type=float, default=8.0, help="to spend on the rounds of a cell; there are three at least")

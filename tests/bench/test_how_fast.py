@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from linsight.attention import list_attentions
 from linsight.bench import Done, Subject, cost
 from linsight.models import VARIANTS
 from linsight.ops import Grid
@@ -30,6 +31,17 @@ def test_every_part_names_models_that_are_there():
     options = how_fast.parse([])
     (operators,) = how_fast.plans(options)["operators"]
     assert {Subject("operator", name) for name in ("inline", "agent", "softmax")} <= set(operators.groups[0].sides)
+    (whole,) = how_fast.plans(options)["whole"]
+    measured = {side.name for side in operators.groups[0].sides} | {side.attention for side in whole.groups[0].sides}
+    assert measured == {entry.name for entry in list_attentions()} | {""}
+    for subject in whole.groups[0].subjects:
+        assert how_fast.build(subject, (224, 224), "meta").num_classes == 1000
+
+
+def test_memory_is_told_by_size():
+    rows = [{"model": "inline", "tokens": n, "infer_peak_mb": mb} for n, mb in ((1, 0.5), (100, 1234.0))]
+    lines = how_fast.memory([*rows, {"model": "softmax", "tokens": 1}, {"model": "softmax", "tokens": 100}], "infer")
+    assert lines.splitlines()[2:] == ["| `inline` | 0.5 | 1234 |", "| `softmax` | - | - |"]
 
 
 @pytest.mark.parametrize(("step", "last"), [("infer", "| 10 tokens |"), ("train", "| not up to here |")])
