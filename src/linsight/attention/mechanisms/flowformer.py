@@ -136,6 +136,8 @@ class Flowformer(Core):
         super().__init__()
         self.num_heads = num_heads
         self.form = form
+        if form == "vision":  # whose published names are those of ours
+            self.published = ()  # type: ignore[misc]
 
     def flow(self, x: Tensor, other: FlowSum) -> Tensor:
         """The flow `(B, n, H)` between mapped tokens `x` and the sum of the other side."""
