@@ -20,9 +20,19 @@ _SHALLOW = {"stages": tuple(map(StageSize, (64, 128, 320, 512), (1, 3, 7, 4), (2
 
 def _training(batch: int, lr: float) -> Training:
     """Rates are for the batch of all GPUs, not scaled."""
-    rates = {"lr": lr, "warmup_lr": 1e-6, "min_lr": 5e-5, "lr_base_batch": 0}
-    epochs = {"warmup_epochs": 10, "cooldown_epochs": 10}
-    return trained("imagenet", batch, 0.1, clip_grad=1.0, ema=0.99996, **rates, **epochs)
+    return trained(
+        "imagenet",
+        batch,
+        0.1,
+        lr=lr,
+        lr_base_batch=0,
+        warmup_epochs=10,
+        warmup_lr=1e-6,
+        min_lr=5e-5,
+        cooldown_epochs=10,
+        clip_grad=1.0,
+        ema=0.99996,
+    )
 
 
 def _variants(normalised: bool) -> Iterator[Variant]:
