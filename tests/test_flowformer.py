@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import linsight
 from linsight import create_attention
 from linsight.attention import create_core, list_attentions
 from linsight.ops import Grid, Layout
@@ -72,3 +73,14 @@ def test_causal_is_settled_by_the_past():
     plain = create_core("flowformer", 8, 2, form="reference").double()
     assert (plain(tokens, Layout(grid))[:, -1] - out[:, -1]).abs().max() > 1e-3
     assert "flowformer_causal" not in [entry.name for entry in list_attentions(stream=True)]
+
+
+def test_blocks_of_the_published_model():
+    """The MLP's branch is scaled, that of attention is not; positions are told once."""
+    model = linsight.create_model("flow_pyramid", stages=[(8, 1, 2, 2.0), (8, 1, 2, 2.0)], num_classes=3).double()
+    assert [hasattr(stage, "pos_embed") for stage in model.stages] == [True, False]
+    block, x = model.stages[0].blocks[0].eval(), torch.randn(1, 6, 8, dtype=torch.float64)
+    assert torch.equal(block.gamma, torch.full((8,), 1e-5).double())
+    torch.nn.init.uniform_(block.gamma, 0.5, 2)
+    middle = x + block.attn(block.norm1(x), Grid(2, 3))
+    close(block(x, Grid(2, 3)), middle + block.gamma * block.mlp(block.norm2(middle)))

@@ -44,6 +44,22 @@ SMALL = {
         "img_size": 64,
         "num_classes": 7,
     },
+    "soft_pyramid_tiny": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "img_size": 64,
+        "num_classes": 7,
+    },
+    "l2vit_pyramid_tiny": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "img_size": 64,
+        "window_size": 3,
+        "num_classes": 7,
+    },
+    "flow_pyramid": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "img_size": 64,
+        "num_classes": 7,
+    },
     "cswin_tiny": {
         "stages": [(8, 1, 2, 2.0, 1), (16, 2, 2, 2.0, 2), (16, 2, 2, 2.0, 2), (16, 1, 2, 2.0, 2)],
         "img_size": 64,
@@ -75,6 +91,7 @@ pairs = pytest.mark.parametrize(
 
 # Without a class token, for mechanisms that have no place for it.
 NO_TOKEN = {"vit_tiny": {"class_token": False, "global_pool": "avg"}, "pvt_tiny": {"global_pool": "avg"}}
+NO_TOKEN["soft_pyramid_tiny"] = NO_TOKEN["pvt_tiny"]
 
 
 def build(host, attention="inline", **arguments):

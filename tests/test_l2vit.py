@@ -6,6 +6,7 @@ import torch
 import linsight
 from linsight import create_attention
 from linsight.attention import create_core
+from linsight.errors import LinsightError
 from linsight.ops import Grid, Layout
 from matrix.subject import cast, close, random_tokens
 
@@ -54,3 +55,36 @@ def test_it_starts_at_the_scale_of_softmax_and_has_the_published_keys():
     state = linsight.export_published(layer)
     assert set(state) == {"temperature", "qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
     assert torch.equal(state["temperature"], torch.full((4, 1, 1), 0.25))
+
+
+def window_block(window=2):
+    """The block of the host around softmax, without what its position encodings add."""
+    torch.manual_seed(0)
+    model = linsight.create_model("l2vit_pyramid_tiny", stages=[(8, 1, 2, 2.0)], window_size=window, num_classes=3)
+    block = model.stages[0].blocks[0].double().eval()
+    for encoding in (block.cpe1, block.cpe2):
+        torch.nn.init.zeros_(encoding.weight), torch.nn.init.zeros_(encoding.bias)
+    return block
+
+
+def test_windows_of_the_host():
+    """They do not see each other, and as published they see what pads the grid."""
+    block, x = window_block(), torch.randn(1, 16, 8, dtype=torch.float64)
+    other = x.clone()
+    other[:, 0] = -x[:, 0]
+    changed = (block(other, Grid(4, 4)) - block(x, Grid(4, 4))).abs().amax((0, 2)) > 1e-9
+    assert changed.view(4, 4).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    one = x[:, :1]
+    inner = torch.cat([block.norm1(one), torch.zeros(1, 3, 8, dtype=torch.float64)], dim=1)
+    middle = one + block.attn(inner, Grid(2, 2))[:, :1]
+    close(block(one, Grid(1, 1)), middle + block.mlp(block.norm2(middle)))
+
+
+def test_blocks_of_the_host_take_turns():
+    model = linsight.create_model("l2vit_tiny", device="meta")
+    for stage in model.stages:
+        kinds = [type(block).__name__ for block in stage.blocks]
+        assert kinds == ["WindowBlock", "L2ViTBlock"] * (len(kinds) // 2)
+        assert {block.window for block in stage.blocks[::2]} == {(7, 7)}
+    with pytest.raises(LinsightError, match="window_size=0"):
+        linsight.create_model("l2vit_pyramid_tiny", window_size=0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import linsight
 from linsight import create_attention
 from linsight.attention import create_core
 from linsight.errors import CapabilityError, LinsightError
@@ -75,3 +76,35 @@ def test_mistakes_are_told():
     for mistake in ({"ratio": 0}, {"kernel_size": 4}):
         with pytest.raises(LinsightError, match=next(iter(mistake))):
             create_attention("soft", 16, 2, **mistake)
+
+
+def test_blocks_of_the_published_model():
+    """Norms stand behind each half, and training drops single numbers of a branch; the last stage is PVT's."""
+    sizes = [(8, 1, 2, 2.0), (8, 1, 2, 2.0)]
+    model = linsight.create_model("soft_pyramid_tiny", stages=sizes, drop_path_rate=0.5, num_classes=3).double()
+    assert type(model.stages[1].blocks[0]).__name__ == "PreNorm" and model.stages[1].cls_token is not None
+    first, x, grid = model.stages[0].blocks[0], torch.randn(1, 12, 8, dtype=torch.float64), Grid(3, 4)
+    middle = F.layer_norm(x + first.attn(x, grid), (8,))
+    mlp = first.mlp
+    branch = mlp.fc2(F.gelu(mlp.fc1(middle), approximate="tanh"))
+    close(first.eval()(x, grid), F.layer_norm(middle + branch, (8,)))
+    first.drop.p = 0.5
+    first.train(), torch.nn.init.zeros_(first.attn.proj.weight), torch.nn.init.ones_(first.attn.proj.bias)
+    torch.nn.init.zeros_(mlp.fc2.weight), torch.nn.init.zeros_(mlp.fc2.bias)
+    first.norm1, first.norm2 = torch.nn.Identity(), torch.nn.Identity()
+    added = (first(x.expand(64, -1, -1), grid) - x).flatten(1)
+    assert set(added.round(decimals=6).unique().tolist()) == {0, 2}
+    assert all(0 < (row == 0).double().mean() < 1 for row in added.round())
+
+
+def test_published_models_have_the_published_parts():
+    model = linsight.create_model("soft_norm_tiny", device="meta")
+    cores = [stage.blocks[0].attn.core for stage in model.stages[:3]]
+    assert [(core.ratio, core.halo, core.normalised, core.original) for core in cores] == [
+        (8, 4, True, True),
+        (4, 2, True, True),
+        (2, 1, True, True),
+    ]
+    assert [len(stage.blocks) for stage in linsight.create_model("soft_small_shallow", device="meta").stages] == [
+        *(1, 3, 7, 4)
+    ]

@@ -111,6 +111,8 @@ INSTEAD = {
     ("pvt_v2_b0", "num_heads"): (1, 1, 1, 1),
     ("pvt_tiny", "final_norm"): "absent",
     ("pvt_tiny", "global_pool"): "max",
+    ("soft_pyramid_tiny", "final_norm"): "absent",
+    ("soft_pyramid_tiny", "global_pool"): "max",
 }
 HOSTS_OF = {
     "vit_tiny": ("inline", "softmax", "circulant", "weightformer"),
@@ -120,6 +122,9 @@ HOSTS_OF = {
     "cswin_tiny": ("softmax", "weightformer"),
     "mlla_pyramid_tiny": ("mlla", "weightformer"),
     "h_vit_tiny": ("ttt", "weightformer"),
+    "soft_pyramid_tiny": ("inline", "weightformer"),
+    "l2vit_pyramid_tiny": ("softmax", "weightformer"),
+    "flow_pyramid": ("inline", "weightformer"),
     "compact_pico": ("inline", "weightformer"),
 }
 THEIRS = {

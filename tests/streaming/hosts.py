@@ -17,8 +17,12 @@ SMALL = {
     "cswin_tiny": {"stages": [(*stage, 2) for stage in _STAGES], "img_size": 64},
     "mlla_pyramid_tiny": {"stages": _STAGES, "img_size": 64},
     "h_vit_tiny": {"stages": _STAGES, "img_size": 64},
+    "soft_pyramid_tiny": {"stages": _STAGES, "img_size": 64},
+    "l2vit_pyramid_tiny": {"stages": _STAGES, "img_size": 64},
+    "flow_pyramid": {"stages": _STAGES, "img_size": 64},
 }
 _NO_TOKEN = {"vit_tiny": {"class_token": False, "global_pool": "avg"}, "pvt_tiny": {"global_pool": "avg"}}
+_NO_TOKEN["soft_pyramid_tiny"] = _NO_TOKEN["pvt_tiny"]
 
 
 def small(host, attention, **arguments):

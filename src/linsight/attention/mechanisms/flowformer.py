@@ -16,7 +16,7 @@ of sources nor of sinks, and N and M are the numbers of those that are. Between 
 sinks that are padding are not counted, either. The causal form is another function: see `flowformer_causal`.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ class Flowformer(Core):
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
     rounds = (Side("queries"), Side("keys"), Conserved("queries"), Conserved("keys"), Compete("keys"))
-    published = (
+    published: ClassVar[tuple[Rename, ...]] = (
         Rename("query_projection.", "q."),
         Rename("key_projection.", "k."),
         Rename("value_projection.", "v."),
@@ -136,6 +136,8 @@ class Flowformer(Core):
         super().__init__()
         self.num_heads = num_heads
         self.form = form
+        if form == "vision":  # whose published names are those of ours
+            self.published = ()  # type: ignore[misc]
 
     def flow(self, x: Tensor, other: FlowSum) -> Tensor:
         """The flow `(B, n, H)` between mapped tokens `x` and the sum of the other side."""

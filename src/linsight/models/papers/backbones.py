@@ -3,10 +3,13 @@
 from linsight.attention import Paper, mechanism
 
 from ..hosts.cswin import CSwinTransformer
+from ..hosts.flow import FlowTransformer
 from ..hosts.h_vit import HierarchicalViT
+from ..hosts.l2vit import L2ViTransformer
 from ..hosts.mlla import MLLATransformer
 from ..hosts.pvt import PyramidVisionTransformer
 from ..hosts.pvt_v2 import PyramidVisionTransformerV2
+from ..hosts.soft import SoftTransformer
 from ..hosts.swin import SwinTransformer
 from ..hosts.vit import VisionTransformer
 from ..registry import credit_hosts
@@ -53,3 +56,6 @@ credit_hosts(
 
 credit_hosts(MLLATransformer, mechanism("mlla").paper, "LeapLabTHU/MLLA")
 credit_hosts(HierarchicalViT, mechanism("ttt").paper, "LeapLabTHU/ViTTT")
+credit_hosts(SoftTransformer, mechanism("soft").paper, "fudan-zvg/SOFT")
+credit_hosts(L2ViTransformer, mechanism("l2vit").paper, "ChuanyangZheng/L2ViT")
+credit_hosts(FlowTransformer, mechanism("flowformer").paper, "thuml/Flowformer")

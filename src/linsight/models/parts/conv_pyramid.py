@@ -5,6 +5,8 @@ Any image size: images are padded with zeros at the right and bottom to a multip
 even ones, as in the published dense backbones. Padding is part of the grid.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +39,42 @@ class ConvNorm(ConvNormAct, Fusable):
         super().__init__(*timm_args, **timm_kwargs)
         if self.conv.kernel_size == (1, 1):
             self.conv = recast(self.conv, Pointwise)
+
+
+class ConvDown(Fusable):
+    """3x3 convolutions with batch norm and ReLU, of `(width, stride)` each: a map to tokens. Sides round upwards.
+
+    last_act: also behind the last one.
+    """
+
+    published = tuple(
+        Rename(f"proj.{3 * i + place}.", f"convs.{i}.{part}.")
+        for i in range(3)
+        for place, part in enumerate(("conv", "norm"))
+    )
+
+    def __init__(self, in_dim: int, sizes: Sequence[tuple[int, int]], *, last_act: bool = True, **factory: Any) -> None:
+        super().__init__()
+        self.strides = [stride for _, stride in sizes]
+        self.stride = math.prod(self.strides)
+        widths = [in_dim, *(width for width, _ in sizes)]
+        acts = [True] * (len(sizes) - 1) + [last_act]
+        self.convs = nn.Sequential(
+            *(
+                ConvNorm(before, width, 3, stride=stride, bias=True, apply_act=act, **factory)
+                for before, (width, stride), act in zip(widths, sizes, acts, strict=False)
+            )
+        )
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the tokens of a map of `size`."""
+        for stride in self.strides:
+            size = (size[0] + stride - 1) // stride, (size[1] + stride - 1) // stride
+        return size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """`(B, in_dim, H, W)` to tokens `(B, h*w, C)` and their grid."""
+        return as_tokens(self.convs(x))
 
 
 class ConvStem(nn.Module):

@@ -1,6 +1,6 @@
 """Convolutional parts that hosts share."""
 
-from typing import Any
+from typing import Any, Literal
 
 from timm.layers import Mlp, PatchEmbed
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
@@ -95,7 +95,7 @@ class BorderedPatches(WholePatches):
 
 
 class ConvEmbed(nn.Module):
-    """A strided convolution and LayerNorm: images or maps `(B, C, H, W)` to tokens.
+    """A strided convolution, and LayerNorm behind or ahead of it, or none: images or maps `(B, C, H, W)` to tokens.
 
     Floors as convolutions do; a map smaller than the kernel is first padded to it with zeros.
     """
@@ -108,6 +108,7 @@ class ConvEmbed(nn.Module):
         stride: int,
         padding: int = 0,
         *,
+        norm: Literal["behind", "ahead", "none"] = "behind",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -115,7 +116,9 @@ class ConvEmbed(nn.Module):
         # Not read off the convolution, in whose place others put modules of their own, as LoRA does.
         self.kernel, self.stride, self.padding = kernel, stride, padding
         self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.ahead = norm == "ahead"
+        width = in_dim if self.ahead else dim
+        self.norm = nn.Identity() if norm == "none" else nn.LayerNorm(width, device=device, dtype=dtype)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the tokens of a map of `size`."""
@@ -125,12 +128,15 @@ class ConvEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, H*W, C)` and its grid."""
+        if self.ahead:
+            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         least = self.kernel - 2 * self.padding
         low, wide = least - x.shape[2], least - x.shape[3]
         if traced(low) or low > 0 or wide > 0:
             x = F.pad(x, (0, at_least(wide, 0), 0, at_least(low, 0)))
         x = self.proj(x)
-        return self.norm(x.flatten(2).transpose(1, 2)), Grid(x.shape[2], x.shape[3])
+        tokens = x.flatten(2).transpose(1, 2)
+        return tokens if self.ahead else self.norm(tokens), Grid(x.shape[2], x.shape[3])
 
 
 class ConvMlp(Mlp):
