@@ -24,6 +24,8 @@ LARGER = {
     "cswin_tiny": {"img_size": 96},
     "mlla_pyramid_tiny": {"img_size": 96},
     "h_vit_tiny": {"img_size": 96},
+    "ravlt_t": {"img_size": 96},
+    "nala_xt": {"img_size": 96},
 }
 TABLES = re.compile(r"(.*\.)?(positional_encoding|relative_position_bias_table|pos_embed[1-4]?)")
 

@@ -17,6 +17,8 @@ SMALL = {
     "cswin_tiny": {"stages": [(*stage, 2) for stage in _STAGES], "img_size": 64},
     "mlla_pyramid_tiny": {"stages": _STAGES, "img_size": 64},
     "h_vit_tiny": {"stages": _STAGES, "img_size": 64},
+    "ravlt_t": {"stages": _STAGES, "projection": 24, "img_size": 64},
+    "nala_xt": {"stages": _STAGES, "projection": 24, "img_size": 64},
 }
 _NO_TOKEN = {"vit_tiny": {"class_token": False, "global_pool": "avg"}, "pvt_tiny": {"global_pool": "avg"}}
 

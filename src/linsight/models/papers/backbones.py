@@ -7,6 +7,7 @@ from ..hosts.h_vit import HierarchicalViT
 from ..hosts.mlla import MLLATransformer
 from ..hosts.pvt import PyramidVisionTransformer
 from ..hosts.pvt_v2 import PyramidVisionTransformerV2
+from ..hosts.ravlt import RAVLT, NaLaTransformer
 from ..hosts.swin import SwinTransformer
 from ..hosts.vit import VisionTransformer
 from ..registry import credit_hosts
@@ -53,3 +54,5 @@ credit_hosts(
 
 credit_hosts(MLLATransformer, mechanism("mlla").paper, "LeapLabTHU/MLLA")
 credit_hosts(HierarchicalViT, mechanism("ttt").paper, "LeapLabTHU/ViTTT")
+credit_hosts(RAVLT, mechanism("rala").paper, "qhfan/RALA")
+credit_hosts(NaLaTransformer, mechanism("nalaformer").paper, "ZacharyMeng/NaLaFormer")
