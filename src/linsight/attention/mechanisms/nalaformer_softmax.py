@@ -36,7 +36,7 @@ class NaLaFormerSoftmax(NaLaFormer):
     """Rotary softmax attention, normed and gated behind a convolution of v."""
 
     structure = Structure(cost=Cost.QUADRATIC)
-    rounds = ()
+    rounds = ()  # type: ignore[assignment]
 
     def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
         """Softmax over the keys, the convolution of v, the norm and the gate."""

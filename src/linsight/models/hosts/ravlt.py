@@ -136,17 +136,23 @@ class WideningHead(ClassifierHead):
         self, in_features: int, width: int, num_classes: int, pool_type: str, drop_rate: float, **factory: Any
     ) -> None:
         super().__init__(width, num_classes, pool_type, drop_rate=drop_rate, **factory)
-        self.proj = nn.Linear(in_features, width, **factory)
+        self.proj: nn.Module = nn.Linear(in_features, width, **factory)
         self.norm: nn.Module = nn.BatchNorm2d(width, **factory)
-        self.act = nn.SiLU()
+        self.act: nn.Module = nn.SiLU()
 
     def reset(
-        self, num_classes: int, pool_type: str | None = None, reset_other: bool = False, **timm_kwargs: Any
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        """As timm's; `reset_other`: take off what widens, too."""
+        """As timm's; `reset_other`: take off what widens, too, so `in_features` are those of the map."""
         if reset_other:
-            self.proj, self.norm, self.act = nn.Identity(), nn.Identity(), nn.Identity()  # type: ignore[assignment]
-        super().reset(num_classes, pool_type, **timm_kwargs)
+            self.proj, self.norm, self.act = nn.Identity(), nn.Identity(), nn.Identity()
+        super().reset(num_classes, pool_type, reset_other, in_features, device, dtype)
 
     def widened(self, x: Tensor) -> Tensor:
         """A map `(B, C, H, W)` of as many channels as the classifier reads."""

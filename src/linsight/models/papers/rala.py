@@ -24,6 +24,6 @@ add_variants(
     _ravlt("t", figures(82.8, 14.898, 2.61), 0.1, "as others cite it"),
     _ravlt("s", figures(84.4, 25.59, 4.88), 0.15),
     _ravlt("b", figures(85.5, 48.24, 10.58), 0.4),
-    _ravlt("l", figures(None, 95.24, 17.21), 0.55),
+    _ravlt("l", figures(None, 95.24, 17.21), 0.55, "others cite 86.1"),
     code="qhfan/RALA",
 )
