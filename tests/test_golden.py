@@ -54,11 +54,11 @@ def test_model(name):
         linsight.load_published(model, state)
         check(model, lambda model=model: model(images), spec["trace"], cases.model_rules(model), recorded)
         exported = linsight.export_published(model)
-        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        buffers = ("running_mean", "running_var", "num_batches_tracked", "angle")
         counters = {key for key in exported if key.endswith("num_batches_tracked")}
         assert exported.keys() - counters == {key for key, _ in spec["state_dict"]} - counters
         assert all(torch.equal(tensor, state[key]) for key, tensor in exported.items() if key in state)
-        own = [tensor for key, tensor in exported.items() if not key.endswith(statistics)]
+        own = [tensor for key, tensor in exported.items() if not key.endswith(buffers)]
         assert sum(tensor.numel() for tensor in own) == spec["params"]
 
 

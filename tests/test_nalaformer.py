@@ -1,4 +1,4 @@
-"""NaLaFormer against the published steps, token by token; queries of norm 0, keys whose cube is large, its keys."""
+"""NaLaFormer and its softmax form against the published steps, token by token; queries of norm 0, large cubes, keys."""
 
 import copy
 
@@ -16,13 +16,19 @@ from test_rala import make_core, turned
 F64 = torch.float64
 
 
-def published(core, tokens, grid):
+def published(core, tokens, grid, softmax):
     """The steps of the paper for one image, up to the convolution; keys of dropped tokens are left out."""
     kept = range(grid.tokens) if tokens.keep is None else [i for i in range(grid.tokens) if tokens.keep[0, i]]
     places = [divmod(i, grid.width) for i in range(grid.tokens)]
     out = torch.zeros_like(tokens.v)
     for h in range(core.num_heads):
         q, k, v = (x[0, :, h] for x in tokens[:3])
+        if softmax:
+            turned_k = torch.stack([turned(k[j], *places[j], core.angle) for j in kept])
+            for i in range(grid.tokens):
+                scores = turned_k @ turned(q[i], *places[i], core.angle) * q.shape[1] ** -0.5
+                out[0, i, h] = scores.softmax(0) @ v[kept]
+            continue
         parts = [(k[j] ** 3).relu() for j in range(len(k))], [(-(k[j] ** 3)).relu() for j in range(len(k))]
         for i in range(grid.tokens):
             norm = q[i].square().sum().sqrt()
@@ -37,17 +43,18 @@ def published(core, tokens, grid):
     return normed * F.silu(tokens.extra)
 
 
+@pytest.mark.parametrize("name", ["nalaformer", "nalaformer_softmax"])
 @pytest.mark.parametrize("grid", [Grid(4, 5), Grid(1, 7), Grid(1, 1)], ids=str)
 @pytest.mark.parametrize("dropping", [False, True])
-def test_core_is_the_published_steps(grid, dropping):
-    core = make_core("nalaformer")
+def test_core_is_the_published_steps(name, grid, dropping):
+    core = make_core(name)
     for parameter in core.lepe.parameters():
         torch.nn.init.zeros_(parameter)
     for parameter in core.ln.parameters():
         torch.nn.init.normal_(parameter)
     keep = torch.arange(grid.tokens)[None] % 3 != 1 if dropping else None
     tokens = random_tokens(core, 1, grid, keep=keep)
-    close(core(tokens, Layout(grid)).flatten(2), published(core, tokens, grid))
+    close(core(tokens, Layout(grid)).flatten(2), published(core, tokens, grid, name == "nalaformer_softmax"))
 
 
 def test_a_query_of_norm_zero_reads_nothing():
@@ -75,8 +82,9 @@ def test_cubes_are_made_in_float32(dtype):
     assert (core(tokens, Layout(grid)) - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_published_keys():
-    state = linsight.export_published(create_attention("nalaformer", 16, 2))
+@pytest.mark.parametrize("name", ["nalaformer", "nalaformer_softmax"])
+def test_published_keys(name):
+    state = linsight.export_published(create_attention(name, 16, 2))
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
         "core.angle": (4,),  # of a stage there
         "qkvg.weight": (64, 16),

@@ -17,6 +17,7 @@ from linsight.errors import LinsightError
 from linsight.models import HOSTS
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver, Latents, Network
 from linsight.models.hosts.steps_resnet import StepsResNet
+from linsight.models.parts.pyramid import PlainPyramid
 from test_hosts import NO_TOKEN, SMALL
 
 
@@ -93,6 +94,7 @@ TRIED = {
     "steps": None,
     "attention_window": 2,
     "dense_windows": True,
+    "projection": 16,
     "stages": None,
     "stem": None,
     "attention": None,
@@ -102,7 +104,7 @@ TOGETHER = {"pool_include_prefix": {"global_pool": "avg"}, "class_token": {"glob
 TOGETHER["fc_norm"] = {"global_pool": "token"}
 # Of mechanisms that see the whole grid, or know no heads: what the host gives to others, so that all may be compared.
 IDLE = {"inline": {"window_size"}, "weightformer": {"window_size", "num_heads"}}
-DRAWN = {"weight_init", "fix_init"}  # of these, the initial weights tell
+DRAWN = {"weight_init", "fix_init", "init_values"}  # of these, the initial weights tell
 OF_TOKENS = {"class_token", "fc_norm", "no_embed_class", "pool_include_prefix", "reg_tokens"}
 # Where one value is not enough: of a host.
 INSTEAD = {
@@ -125,12 +127,16 @@ HOSTS_OF = {
     "soft_pyramid_tiny": ("inline", "weightformer"),
     "l2vit_pyramid_tiny": ("softmax", "weightformer"),
     "flow_pyramid": ("inline", "weightformer"),
+    "ravlt_t": ("rala", "weightformer"),
+    "nala_xt": ("nalaformer", "weightformer"),
     "compact_pico": ("inline", "weightformer"),
 }
 THEIRS = {
     "vit_tiny": vision_transformer.VisionTransformer,
     "swin_tiny": swin_transformer.SwinTransformer,
     "pvt_v2_b0": pvt_v2.PyramidVisionTransformerV2,
+    "ravlt_t": PlainPyramid,
+    "nala_xt": PlainPyramid,
 }
 
 

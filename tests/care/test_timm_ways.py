@@ -26,6 +26,7 @@ TINY_SWIN = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 1, 1), "num_heads"
 TINY_PVT = {"img_size": 64, "stages": [(8, 1, 1, 2.0, 4), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 1)]}
 TINY_PVT_V2 = {"embed_dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
 TINY = {"img_size": 64, "stages": [(8, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)]}
+TINY_RAVLT = {**TINY, "projection": 24}
 TINY_CSWIN = {"img_size": 64, "stages": [(8, 1, 2, 2.0, 1), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 2)]}
 TINY_RESNET = {"stages": [[[8, 1]], [[16, 1]], [[8, 1], [16, 1]], [[16, 1]]]}
 # One of each class of model, and of each form that a class has, made small; pytest -m full takes all as they are.
@@ -45,6 +46,8 @@ SMALL = {
     "soft_tiny": TINY,
     "l2vit_tiny": TINY,
     "flowformer_cv": TINY,
+    "rala_ravlt_t": TINY_RAVLT,
+    "nalaformer_xt": TINY_RAVLT,
     "steps_resnet18": TINY_RESNET,
     "dynp_resnet18_025_t32_cifar": {},
     "agent_pvt_tiny_dense": TINY_PVT,

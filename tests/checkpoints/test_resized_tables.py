@@ -27,6 +27,8 @@ LARGER = {
     "soft_pyramid_tiny": {"img_size": 96},
     "l2vit_pyramid_tiny": {"img_size": 96},
     "flow_pyramid": {"img_size": 96},
+    "ravlt_t": {"img_size": 96},
+    "nala_xt": {"img_size": 96},
 }
 TABLES = re.compile(r"(.*\.)?(positional_encoding|relative_position_bias_table|pos_embed[1-4]?)")
 

@@ -13,7 +13,7 @@ from linsight.attention import Attention
 from ._grids import Grids, Made
 from ._projections import Entry, regroup, share
 from ._stem import adapt_stem
-from .keys import is_constant, key_map, to_ours
+from .keys import copies, is_constant, key_map, to_ours
 from .report import Mismatch, shape_text
 from .unwrap import clean_state, unwrapped_key
 
@@ -80,6 +80,9 @@ def convert(model: nn.Module, tensors: Mapping[str, Tensor], *, named: bool) -> 
     for key, tensor in tensors.items():
         ours = to_ours(key, rules)
         entries[ours if ours not in entries else f"{ours}, again"] = Entry(key, tensor)
+    for one, keys in copies(model).items():
+        if one in entries and keys:
+            entries |= dict.fromkeys(keys, entries.pop(one))
     for path, layer in model.named_modules():
         if isinstance(layer, Attention):
             regroup(entries, unwrapped_key(f"{path}.") if path else "", layer.layout_name)

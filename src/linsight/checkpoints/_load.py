@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as to_bytes
 from timm.models._features import FeatureDictNet, FeatureGetterNet
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ._folded import fold, refuse_adapters
 from ._grids import Grids, Made, check_sides
 from ._projections import Entry, published_projections, regroup
 from .guess import describe
-from .keys import key_map, to_published
+from .keys import copies, key_map, to_published
 from .read import read
 from .report import LoadReport, shortened, table
 from .unwrap import beneath, clean_state, in_lists, shared_prefix, unwrap, unwrapped_key
@@ -76,6 +77,7 @@ def load_published(
         raise CheckpointError("the model is on the meta device: give it memory first, model.to_empty(device='cpu')")
     rules = key_map(inner)
     known = {*own, *(to_published(key, own[key], rules)[0] for key in own)}
+    known |= {to_published(key, torch.empty(()), rules)[0] for key in copies(inner)}
     found, beside = beneath(in_lists(found, inner), known, name)
     refuse_adapters([*found.tensors, *found.others], own, name)
     tensors, folded = fold(found.tensors, own, name)
@@ -133,6 +135,9 @@ def export_published(model: nn.Module, path: str | Path | None = None) -> dict[s
     It tells the grids of its tables in its metadata, which `torch.save` keeps and `load_published` reads.
 
     path: where to write it too, a file of safetensors, which tells them as well.
+
+    Raises:
+        CheckpointError: the model is fused, or copies of what is one tensor as published differ.
     """
     inner = _unfused(model)
     own = clean_state(inner)
@@ -143,8 +148,13 @@ def export_published(model: nn.Module, path: str | Path | None = None) -> dict[s
     rules, grids = key_map(inner), Grids(inner, Made())
     state: OrderedDict[str, Tensor] = OrderedDict()
     tables = {}
+    once = {key: one for one, keys in copies(inner).items() for key in keys}
     for key, entry in entries.items():
-        published, tensor = to_published(key, entry.tensor, rules)
+        published, tensor = to_published(once.get(key, key), entry.tensor, rules)
+        if key in once and published in state and not torch.equal(state[published], tensor):
+            raise CheckpointError(
+                f"'{published}' is one tensor as published, but '{key}' is another than that before it"
+            )
         state[published] = tensor.detach().clone()
         if key in own and (grid := grids.own(key)):
             tables[published] = grid

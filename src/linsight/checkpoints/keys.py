@@ -3,8 +3,12 @@
 Any module may declare `published`, a tuple of `Rename`: a host for its stages, a block for what it
 owns, a mechanism (on its Core, or on its own Layer) for the layer. Rules are relative to their
 module, and the outer ones come first, so a host's rules lead to the names that the layers published.
+
+One may also declare `in_copies`: keys of tensors that it has once as published, and here once in each
+of several parts, whose keys have {} for the number of the part.
 """
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -85,6 +89,18 @@ def to_published(key: str, tensor: Tensor, rules: Iterable[Rules]) -> tuple[str,
         if ones and tensor.ndim > 1:
             tensor = tensor[(..., *[None] * ones)]
     return key, tensor
+
+
+def copies(model: nn.Module) -> dict[str, list[str]]:
+    """Keys of what is one tensor as published, by the rules, and the keys of its copies in `model`."""
+    own = [unwrapped_key(key) for key in model.state_dict()]
+    found = {}
+    for path, module in model.named_modules():
+        prefix = unwrapped_key(f"{path}.") if path else ""
+        for one, pattern in getattr(module, "in_copies", {}).items():
+            fitting = re.compile(r"\d+".join(map(re.escape, f"{prefix}{pattern}".split("{}"))))
+            found[prefix + one] = [key for key in own if fitting.fullmatch(key)]
+    return found
 
 
 def is_constant(key: str) -> bool:

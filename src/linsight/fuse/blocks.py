@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from linsight.models.hosts.cswin import CSwinBlock
 from linsight.models.hosts.h_vit import HViTBlock
 from linsight.models.hosts.mlla import MLLABlock
+from linsight.models.hosts.ravlt import NaLaBlock, RAVLTBlock
 from linsight.models.hosts.swin import SwinBlock
 from linsight.models.hosts.vit.blocks import Block
 from linsight.models.parts.stages import PreNorm
@@ -48,6 +49,6 @@ def mlp_form(mlp: Mlp) -> nn.Module:
 
 
 BLOCK_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    **dict.fromkeys((PreNorm, CSwinBlock, MLLABlock, HViTBlock, SwinBlock, Block), block_form),
+    **dict.fromkeys((PreNorm, CSwinBlock, MLLABlock, HViTBlock, RAVLTBlock, NaLaBlock, SwinBlock, Block), block_form),
     Mlp: mlp_form,
 }

@@ -50,11 +50,13 @@ class StreamPlan(NamedTuple):
     norm: the last norm, of tokens `(1, n, C)`.
     head: logits, or with True the features before the classifier, of the normed prefix `(1, P, C)` and the mean of
         the other normed tokens `(1, 1, C)`; None where the host pools in another way.
+    pooled: normed tokens `(1, n, C)` -> those of which `head` takes the mean, where they are others.
     """
 
     steps: tuple[Sample | Mix, ...]
     norm: Callable[[Tensor], Tensor]
     head: Callable[[Tensor, Tensor, bool], Tensor] | None
+    pooled: Callable[[Tensor], Tensor] | None = None
 
 
 @runtime_checkable

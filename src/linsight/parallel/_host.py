@@ -117,6 +117,7 @@ class SplitHost:
         if output == "map":
             return plan.norm(x[:, front:]).unflatten(1, (-1, part.grid.width))
         spatial = plan.norm(x[:, front:])
+        spatial = spatial if plan.pooled is None else plan.pooled(spatial)
         total = spatial.sum(dim=1, keepdim=True, dtype=accumulator(x.dtype))
         first = total[:, :0]
         if prefix is not None:

@@ -293,6 +293,7 @@ class _Run:
                 final = final or self.store.output((*shape, x.shape[-1]))
                 final.write(tile, x)
             else:
+                x = x if plan.pooled is None else plan.pooled(x)
                 part = x.sum(dim=1, keepdim=True, dtype=accumulator(x.dtype))
                 part = part.cpu().double()  # there, as not every device has float64
                 total = part if total is None else total + part

@@ -305,10 +305,14 @@ class PlainPyramid(Pyramid):
         )
         self.check_head(num_classes, global_pool)
         self.norm = self.make_norm(self.num_features, **factory)
-        head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate=drop_rate, **factory)
+        head = self.make_head(self.num_features, num_classes, global_pool, drop_rate, **factory)
         self.head, self.head_hidden_size = head, head.num_features
         self.apply(init_linear)
 
     def make_norm(self, dim: int, **factory: Any) -> nn.Module:
         """The final norm, of maps."""
         return nn.LayerNorm(dim, **factory)
+
+    def make_head(self, dim: int, num_classes: int, global_pool: str, drop_rate: float, **factory: Any) -> Any:
+        """The classifier of the last map, normed; it tells `num_features`, those of the linear layer."""
+        return ClassifierHead(dim, num_classes, global_pool, drop_rate=drop_rate, **factory)

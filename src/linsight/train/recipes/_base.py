@@ -54,20 +54,23 @@ IMAGENET = ClassifyRecipe(
 )
 
 _PVT = {"warmup_lr": 1e-6, "min_lr": 1e-5, "warmup_epochs": 5, "cooldown_epochs": 10, "clip_grad": 0.0}
+# DeiT's own (arXiv 2012.12877), at a batch of 1024; its warm-up and last rate do not scale with the batch.
+_DEIT = {
+    "color_jitter": 0.3,
+    "warmup_epochs": 5,
+    "warmup_lr": 5e-7,
+    "min_lr": 5e-6,
+    "clip_grad": 0.0,
+    "aug_repeats": 3,
+    "amp": "auto",
+}
 _CSWIN = {**_PVT, "warmup_epochs": 20}
 # Changes of it by hosts and families; `_384` is fine-tuning at 384 pixels.
 BASES: dict[str, Mapping[str, Any]] = {
     "imagenet": {},
-    # DeiT's own (arXiv 2012.12877), at a batch of 1024; its warm-up and last rate do not scale with the batch.
-    "deit": {
-        "color_jitter": 0.3,
-        "warmup_epochs": 5,
-        "warmup_lr": 5e-7,
-        "min_lr": 5e-6,
-        "clip_grad": 0.0,
-        "aug_repeats": 3,
-        "amp": "auto",
-    },
+    "deit": _DEIT,
+    # RALA's (arXiv 2411.07635), at a batch of 1024; of DeiT's script, so its warm-up and last rate do not scale either.
+    "rala": {**_DEIT, "color_jitter": 0.4},
     "pvt": _PVT,
     "pvt_deep": {**_PVT, "clip_grad": 1.0},
     "swin_384": {
