@@ -1,4 +1,4 @@
-"""EcoFormer's layer on tokens."""
+"""EcoFormer's layer on tokens, and its models: PVTv2 with softmax in the last stage."""
 
 from typing import Any
 
@@ -15,4 +15,14 @@ def ecoformer_op(spec: dict[str, Any]) -> Run:
     return Run(layer, lambda: layer(x, Grid(1, x.shape[1])))
 
 
-BUILDERS = {"ecoformer_op": ecoformer_op}
+def ecoformer_pvtv2(spec: dict[str, Any]) -> Run:
+    """The host of the size that the name ends with."""
+    model = linsight.create_model(
+        f"pvt_v2_{spec['name'].rpartition('_')[2]}",
+        attention="ecoformer,ecoformer,ecoformer,softmax",
+        attention_options={"bits": spec["nbits"], "anchors": spec["m"]},
+    )
+    return Run(model, lambda: model(tensor(spec["input_shape"])))
+
+
+BUILDERS = {"ecoformer_op": ecoformer_op, "ecoformer_pvtv2": ecoformer_pvtv2}

@@ -133,7 +133,7 @@ class EcoFormer(KernelCore):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = dim // num_heads
         self.num_heads = num_heads
-        self.weight = bits + 1.0  # c
+        self.constant = bits + 1.0  # c
         self.register_buffer("A", torch.empty(num_heads, bits, anchors, **factory))
         self.register_buffer("mvec", torch.empty(1, num_heads, 1, anchors, **factory))
         self.register_buffer("anchor", torch.empty(1, num_heads, anchors, width, **factory))
@@ -171,5 +171,5 @@ class EcoFormer(KernelCore):
         (kv, k), share = done[-1]
         y = self.features("q", tokens.q, tile, done).x
         with full_precision(y):
-            above = apply_state(y, kv) + self.weight * share * tokens.v.to(y.dtype)
-            return (above / (apply_state(y, k[..., None]) + self.weight)).to(tokens.q.dtype)
+            above = apply_state(y, kv) + self.constant * share * tokens.v.to(y.dtype)
+            return (above / (apply_state(y, k[..., None]) + self.constant)).to(tokens.q.dtype)
