@@ -72,6 +72,12 @@ SMALL = {
         "img_size": 64,
         "num_classes": 7,
     },
+    "ravlt_linear_b0": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "projection": 24,
+        "img_size": 64,
+        "num_classes": 7,
+    },
     "cswin_tiny": {
         "stages": [(8, 1, 2, 2.0, 1), (16, 2, 2, 2.0, 2), (16, 2, 2, 2.0, 2), (16, 1, 2, 2.0, 2)],
         "img_size": 64,

@@ -129,6 +129,7 @@ HOSTS_OF = {
     "flow_pyramid": ("inline", "weightformer"),
     "ravlt_t": ("rala", "weightformer"),
     "nala_xt": ("nalaformer", "weightformer"),
+    "ravlt_linear_b0": ("polaformerpp", "weightformer"),
     "compact_pico": ("inline", "weightformer"),
 }
 THEIRS = {
@@ -137,6 +138,7 @@ THEIRS = {
     "pvt_v2_b0": pvt_v2.PyramidVisionTransformerV2,
     "ravlt_t": PlainPyramid,
     "nala_xt": PlainPyramid,
+    "ravlt_linear_b0": PlainPyramid,
 }
 
 

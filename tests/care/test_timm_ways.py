@@ -48,6 +48,7 @@ SMALL = {
     "flowformer_cv": TINY,
     "rala_ravlt_t": TINY_RAVLT,
     "nalaformer_xt": TINY_RAVLT,
+    "polaformerpp_b0": TINY_RAVLT,
     "steps_resnet18": TINY_RESNET,
     "dynp_resnet18_025_t32_cifar": {},
     "agent_pvt_tiny_dense": TINY_PVT,

@@ -29,6 +29,7 @@ LARGER = {
     "flow_pyramid": {"img_size": 96},
     "ravlt_t": {"img_size": 96},
     "nala_xt": {"img_size": 96},
+    "ravlt_linear_b0": {"img_size": 96},
 }
 TABLES = re.compile(r"(.*\.)?(positional_encoding|relative_position_bias_table|pos_embed[1-4]?)")
 

@@ -16,7 +16,8 @@ from .tokens import Tokens
 class Rename(NamedTuple):
     """One rule of a key map: keys that start with `published` start with `ours` here.
 
-    ones: trailing axes of size 1 that weights have there, as those of 1x1 convolutions.
+    ones: trailing axes of size 1 that weights have there, as those of 1x1 convolutions; -1: none, whatever a rule of a
+        part says.
     """
 
     published: str

@@ -84,10 +84,12 @@ def to_ours(key: str, rules: Iterable[Rules]) -> str:
 
 def to_published(key: str, tensor: Tensor, rules: Iterable[Rules]) -> tuple[str, Tensor]:
     """The published name of one of our keys, and the tensor in its published shape."""
+    axes = 0
     for step in reversed(list(rules)):
         key, ones = step.published(key)
-        if ones and tensor.ndim > 1:
-            tensor = tensor[(..., *[None] * ones)]
+        axes = ones or axes
+    if axes > 0 and tensor.ndim > 1:
+        tensor = tensor[(..., *[None] * axes)]
     return key, tensor
 
 

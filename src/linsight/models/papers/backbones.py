@@ -10,6 +10,7 @@ from ..hosts.mlla import MLLATransformer
 from ..hosts.pvt import PyramidVisionTransformer
 from ..hosts.pvt_v2 import PyramidVisionTransformerV2
 from ..hosts.ravlt import RAVLT, NaLaTransformer
+from ..hosts.ravlt_linear import RAVLTLinear
 from ..hosts.soft import SoftTransformer
 from ..hosts.swin import SwinTransformer
 from ..hosts.vit import VisionTransformer
@@ -61,4 +62,5 @@ credit_hosts(SoftTransformer, mechanism("soft").paper, "fudan-zvg/SOFT")
 credit_hosts(L2ViTransformer, mechanism("l2vit").paper, "ChuanyangZheng/L2ViT")
 credit_hosts(FlowTransformer, mechanism("flowformer").paper, "thuml/Flowformer")
 credit_hosts(RAVLT, mechanism("rala").paper, "qhfan/RALA")
+credit_hosts(RAVLTLinear, mechanism("polaformerpp").paper, "ZacharyMeng/PolaFormerPP")
 credit_hosts(NaLaTransformer, mechanism("nalaformer").paper, "ZacharyMeng/NaLaFormer")

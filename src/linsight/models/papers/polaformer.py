@@ -1,7 +1,8 @@
-"""PolaFormer (arXiv 2501.15061) in PVT and in Swin.
+"""PolaFormer (arXiv 2501.15061) in PVT and in Swin, and PolaFormer++ in RAVLT.
 
-All stages of PVT are linear, the first two of Swin, which there see the whole grid. The published repository is not
-known to hold weights of them.
+All stages of PVT are linear, the first two of the others, which in Swin see the whole grid. The published repositories
+are not known to hold weights of them. Of PolaFormer++ the paper has 7, 9, 16, 27, 50 and 97 million parameters, and
+0.7, 1.0, 2.7, 5.1, 11 and 18 GMACs; the published code has those of this definition where it was counted, b0 and b2.
 """
 
 from typing import Any
@@ -39,4 +40,25 @@ add_variants(
         trained("swin_384", 64, 0.5, start="the weights of polaformer_swin_base, at 384 pixels"),
     ),
     code="ZacharyMeng/PolaFormer",
+)
+
+
+def _plus(size: str, known: dict[str, Any], drop_path: float) -> Variant:
+    return Variant(
+        f"polaformerpp_{size}",
+        f"ravlt_linear_{size}",
+        "polaformerpp,polaformerpp,rala_softmax,rala_softmax",
+        published=known,
+        training=(trained("imagenet", 256, drop_path, min_lr=1e-7, ema=0.99982),),
+    )
+
+
+add_variants(
+    _plus("b0", figures(76.9, 7.549, 0.66), 0.1),
+    _plus("b1", figures(79.1, 9.227, 1.00), 0.1),
+    _plus("b2", figures(82.8, 16.45, 2.72), 0.1),
+    _plus("b3", figures(84.3, 27.146, 5.05), 0.15),
+    _plus("b4", figures(85.4, 49.799, 11.02), 0.4),
+    _plus("b5", figures(85.6, 97.773, 17.70), 0.55),
+    code="ZacharyMeng/PolaFormerPP",
 )
