@@ -104,7 +104,7 @@ from linsight import create_model, export_published, load_published
 model = create_model("swin_tiny", attention="linear", num_classes=10)  # any mechanism in any host
 create_model("swin_tiny", attention="inline,inline,focused,softmax", device="meta")  # one a stage
 create_model("swin_tiny", attention="inline:1/softmax", device="meta")  # in the first block of each stage
-create_model("swin_tiny", attention="softmax+inline", device="meta")  # in turn
+create_model("swin_tiny", attention="softmax~inline", device="meta")  # in turn
 create_model("swin_tiny_patch4_window7_224", attention="inline", device="meta")  # a name of timm's
 
 logits = model(torch.randn(1, 3, 160, 96))  # any height and width

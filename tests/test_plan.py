@@ -18,7 +18,7 @@ def names(*args):
         ("inline:2/softmax", [3], [["inline", "inline", "softmax"]]),
         ("inline:1/softmax", [2, 3], [["inline", "softmax"], ["inline", "softmax", "softmax"]]),
         ("inline,linear:1/softmax", [1, 2], [["inline"], ["linear", "softmax"]]),
-        ("softmax+inline", [3, 2], [["softmax", "inline", "softmax"], ["softmax", "inline"]]),
+        ("softmax~inline", [3, 2], [["softmax", "inline", "softmax"], ["softmax", "inline"]]),
         ("linear:1/softmax + inline", [4], [["linear", "softmax", "inline", "softmax"]]),
         ("inline:9/softmax", [2], [["inline", "inline"]]),
         ("inline:0/softmax", [2], [["softmax", "softmax"]]),
@@ -60,7 +60,7 @@ def test_blocks_are_numbered_over_all_stages():
         ("inline:2", "NAME:COUNT/NAME"),
         ("inline/softmax", "NAME:COUNT/NAME"),
         ("inline:x/softmax", "NAME:COUNT/NAME"),
-        ("softmax+inlin", "did you mean 'inline'"),
+        ("softmax~inlin", "did you mean 'inline'"),
         ("", "unknown attention ''"),
     ],
 )

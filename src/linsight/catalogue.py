@@ -139,7 +139,7 @@ def _paper(entry: Any) -> dict[str, str]:
     """The paper of a model, or else of its mechanism, the first of several."""
     paper = entry.paper
     if paper is None and hasattr(entry, "attention"):
-        paper = mechanism(re.split("[,:/+]", entry.attention)[0]).paper
+        paper = mechanism(re.split("[,:/~]", entry.attention)[0]).paper
     return _paper_row(paper) if paper else {}
 
 

@@ -99,7 +99,7 @@ def lacking(name: str, needs: Iterable[str]) -> list[str]:
 
 
 def shortlist(advice: Advice, accuracies: Accuracies, needs: Sequence[str] = ()) -> Shortlist:
-    """What is worth its time: mechanisms beside which no other is both faster and more accurate (the Pareto front).
+    """Mechanisms worth their time: beside each no other is both faster and more accurate (the Pareto front).
 
     Raises:
         LinsightError: a need is unknown, or nothing with both figures meets all of them.
@@ -124,7 +124,7 @@ def shortlist(advice: Advice, accuracies: Accuracies, needs: Sequence[str] = ())
 
 
 def cost(choice: Choice) -> float:
-    """What choices are ordered by: the time beside softmax, measured in the same rounds, or milliseconds."""
+    """The time beside softmax, measured in the same rounds, else milliseconds: choices are ordered by it."""
     return choice.ratio if choice.ratio is not None else 1.0 if choice.name == SOFTMAX else choice.milliseconds
 
 

@@ -107,7 +107,7 @@ def read_speed(folder: pathlib.Path) -> list[dict[str, str]]:
 
 def mechanisms_of(attention: str) -> list[Mechanism]:
     """The mechanisms that a plan names, as in "inline,inline:2/softmax"."""
-    named = dict.fromkeys(re.split(r"[,:/+]", attention))
+    named = dict.fromkeys(re.split(r"[,:/~]", attention))
     known = {entry.name: entry for entry in list_attentions()}
     return [known[name] for name in named if name in known]
 

@@ -23,7 +23,7 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
 
     attention: "inline" everywhere; "inline,inline,softmax,softmax" one a stage; in place of a name,
         "inline:2/softmax" is inline in the first 2 blocks of the stage and softmax after them;
-        "softmax+inline" is softmax in the first block, inline in the second, and so on in turn.
+        "softmax~inline" is softmax in the first block, inline in the second, and so on in turn.
     options: keyword arguments of the first mechanism named; the others keep their defaults. A list as value
         gives one to each stage.
 
@@ -41,7 +41,7 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
             f"attention='{attention}' names {len(stages)} stages, but this host has {len(depths)}: "
             f"give one mechanism, or one for each stage"
         )
-    first = re.split(r"[:/+]", stages[0])[0].strip()
+    first = re.split(r"[:/~]", stages[0])[0].strip()
     given = _by_stage(options or {}, len(depths), mechanism(first))
     for row in given:
         mechanism(first).check_options(row)
@@ -61,12 +61,12 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
 
 def named(attention: str) -> list[Mechanism]:
     """The mechanisms that stand in `attention`."""
-    return [mechanism(part.partition(":")[0].strip()) for part in re.split("[,/+]", attention)]
+    return [mechanism(part.partition(":")[0].strip()) for part in re.split("[,/~]", attention)]
 
 
 def _in_turn(names: str, blocks: int) -> list[str]:
-    """Names of blocks that take turns, as in "softmax+inline"."""
-    turns = [name.strip() for name in names.split("+")]
+    """Names of blocks that take turns, as in "softmax~inline"."""
+    turns = [name.strip() for name in names.split("~")]
     return [turns[i % len(turns)] for i in range(blocks)]
 
 

@@ -340,7 +340,7 @@ def create_model(
         linsight has (`"deit_tiny_patch16_224"`), an architecture, which takes no mechanism, or
         what timm saved (`"local-dir:FOLDER"`, `"hf-hub:NAME"`).
     attention: a mechanism, one a stage (`"inline,inline,softmax,softmax"`), or the first k blocks
-        of a stage (`"inline:4/softmax"`), or several in turn (`"softmax+inline"`). A variant has its
+        of a stage (`"inline:4/softmax"`), or several in turn (`"softmax~inline"`). A variant has its
         own; otherwise softmax.
     attention_options: keyword arguments of the mechanism.
     kwargs: timm's: num_classes, in_chans, img_size, drop_path_rate, features_only ...

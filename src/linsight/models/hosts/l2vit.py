@@ -3,7 +3,7 @@
 Four stages of pre-norm blocks with a position encoding before each half, x + conv3x3(x), and no position table. Before
 the first stage stand two convolutions with batch norm and a LayerNorm, before each other a LayerNorm and a convolution
 of 2x2. A mechanism of quadratic cost sees windows, which are not shifted and have no position bias; the others see the
-whole grid. As published, blocks take turns: `attention="softmax+l2vit_block"`.
+whole grid. As published, blocks take turns: `attention="softmax~l2vit_block"`.
 
 Any image size: the first stride rounds upwards, the others downwards, and a map smaller than its kernel is first padded
 to it. Grids are padded at the right and bottom to whole windows, and as published, tokens see that padding.

@@ -34,7 +34,7 @@ def _l2vit(size: str, known: dict[str, Any], training: Training) -> Variant:
     return Variant(
         f"l2vit_{size}",
         f"l2vit_pyramid_{size}",
-        "softmax+l2vit_block",
+        "softmax~l2vit_block",
         published={**known, "ema": True},
         training=(training,),
         weights=f"the releases of the repository {_CODE}",
