@@ -14,6 +14,7 @@ from typing import Any
 from linsight import catalogue
 from linsight.attention import WAYS, Mechanism, mechanism
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
+from linsight.models.plan import names
 from linsight.models.registry import TIMM_HOSTS
 from linsight.train import RECIPES
 
@@ -283,7 +284,7 @@ def _model(row: dict[str, Any]) -> list[str]:
 
 def _first(row: dict[str, Any]) -> str:
     """The mechanism that a plan of attention names first."""
-    return re.split("[,:/+]", row["attention"])[0]
+    return names(row["attention"])[0]
 
 
 def _option(option: dict[str, Any]) -> list[str]:

@@ -1,7 +1,6 @@
 """The catalogue as plain data: mechanisms, models, and what they cost. The CLI and the documentation show it."""
 
 import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from linsight.bench.counting import count_macs, count_parameters
 from linsight.errors import UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention, default_config
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
+from linsight.models.plan import named
 from linsight.ops import Grid
 
 # The layer that `mechanism_info` measures: tokens of a 224 and of a 1024 image in patches of 16.
@@ -139,7 +139,7 @@ def _paper(entry: Any) -> dict[str, str]:
     """The paper of a model, or else of its mechanism, the first of several."""
     paper = entry.paper
     if paper is None and hasattr(entry, "attention"):
-        paper = mechanism(re.split("[,:/~]", entry.attention)[0]).paper
+        paper = named(entry.attention)[0].paper
     return _paper_row(paper) if paper else {}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from linsight.attention import Mechanism, Paper, list_attentions
 from linsight.errors import LinsightError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
+from linsight.models.plan import names
 from linsight.recipe import Recipe
 from linsight.runtime.text import printable
 
@@ -107,7 +108,7 @@ def read_speed(folder: pathlib.Path) -> list[dict[str, str]]:
 
 def mechanisms_of(attention: str) -> list[Mechanism]:
     """The mechanisms that a plan names, as in "inline,inline:2/softmax"."""
-    named = dict.fromkeys(re.split(r"[,:/~]", attention))
+    named = dict.fromkeys(names(attention))
     known = {entry.name: entry for entry in list_attentions()}
     return [known[name] for name in named if name in known]
 

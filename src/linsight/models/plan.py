@@ -41,7 +41,7 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
             f"attention='{attention}' names {len(stages)} stages, but this host has {len(depths)}: "
             f"give one mechanism, or one for each stage"
         )
-    first = re.split(r"[:/~]", stages[0])[0].strip()
+    first = names(stages[0])[0]
     given = _by_stage(options or {}, len(depths), mechanism(first))
     for row in given:
         mechanism(first).check_options(row)
@@ -54,19 +54,28 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
             raise LinsightError(f"attention='{stage}' is not understood: write NAME, or NAME:COUNT/NAME")
         blocks = min(int(count), depth) if count else depth
         start = sum(map(len, table))
-        names = [*_in_turn(name, blocks), *_in_turn(tail, depth - blocks)]
-        table.append([Choice(mechanism(n).name, row if n == first else {}, start + i) for i, n in enumerate(names)])
+        turns = [*_in_turn(name, blocks), *_in_turn(tail, depth - blocks)]
+        table.append([Choice(mechanism(n).name, row if n == first else {}, start + i) for i, n in enumerate(turns)])
     return table
+
+
+def names(attention: str) -> list[str]:
+    """The names that stand in a plan, in their order.
+
+    >>> names("inline,softmax~inline,inline:2/softmax")
+    ['inline', 'softmax', 'inline', 'inline', 'softmax']
+    """
+    return [part.partition(":")[0].strip() for part in re.split("[,/~]", attention)]
 
 
 def named(attention: str) -> list[Mechanism]:
     """The mechanisms that stand in `attention`."""
-    return [mechanism(part.partition(":")[0].strip()) for part in re.split("[,/~]", attention)]
+    return [mechanism(name) for name in names(attention)]
 
 
-def _in_turn(names: str, blocks: int) -> list[str]:
+def _in_turn(joined: str, blocks: int) -> list[str]:
     """Names of blocks that take turns, as in "softmax~inline"."""
-    turns = [name.strip() for name in names.split("~")]
+    turns = [name.strip() for name in joined.split("~")]
     return [turns[i % len(turns)] for i in range(blocks)]
 
 
