@@ -19,7 +19,7 @@ def names(*args):
         ("inline:1/softmax", [2, 3], [["inline", "softmax"], ["inline", "softmax", "softmax"]]),
         ("inline,linear:1/softmax", [1, 2], [["inline"], ["linear", "softmax"]]),
         ("softmax~inline", [3, 2], [["softmax", "inline", "softmax"], ["softmax", "inline"]]),
-        ("linear:1/softmax + inline", [4], [["linear", "softmax", "inline", "softmax"]]),
+        ("linear:1/softmax ~ inline", [4], [["linear", "softmax", "inline", "softmax"]]),
         ("inline:9/softmax", [2], [["inline", "inline"]]),
         ("inline:0/softmax", [2], [["softmax", "softmax"]]),
     ],

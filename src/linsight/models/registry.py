@@ -363,7 +363,8 @@ def create_model(
         adopt = TIMM_HOSTS.get(model_entrypoint(base).__module__)
         if adopt is None:
             raise LinsightError(
-                f"'{name}' is a model of timm without a linsight host; hosts: {', '.join(sorted(HOSTS))}"
+                f"'{name}' is a model of timm without a linsight host; models of these modules have one: "
+                f"{', '.join(sorted(module.rpartition('.')[2] for module in TIMM_HOSTS))}; 'linsight list' shows ours"
             )
         if pretrained and attention not in (None, "softmax"):
             raise LinsightError(
