@@ -62,7 +62,13 @@ def test_reduced_keys_and_adapters(name):
     assert check(lambda x: module(x, x, x)[0], 24, 16).shape == (0, 24, 16)
 
 
-@pytest.mark.parametrize(("host", "attention"), [*itertools.product(SMALL, MECHANISMS)])
+def of_hosts():
+    """Each mechanism in every fifth host, from another one on; for `pytest -m full` in all."""
+    for (i, host), (j, name) in itertools.product(enumerate(SMALL), enumerate(MECHANISMS)):
+        yield pytest.param(host, name, marks=pytest.mark.full if (i + j) % 5 else ())
+
+
+@pytest.mark.parametrize(("host", "attention"), [*of_hosts()])
 def test_hosts(host, attention):
     model = build(host, attention)
     try:  # a quadratic mechanism is given windows, and in shifted ones has to drop tokens
