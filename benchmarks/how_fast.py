@@ -9,7 +9,7 @@ becomes faster than softmax, and those that never do.
 Pyramids: linear Swin-T and MLLA-T, plain and fused, beside timm's Swin-T. DeiT: InLine-DeiT-T, plain and fused,
 beside timm's DeiT-T from 224 to 1344 pixels, in float32 and bf16, and beside its own floor: the same model in which the
 values go straight from the projection to the output projection, with no mixing, no generator and no dynamic
-convolution. About an hour and a half on two CPU cores; `--parts` takes fewer.
+convolution. `--parts` takes some of them.
 """
 
 import argparse

@@ -123,15 +123,10 @@ def shortlist(advice: Advice, accuracies: Accuracies, needs: Sequence[str] = ())
     return Shortlist(tuple(_words(accuracies, picks, refused, advice)), tuple(picks))
 
 
-def cost(choice: Choice) -> float:
-    """The time beside softmax, measured in the same rounds, else milliseconds: choices are ordered by it."""
-    return choice.ratio if choice.ratio is not None else 1.0 if choice.name == SOFTMAX else choice.milliseconds
-
-
 def _front(choices: Sequence[Choice], means: Mapping[str, float]) -> dict[str, str]:
     """The reason of each that is on the front, the fastest first."""
-    by_ratio = all(choice.ratio is not None or choice.name == SOFTMAX for choice in choices)
-    ordered = sorted(choices, key=lambda c: (cost(c) if by_ratio else c.milliseconds, -means[c.name]))
+    by_ratio = all(choice.ratio or choice.name == SOFTMAX for choice in choices)  # of the same rounds, so better
+    ordered = sorted(choices, key=lambda c: ((c.ratio or 1.0) if by_ratio else c.milliseconds, -means[c.name]))
     front: list[Choice] = []
     for choice in ordered:
         if not front or means[choice.name] > means[front[-1].name]:
