@@ -11,7 +11,6 @@ position encoding in front of the MLP.
 Any image size: strides round upwards, and nothing is padded to a multiple.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from linsight.attention import Rename
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 
-from ..parts.conv_pyramid import ConvNorm, as_tokens
+from ..parts.conv_pyramid import ConvDown
 from ..parts.convs import CPE, ConvMlp
 from ..parts.pyramid import PlainPyramid
 from ..parts.stages import PreNorm, Stage, StageSize
@@ -32,36 +31,6 @@ from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host
 from ..seams import make_layer
 from ..steps import StreamPlan
-
-
-class ConvTokens(nn.Module):
-    """3x3 convolutions with batch norm, GELU between them: a map to tokens.
-
-    Args:
-        widths: channels before, between and behind them.
-        strides: one a convolution.
-    """
-
-    def __init__(self, widths: Sequence[int], strides: Sequence[int], **factory: Any) -> None:
-        super().__init__()
-        self.strides, self.stride = tuple(strides), math.prod(strides)
-        last = len(self.strides) - 1
-        self.convs = nn.Sequential(
-            *(
-                ConvNorm(*widths[i : i + 2], 3, stride, bias=True, act_layer=nn.GELU, apply_act=i < last, **factory)
-                for i, stride in enumerate(self.strides)
-            )
-        )
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the tokens of a map of `size`."""
-        for stride in self.strides:
-            size = (size[0] + stride - 1) // stride, (size[1] + stride - 1) // stride
-        return size
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """`(B, C, H, W)` to tokens `(B, h*w, C')` and their grid."""
-        return as_tokens(self.convs(x))
 
 
 class PlainConvMlp(ConvMlp):
@@ -179,11 +148,10 @@ class RAVLT(PlainPyramid):
     head: WideningHead
     block_cls: ClassVar[type[RAVLTBlock]] = RAVLTBlock
     published: ClassVar[tuple[Rename, ...]] = (
-        *(Rename(f"patch_embed.proj.{3 * i}.", f"stages.0.downsample.convs.{i}.conv.") for i in range(4)),
-        *(Rename(f"patch_embed.proj.{3 * i + 1}.", f"stages.0.downsample.convs.{i}.norm.") for i in range(4)),
+        Rename("patch_embed.", "stages.0.downsample."),
         *(Rename(f"layers.{i}.", f"stages.{i}.") for i in range(4)),
-        *(Rename(f"layers.{i}.downsample.reduction.", f"stages.{i + 1}.downsample.convs.0.conv.") for i in range(3)),
-        *(Rename(f"layers.{i}.downsample.norm.", f"stages.{i + 1}.downsample.convs.0.norm.") for i in range(3)),
+        *(Rename(f"layers.{i}.downsample.reduction.", f"stages.{i + 1}.downsample.proj.0.") for i in range(3)),
+        *(Rename(f"layers.{i}.downsample.norm.", f"stages.{i + 1}.downsample.proj.1.") for i in range(3)),
         Rename("proj.", "head.proj.", ones=2),
         Rename("norm.", "head.norm."),
         Rename("head.", "head.fc.", ones=2),
@@ -210,10 +178,11 @@ class RAVLT(PlainPyramid):
             return {"init_values": f"'{attention}' brings whole blocks, without these scales"}
         return {}
 
-    def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvTokens:
+    def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvDown:
         """Four convolutions to a quarter of the sides, then one to half between stages."""
         half = dim // 2
-        return ConvTokens((in_dim, dim), (2,), **factory) if i else _stem(in_dim, half, dim, **factory)
+        sizes = ((dim, 2),) if i else ((half, 2), (half, 1), (half, 1), (dim, 2))
+        return ConvDown(in_dim, sizes, last_act=False, act_layer=nn.GELU, **factory)
 
     def make_block(
         self, size: StageSize, choice: Choice, *, drop_path: float, grid: tuple[int, int], last: bool, **factory: Any
@@ -254,10 +223,6 @@ class NaLaTransformer(RAVLT):
 
     block_cls = NaLaBlock
     published = tuple(rule._replace(ones=0) if rule.published == "proj." else rule for rule in RAVLT.published)
-
-
-def _stem(in_dim: int, half: int, dim: int, **factory: Any) -> ConvTokens:
-    return ConvTokens((in_dim, half, half, half, dim), (2, 1, 1, 2), **factory)
 
 
 def _init_conv(module: nn.Module) -> None:
