@@ -182,3 +182,13 @@ def test_masks_of_timm_are_refused():
         model(torch.randn(1, 3, 32, 32), attn_mask=torch.ones(17, 17, dtype=torch.bool))
     with pytest.raises(LinsightError, match="NCHW, NHWC, NLC"):
         model.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="CHW")
+
+
+def test_a_table_with_a_border_moves_to_another_size():
+    arguments = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "border": 1}
+    small = linsight.create_model("vit_tiny", img_size=32, class_token=False, global_pool="avg", **arguments)
+    large = linsight.create_model("vit_tiny", img_size=48, class_token=False, global_pool="avg", **arguments)
+    linsight.load_published(large, linsight.export_published(small))
+    small.set_input_size((48, 48))
+    assert large.pos_embed.shape == (1, 64, 16)
+    torch.testing.assert_close(large.pos_embed, small.pos_embed)
