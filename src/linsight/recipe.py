@@ -255,6 +255,9 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
         )
     )
 
+    # Fields of a task, beyond those of all, that it takes to use a trained model.
+    KEPT: ClassVar[frozenset[str]] = frozenset()
+
     task: Text = Field(default="classify", description=TASK)
 
     @model_validator(mode="after")
@@ -280,7 +283,7 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
         return [
             name
             for name, group in cls.groups().items()
-            if (group == "Model" and not name.startswith(("init", "from"))) or name in _KEPT
+            if (group == "Model" and not name.startswith(("init", "from"))) or name in _KEPT or name in cls.KEPT
         ]
 
     @classmethod

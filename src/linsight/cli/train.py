@@ -1,6 +1,5 @@
 """The commands train, eval, predict and merge."""
 
-import dataclasses
 import inspect
 import pathlib
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ from linsight.errors import UnknownNameError
 from linsight.recipe import GROUPS, Recipe
 from linsight.records import Record
 from linsight.runtime.console import new_console
-from linsight.runtime.files import to_json
+from linsight.runtime.files import require_folder, to_json
 from linsight.runtime.launch import require_rank, this_copy
+from linsight.runtime.places import located
 from linsight.runtime.text import printable
 from linsight.tasks import field_of, known_fields
 from linsight.train.progress import Silent, reporter, tile_reporter
@@ -322,12 +322,13 @@ def predict(
         raise typer.BadParameter(f"--{name} goes with --stream")
     if out is not None:
         trained = load(source, checkpoint, from_size, settings)
+        if trained.task.writes:
+            _see(run, trained, images, out, as_json, top=top, fill=fill, **settings)
+            return
         batch.run(trained, images, out, as_json, top=top, fill=fill, **settings, **many)
         return
-    trained, notes = load(source, checkpoint, from_size, settings), list[str]()
-    done, bad = run(trained, images, top=top, **settings, fill=fill, note=notes.append)
-    _tell(notes)
-    _tell_found(trained, done, bad, as_json)
+    trained = load(source, checkpoint, from_size, settings)
+    _see(run, trained, images, None, as_json, top=top, fill=fill, **settings)
 
 
 def _predict_stream(
@@ -365,9 +366,23 @@ def _predict_stream(
         _print_facts([[output, f"{' x '.join(map(str, shape))}, float32"], ["file", out]])
 
 
+def _see(run: Any, trained: Any, images: list[str], out: str | None, as_json: bool, **settings: Any) -> None:
+    """Predict, tell what is found, and write it into the folder `out`, of a task that writes."""
+    notes = list[str]()
+    folder = None if out is None else located(out)
+    if folder is not None:
+        require_folder(folder)
+    done, bad = run(trained, images, **settings, note=notes.append)
+    _tell(notes)
+    files = [] if folder is None else trained.task.write(done, folder)
+    _tell_found(trained, done, bad, as_json)
+    if files:
+        typer.echo(f"linsight: {len(files)} files of {trained.task.writes} in '{out}'", err=True)
+
+
 def _tell_found(trained: Any, done: list[Any], bad: list[str], as_json: bool) -> None:
     if as_json:
-        typer.echo(to_json({"predictions": [dataclasses.asdict(entry) for entry in done], "bad": bad}))
+        typer.echo(to_json({"predictions": [trained.task.told(entry) for entry in done], "bad": bad}))
         return
     terminal().print(make_table("", *trained.task.table(done)))
     _tell_bad(bad)

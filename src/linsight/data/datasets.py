@@ -37,10 +37,10 @@ def open_data(recipe: Recipe) -> Data:
             classes differ.
     """
     place, data = locate(recipe), shown(recipe.data)
-    train_split = _pick(place, recipe.train_split, recipe)
+    train_split = picked_split(place, recipe.train_split, recipe)
     if isinstance(place, Streamed):
         return _streams(place, train_split, recipe)
-    val_split = _pick(place, recipe.val_split, recipe) if recipe.val_split else _evaluated(place, recipe)
+    val_split = picked_split(place, recipe.val_split, recipe) if recipe.val_split else evaluated_split(place, recipe)
     notes = list(place.notes)
     train = _checked(place.open(train_split), _called(recipe, train_split))
     notes += train.notes
@@ -75,7 +75,7 @@ def open_data(recipe: Recipe) -> Data:
 def _streams(place: Streamed, train_split: str | None, recipe: Recipe) -> Data:
     """The two streams of a recipe, with the same classes, as far as these are known before they are read."""
     data, val_split = shown(recipe.data), recipe.val_split
-    val_split = _pick(place, val_split, recipe) if val_split else _evaluated(place, recipe)
+    val_split = picked_split(place, val_split, recipe) if val_split else evaluated_split(place, recipe)
     if val_split is None:
         raise LinsightError(
             f"{data} has no split to evaluate on among {some(place.splits)}, and a stream holds nothing out: name one "
@@ -109,7 +109,7 @@ def open_evaluation(recipe: Recipe, split: str | None, classes: tuple[str, ...],
     recipe = recipe.changed(val_split=split or recipe.val_split)
     place = locate(recipe)
     if place.splits:
-        name = _pick(place, recipe.val_split, recipe) if recipe.val_split else _evaluated(place, recipe)
+        name = picked_split(place, recipe.val_split, recipe) if recipe.val_split else evaluated_split(place, recipe)
         if name is None:
             raise LinsightError(
                 f"{shown(recipe.data)} has no split to evaluate on among {some(place.splits)}: name one with val_split="
@@ -165,7 +165,7 @@ def _taken(source: Source, names: Sequence[str], classes: tuple[str, ...]) -> So
     return part
 
 
-def _pick(place: Place, wanted: str, recipe: Recipe) -> str | None:
+def picked_split(place: Place, wanted: str, recipe: Recipe) -> str | None:
     """The split that a user calls `wanted`; None where there are no splits, and none was named."""
     base = wanted.partition("[")[0] if place.exact else wanted  # train of train[:10%]
     rest = wanted[len(base) :]
@@ -191,7 +191,7 @@ def _pick(place: Place, wanted: str, recipe: Recipe) -> str | None:
     return found[0] + rest
 
 
-def _evaluated(place: Place, recipe: Recipe) -> str | None:
+def evaluated_split(place: Place, recipe: Recipe) -> str | None:
     """The split to evaluate on where a user names none: validation, else test."""
     for purpose in _EVALUATION:
         found = [name for name in place.splits if role(name) == purpose]

@@ -18,7 +18,7 @@ from .datasets import Data
 from .disk import on_disk
 from .images import Batch, Samples, cached, loader, told
 from .random import Batches
-from .sources import Source
+from .sources import Source, WithPixels
 from .trees import shown
 
 
@@ -113,7 +113,7 @@ def _cached(recipe: Recipe, sources: list[Source], workers: int, note: Callable[
         refuse(recipe, bad)
         if len(bad) == len(kept):
             raise LinsightError(f"no image could be read: {bad[0]}")
-        found.append(kept)
+        found.append(WithPixels(source, kept) if source.annotated else kept)
         notes += told_of
     for line in told(notes):
         note(line)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from linsight.errors import LinsightError
+from linsight.errors import ImageError, LinsightError
 from linsight.recipe import Recipe
 from linsight.records import shown
 from linsight.runtime.launch import ALONE, Copy
@@ -33,18 +33,21 @@ _MANY = 1000  # images from which on it pays to start processes
 class Batch(NamedTuple):
     """`images` `(B, C, H, W)` of uint8, `targets` `(B,)`; `bad` names what could not be read and why.
 
+    targets: of a task that learns more than classes, a list with what it learns of each image.
     notes: what is to be told of images that were not read as they are, once for each.
     """
 
     images: Tensor
-    targets: Tensor
+    targets: Any
     bad: list[str]
     notes: tuple[str, ...] = ()
 
     def part(self, number: int, of: int) -> "Batch":
         """A part of its images, number `number` of `of`, as `share` cuts them."""
         places = share(len(self.images), number, of)
-        return Batch(self.images[places], self.targets[places], [])
+        several = isinstance(self.targets, list)
+        targets = [self.targets[place] for place in places] if several else self.targets[places]
+        return Batch(self.images[places], targets, [])
 
 
 @runtime_checkable
@@ -80,16 +83,23 @@ class Samples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int, tuple[str, ...]] | str:
+    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, Any, tuple[str, ...]] | str:
         return self.take(self.source, item[1], item)
 
-    def take(self, source: Source, index: int, item: tuple[int, ...]) -> tuple[Tensor, int, tuple[str, ...]] | str:
+    def take(self, source: Source, index: int, item: tuple[int, ...]) -> tuple[Tensor, Any, tuple[str, ...]] | str:
         """The image `index` of a source, transformed as `item`."""
         found = _decoded(source, index, self.mode, self.fill, self.draft)
         if isinstance(found, str):
             return found
         seed_sample(self.seed, *item)
-        return self.transform(found.image), source.targets[index], found.notes
+        try:
+            return *self.prepared(source, index, found.image), found.notes
+        except ImageError as error:
+            return str(error)
+
+    def prepared(self, source: Source, index: int, image: Image.Image) -> tuple[Tensor, Any]:
+        """The image as the model is given it, and what is learned of it; an ImageError where that is damaged."""
+        return self.transform(image), source.targets[index]
 
 
 def decode(source: Source, index: int, mode: str, fill: float | None = None) -> Image.Image | str:
@@ -175,7 +185,7 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def collate(samples: list[tuple[Tensor, int, tuple[str, ...]] | str]) -> Batch:
+def collate(samples: list[tuple[Tensor, Any, tuple[str, ...]] | str]) -> Batch:
     """A batch of the good samples."""
     bad = [sample for sample in samples if isinstance(sample, str)]
     good = [sample for sample in samples if not isinstance(sample, str)]

@@ -122,7 +122,7 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
     wanted = Wanted(MODES[mode], most=most, draft=draft)
     if isinstance(stored, np.ndarray) and stored.dtype == np.uint8 and stored.shape[2:] in ((), (3,)):
         stored = Image.fromarray(stored)
-    with _calmly(name):
+    with calmly(name):
         reader = _reader(stored, wanted, name)
         try:
             if isinstance(reader, Pillow) and reader.image.mode in ("L", "RGB") and mode in ("L", "RGB"):
@@ -175,10 +175,10 @@ def opened(
         return
     path = pathlib.Path(image)
     name = f"'{path}'"
-    with _calmly(name):
+    with calmly(name):
         reader = _reader(path, Wanted(channels, level, mpp), name)
     try:
-        with _calmly(name):
+        with calmly(name):
             plain = any_range and isinstance(reader, Plain)
             picture = Picture(reader, channels, name, fill=fill, any_range=plain)
         yield picture, name
@@ -192,7 +192,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _calmly(name: str) -> Iterator[None]:
+def calmly(name: str) -> Iterator[None]:
     """While entered, libraries do not warn, and any error of theirs is an ImageError."""
     with _calm, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -23,12 +23,14 @@ class Source(Protocol):
 
     notes: what a user should hear of.
     shards: the shard of each image, None where they lie in none.
+    annotated: True where more than a class belongs to an image, which `beside` gives.
     """
 
     classes: tuple[str, ...]
     targets: list[int]
     notes: tuple[str, ...]
     shards: Sequence[int] | None = None
+    annotated: bool = False
 
     def __len__(self) -> int: ...
 
@@ -53,6 +55,10 @@ class Source(Protocol):
         stored = self.stored(index)
         with stored if hasattr(stored, "read") else contextlib.nullcontext():
             return decode(stored, mode, self.name(index), fill, draft)
+
+    def beside(self, index: int) -> Any:
+        """The mask or the boxes of the image, of a source that is `annotated`; an ImageError where they are damaged."""
+        return None
 
 
 class Arrays(Source):
@@ -146,6 +152,7 @@ class Part(Source):
         place = {plain(name): index for index, name in enumerate(self.classes)}
         position = [place.get(plain(name), -1) for name in whole.classes]
         self.targets = [position[whole.targets[i]] for i in indices]
+        self.annotated = whole.annotated
         if whole.shards is not None:
             self.shards = [whole.shards[i] for i in indices]
 
@@ -159,6 +166,36 @@ class Part(Source):
     def name(self, index: int) -> str:
         """See `Source`."""
         return self.whole.name(self.indices[index])
+
+    def beside(self, index: int) -> Any:
+        """See `Source`."""
+        return self.whole.beside(self.indices[index])
+
+
+class WithPixels(Source):
+    """The images of `source` decoded already, as `pixels` has them; all else is as in `source`."""
+
+    annotated = True
+
+    def __init__(self, source: Source, pixels: Source) -> None:
+        self.source, self.pixels = source, pixels
+        self.classes, self.targets, self.notes = source.classes, source.targets, source.notes
+        self.shards = source.shards
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def stored(self, index: int) -> Any:
+        """See `Source`."""
+        return self.pixels.stored(index)
+
+    def name(self, index: int) -> str:
+        """See `Source`."""
+        return self.source.name(index)
+
+    def beside(self, index: int) -> Any:
+        """See `Source`."""
+        return self.source.beside(index)
 
 
 def digits() -> Source:
@@ -185,7 +222,7 @@ def images_under(folder: pathlib.Path, aside: list[str] | None = None) -> list[p
 
 def folder(place: pathlib.Path, body: Body) -> Source:
     """The images of a folder, as its layout says."""
-    return Reading(_Files(place, body.pictures), body.targets, body.classes, body.notes)
+    return Reading(Files(place, body.pictures), body.targets, body.classes, body.notes)
 
 
 def archive(packed: Archive, inside: str, body: Body) -> Source:
@@ -208,26 +245,29 @@ def torchvision(name: str, data_dir: str | None, split: str) -> Source:
     return Pairs(dataset, targets, tuple(str(entry) for entry in classes))
 
 
-class _Files:
+class Files:
     """Files below a folder, by place."""
 
     def __init__(self, folder: pathlib.Path, names: list[str]) -> None:
         self.folder, self.names = folder, names
 
     def open(self, index: int) -> BinaryIO:
+        """A file, undecoded; raises OSError where there is none."""
         return open(self.folder / self.names[index], "rb")
 
     def filename(self, index: int) -> str:
+        """Its name below the folder."""
         return self.names[index]
 
     def stamp(self) -> str:
+        """A digest of the names, sizes and times of all."""
         return self._stamp(str(self.folder / name) for name in self.names)
 
     def _stamp(self, files: Iterable[str]) -> str:
         return " ".join(digests(files, "\0".join(self.names).encode("utf-8", "surrogatepass")))
 
 
-class _Members(_Files):
+class _Members(Files):
     """Files in an archive, by place."""
 
     def __init__(self, packed: Archive, names: list[str]) -> None:

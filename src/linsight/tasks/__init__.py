@@ -9,13 +9,14 @@ from .records import ClassifyRecipe, field_of, known_fields, read_recipe, record
 if TYPE_CHECKING:
     from .classify import Classify, Prediction
     from .registry import list_tasks, register, task_of, unregister
-    from .task import Column, Student, Task
+    from .task import Column, Shown, Student, Task
 
 __all__ = [
     "Classify",
     "ClassifyRecipe",
     "Column",
     "Prediction",
+    "Shown",
     "Student",
     "Task",
     "field_of",
@@ -32,6 +33,6 @@ __all__ = [
 _HOMES = {
     "classify": ("Classify", "Prediction"),
     "registry": ("list_tasks", "register", "task_of", "unregister"),
-    "task": ("Column", "Student", "Task"),
+    "task": ("Column", "Shown", "Student", "Task"),
 }
 __getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

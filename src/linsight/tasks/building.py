@@ -1,6 +1,7 @@
 """The model of a recipe."""
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,13 @@ _LARGE = 4096  # width, depth, or side of images
 
 
 def build(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The model of a recipe, with fresh weights."""
+    """The classifier of a recipe, with fresh weights."""
+    require_classifier(recipe.model)
+    return built(recipe, num_classes, create_model)
+
+
+def built(recipe: Recipe, num_classes: int, make: Callable[..., nn.Module]) -> nn.Module:
+    """The model of a recipe, with fresh weights, by `make(name, *, attention, attention_options, num_classes, ...)`."""
     arguments: dict[str, Any] = {
         "num_classes": recipe.num_classes or num_classes,
         "in_chans": recipe.in_chans,
@@ -25,9 +32,8 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
             raise LinsightError(f"model_args has '{name}', which is a field of its own")
     if recipe.model_args.get("features_only"):
         raise LinsightError("model_args has features_only: such a model gives maps and has no classifier, leave it out")
-    require_classifier(recipe.model)
     try:
-        return create_model(
+        return make(
             recipe.model,
             attention=recipe.attention,
             attention_options=recipe.attention_options or None,

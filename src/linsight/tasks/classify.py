@@ -46,6 +46,7 @@ class Classify(Task):
     about = "one class for each image"
     record: ClassVar[type[Recipe]] = ClassifyRecipe
     best = "top1"
+    sorts = True
 
     def open(self) -> Data:
         """See `Task`."""
@@ -144,9 +145,13 @@ class Classify(Task):
         fifth = [Column("top5", "top-5", ".2f", "%")] if (self.recipe.num_classes or self.outputs) > 5 else []
         return [Column("top1", "top-1", ".2f", "%"), *fifth]
 
-    def draw(self, path: pathlib.Path, samples: Samples, answers: Callable[[Tensor], Tensor]) -> None:
+    def draw(self, path: pathlib.Path, samples: Samples, answers: Callable[[Batch], Tensor]) -> None:
         """See `Task`."""
-        found = guesses(samples, self.classes, lambda images: answers(images).softmax(-1))
+
+        def shares(images: Tensor) -> Tensor:
+            return answers(Batch(images, torch.zeros(len(images), dtype=torch.long), [])).softmax(-1)
+
+        found = guesses(samples, self.classes, shares)
         if found:
             predictions(path, found)
 

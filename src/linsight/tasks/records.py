@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.recipe import TASK, Recipe
-from linsight.records import NONE, NotNegative, Positive, Record, Share, Sides, Text, shown
+from linsight.records import NONE, Count, NotNegative, Pixel, Positive, Ratios, Record, Share, Sides, Text, Whole, shown
 
 
 class MixFields(Record):
@@ -84,8 +84,93 @@ class DistilRecipe(ClassifyRecipe, DistilFields):
     task: Literal["distil"] = Field(default="distil", description=TASK)  # type: ignore[assignment]
 
 
+class MaskFields(Record):
+    """Masks, and how images with masks are cropped."""
+
+    group = "Data"
+
+    ignore: Annotated[Pixel | None, NONE] = Field(
+        default=255,
+        description="value of pixels of no class in masks; 0: the first class is 1; none: all have one",
+    )
+
+
+class DenseImageFields(Record):
+    """From images with masks to what a model is given."""
+
+    group = "Augmentation"
+
+    resize: Ratios = Field(
+        default=(0.5, 2.0),
+        description="smallest and largest scale of training images, of which img_size is cropped",
+    )
+    crop_share: Share = Field(
+        default=0.75, description="largest share of one class in a crop, of which ten are tried; 1 takes the first"
+    )
+    eval_side: Count = Field(
+        default=0, description="shorter side of images that are evaluated or predicted; 0: as they are"
+    )
+    eval_mode: Literal["whole", "slide"] = Field(
+        default="whole", description="such images are seen whole, or in overlapping windows of img_size"
+    )
+    eval_stride: Share = Field(default=0.667, description="step of these windows, as a share of their side")
+
+
+class SegmentFields(Record):
+    """The decoder."""
+
+    group = "Model"
+
+    decoder: Text = Field(default="mlp", description="what makes a class for each pixel of a backbone's maps")
+    decoder_width: Count = Field(default=0, description="channels in the decoder; 0: its own")
+
+
+class SegmentLossFields(Record):
+    """The loss of segmentation."""
+
+    group = "Optimisation"
+
+    dice: NotNegative = Field(default=0.0, description="weight of the Dice loss, added to the cross-entropy")
+    ohem: Share = Field(
+        default=0.0, description="share of the pixels, the hardest, that the cross-entropy is of; 0: all"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none",
+        description="of the cross-entropy; balanced: rare classes weigh more, by a logarithm",
+    )
+    auxiliary: NotNegative = Field(
+        default=0.4, description="weight of the auxiliary head's loss, of decoders that have one"
+    )
+    smoothing: Share = Field(default=0.0, description="label smoothing")
+
+
+class SegmentRecipe(Recipe, SegmentFields, MaskFields, DenseImageFields, SegmentLossFields):
+    """A run of the task `segment`."""
+
+    KEPT = frozenset(("ignore", "eval_side", "eval_mode", "eval_stride"))
+
+    task: Literal["segment"] = Field(default="segment", description=TASK)
+    batch_size: Whole = Field(default=8, description="images of one update")
+
+    @model_validator(mode="after")
+    def _has_masks(self) -> Self:
+        for name in ("draft", "epoch_images"):
+            if getattr(self, name):
+                raise LinsightError(f"{name}={getattr(self, name)} is not for images with masks: leave it out")
+        if self.aug_repeats > 1 and self.order == "shards":
+            raise LinsightError("order=shards is not for images with masks: leave it out")
+        if not self.eval_stride:
+            raise LinsightError("eval_stride=0 never ends: give the step of windows as a share of their side, as 0.667")
+        return self
+
+
 # By the names of their tasks. `linsight.tasks.register` adds others.
-RECORDS: dict[str, type[Recipe]] = {"classify": ClassifyRecipe, "budget": BudgetRecipe, "distil": DistilRecipe}
+RECORDS: dict[str, type[Recipe]] = {
+    "classify": ClassifyRecipe,
+    "budget": BudgetRecipe,
+    "distil": DistilRecipe,
+    "segment": SegmentRecipe,
+}
 
 
 def record_of(task: Any) -> type[Recipe]:

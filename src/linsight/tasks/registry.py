@@ -11,7 +11,12 @@ from .records import RECORDS, record_of
 from .task import Task
 
 # Imported when they are asked for.
-_OWN = {"classify": ("classify", "Classify"), "budget": ("budget", "Budget"), "distil": ("distil", "Distil")}
+_OWN = {
+    "classify": ("classify", "Classify"),
+    "budget": ("budget", "Budget"),
+    "distil": ("distil", "Distil"),
+    "segment": ("segment", "Segment"),
+}
 _OTHERS: dict[str, type[Task]] = {}
 
 

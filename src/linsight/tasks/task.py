@@ -1,7 +1,9 @@
 """`Task`: what a run learns. Everything that trains, evaluates or predicts asks it, and knows no task by name."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -39,6 +41,21 @@ class Column(NamedTuple):
         """The value in a row of `metrics.jsonl`, a summary, or what `evaluate` gives."""
         value = row[self.key] if self.key in row else row[self.name]
         return f"{value:{self.form}}{f' {self.unit}' if unit and self.unit else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A part of the page of a run: its title, words, a table, and pictures with what to write below them.
+
+    shares: columns of the table with numbers from 0 to 1, which are drawn as bars.
+    """
+
+    title: str
+    words: str = ""
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = ()
+    shares: Sequence[int] = ()
+    pictures: Sequence[tuple[Image.Image, str]] = ()
 
 
 class Student(Protocol):
@@ -85,6 +102,8 @@ class Task(abc.ABC):
     name, about: what it is called, and in a line.
     record: its kind of recipe.
     best: the measure that decides which epoch is kept; smaller: whether a smaller one is better.
+    writes: what `write` makes of predictions, as in "masks"; "": nothing.
+    sorts: it sorts images into classes, of which a run's page has a table.
 
     facts: what the weights must tell, so that they can be used without the data: the names of classes, say. A task
     has them once `open` was called, or from the file of the weights.
@@ -95,6 +114,8 @@ class Task(abc.ABC):
     record: ClassVar[type[Recipe]] = Recipe
     best: ClassVar[str]
     smaller: ClassVar[bool] = False
+    writes: ClassVar[str] = ""
+    sorts: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe, facts: Mapping[str, Any] | None = None) -> None:
         self.recipe: Any = recipe
@@ -178,8 +199,12 @@ class Task(abc.ABC):
         """A new meter: `update(outputs, batch)` by batches; `compute()` gives measures by name, `loss` among them."""
 
     def answer(self, model: nn.Module, inputs: Tensor) -> Any:
-        """The answer of a model in evaluation mode for a batch."""
+        """The answer of a model in evaluation mode for a batch of images that are as it takes them."""
         return model(inputs)
+
+    def answers(self, model: nn.Module, batch: Batch) -> Any:
+        """The answer of a model in evaluation mode for a batch as it was read, once `begin` was called."""
+        return self.answer(model, self.inputs(batch.images))
 
     @property
     @abc.abstractmethod
@@ -188,12 +213,31 @@ class Task(abc.ABC):
 
     # What is shown of it
 
-    def draw(self, path: Any, samples: Samples, answers: Callable[[Tensor], Tensor]) -> None:  # noqa: B027 - as above
-        """A picture of what the model makes of some images. answers: of uint8 images `(B, C, H, W)`, on the CPU."""
+    def draw(self, path: Any, samples: Samples, answers: Callable[[Batch], Any]) -> None:  # noqa: B027 - as above
+        """A picture of what the model makes of some images. answers: of a batch, float32 on the CPU."""
+
+    def examine(self, samples: Samples, batches: Iterable[Batch], answers: Callable[[Batch], Any]) -> Sequence[Shown]:
+        """Parts of a run's page on all images that it was evaluated on.
+
+        batches: of `samples`, in order.  answers: as of `draw`.
+        """
+        return ()
+
+    def places(self, batch: Batch) -> list[int]:
+        """The places, in their source, of the images of a batch whose source has its places as classes."""
+        return batch.targets.tolist()
 
     @abc.abstractmethod
-    def predictions(self, answers: Tensor, files: Sequence[str], top: int) -> list[Any]:
-        """For each image a dataclass with `file`, for `linsight predict`. answers: what the model gives, float32."""
+    def predictions(self, answers: Any, files: Sequence[str], top: int) -> list[Any]:
+        """For each image a dataclass with `file`, for `linsight predict`. answers: float32, on the CPU."""
+
+    def told(self, found: Any) -> dict[str, Any]:
+        """A prediction as JSON has it."""
+        return dataclasses.asdict(found)
+
+    def write(self, found: Sequence[Any], folder: pathlib.Path) -> list[pathlib.Path]:
+        """Write predictions into a folder, of a task that `writes`; the files."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def table(self, found: Sequence[Any]) -> tuple[list[str], list[list[str]]]:

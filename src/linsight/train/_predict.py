@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from linsight.data.feeds import refuse
-from linsight.data.images import Samples, loader, told
+from linsight.data.images import loader, told
 from linsight.data.inputs import is_packed
 from linsight.data.random import Batches
 from linsight.data.sources import Source, images_under
@@ -17,8 +17,9 @@ from linsight.fuse import fused
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.finite import require_finite
 from linsight.runtime.places import located
+from linsight.tasks import task_of
 
-from .evaluation import outputs, preparation
+from .evaluation import answered, preparation
 from .model import Trained, asked_size
 
 
@@ -73,22 +74,27 @@ def predict(
     where = pick_device(recipe.device)
     dtype, _ = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
-    source, task = _Files(files, trained.classes), trained.task
+    source, task = _Files(files, trained.classes), task_of(recipe, trained.task.facts)
     way = preparation(trained, recipe, model, where)
-    samples = Samples(source, way.transform, recipe.in_chans, 0, recipe.fill)
+    task.begin(where)
+    task.inputs = way.normalise
+    samples = task.samples(source, way.size, training=False)
     done: list[Any] = []
     bad: list[str] = []
     notes: list[str] = []
-    for batch in loader(samples, Batches(len(files), way.batch_size, shuffle=False), workers=0, pin=False):
+    batches = Batches(len(files), way.batch_size, shuffle=False)
+    for batch in loader(samples, batches, workers=0, pin=False, collate=task.collate):
         bad += batch.bad
         notes += batch.notes
         refuse(recipe, batch.bad)
         if not len(batch.images):
             continue
-        names = ", ".join(f"'{files[target]}'" for target in batch.targets[:1].tolist())
-        some = f"{names} or another of {len(batch.images)} images" if len(batch.images) > 1 else names
-        answers = require_finite(outputs(model, batch.images, way.normalise, dtype), some)
-        done += task.predictions(answers, [str(files[target]) for target in batch.targets.tolist()], top)
+        names = [str(files[place]) for place in task.places(batch)]
+        some = f"'{names[0]}' or another of {len(names)} images" if len(names) > 1 else f"'{names[0]}'"
+        answers = answered(task, model, batch, dtype)
+        for answer in answers:
+            require_finite(answer, some)
+        done += task.predictions(answers, names, top)
     for line in told(notes):
         note(line)
     if not done:

@@ -207,9 +207,8 @@ def score(
     for batch in batches:
         bad += batch.bad
         if len(batch.images):
-            inputs = task.inputs(batch.images)
             with autocast(task.inputs.device, dtype):
-                answers = task.answer(model, inputs)
+                answers = task.answers(model, batch)
             meter.update(answers, batch)
             images += len(batch.images)
         after_batch(batch)
@@ -230,6 +229,15 @@ def _counted(found: list[_Count]) -> _Count:
             )
         counted[0].merge_state(other)
     return counted[0], sum(images for _, images, _ in found), [line for *_, bad in found for line in bad]
+
+
+@torch.inference_mode()
+def answered(task: Task, model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> Any:
+    """The answers of `model` to a batch, by a task that has begun: float32 on the CPU, or a list of such tensors."""
+    model.eval()
+    with autocast(task.inputs.device, dtype):
+        found = task.answers(model, batch)
+    return [answer.float().cpu() for answer in found] if isinstance(found, list) else found.float().cpu()
 
 
 @torch.inference_mode()

@@ -27,11 +27,11 @@ from linsight.tasks.task import in_row
 
 from . import _figures
 from .bad_updates import BadUpdates
-from .evaluation import outputs, score
+from .evaluation import answered, score
 from .learner import Learner, Part, warmup_epochs
 from .model import count_of, left_new, load_trained, save, start_from
 from .progress import Silent
-from .report import findings_of, look, numbered, read_kept, write_page
+from .report import findings_of, read_kept, seen, write_page
 from .run import STATE, WEIGHTS, Run
 from .spread import Spread
 from .state import require_within
@@ -352,21 +352,26 @@ class Trainer:
     def _tell(self, summary: dict[str, Any]) -> None:
         """report.html: what the best weights see of all images that they were evaluated on."""
         workers = default_workers() if self.recipe.workers is None else self.recipe.workers
-        samples, device, outcome = self.feeds.val_samples, self.learner.device, None
-        if self.task.facts.get("classes"):
-            batches = self._watched(numbered(samples, self.recipe.batch_size, workers, device.type == "cuda"))
-            model = load_trained(self.run.path).model.to(device)
-            outcome = look(model, batches, samples.source, self.task.inputs, self.dtype, self.after_val_batch)
+        outcome, shown = seen(
+            self.task,
+            load_trained(self.run.path).model.to(self.learner.device),
+            self.feeds.val_samples,
+            batch_size=self.recipe.batch_size,
+            workers=workers,
+            dtype=self.dtype,
+            watch=self._watched,
+            after_batch=self.after_val_batch,
+        )
         kept = dataclasses.replace(read_kept(self.run.path), summary=summary)
-        write_page(kept, findings_of(self.task, self.run.rows, outcome))
+        write_page(kept, findings_of(self.task, self.run.rows, outcome, shown))
 
     def _draw(self, model: nn.Module) -> None:
         """predictions.png: images spread over the evaluation source."""
 
-        def seen(images: Tensor) -> Tensor:
-            return outputs(model, images, self.task.inputs, self.dtype)
+        def answers(batch: Batch) -> Any:
+            return answered(self.task, model, batch, self.dtype)
 
-        self.task.draw(self.run.path / "predictions.png", self.feeds.val_samples, seen)
+        self.task.draw(self.run.path / "predictions.png", self.feeds.val_samples, answers)
 
     def _save(self) -> None:
         self._collect()

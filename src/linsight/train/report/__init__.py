@@ -7,6 +7,7 @@ from .findings import findings_of
 from .look import Outcome, look, numbered
 from .page import Findings, Section
 from .run import PAGE, Kept, read_kept, write_page
+from .seen import seen
 from .write import write_report
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "look",
     "numbered",
     "read_kept",
+    "seen",
     "write_page",
     "write_report",
 ]

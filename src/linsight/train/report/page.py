@@ -30,6 +30,7 @@ pre { padding: .7rem .9rem; background: var(--panel); border-radius: .5rem; over
 figure { margin: 0; } .pictures figure { width: 112px; font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere; }
 .pictures img { width: 112px; height: 112px; object-fit: contain; background: var(--panel);
   image-rendering: pixelated; } .bad { color: var(--bad); }
+.wide figure { width: 32rem; } .wide img { width: 100%; height: auto; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); } svg .soft { fill: var(--soft); } svg path { fill: none; stroke-width: 1.8; }
 svg .c0 { stroke: var(--c0); } svg .c1 { stroke: var(--c1); }

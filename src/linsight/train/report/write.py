@@ -1,6 +1,7 @@
 """`write_report`: the page of a run made anew from its folder, whether the run has ended or was stopped."""
 
 import pathlib
+from collections.abc import Sequence
 
 from linsight.data.feeds import default_workers
 from linsight.data.watched import watched
@@ -8,14 +9,15 @@ from linsight.errors import LinsightError
 from linsight.runtime.device import pick_device, pick_dtype
 from linsight.runtime.files import require_place
 from linsight.runtime.places import located
-from linsight.tasks import task_of
+from linsight.tasks import Shown, task_of
 from linsight.tasks.building import image_size
 
 from ..model import load_trained
 from ..run import WEIGHTS, kept_recipe
 from .findings import findings_of
-from .look import Outcome, look, numbered
+from .look import Outcome
 from .run import PAGE, read_kept, write_page
+from .seen import seen
 
 
 def write_report(
@@ -51,16 +53,23 @@ def write_report(
     notes: list[str] = []
     told = kept.config["data"]
     task = task_of(recipe, {name: told[name] for name in told if name not in ("train", "val")})
-    if (folder / WEIGHTS).exists() and task.facts.get("classes"):
+    shown: Sequence[Shown] = ()
+    if (folder / WEIGHTS).exists():
         try:
             trained = load_trained(folder)
             own = task_of(recipe, trained.task.facts)
             own.begin(where)
             samples = own.samples(own.open_again(), image_size(recipe, trained.model), training=False)
             count = default_workers() if recipe.workers is None else recipe.workers
-            batches = numbered(samples, recipe.batch_size, count, where.type == "cuda")
-            dtype, _ = pick_dtype(recipe.amp, where)
-            outcome = look(trained.model.to(where), watched(batches), samples.source, own.inputs, dtype)
+            outcome, shown = seen(
+                own,
+                trained.model.to(where),
+                samples,
+                batch_size=recipe.batch_size,
+                workers=count,
+                dtype=pick_dtype(recipe.amp, where)[0],
+                watch=watched,
+            )
         except LinsightError as error:
             notes.append(f"Its images are not shown: {error}")
-    return write_page(kept, findings_of(task, kept.rows, outcome, notes), path)
+    return write_page(kept, findings_of(task, kept.rows, outcome, shown, notes), path)

@@ -1,0 +1,236 @@
+"""The task `segment`: losses and measures against their definitions, and a run from its images to its masks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import assert_same_end
+
+from linsight import load_run
+from linsight.data.dense import Marked
+from linsight.data.images import Batch
+from linsight.data.masks import NONE
+from linsight.errors import LinsightError
+from linsight.tasks import task_of
+from linsight.tasks.overlap import Overlap
+from linsight.train import Interrupted, evaluate, load_trained, predict, resolve, resume, train
+from linsight.train.progress import Silent
+
+RUN = {
+    "task": "segment",
+    "model": "compact_nano",
+    "attention": "inline",
+    "model_args": "stem=8,stages=((16,1,2,1),(24,1,2,1))",
+    "decoder_width": 16,
+    "img_size": 24,
+    "resize": "0.9,1.2",
+    "mean": "",
+    "std": "",
+    "device": "cpu",
+    "amp": "off",
+    "figures": False,
+    "report": False,
+    "workers": 0,
+    "epochs": 6,
+    "batch_size": 4,
+    "lr": 0.01,
+}
+
+
+def squares(folder, counts, size=(24, 32)):
+    """Images of a red square on green, with a border of no class, and their masks."""
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            height, width = size if number % 2 or split == "train" else size[::-1]
+            mask = np.zeros((height, width), np.uint8)
+            top, left = rng.integers(2, height - 12), rng.integers(2, width - 12)
+            mask[top : top + 10, left : left + 10] = 1
+            pixels = np.stack([mask * 180, (1 - mask) * 180, mask * 0], -1) + rng.integers(0, 60, (height, width, 3))
+            mask[:, 0] = 255
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / split / f"{number}.png")
+            Image.fromarray(mask).save(folder / "masks" / split / f"{number}.png")
+    (folder / "classes.txt").write_text("ground\nsquare\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return squares(tmp_path_factory.mktemp("squares"), {"train": 12, "val": 4})
+
+
+def recipe(photos, **changes):
+    return resolve("digits", {**RUN, "data": str(photos), **changes})
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    summary = train(recipe(photos, figures=True, report=True), out=folder)
+    return folder, summary
+
+
+def pixels(count=2, classes=3, size=(5, 7), none=0.3):
+    torch.manual_seed(0)
+    logits = torch.randn(count, classes, *size, dtype=torch.float64) * 2
+    truth = torch.randint(classes, (count, *size))
+    truth[torch.rand(count, *size) < none] = NONE
+    return logits, truth
+
+
+class Fixed:
+    """A student whose answer is known."""
+
+    def __init__(self, logits, auxiliary=None):
+        self.found = (logits.float(), auxiliary)
+
+    def forward(self, images):
+        return self.found
+
+
+def loss(logits, truth, auxiliary=None, facts=None, **fields):
+    task = task_of(resolve("digits", {"task": "segment", **fields}), {"classes": tuple("abc"), **(facts or {})})
+    task.begin(torch.device("cpu"))
+    size = tuple(truth.shape[1:])
+    targets = [Marked(0, size, size, mask.to(torch.int16)) for mask in truth]
+    batch = Batch(torch.zeros(len(truth), 3, *size, dtype=torch.uint8), targets, [])
+    found, count = task.loss(Fixed(logits, auxiliary), batch, 0)
+    assert count == len(truth)
+    return float(found)
+
+
+def test_the_losses_are_as_they_are_defined():
+    logits, truth = pixels()
+    shares = logits.softmax(1).movedim(1, -1)
+    known = truth != NONE
+    each = -shares[known].gather(1, truth[known][:, None])[:, 0].log()
+    plain = loss(logits, truth)
+    assert plain == pytest.approx(float(each.mean()), rel=1e-5)
+    hardest = each.sort(descending=True).values[: int(0.25 * len(each))]
+    assert loss(logits, truth, ohem=0.25) == pytest.approx(float(hardest.mean()), rel=1e-5)
+    weights = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    of_each = weights[truth[known]]
+    weighted = float((each * of_each).sum() / of_each.sum())
+    assert loss(logits, truth, facts={"weights": weights.tolist()}) == pytest.approx(weighted, rel=1e-5)
+    overlaps = []
+    for place in range(3):
+        p, t = shares[..., place][known], (truth[known] == place).double()
+        overlaps.append(1 - float(2 * (p * t).sum() / (p.sum() + t.sum())))
+    assert loss(logits, truth, dice=0.7) == pytest.approx(plain + 0.7 * np.mean(overlaps), rel=1e-5)
+    beside, _ = pixels(classes=3)
+    other = loss(beside.flip(1), truth)
+    both = loss(logits, truth, beside.flip(1).float(), auxiliary=0.25)
+    assert both == pytest.approx(plain + 0.25 * other, rel=1e-5)
+    nothing = torch.full_like(truth, NONE)
+    assert loss(logits, nothing) == 0 and loss(logits, nothing, dice=1.0, ohem=0.5) == 0
+
+
+def test_the_measures_are_as_they_are_defined():
+    logits, truth = pixels(count=3, classes=4)
+    truth[truth == 2] = 1  # a class that is nowhere in the truth
+    guess = logits.argmax(1)
+    meters = Overlap(5), Overlap(5)  # of which another is nowhere at all
+    logits = torch.cat([logits, torch.full_like(logits[:, :1], -99)], 1)
+    for number, meter in ((slice(0, 2), meters[0]), (slice(2, 3), meters[1])):
+        targets = [Marked(0, (5, 7), (5, 7), mask) for mask in truth[number]]
+        meter.update([*logits[number].float()], Batch(torch.empty(0), targets, []))
+    meters[0].merge_state(meters[1])
+    found, known = meters[0].compute(), truth != NONE
+    overlaps, right = [], []
+    for place in range(4):
+        hit = ((guess == place) & (truth == place) & known).sum()
+        there = (truth == place).sum()
+        overlaps.append(float(hit / (((guess == place) & known).sum() + there - hit)))
+        right += [float(hit / there)] if there else []
+    assert found["miou"] == pytest.approx(100 * np.mean(overlaps)) and len(right) == 3
+    assert found["macc"] == pytest.approx(100 * np.mean(right))
+    assert found["pixels"] == pytest.approx(float(100 * (guess == truth)[known].double().mean()))
+    shares = logits.softmax(1).movedim(1, -1)[known].gather(1, truth[known][:, None]).log()
+    assert found["loss"] == pytest.approx(-float(shares.mean()), rel=1e-5)
+
+
+def test_it_learns(run):
+    folder, summary = run
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert summary["task"] == "segment" and summary["classes"] == 2
+    assert summary["miou"] == max(row["miou"] for row in rows) > 75 and summary["macc"] > 80
+    assert Image.open(folder / "predictions.png").width > 500
+    page = (folder / "report.html").read_text()
+    assert "mIoU" in page and "square" in page
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(photos, tmp_path):
+    class At(Silent):
+        def step(self, epoch, step, images, loss):
+            if (epoch, step) == (1, 2):
+                raise KeyboardInterrupt
+
+    small = recipe(photos, epochs=3, cache="memory", color_jitter=0.2)
+    train(small, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(small.changed(save_every=1, cache="off", workers=1), out=tmp_path / "run", report=At())
+    resume(tmp_path / "run")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_it_is_evaluated_at_any_size(run, photos):
+    folder, summary = run
+    trained = load_trained(folder)
+    found = evaluate(trained, batch_size=3)
+    assert found["miou"] == pytest.approx(summary["miou"], abs=1e-4), "of images of two sizes in one batch"
+    elsewhere = evaluate(trained, data=str(photos), split="train")
+    assert elsewhere["images"] == 12 and elsewhere["miou"] > 60
+
+
+def test_windows_agree_with_the_whole_where_one_is_enough(run, photos):
+    folder, _ = run
+    trained = load_trained(folder)
+    task = trained.task
+    task.begin(torch.device("cpu"))
+    images = torch.randn(1, 3, 24, 32)
+    with torch.inference_mode():
+        whole = task.answer(trained.model, images)
+        slid = task_of(trained.recipe.changed(eval_mode="slide", img_size=(40, 40)), task.facts)
+        assert torch.equal(slid.answer(trained.model, images), whole)
+        slid = task_of(trained.recipe.changed(eval_mode="slide", img_size=(24, 16), eval_stride=0.5), task.facts)
+        parts = [trained.model(images[..., start : start + 16]) for start in (0, 8, 16)]
+        found = slid.answer(trained.model, images)
+    assert torch.allclose(found[..., :8], parts[0][..., :8])
+    assert torch.allclose(found[..., 8:16], (parts[0][..., 8:] + parts[1][..., :8]) / 2, atol=1e-6)
+
+
+def test_it_predicts_masks(run, photos, tmp_path, linsight):
+    folder, _ = run
+    image = photos / "images/val/0.png"
+    (found,), bad = predict(load_trained(folder), [image])
+    assert bad == [] and found.mask.shape == (32, 24) and found.classes[0] == "ground"
+    assert sum(found.shares) == pytest.approx(1) and found.shares[1] == pytest.approx((found.mask == 1).mean())
+    assert load_run(folder).predict(image)[0].mask.tolist() == found.mask.tolist()
+    code, out, _ = linsight("predict", folder, image, "--json")
+    assert code == 0
+    (told,) = json.loads(out)["predictions"]
+    assert told == {
+        "file": str(image),
+        "classes": list(found.classes),
+        "shares": [pytest.approx(x) for x in found.shares],
+    }
+    code, _, err = linsight("predict", folder, photos / "images" / "val", "--out", tmp_path / "masks")
+    assert code == 0 and "4 files of masks" in err
+    assert np.asarray(Image.open(tmp_path / "masks" / "0.png")).tolist() == found.mask.tolist()
+    assert len(list((tmp_path / "masks").iterdir())) == 4
+
+
+def test_what_does_not_go_together_is_refused(photos, tmp_path, linsight):
+    for changes, match in (
+        ({"draft": 8}, "draft=8 is not for images with masks"),
+        ({"eval_stride": 0}, "eval_stride=0 never ends"),
+        ({"decoder": "upnet"}, "upnet"),
+        ({"mixup": 0.2}, "unknown recipe field 'mixup'"),
+    ):
+        with pytest.raises(LinsightError, match=match):
+            train(recipe(photos, **changes), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
