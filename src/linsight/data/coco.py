@@ -34,6 +34,8 @@ class Coco(Source):
     targets: 0 for each image, which is of no class.
     """
 
+    annotated = True
+
     def __init__(self, folder: pathlib.Path, found: Annotations, kept: list[int], notes: Iterable[str] = ()) -> None:
         self.folder, self.found, self.kept = folder, found, kept
         self.classes, self.category_ids = found.classes, found.category_ids
@@ -55,7 +57,7 @@ class Coco(Source):
         """See `Source`."""
         return shown(self.found.images[self.kept[index]].name)[1:-1]
 
-    def target(self, index: int) -> Objects:
+    def beside(self, index: int) -> Objects:
         """The objects of an image."""
         return self.found.objects(self.kept[index])
 
