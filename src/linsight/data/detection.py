@@ -131,7 +131,7 @@ def augmentation(recipe: Any) -> v2.Transform:
 
 
 def within(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int]:
-    """Height and width where the shorter side is made `shorter`, and the longer one `longest` at most; 0 leaves them."""
+    """Height and width where the shorter side is made `shorter`, the longer one `longest` at most; 0 leaves them."""
     if not shorter:
         return size
     scale = min(shorter / min(size), longest / max(size))

@@ -1,6 +1,5 @@
 """`create_detector`: a backbone with the heads of a detector, from the parts of torchvision."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
@@ -17,6 +16,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from linsight.errors import LinsightError, UnknownNameError
 
+from ..parts.dense import inside
+from .backbone import pyramid as backbone_of
 from .cascade import LEVELS, CascadeHeads, Stage
 from .levels import Anchors, Pyramid, Regions
 
@@ -28,7 +29,6 @@ Head = TypeVar("Head", bound=nn.Module)
 _BODY = "backbone.body."  # where a detector keeps its backbone
 _BOX, _MASK = 7, 14  # cells of a side of a region
 _CONVS = 4
-_START = re.compile(r"(?<![\\\[])\^")
 
 
 class Unchanged(GeneralizedRCNNTransform):
@@ -97,8 +97,17 @@ class Detector(nn.Module):
 
     @property
     def pretrained_cfg(self) -> Mapping[str, Any]:
-        """How images are prepared for the backbone, as timm tells it."""
-        return self.backbone.body.pretrained_cfg
+        """The configuration of the backbone, as timm tells it; what weights of a classifier lack is the classifier."""
+        cfg = self.backbone.body.pretrained_cfg
+        own = cfg.get("classifier") or ()
+        fresh = [_BODY + name for name in ([own] if isinstance(own, str) else own)]
+        heads = ("backbone.fpn", "rpn", "roi_heads", "head")
+        return {**cfg, "num_classes": self.num_classes, "classifier": (*fresh, *heads)}
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of images."""
+        return self.backbone.body.in_chans
 
     def no_weight_decay(self) -> set[str]:
         """Full names of the parameters of the backbone that are kept from weight decay."""
@@ -107,7 +116,7 @@ class Detector(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The layers of the backbone, as timm tells them; the pyramid and the heads are the last one."""
-        return {kind: _inside(rule) for kind, rule in self.backbone.body.group_matcher(coarse=coarse).items()}
+        return {kind: inside(_BODY, rule) for kind, rule in self.backbone.body.group_matcher(coarse).items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Have the backbone compute activations anew in the backward pass, which saves memory."""
@@ -125,7 +134,7 @@ class OneStage(Detector, RetinaNet):
 
 
 def create_detector(
-    backbone: nn.Module,
+    backbone: str | nn.Module,
     method: str = "mask_rcnn",
     *,
     num_classes: int,
@@ -137,6 +146,7 @@ def create_detector(
     score_thresh: float = 0.05,
     nms_thresh: float = 0.5,
     detections: int = 100,
+    **backbone_args: Any,
 ) -> Detector:
     """A detector on a backbone.
 
@@ -145,7 +155,8 @@ def create_detector(
     three of 8 cells a side on each level for R-CNN, nine of 4 cells and more for RetinaNet.
 
     Args:
-        backbone: gives maps, finest first, whose widths and strides are its `channels` and `strides`.
+        backbone: as of `create_model`, with any mechanism, or a model of timm, "timm/NAME"; or a module that gives
+            maps, finest first, whose widths and strides are its `channels` and `strides`.
         method: faster_rcnn (boxes), mask_rcnn (and masks), cascade_rcnn, cascade_mask_rcnn (three stages), retinanet
             (boxes, in one stage).
         num_classes: K. Labels are 0 .. K - 1.
@@ -158,15 +169,21 @@ def create_detector(
         score_thresh: the least score of a detection.
         nms_thresh: of two detections of a class that overlap by more than this, the better one is kept.
         detections: of an image, at most.
+        backbone_args: of a backbone by name, as of `linsight.models.dense.pyramid`: attention, in_chans and the like.
 
     Raises:
-        LinsightError: no such method, or no class.
+        UnknownNameError: no such method, backbone or mechanism; the nearest is offered.
+        LinsightError: no class, or a backbone that cannot be had with these arguments.
     """
     if method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
     if not isinstance(num_classes, int) or num_classes < 1:
         raise LinsightError(f"num_classes={num_classes!r} must be 1 or more: the objects to find are of some class")
     dense = method == "retinanet"
+    if isinstance(backbone, str):
+        backbone = backbone_of(backbone, **backbone_args)
+    elif backbone_args:
+        raise LinsightError(f"{next(iter(backbone_args))}= is for a backbone by name: this one is made already")
     pyramid = Pyramid(backbone, channels, dense=dense)
     limits = {"score_thresh": score_thresh, "nms_thresh": nms_thresh, "detections_per_img": detections}
     model: Any
@@ -235,15 +252,6 @@ def _exact(head: Head) -> Head:
 
 def _to_float(_: nn.Module, __: Any, answer: Any) -> Any:
     return tree_map(Tensor.float, answer)
-
-
-def _inside(rule: Any) -> Any:
-    """A rule of timm about names of the backbone, about those that they have in the detector."""
-    if isinstance(rule, str):
-        return f"{re.escape(_BODY)}(?:{_START.sub('', rule)})"
-    if isinstance(rule, list | tuple):
-        return type(rule)(_inside(part) for part in rule)
-    return rule
 
 
 def _check(model: Detector, images: Any, targets: Any) -> None:
