@@ -48,8 +48,10 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
         """Images `(B, C, H, W)` -> levels `(B, out_channels, h, w)` by name, finest first."""
-        maps = self.body(images)[self.skipped :]
-        return self.fpn(OrderedDict(zip(self.names, maps, strict=True)))
+        maps = list(self.body(images))
+        if self.training and self.skipped:  # for a gradient in all parameters, which processes wait for
+            maps[-1] = maps[-1] + 0 * sum(skipped.mean() for skipped in maps[: self.skipped])
+        return self.fpn(OrderedDict(zip(self.names, maps[self.skipped :], strict=True)))
 
 
 class Anchors(AnchorGenerator):
