@@ -15,7 +15,6 @@ from linsight.attention import Rename
 from .images import FORMATS, check_format
 from .keys import AnyKeys
 
-
 _START = re.compile(r"(?<![\[\\])\^")  # of a pattern, not of a set or a character
 
 
