@@ -123,7 +123,7 @@ class Detect(Task):
         return AveragePrecision(self.classes, self.masks)
 
     def answers(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-        """Of each image `boxes`, `labels`, `scores`, and `masks` as run lengths, in the pixels of its file, and `size`."""
+        """For each image `size`, and in its own pixels `boxes`, `labels`, `scores`, and `masks` as run lengths."""
         found = model(self._images(batch))
         return [_in_own(answer, scene) for answer, scene in zip(found, batch.targets, strict=True)]
 
@@ -165,10 +165,9 @@ class Detect(Task):
         """See `Task`."""
         rows = []
         for entry in found:
-            shown = zip(entry.classes, entry.scores, entry.boxes, strict=True)
-            lines = [
-                [name, f"{100 * score:.1f} %", ", ".join(f"{side:.0f}" for side in box)] for name, score, box in shown
-            ]
+            sides = [", ".join(f"{side:.0f}" for side in box) for box in entry.boxes]
+            shares = [f"{100 * score:.1f} %" for score in entry.scores]
+            lines = list(map(list, zip(entry.classes, shares, sides, strict=True)))
             rows += [["" if place else entry.file, *line] for place, line in enumerate(lines or [["none", "", ""]])]
         return ["file", "class", "probability", "x1, y1, x2, y2"], rows
 
