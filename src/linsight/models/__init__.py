@@ -2,6 +2,7 @@
 
 from . import hosts as hosts
 from . import papers as papers
+from .dense import create_segmenter
 from .parts.windows import fit_bias_table
 from .plan import Choice, plan
 from .registry import (
@@ -38,6 +39,7 @@ __all__ = [
     "add_hosts",
     "add_variants",
     "create_model",
+    "create_segmenter",
     "default_attention",
     "default_config",
     "fit_bias_table",

@@ -97,8 +97,11 @@ class BorderedPatches(WholePatches):
 class ConvEmbed(nn.Module):
     """A strided convolution, and LayerNorm behind or ahead of it, or none: images or maps `(B, C, H, W)` to tokens.
 
-    Floors as convolutions do; a map smaller than the kernel is first padded to it with zeros.
+    Floors as convolutions do; a map smaller than the kernel is first padded to it with zeros. `whole` pads to whole
+    strides, so that none of a map is left out.
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -122,7 +125,8 @@ class ConvEmbed(nn.Module):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the tokens of a map of `size`."""
-        padded = (max(side + 2 * self.padding, self.kernel) for side in size)
+        sides = (to_multiple(side, self.stride) if self.whole else side for side in size)
+        padded = (max(side + 2 * self.padding, self.kernel) for side in sides)
         height, width = ((side - self.kernel) // self.stride + 1 for side in padded)
         return height, width
 
@@ -132,6 +136,8 @@ class ConvEmbed(nn.Module):
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         least = self.kernel - 2 * self.padding
         low, wide = least - x.shape[2], least - x.shape[3]
+        if self.whole:
+            low, wide = (to_multiple(side, self.stride) - side for side in x.shape[2:])
         if traced(low) or low > 0 or wide > 0:
             x = F.pad(x, (0, at_least(wide, 0), 0, at_least(low, 0)))
         x = self.proj(x)

@@ -65,7 +65,7 @@ class Features(AnyKeys, FeatureGetterNet):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise decay: those of the model, by their names in here."""
-        return {name: _inside(rule) for name, rule in self.model.group_matcher(coarse).items()}
+        return {name: inside("model.", rule) for name, rule in self.model.group_matcher(coarse).items()}
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As the model's."""
@@ -75,13 +75,13 @@ class Features(AnyKeys, FeatureGetterNet):
         self._model_args = {**getattr(self, "_model_args", {}), **get_model_args(self.model)}
 
 
-def _inside(rule: Any) -> Any:
-    """A rule of `group_matcher` for names that begin with "model."."""
+def inside(prefix: str, rule: Any) -> Any:
+    """A rule of `group_matcher` for names behind a prefix, as "model."."""
     if rule is None:
         return None
     if isinstance(rule, str):
-        return re.sub(r"(?<!\[)\^", r"^model\.", rule)
-    return [(_inside(pattern), suffix) for pattern, suffix in rule]
+        return re.sub(r"(?<!\[)\^", lambda _: f"^{re.escape(prefix)}", rule)
+    return [(inside(prefix, pattern), suffix) for pattern, suffix in rule]
 
 
 class DenseFeatures(Features):

@@ -1,0 +1,48 @@
+"""The all-MLP decoder of SegFormer: each map by a linear layer to one width, all at the finest size, mixed by another.
+
+Xie et al., "SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers", NeurIPS 2021 (arXiv
+2105.15203), equation 4. Published with 256 channels, in its larger models with 768.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linsight.attention import Paper
+
+from .base import ConvNormReLU, Decoder, resized
+from .table import DecoderRow, add_decoders
+
+
+class MlpDecoder(Decoder):
+    """The decoder. Batch norm and ReLU are behind the layer that mixes, as in the published code."""
+
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, width: int = 256, *, dropout: float = 0.1, **factory: Any
+    ) -> None:
+        super().__init__(channels, num_classes, width, dropout=dropout, **factory)
+        self.linear = nn.ModuleList(nn.Conv2d(dim, width, 1, **factory) for dim in self.channels)
+        self.fuse = ConvNormReLU(width * len(self.channels), width, **factory)
+
+    def features(self, maps: Sequence[Tensor]) -> Tensor:
+        """`(B, width, H_0, W_0)`."""
+        size = maps[0].shape[2:]
+        found = [linear(x) for linear, x in zip(self.linear, maps, strict=True)]
+        return self.fuse(torch.cat([found[0], *(resized(x, size) for x in found[1:])], dim=1))
+
+
+add_decoders(
+    DecoderRow(
+        "mlp",
+        MlpDecoder,
+        "each map by a linear layer to one width, mixed at the finest size: SegFormer's light head",
+        256,
+        Paper(
+            "SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers",
+            "2105.15203",
+            "NeurIPS 2021",
+        ),
+    )
+)

@@ -1,0 +1,158 @@
+"""Segmenters: a backbone, a decoder, and perhaps an auxiliary head, which give the classes of every pixel."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from linsight.errors import LinsightError
+
+from ..doors import checked
+from ..parts.dense import inside
+from .backbone import Backbone, pyramid
+from .decoders import Auxiliary, Decoder, create_decoder
+from .decoders.base import resized
+from .decoders.table import decoder_row
+
+
+class Segmented(NamedTuple):
+    """The logits of a segmenter in training, both `(B, classes, H, W)`.
+
+    auxiliary: of the auxiliary head, whose loss counts `auxiliary_weight` of the segmenter; None where there is none.
+    """
+
+    main: Tensor
+    auxiliary: Tensor | None = None
+
+
+class Segmenter(nn.Module):
+    """Images `(B, in_chans, H, W)` of any size -> logits `(B, num_classes, H, W)`, of each pixel.
+
+    Logits of the decoder are brought to the size of the images bilinearly, corners not aligned. In training mode there
+    are those of the auxiliary head beside them, as `Segmented`.
+    """
+
+    def __init__(self, backbone: Backbone, decoder: Decoder, auxiliary: Auxiliary | None = None) -> None:
+        super().__init__()
+        self.backbone, self.decoder, self.auxiliary = backbone, decoder, auxiliary
+        for head in filter(None, (decoder, auxiliary)):
+            if head.channels != backbone.channels or head.num_classes != decoder.num_classes:
+                raise LinsightError(
+                    f"a head for maps of {_listed(head.channels)} channels and {head.num_classes} classes does not go "
+                    f"with maps of {_listed(backbone.channels)} and {decoder.num_classes} classes: make it for those"
+                )
+        self.num_classes, self.in_chans = decoder.num_classes, backbone.in_chans
+        self.num_features = self.head_hidden_size = decoder.width
+        heads = ("decoder.classifier", *(["auxiliary.classifier"] if auxiliary else []))
+        cfg = {**backbone.pretrained_cfg, "num_classes": self.num_classes, "classifier": heads}
+        self.pretrained_cfg = self.default_cfg = cfg
+
+    @property
+    def auxiliary_weight(self) -> float:
+        """The weight of the auxiliary head's loss beside that of the decoder; 0 where there is none."""
+        return 0.0 if self.auxiliary is None else self.auxiliary.weight
+
+    def forward(self, x: Tensor) -> Tensor | Segmented:
+        """Logits at the size of the images; `Segmented` in training mode."""
+        size, maps = x.shape[2:], self.backbone(x)
+        main = resized(self.decoder(maps), size)
+        if not self.training:
+            return main
+        return Segmented(main, None if self.auxiliary is None else resized(self.auxiliary(maps), size))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the backbone wants kept from weight decay."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise decay: the backbone's; heads are in the last one."""
+        return {name: inside("backbone.", rule) for name, rule in self.backbone.group_matcher(coarse).items()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks of the backbone in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Resample position tables of the backbone, for good. Images of any size work without it, too."""
+        self.backbone.set_input_size(*args, **kwargs)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last convolution of the decoder."""
+        return self.decoder.classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New last convolutions, of the auxiliary head, too, for `num_classes` classes."""
+        checked_classes(num_classes)
+        for head in filter(None, (self.decoder, self.auxiliary)):
+            head.reset_classifier(num_classes)
+        self.num_classes = self.pretrained_cfg["num_classes"] = num_classes
+
+
+def create_segmenter(
+    backbone: str,
+    decoder: str = "mlp",
+    num_classes: int = 150,
+    *,
+    width: int | None = None,
+    auxiliary: bool | None = None,
+    dropout: float = 0.1,
+    decoder_options: Mapping[str, Any] | None = None,
+    attention: str | None = None,
+    attention_options: Mapping[str, Any] | None = None,
+    in_chans: int = 3,
+    img_size: int | tuple[int, int] | None = None,
+    drop_path_rate: float = 0.0,
+    pretrained: bool = False,
+    **model_args: Any,
+) -> Segmenter:
+    """A model of semantic segmentation, by the names of a backbone and a decoder, for images of any size.
+
+    Args:
+        backbone: as of `create_model`, with any mechanism, or a model of timm, "timm/NAME".
+        decoder: a name in `linsight.models.dense.DECODERS`.
+        num_classes: of each pixel; by default those of ADE20K.
+        width: channels of the decoder, by default those it was published with.
+        auxiliary: an auxiliary head, whose logits are there in training; None for a decoder that was published so.
+        dropout: of the channels in front of the classes.
+        decoder_options: keyword arguments of the decoder.
+        attention, attention_options, in_chans, img_size, drop_path_rate, pretrained: of the backbone, as of
+            `linsight.models.dense.pyramid`.
+        model_args: of the backbone, and `device` and `dtype` of all.
+
+    Raises:
+        UnknownNameError: no such backbone, decoder or mechanism; the nearest is offered.
+        LinsightError: they cannot be had with these arguments.
+    """
+    row = decoder_row(decoder)
+    checked_classes(num_classes)
+    checked(backbone, attention, attention_options, {"drop_rate": dropout})
+    maps = pyramid(
+        backbone,
+        attention=attention,
+        attention_options=attention_options,
+        in_chans=in_chans,
+        img_size=img_size,
+        drop_path_rate=drop_path_rate,
+        pretrained=pretrained,
+        **model_args,
+    )
+    like = next(maps.parameters())
+    shared: dict[str, Any] = {"dropout": dropout, "device": like.device, "dtype": like.dtype}
+    main = create_decoder(decoder, maps.channels, num_classes, width=width, **shared, **(decoder_options or {}))
+    beside = row.auxiliary if auxiliary is None else auxiliary
+    return Segmenter(maps, main, Auxiliary(maps.channels, num_classes, **shared) if beside else None)
+
+
+def checked_classes(num_classes: Any) -> None:
+    """Raise unless pixels can have so many classes."""
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        raise LinsightError(f"num_classes={num_classes} must be a whole number, 1 or more: each pixel has a class")
+
+
+def _listed(channels: tuple[int, ...]) -> str:
+    return ", ".join(map(str, channels))

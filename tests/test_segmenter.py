@@ -1,0 +1,264 @@
+"""Segmentation: maps of any backbone and image, decoders against their definitions, what training and export ask."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from timm.models._manipulate import group_parameters
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import linsight
+from linsight.models.dense import DECODERS, Segmented, Segmenter, create_decoder, pyramid
+from test_hosts import NO_TOKEN, SMALL
+
+ODD = ((97, 161), (33, 57), (5, 3), (1, 1))  # the last two smaller than a patch
+TINY = {"embed_dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
+decoders = pytest.mark.parametrize("decoder", DECODERS)
+# In the normal run a fifth of the hosts, and those whose maps are of a kind of their own.
+_OWN = ("vit_tiny", "compact_pico", "pvt_tiny", "cswin_tiny", "l2vit_pyramid_tiny", "flow_pyramid")
+hosts = pytest.mark.parametrize(
+    "host", [host if host in _OWN else pytest.param(host, marks=pytest.mark.full) for host in SMALL]
+)
+
+
+def small(host, attention="inline", **more):
+    arguments = {key: value for key, value in SMALL[host].items() if key != "num_classes"}
+    return pyramid(host, attention=attention, **{**arguments, **NO_TOKEN.get(host, {}), **more})
+
+
+def segmenter(decoder="mlp", classes=5, **more):
+    more = {"width": 8, "attention": "inline", **TINY, **more}
+    return linsight.create_segmenter("pvt_v2_b0", decoder, classes, **more)
+
+
+def ceilings(size, strides):
+    return [(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides]
+
+
+@hosts
+def test_maps_of_any_image(host):
+    backbone = small(host).eval()
+    assert backbone.strides == ((2, 4) if host == "compact_pico" else (4, 8, 16, 32))
+    for size in ODD:
+        maps = backbone(torch.randn(1, 3, *size))
+        assert [tuple(m.shape[2:]) for m in maps] == ceilings(size, backbone.strides)
+        assert tuple(m.shape[1] for m in maps) == backbone.channels
+
+
+@pytest.mark.parametrize("host", ["pvt_tiny", "flow_pyramid", "cswin_tiny", "l2vit_pyramid_tiny"])
+def test_the_last_pixels_are_seen(host):
+    """By hosts whose convolutions floor, too."""
+    backbone = small(host, "softmax").eval()
+    x = torch.randn(1, 3, 33, 35)
+    before = backbone(x)[-1]
+    x[..., -1, -1] += 1
+    assert not torch.allclose(backbone(x)[-1], before)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/convnext_atto"])
+def test_models_of_timm(name):
+    """As timm gives them of an image of whole strides, padded to one where it is not."""
+    backbone = pyramid(name).eval()
+    x = torch.randn(1, 3, 64, 96)
+    wanted = backbone.model.model.forward_intermediates(x, intermediates_only=True)[-4:]
+    for ours, theirs in zip(backbone(x), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for size in ODD[1:]:
+        part = torch.zeros(1, 3, 64, 64)
+        image = part[..., : size[0], : size[1]] = torch.randn(1, 3, *size)
+        wanted = backbone(part if max(size) > 32 else part[..., :32, :32])
+        for ours, whole, sides in zip(backbone(image), wanted, ceilings(size, backbone.strides), strict=True):
+            torch.testing.assert_close(ours, whole[..., : sides[0], : sides[1]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_vit_has_a_simple_pyramid():
+    """ViTDet's scales, of patches of 8: by hand from the last map."""
+    backbone = small("vit_tiny").eval()
+    x = torch.randn(2, 3, 40, 56)
+    (last,) = backbone.model(x)
+    finest, second, third, coarsest = backbone(x)
+    (up,) = backbone.up[0]
+    torch.testing.assert_close(finest, F.conv_transpose2d(last, up.weight, up.bias, stride=2))
+    torch.testing.assert_close(second, last)
+    padded = F.pad(last, (0, 1, 0, 1), value=-1e9)  # 5x7 tokens
+    torch.testing.assert_close(third, padded.unfold(2, 2, 2).unfold(3, 2, 2).amax((-2, -1)))
+    assert coarsest.shape[2:] == (2, 2) and torch.equal(coarsest[..., 0, 0], last[..., :4, :4].amax((2, 3)))
+    fine = small("vit_tiny", patch_size=16).up[0]
+    assert [type(part).__name__ for part in fine] == ["ConvTranspose2d", "LayerNorm2d", "GELU", "ConvTranspose2d"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"name": "vit_tiny", "patch_size": 14}, "patch_size=16"),
+        ({"name": "dynp_resnet18_t128"}, "gives no maps"),
+        ({"name": "timm/resnet18", "attention": "inline"}, "without a linsight host"),
+        ({"name": "swin_tiny", "num_classes": 3}, "leave it out"),
+        ({"name": "timm/swim_tiny"}, "did you mean"),
+    ],
+)
+def test_what_is_no_backbone(arguments, told):
+    with pytest.raises(linsight.LinsightError, match=told):
+        pyramid(**arguments)
+
+
+def by_hand(decoder, maps):
+    """Logits by the definition of a decoder, in evaluation mode."""
+    size = maps[0].shape[2:]
+    return DEFINITIONS[decoder_name(decoder)](decoder, maps, size)
+
+
+def decoder_name(decoder):
+    return next(name for name, row in DECODERS.items() if row.make is type(decoder))
+
+
+def conv(block, x):
+    """Convolution, batch norm by its statistics, ReLU."""
+    weight, norm = block[0].weight, block[1]
+    y = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return F.relu((y - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None])
+
+
+def bilinear(x, size):
+    """As a sum over the two nearest rows and columns, whose centres are half pixels."""
+    for axis, new in zip((2, 3), size, strict=True):
+        old = x.shape[axis]
+        place = ((torch.arange(new) + 0.5) * old / new - 0.5).clamp(0)
+        low = place.floor().long().clamp(max=old - 1)
+        part = (place - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        high = (low + 1).clamp(max=old - 1)
+        x = x.index_select(axis, low) * (1 - part) + x.index_select(axis, high) * part
+    return x
+
+
+def classes(decoder, x):
+    return (
+        torch.einsum("bchw,kc->bkhw", x, decoder.classifier.weight[..., 0, 0]) + decoder.classifier.bias[:, None, None]
+    )
+
+
+def mlp(decoder, maps, size):
+    found = [
+        torch.einsum("bchw,kc->bkhw", x, linear.weight[..., 0, 0]) + linear.bias[:, None, None]
+        for linear, x in zip(decoder.linear, maps, strict=True)
+    ]
+    return classes(decoder, conv(decoder.fuse, torch.cat([bilinear(x, size) for x in found], 1)))
+
+
+DEFINITIONS = {"mlp": mlp}
+SHAPES = ((25, 41), (13, 21), (7, 11), (4, 6))
+
+
+def shaken(module):
+    """With norms that are no identity."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.running_mean)
+            nn.init.uniform_(part.running_var, 0.5, 2)
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+    return module.eval()
+
+
+@decoders
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_decoders_are_their_definitions(decoder, count):
+    torch.manual_seed(count)
+    channels = (6, 8, 10, 12)[-count:]
+    head = shaken(create_decoder(decoder, channels, 5, width=8))
+    maps = [torch.randn(2, dim, *size) for dim, size in zip(channels, SHAPES, strict=False)]
+    with torch.no_grad():
+        torch.testing.assert_close(head(maps), by_hand(head, maps), rtol=1e-4, atol=1e-5)
+
+
+@decoders
+def test_every_pixel_has_classes(decoder):
+    model = segmenter(decoder).eval()
+    for size in ODD:
+        with torch.no_grad():
+            assert model(torch.randn(1, 3, *size)).shape == (1, 5, *size)
+
+
+@decoders
+def test_training(decoder):
+    """The auxiliary head speaks in training alone; every parameter learns; norms become those of all processes."""
+    model = segmenter(decoder, auxiliary=True, dropout=0.0)
+    x = torch.randn(2, 3, 49, 67)
+    found = model(x)
+    assert isinstance(found, Segmented) and model.auxiliary_weight == 0.4
+    third = model.backbone(x)[2]
+    torch.testing.assert_close(
+        found.auxiliary, bilinear(model.auxiliary.classifier(model.auxiliary.conv(third)), x.shape[2:])
+    )
+    (found.main.square().mean() + found.auxiliary.square().mean()).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    model.eval()
+    torch.testing.assert_close(model(x), bilinear(model.decoder(model.backbone(x)), x.shape[2:]))
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in synced.decoder.modules())
+
+
+def test_without_an_auxiliary_head():
+    model = segmenter()
+    assert model(torch.randn(2, 3, 32, 32)).auxiliary is None and model.auxiliary_weight == 0
+
+
+def test_what_training_asks_of_it():
+    model = segmenter(auxiliary=True, drop_path_rate=0.1)
+    named = dict(model.named_parameters())
+    groups = group_parameters(model, model.group_matcher())
+    assert sorted(name for names in groups.values() for name in names) == sorted(named)
+    last = set(groups[max(groups)])
+    assert {name for name in named if not name.startswith("backbone.")} <= last and len(groups) > 4
+    assert any(name.startswith("backbone.") for name in groups[min(groups)])
+    model.set_grad_checkpointing()
+    assert all(stage.grad_checkpointing for stage in model.backbone.model.model.stages)
+    assert model.pretrained_cfg["input_size"] == (3, 224, 224) and model.default_cfg["num_classes"] == 5
+    model.reset_classifier(3)
+    assert [m.shape[1] for m in model(torch.randn(2, 3, 40, 40))] == [3, 3] == [model.num_classes] * 2
+    with pytest.raises(linsight.LinsightError, match="does not go with"):
+        Segmenter(model.backbone, create_decoder("mlp", (4, 4), 3))
+
+
+@decoders
+def test_it_travels(decoder):
+    model = segmenter(decoder).eval()
+    x = torch.randn(1, 3, 45, 61)
+    with torch.no_grad():
+        wanted = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(x), wanted)
+    empty = segmenter(decoder, device="meta", dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in empty.parameters())
+    assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+SIZES = ((64, 64), (160, 96), (131, 97), (67, 149), (96, 96))
+
+
+@decoders
+def test_two_graphs_for_five_sizes(decoder):
+    torch._dynamo.reset()
+    model = segmenter(decoder, depths=(1, 1, 1, 1)).eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for size in SIZES:
+            x = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@decoders
+def test_export_with_any_height_and_width(decoder):
+    model = segmenter(decoder).eval()
+    sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (torch.randn(1, 3, 64, 96),), dynamic_shapes=(sides,)).module()
+    for size in SIZES[1:4]:
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
