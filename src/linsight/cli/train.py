@@ -2,29 +2,26 @@
 
 import inspect
 import pathlib
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from linsight.errors import UnknownNameError
 from linsight.recipe import GROUPS, Recipe
 from linsight.records import Record
 from linsight.runtime.console import new_console
-from linsight.runtime.files import require_folder, to_json
+from linsight.runtime.files import to_json
 from linsight.runtime.launch import require_rank, this_copy
-from linsight.runtime.places import located
-from linsight.runtime.text import printable
 from linsight.tasks import field_of, known_fields
-from linsight.train.progress import Silent, reporter, tile_reporter
+from linsight.train.progress import Silent, reporter
 from linsight.train.recipes import OWN
 
 from . import batch
+from .asked import Amp, Bad, Device, Fill, From, Json, Size, check, print_facts, tell, tell_bad
+from .predict import predict
 from .recipe import recipe
 from .show import Command, make_table, terminal
 from .source import Source, load
 
-_Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 _METAVARS = {"integer": "INT", "number": "NUMBER", "string": "TEXT", "array": "N,N", "object": "NAME=VALUE,..."}
 _ABOUT = "\n\n".join(
     [
@@ -85,7 +82,7 @@ def _train(**options: Any) -> None:
     best, *others = columns_of(summary)
     last = best.text({best.key: summary[f"last_{best.key}"]}, unit=True)
     when = f"epoch {summary['best_epoch']} of {summary['epochs']}; after the last {last}"
-    _print_facts(
+    print_facts(
         [
             [best.label, f"{best.text(summary, unit=True)} ({when})"],
             *([column.label, column.text(summary, unit=True)] for column in others),
@@ -145,40 +142,27 @@ def _option(name: str, kind: type[Record]) -> tuple[Any, Any]:
 _train.__signature__ = _signature()  # type: ignore[attr-defined]
 _train.__annotations__ = {name: p.annotation for name, p in _train.__signature__.parameters.items()}  # type: ignore[attr-defined]
 
-_OUTPUTS = ("classes", "features", "map")
-_STREAM: dict[str, Any] = {"rich_help_panel": "Streaming"}
-_Device = Annotated[str, typer.Option(help=Recipe.help("device"))]
-_Amp = Annotated[str, typer.Option(help=Recipe.help("amp"))]
-_From = Annotated[
-    str | None, typer.Option(metavar="N,N", help="size of the images --checkpoint was made for, if it does not tell")
-]
-_Size = Annotated[
-    str | None, typer.Option(metavar="N,N", help="side of the images, or height and width; none: the model's own")
-]
-_Bad = Annotated[str, typer.Option(metavar="skip|refuse", help=Recipe.help("on_bad_image"))]
-_Fill = Annotated[float | None, typer.Option(help=Recipe.help("fill"))]
-
 
 def evaluate(
     source: Source,
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
-    from_size: _From = None,
+    from_size: From = None,
     data: Annotated[str | None, typer.Option(help="what to evaluate on; none: the run's own data")] = None,
     data_dir: Annotated[str | None, typer.Option(help=Recipe.help("data_dir"))] = None,
     split: Annotated[str | None, typer.Option(help="the split; none: validation, else test, else all")] = None,
-    img_size: _Size = None,
+    img_size: Size = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
     workers: Annotated[int | None, typer.Option(min=0, help=Recipe.help("workers"))] = None,
-    device: _Device = "auto",
-    amp: _Amp = "auto",
-    on_bad_image: _Bad = "skip",
-    fill: _Fill = None,
+    device: Device = "auto",
+    amp: Amp = "auto",
+    on_bad_image: Bad = "skip",
+    fill: Fill = None,
     budget: Annotated[
         str | None,
         typer.Option(metavar="GMACS|all", help="of a model with exits: mean operations of an image; all: the curve"),
     ] = None,
     out: Annotated[str | None, typer.Option(help="where --budget writes exits.*; none: the run folder")] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Evaluate a trained model: top-1 and top-5 in percent, loss, images a second. Or, with --budget, its exits."""
     from linsight.runtime.processes import joined
@@ -196,7 +180,7 @@ def evaluate(
         "on_bad_image": on_bad_image,
         "fill": fill,
     }
-    _check(images)
+    check(images)
     if budget is not None:
         exits = load(source, checkpoint, from_size, option="--budget")
         _evaluate_exits(exits, budget, out, as_json, images)
@@ -212,7 +196,7 @@ def evaluate(
         typer.echo(to_json(result))
         return
     skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
-    _print_facts(
+    print_facts(
         [
             *([column.label, column.text(result, unit=True)] for column in trained.task.columns),
             ["loss", f"{result['loss']:.4f}"],
@@ -220,8 +204,8 @@ def evaluate(
             ["speed", f"{result['images_per_second']:.0f} images/s ({result['device']}, {result['precision']})"],
         ]
     )
-    _tell(result["notes"])
-    _tell_bad(result["bad"])
+    tell(result["notes"])
+    tell_bad(result["bad"])
 
 
 def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, images: dict[str, Any]) -> None:
@@ -249,163 +233,10 @@ def _evaluate_exits(trained: Any, budget: str, out: str | None, as_json: bool, i
     ]
     terminal().print(make_table("", columns, rows))
     counts = result["images"]
-    _print_facts(
+    print_facts(
         [
             ["images", f"{counts['report']} reported on; {counts['calibration']} others set the thresholds"],
             ["files", ", ".join(result["files"])],
         ]
     )
-    _tell_bad(result["bad"])
-
-
-def predict(
-    source: Source,
-    images: Annotated[
-        list[str], typer.Argument(help="image files, folders; with --out .tar, .zip, .parquet, hfds/NAME")
-    ],
-    checkpoint: Annotated[str | None, typer.Option(help="published weights, for a model given by name")] = None,
-    from_size: _From = None,
-    top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
-    img_size: _Size = None,
-    device: _Device = "auto",
-    amp: _Amp = "auto",
-    on_bad_image: _Bad = "skip",
-    fill: _Fill = None,
-    as_json: _Json = False,
-    streamed: Annotated[
-        bool, typer.Option("--stream", help="at full resolution, tile by tile: files of any size", **_STREAM)
-    ] = False,
-    tile: Annotated[int | None, typer.Option(min=1, help="side of a tile in pixels; none: 1024", **_STREAM)] = None,
-    scratch: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="where maps lie; none: in memory", **_STREAM)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="float32|bfloat16", help="of the maps; none: float32", **_STREAM)
-    ] = None,
-    level: Annotated[
-        int | None, typer.Option(min=0, help="of the pyramid of a slide or a TIFF; none: 0, the full size", **_STREAM)
-    ] = None,
-    mpp: Annotated[float | None, typer.Option(help="or the level near so many microns a pixel", **_STREAM)] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="classes|features|map", help="what to give; none: classes", **_STREAM),
-    ] = None,
-    out: batch.Out = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the stopped run in --scratch", **_STREAM)
-    ] = False,
-    logits: batch.Logits = False,
-    features: batch.Features = False,
-    shard: batch.Shard = None,
-    batch_size: batch.BatchSize = None,
-    workers: batch.Workers = None,
-    image_key: batch.ImageKey = None,
-) -> None:
-    """Say what a trained model sees in images: here, or with --out FILE.csv, of any number of them, in a file."""
-    from linsight.train import predict as run
-
-    settings: dict[str, Any] = {"device": device, "amp": amp, "on_bad_image": on_bad_image, "img_size": img_size}
-    _check(settings)
-    given: dict[str, Any] = {"tile": tile, "scratch": scratch, "dtype": dtype, "resume": resume or None}
-    given |= {"level": level, "mpp": mpp}
-    given = {name: value for name, value in given.items() if value is not None}
-    many = {"logits": logits, "features": features, "shard": shard, "batch_size": batch_size, "workers": workers}
-    many = batch.check(many | {"image_key": image_key}, out, streamed)
-    if streamed:
-        if img_size is not None:
-            raise typer.BadParameter("--img-size does not go with --stream, which takes images as they are")
-        given |= {"device": device, "amp": amp, "fill": fill}
-        trained = load(source, checkpoint, from_size, option="--stream")
-        _predict_stream(trained, images, given, output, out, top, on_bad_image, as_json)
-        return
-    for name in [*given, *(["output"] if output is not None else [])]:
-        raise typer.BadParameter(f"--{name} goes with --stream")
-    if out is not None:
-        trained = load(source, checkpoint, from_size, settings)
-        if trained.task.writes:
-            _see(run, trained, images, out, as_json, top=top, fill=fill, **settings)
-            return
-        batch.run(trained, images, out, as_json, top=top, fill=fill, **settings, **many)
-        return
-    trained = load(source, checkpoint, from_size, settings)
-    _see(run, trained, images, None, as_json, top=top, fill=fill, **settings)
-
-
-def _predict_stream(
-    trained: Any,
-    images: list[str],
-    given: dict[str, Any],
-    output: str | None,
-    out: str | None,
-    top: int,
-    on_bad_image: str,
-    as_json: bool,
-) -> None:
-    from linsight.train import Tiling, predict_stream, save_stream
-
-    output = output or "classes"
-    if output not in _OUTPUTS:
-        raise UnknownNameError("output", output, _OUTPUTS)
-    if (output == "classes") != (out is None):
-        raise typer.BadParameter("--out FILE.npy goes with --output features and --output map, and they with it")
-    if given.get("resume") and "scratch" not in given:
-        raise typer.BadParameter("--resume needs --scratch, the folder of the stopped run")
-    if out is not None and len(images) > 1:
-        raise typer.BadParameter(f"--out is for one image, and {len(images)} are given: give one at a time")
-    tiling, notes = Tiling(**given, progress=tile_reporter(new_console(stderr=True))), list[str]()
-    if out is None:
-        done = predict_stream(trained, images, tiling, top=top, on_bad_image=on_bad_image, note=notes.append)
-        _tell(notes)
-        _tell_found(trained, *done, as_json)
-        return
-    shape = save_stream(trained, images[0], out, tiling, output=output, note=notes.append)  # type: ignore[arg-type]
-    _tell(notes)
-    if as_json:
-        typer.echo(to_json({"file": images[0], "output": output, "out": out, "shape": shape}))
-    else:
-        _print_facts([[output, f"{' x '.join(map(str, shape))}, float32"], ["file", out]])
-
-
-def _see(run: Any, trained: Any, images: list[str], out: str | None, as_json: bool, **settings: Any) -> None:
-    """Predict, tell what is found, and write it into the folder `out`, of a task that writes."""
-    notes = list[str]()
-    folder = None if out is None else located(out)
-    if folder is not None:
-        require_folder(folder)
-    done, bad = run(trained, images, **settings, note=notes.append)
-    _tell(notes)
-    files = [] if folder is None else trained.task.write(done, folder)
-    _tell_found(trained, done, bad, as_json)
-    if files:
-        typer.echo(f"linsight: {len(files)} files of {trained.task.writes} in '{out}'", err=True)
-
-
-def _tell_found(trained: Any, done: list[Any], bad: list[str], as_json: bool) -> None:
-    if as_json:
-        typer.echo(to_json({"predictions": [trained.task.told(entry) for entry in done], "bad": bad}))
-        return
-    terminal().print(make_table("", *trained.task.table(done)))
-    _tell_bad(bad)
-
-
-def _check(settings: Mapping[str, Any]) -> None:
-    """Refuse a value that no run can have, before anything is read."""
-    for name, value in settings.items():
-        if name in Recipe.model_fields and value is not None:
-            Recipe.parse(name, value)
-
-
-def _print_facts(rows: list[list[str]]) -> None:
-    terminal().print(make_table("", ["", ""], rows, header=False))
-
-
-def _tell(notes: list[str]) -> None:
-    for line in notes:
-        typer.echo(f"linsight: {printable(line)}", err=True)
-
-
-def _tell_bad(bad: list[str]) -> None:
-    for line in bad[:10]:
-        typer.echo(f"linsight: skipped {printable(line)}", err=True)
-    if len(bad) > 10:
-        typer.echo(f"linsight: skipped {len(bad) - 10} more", err=True)
+    tell_bad(result["bad"])

@@ -32,7 +32,7 @@ _TRIES = 10  # crops, of which one without too much of one class is looked for
 
 
 class Marked(NamedTuple):
-    """What is learned of an image.
+    """The truth about an image, which is learned.
 
     place: of the image in its source.
     own: height and width of the image as it is kept.  size: as the model is given it, before it is padded to others.

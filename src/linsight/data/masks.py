@@ -238,7 +238,7 @@ def _paired(tree: Tree) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
 
 
 def _side(folders: list[str]) -> tuple[str, list[str]]:
-    """Whether a file in these folders is an image or a mask, and the folders without the one that says so."""
+    """A file in these folders is an "image" or a "mask"; and the folders without the one that says so."""
     for place, folder in enumerate(folders):
         name = folder.casefold()
         if name in _IMAGES or name in _MASKS:

@@ -94,6 +94,30 @@ class Arrays(Source):
         return self.names[index] if self.names else f"{self.label}[{index}]"
 
 
+class Given(Source):
+    """Images as a caller has them, paths, arrays or images of Pillow's; the class of each is its place.
+
+    names: in messages.  classes: of the model that is to see them.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, images: Sequence[Any], names: Sequence[str], classes: tuple[str, ...] = ()) -> None:
+        self.images, self.names, self.classes = images, names, classes
+        self.targets = list(range(len(images)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def stored(self, index: int) -> Any:
+        """See `Source`."""
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        """See `Source`."""
+        return self.names[index]
+
+
 class Reading(Source):
     """Images out of files: of folders, archives, Hugging Face data sets. `reader` opens one by its place."""
 

@@ -17,7 +17,7 @@ from .registry import (
     default_config,
 )
 from .rows import Architecture, Host, Training, Variant
-from .steps import Mix, Sample, StreamPlan, Streams, sampled
+from .steps import Decode, MapEnd, Mix, Sample, StreamPlan, Streams, sampled
 from .timm import takeover as takeover
 from .timm.keys import published_keys
 from .weights import load_pretrained_with
@@ -28,7 +28,9 @@ __all__ = [
     "VARIANTS",
     "Architecture",
     "Choice",
+    "Decode",
     "Host",
+    "MapEnd",
     "Mix",
     "Sample",
     "StreamPlan",

@@ -3,7 +3,7 @@
 A host that defines `stream_plan(self) -> StreamPlan` streams. Everything here is of one image, B = 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -43,6 +43,34 @@ class Mix(NamedTuple):
     width: int
 
 
+class MapEnd(NamedTuple):
+    """A map on the way of an image, for dense tasks.
+
+    steps: how many steps are done when it is there.  norm: of its tokens `(1, n, C)`; None where it is given as it is.
+    """
+
+    steps: int
+    norm: Callable[[Tensor], Tensor] | None = None
+
+
+class Decode(NamedTuple):
+    """A way from maps to an answer for each pixel, which sees a few tokens around.
+
+    run: parts of the maps `(1, C_i, h_i, w_i)`, and height and width of the part of the image that they are of
+        -> `(1, K, h, w)`.
+    strides: of these maps, in pixels.
+    step: parts of an image begin at whole multiples of it, in pixels.
+    margin: how many steps at a side the edge of a part spoils, where the image goes on behind it.
+    classes: K.
+    """
+
+    run: Callable[[Sequence[Tensor], tuple[int, int]], Tensor]
+    strides: tuple[int, ...]
+    step: int
+    margin: int
+    classes: int
+
+
 class StreamPlan(NamedTuple):
     """The way of an image through a host.
 
@@ -51,12 +79,16 @@ class StreamPlan(NamedTuple):
     head: logits, or with True the features before the classifier, of the normed prefix `(1, P, C)` and the mean of
         the other normed tokens `(1, 1, C)`; None where the host pools in another way.
     pooled: normed tokens `(1, n, C)` -> those of which `head` takes the mean, where they are others.
+    maps: those that `features_only` gives, in order.
+    decode: what makes of them the answer of a dense task.
     """
 
     steps: tuple[Sample | Mix, ...]
     norm: Callable[[Tensor], Tensor]
     head: Callable[[Tensor, Tensor, bool], Tensor] | None
     pooled: Callable[[Tensor], Tensor] | None = None
+    maps: tuple[MapEnd, ...] = ()
+    decode: Decode | None = None
 
 
 @runtime_checkable

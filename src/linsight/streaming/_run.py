@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from linsight.data import Picture, opened
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 from linsight.fuse import fused
-from linsight.models import HOSTS, Sample, StreamPlan, Streams
+from linsight.models import HOSTS, Decode, Sample, StreamPlan, Streams
 from linsight.ops import Grid, Tile, accumulator, tiles
 from linsight.runtime.finite import require_finite
 
+from ._decode import decode, parts
 from .source import Source
 from .store import Canvas, Memory, Scratch, fingerprint
 from .tiled import TiledBlock
 
-OUTPUTS = ("logits", "features", "map")
+OUTPUTS = ("logits", "features", "map", "mask")
 # Called after each tile with how many of all tiles of all passes are done.
 Report = Callable[[int, int], None]
 
@@ -45,7 +46,7 @@ def stream(
     image: Any,
     *,
     tile: int = 1024,
-    output: Literal["logits", "features", "map"] = "logits",
+    output: Literal["logits", "features", "map", "mask"] = "logits",
     scratch: str | os.PathLike[str] | None = None,
     resume: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -71,9 +72,10 @@ def stream(
             and int8, is refused.
         tile: side of a tile in pixels. Larger ones are quicker and need more memory.
         output: "logits" `(1, classes)`, "features" `(1, C)` before the classifier, or "map" `(h, w, C)`, the last
-            map after the last norm.
+            map after the last norm. Of a segmenter, "mask" `(H, W)`, the class of each pixel, in uint8 or int16, or
+            "logits" `(1, classes, H, W)`.
         scratch: a folder for the maps, and for the state of a run that is stopped; None keeps all in memory. "map"
-            leaves `map.npy` there, and gives it memory-mapped.
+            and "mask" leave `map.npy` and `mask.npy` there, and give them memory-mapped.
         resume: go on with a stopped run in `scratch`, from the last step that it finished.
         dtype: that of the maps, float32 or bfloat16; a tile is computed in the model's own.
         mean, std: what pixels, brought to 0 to 1, are normalised by; None: those of the model. With a mean of 0 and a
@@ -103,7 +105,12 @@ def stream(
         raise LinsightError("the model is in training mode, where layers are random: call model.eval()")
     model = fused(model)
     plan = plan_of(model)
-    if plan.head is None and output != "map":
+    able = ("logits", "features", "map") if plan.decode is None else ("logits", "mask")
+    if output not in able:
+        raise CapabilityError(
+            f"output='{output}': a {type(model).__name__} gives {', '.join(able)} of an image in tiles"
+        )
+    if plan.head is None and plan.decode is None and output != "map":
         raise CapabilityError("this model pools in a way that does not stream: take output='map', or global_pool='avg'")
     channels = next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))  # the stem's
     mean, std = (_statistic(model, key, given, channels) for key, given in (("mean", mean), ("std", std)))
@@ -115,8 +122,10 @@ def stream(
             for line in pixels.notes:
                 note(f"{name} has {line}")
         layers = _layers(plan, source.size, tile)
+        ends = [end.steps - 1 for end in plan.maps] if plan.decode else []
         store = Memory(dtype) if scratch is None else Scratch(scratch, dtype, resume)
-        run = _Run(model, plan, source, store, layers, report or (lambda done, total: None))
+        store.keep(ends)
+        run = _Run(model, plan, source, store, layers, report or (lambda done, total: None), tile)
         try:
             return run(output)
         except BaseException as error:
@@ -182,11 +191,14 @@ class _Run:
         store: Memory | Scratch,
         layers: list[Layer],
         report: Report,
+        tile: int,
     ) -> None:
         self.model, self.plan, self.source, self.store, self.layers = model, plan, source, store, layers
         self.like = next(model.parameters())  # whose device and dtype tiles are computed in
-        self.report = report
-        self.done, self.total = 0, sum(layer.passes * len(layer.cut) for layer in layers) + len(layers[-1].cut)
+        self.report, self.tile = report, tile
+        self.ends = {end.steps - 1 for end in plan.maps} if plan.decode else set()  # steps whose maps are kept
+        self.done, self.total = 0, sum(layer.passes * len(layer.cut) for layer in layers)
+        self.total += len(layers[-1].cut) if plan.decode is None else sum(1 for _ in self._parts())
 
     def __call__(self, output: str) -> Tensor:
         last = self.layers[-1]
@@ -196,12 +208,15 @@ class _Run:
         if output == "map":
             h, w, c = shapes[-1]
             peaks[-1] += 4 * h * w * c
+        for end in self.ends:  # a kept map is there beside those of later steps
+            peaks = [peak + sizes[end] * (place > end + 1) for place, peak in enumerate(peaks)]
         self.store.check(max(peaks))
         work = self._work()
         start, canvas, prefix = self.store.resume(work)
         if prefix is not None:
             prefix = prefix.to(self.like)
         self.done = sum(layer.passes * len(layer.cut) for layer in self.layers[:start])
+        kept = {i: self.store.kept(i, shapes[i]) for i in sorted(self.ends) if i < start}
         for i, (layer, shape) in enumerate(zip(self.layers[start:], shapes[start:], strict=True), start):
             new = self.store.new(i, shape)
             if layer.block is None:
@@ -210,9 +225,33 @@ class _Run:
                 assert canvas is not None
                 prefix = self._mix(layer, canvas, prefix, new)
             canvas = new
+            kept |= {i: canvas} if i in self.ends else {}
             self.store.done(i, canvas, prefix, work)
         assert canvas is not None
+        if self.plan.decode is not None:
+            return self._decode(self.plan.decode, [kept[end.steps - 1] for end in self.plan.maps], output)
         return self._end(last, canvas, prefix, output)
+
+    def _parts(self) -> Iterator[Any]:
+        plan = self.plan.decode
+        assert plan is not None
+        return parts(self.source.size, self.tile, plan.step, plan.margin)
+
+    def _decode(self, plan: Decode, maps: list[Canvas], output: str) -> Tensor:
+        """The class of each pixel, or their logits."""
+        count, size = (1 if output == "mask" else plan.classes), self.source.size
+        kind = (torch.uint8 if plan.classes <= 256 else torch.int16) if output == "mask" else torch.float32
+        final = self.store.output((*size, count), kind, f"{output}.npy")
+
+        def write(rows: slice, columns: slice, logits: Tensor) -> None:
+            found = logits.argmax(0, keepdim=True) if output == "mask" else logits
+            final.data[rows, columns] = found.movedim(0, -1).to(final.data)
+            self._tell()
+
+        decode(plan, self.plan.maps, maps, self._parts(), like=self.like, name=self.source.name, write=write)
+        found = self.store.end(final)
+        assert found is not None
+        return found[..., 0] if output == "mask" else found.movedim(-1, 0)[None]
 
     def _work(self) -> dict[str, Any]:
         """The work that a stopped run must have been doing, for this one to go on with it."""

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -71,15 +71,22 @@ class Memory:
         except RuntimeError as error:
             raise LinsightError(f"no memory for a map of {shape}: give a scratch folder on a disk") from error
 
+    def keep(self, steps: Collection[int]) -> None:
+        """The maps of these steps are needed to the end."""
+
+    def kept(self, step: int, shape: tuple[int, int, int]) -> Canvas:
+        """Such a map, of a step that is done: it is in nobody's memory."""
+        raise AssertionError("nothing is done before a run in memory begins")
+
     def done(self, step: int, canvas: Canvas, prefix: Tensor | None, work: dict[str, Any]) -> None:
         """`step` has written all of its map, and the one before is not needed any more."""
 
     def stopped(self) -> None:
         """The run ends before its end."""
 
-    def output(self, shape: tuple[int, int, int]) -> Canvas:
-        """A place for the final map, float32."""
-        return self._empty(shape, torch.float32)
+    def output(self, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, name: str = MAP) -> Canvas:
+        """A place for the final map."""
+        return self._empty(shape, dtype)
 
     def end(self, output: Canvas | None) -> Tensor | None:
         """The run is over; its final map, if it wrote one."""
@@ -110,6 +117,8 @@ class Scratch:
         self._going_on = held
         self._ours = False  # True once the content of the folder is of this run
         self._last: pathlib.Path | None = None  # the map that belongs to the state
+        self._kept: frozenset[int] = frozenset()  # steps whose maps are needed to the end
+        self._name = MAP
 
     def check(self, need: int) -> None:
         """Raise a LinsightError unless so many bytes are free, beside what a stopped run left there."""
@@ -144,6 +153,17 @@ class Scratch:
         self._clear(path)
         return step + 1, self._map(path, shape), prefix
 
+    def keep(self, steps: Collection[int]) -> None:
+        """The maps of these steps are needed to the end."""
+        self._kept = frozenset(steps)
+
+    def kept(self, step: int, shape: tuple[int, int, int]) -> Canvas:
+        """Such a map, of a step that is done."""
+        path = self._file(step)
+        if not path.exists() or path.stat().st_size != _bytes(shape, self.dtype):
+            raise LinsightError(f"'{path}' is missing or damaged: delete the folder and start again")
+        return self._map(path, shape)
+
     def new(self, step: int, shape: tuple[int, int, int]) -> Canvas:
         """A map for what `step` writes, with its place on the disk taken: a full disk is found here, not later."""
         path = self._file(step)
@@ -177,15 +197,17 @@ class Scratch:
         """The run ends before its end: only the state and its map stay."""
         if self._ours:
             self._clear(self._last)
-            (self.folder / f".{MAP}").unlink(missing_ok=True)
+            (self.folder / f".{self._name}").unlink(missing_ok=True)
         self._lock()
 
-    def output(self, shape: tuple[int, int, int]) -> Canvas:
-        """A place for the final map, float32, in a NumPy file that has its name once it is whole."""
-        path = self.folder / f".{MAP}"
+    def output(self, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, name: str = MAP) -> Canvas:
+        """A place for the final map, in a NumPy file that has its name once it is whole."""
+        self._name = name
+        path = self.folder / f".{name}"
         try:
-            allocate(path, 128 + _bytes(shape, torch.float32))
-            return Canvas(torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.float32, shape)))
+            allocate(path, 128 + _bytes(shape, dtype))
+            kind = torch.empty(0, dtype=dtype).numpy().dtype
+            return Canvas(torch.from_numpy(np.lib.format.open_memmap(path, "w+", kind, shape)))
         except OSError as error:
             path.unlink(missing_ok=True)
             raise LinsightError(f"no place for the final map in '{self.folder}': {error.strerror}") from error
@@ -193,13 +215,14 @@ class Scratch:
     def end(self, output: Canvas | None) -> Tensor | None:
         """The run is over: only the final map stays."""
         if output is not None:
-            path = self.folder / f".{MAP}"
+            path = self.folder / f".{self._name}"
             try:
                 _sync(path)
-                os.replace(path, self.folder / MAP)
+                os.replace(path, self.folder / self._name)
             except OSError as error:
                 raise LinsightError(f"the map cannot be written to '{self.folder}': {error.strerror}") from error
         (self.folder / STATE).unlink(missing_ok=True)
+        self._kept = frozenset()
         self._clear()
         self._lock()
         return None if output is None else output.data
@@ -211,8 +234,10 @@ class Scratch:
         return self.folder.glob("linsight-*.map")
 
     def _clear(self, but: pathlib.Path | None = None) -> None:
+        """Remove all maps but one, and those that are kept; without one, these too."""
+        stay = {but, *(self._file(step) for step in self._kept)} if but else set()
         for file in self._maps():
-            if file != but:
+            if file not in stay:
                 file.unlink(missing_ok=True)
 
     def _map(self, path: pathlib.Path, shape: tuple[int, ...]) -> Canvas:

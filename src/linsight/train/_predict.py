@@ -12,7 +12,7 @@ from linsight.data.feeds import refuse
 from linsight.data.images import loader, told
 from linsight.data.inputs import is_packed
 from linsight.data.random import Batches
-from linsight.data.sources import Source, images_under
+from linsight.data.sources import Given, images_under
 from linsight.data.trees import shown
 from linsight.data.values import check_fill
 from linsight.errors import LinsightError
@@ -77,7 +77,8 @@ def predict(
     where = pick_device(recipe.device)
     dtype, _ = pick_dtype(recipe.amp, where)
     model = fused(trained.model.to(where).eval())
-    source, task = _Files(files, trained.classes), task_of(recipe, trained.task.facts)
+    source = Given(files, [shown(file)[1:-1] for file in files], trained.classes)
+    task = task_of(recipe, trained.task.facts)
     way = preparation(trained, recipe, model, where)
     task.begin(where)
     task.inputs = way.normalise
@@ -110,21 +111,3 @@ def require_top(top: int) -> None:
     """Raise a LinsightError unless `top` classes can be told."""
     if not isinstance(top, int) or top < 1:
         raise LinsightError(f"top={top!r} must be a whole number, 1 or more")
-
-
-class _Files(Source):
-    """Image files as a source, whose targets are their own indices."""
-
-    notes: tuple[str, ...] = ()
-
-    def __init__(self, files: Sequence[pathlib.Path], classes: tuple[str, ...]) -> None:
-        self.files, self.classes, self.targets = files, classes, list(range(len(files)))
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def stored(self, index: int) -> Any:
-        return self.files[index]
-
-    def name(self, index: int) -> str:
-        return shown(self.files[index])[1:-1]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from linsight.data import decode
 from linsight.data.images import MODE_OF, Normalise, eval_transform, statistics
-from linsight.errors import LinsightError
+from linsight.data.sources import Given
+from linsight.errors import ImageError, LinsightError
 from linsight.fuse import fused
 from linsight.recipe import Recipe
 from linsight.runtime.device import pick_device
@@ -20,7 +21,7 @@ from linsight.runtime.files import read_json
 from linsight.tasks import task_of
 from linsight.tasks.building import image_size
 
-from .evaluation import outputs
+from .evaluation import answered
 from .hub import about_run, is_saved, open_saved, place_of
 from .model import WEIGHTS, Trained, load_trained, of_saved
 from .run import SUMMARY, kept_recipe
@@ -96,17 +97,19 @@ class LoadedRun:
         if not getattr(self.model, "num_classes", True):
             raise LinsightError(f"'{self.recipe.model}' has no classifier here: nothing to predict")
         given = list(images) if isinstance(images, list | tuple) else [images]
-        normalise = Normalise(self.recipe, next(self.model.parameters()).device)
         task = task_of(self.recipe, {"classes": self.classes, "titles": self.titles})
+        task.begin(next(self.model.parameters()).device)
+        names = [_name(image, place) for place, image in enumerate(given)]
+        samples = task.samples(Given(given, names, self.classes), self.img_size, training=False)
         found: list[Any] = []
         training = self.model.training
         try:
             model = fused(self.model.eval())
             for start in range(0, len(given), batch_size):
-                part = given[start : start + batch_size]
-                pixels = torch.stack([self.transform.pixels(image) for image in part])
-                names = [_name(image, place) for place, image in enumerate(part, start)]
-                found += task.predictions(outputs(model, pixels, normalise, None), names, top)
+                batch = task.collate([samples[0, place] for place in range(start, min(start + batch_size, len(given)))])
+                for line in batch.bad:
+                    raise ImageError(line)
+                found += task.predictions(answered(task, model, batch, None), names[start : start + batch_size], top)
         finally:
             self.model.train(training)
         return found

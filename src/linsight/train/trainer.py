@@ -31,7 +31,7 @@ from .evaluation import answered, score
 from .learner import Learner, Part, warmup_epochs
 from .model import count_of, left_new, load_trained, save, start_from
 from .progress import Silent
-from .report import findings_of, read_kept, seen, write_page
+from .report import Watch, findings_of, read_kept, seen, write_page
 from .run import STATE, WEIGHTS, Run
 from .spread import Spread
 from .state import require_within
@@ -351,16 +351,9 @@ class Trainer:
     def _tell(self, summary: dict[str, Any]) -> None:
         """report.html: what the best weights see of all images that they were evaluated on."""
         workers = default_workers() if self.recipe.workers is None else self.recipe.workers
-        outcome, shown = seen(
-            self.task,
-            load_trained(self.run.path).model.to(self.learner.device),
-            self.feeds.val_samples,
-            batch_size=self.recipe.batch_size,
-            workers=workers,
-            dtype=self.dtype,
-            watch=self._watched,
-            after_batch=self.after_val_batch,
-        )
+        model, size = load_trained(self.run.path).model.to(self.learner.device), self.recipe.batch_size
+        watch = Watch(self._watched, self.after_val_batch)
+        outcome, shown = seen(self.task, model, self.feeds.val_samples, size, workers, self.dtype, watch)
         kept = dataclasses.replace(read_kept(self.run.path), summary=summary)
         write_page(kept, findings_of(self.task, self.run.rows, outcome, shown))
 

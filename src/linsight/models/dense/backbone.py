@@ -13,7 +13,7 @@ from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.errors import LinsightError
+from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import traced
 
 from ..doors import building, checked
@@ -22,6 +22,7 @@ from ..parts.dense import DenseFeatures, Features, inside
 from ..parts.images import check_images
 from ..parts.partition import to_multiple
 from ..registry import ARCHITECTURES, HOSTS, TIMM_HOSTS, VARIANTS, create_model
+from ..steps import StreamPlan
 from ..timm.fetch import create_fetched
 
 STRIDES = (4, 8, 16, 32)
@@ -66,6 +67,20 @@ class Backbone(nn.Module):
         """The maps of images of whole multiples."""
         return self.model(x)
 
+    def stream_plan(self) -> StreamPlan:
+        """The steps of an image in tiles, and the maps that `spread` takes.
+
+        Raises:
+            CapabilityError: the model tells no steps.
+        """
+        if getattr(self, "border", 0):
+            raise CapabilityError("patches beyond the image do not stream in dense tasks: take a host without a border")
+        return self.model.stream_plan()
+
+    def spread(self, maps: Sequence[Tensor], height: Any, width: Any) -> tuple[Tensor, ...]:
+        """The maps of an image, or of a part of it that begins at whole strides, of those that the model gives."""
+        return tuple(maps)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the model wants kept from weight decay."""
@@ -108,17 +123,20 @@ class SimplePyramid(Backbone):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The maps, the finest first."""
-        height, width = x.shape[2:]
-        (last,) = self.model(x)
+        return self.spread(self.model(x), *x.shape[2:])
+
+    def spread(self, maps: Sequence[Tensor], height: Any, width: Any) -> tuple[Tensor, ...]:
+        """See `Backbone`."""
+        (last,) = maps
         if self.border:
             last = last[:, :, self.border : -self.border, self.border : -self.border]
-        maps = []
+        found = []
         for up, stride in zip(self.up, self.strides, strict=True):
             if stride > self.patch:
-                maps.append(_pooled(last, stride // self.patch))
+                found.append(_pooled(last, stride // self.patch))
             else:
-                maps.append(up(last) if stride == self.patch else cropped(up(last), height, width, stride))
-        return tuple(maps)
+                found.append(up(last) if stride == self.patch else cropped(up(last), height, width, stride))
+        return tuple(found)
 
 
 def pyramid(

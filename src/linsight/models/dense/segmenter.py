@@ -1,15 +1,16 @@
 """Segmenters: a backbone, a decoder, and perhaps an auxiliary head, which give the classes of every pixel."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from linsight.errors import LinsightError
+from linsight.errors import CapabilityError, LinsightError
 
 from ..doors import checked
 from ..parts.dense import inside
+from ..steps import Decode, StreamPlan
 from .backbone import Backbone, pyramid
 from .decoders import Auxiliary, Decoder, create_decoder
 from .decoders.base import resized
@@ -47,6 +48,23 @@ class Segmenter(nn.Module):
         heads = ("decoder.classifier", *(["auxiliary.classifier"] if auxiliary else []))
         cfg = {**backbone.pretrained_cfg, "num_classes": self.num_classes, "classifier": heads}
         self.pretrained_cfg = self.default_cfg = cfg
+
+    def stream_plan(self) -> StreamPlan:
+        """The steps of an image in tiles, and how its maps are decoded.
+
+        Raises:
+            CapabilityError: the backbone or the decoder sees all of an image at once.
+        """
+        plan, margin = self.backbone.stream_plan(), self.decoder.margin
+        if margin is None:
+            raise CapabilityError(f"the decoder {type(self.decoder).__name__} sees all of an image at once: take 'mlp'")
+        strides = tuple(self.backbone.model.feature_info.reduction())
+        step = max(*strides, *self.backbone.strides)
+        return plan._replace(decode=Decode(self.decoded, strides, step, margin, self.num_classes))
+
+    def decoded(self, maps: Sequence[Tensor], size: Sequence[Any]) -> Tensor:
+        """Logits `(B, classes, *size)`, of the maps that the model of the backbone gives of images of that size."""
+        return resized(self.decoder(self.backbone.spread(maps, *size)), size)
 
     @property
     def auxiliary_weight(self) -> float:

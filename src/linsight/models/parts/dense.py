@@ -11,7 +11,9 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from linsight.attention import Rename
+from linsight.errors import CapabilityError
 
+from ..steps import MapEnd, StreamPlan, Streams
 from .images import FORMATS, check_format
 from .keys import AnyKeys
 
@@ -54,6 +56,22 @@ class Features(AnyKeys, FeatureGetterNet):
         maps: list[Tensor] = self.model.forward_intermediates(x, indices=self.places, intermediates_only=True, **named)
         return maps
 
+    def stream_plan(self) -> StreamPlan:
+        """The steps up to the last map, and its maps.
+
+        Raises:
+            CapabilityError: the model tells no steps, or none of its maps.
+        """
+        if not isinstance(self.model, Streams) or self.norm or len(self.model.stream_plan().maps) < self.places[-1] + 1:
+            raise CapabilityError(f"a {type(self.model).__name__} does not give the maps of an image in parts")
+        plan = self.model.stream_plan()
+        maps = tuple(self.normed_end(place, plan.maps[place]) for place in self.places)
+        return StreamPlan(plan.steps[: maps[-1].steps], _as_it_is, None, maps=maps)
+
+    def normed_end(self, place: int, end: MapEnd) -> MapEnd:
+        """The end of a map as it is given."""
+        return end
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass."""
@@ -75,6 +93,10 @@ class Features(AnyKeys, FeatureGetterNet):
         size = get_model_traits(self.model)["img_size"]
         self._traits = {**getattr(self, "_traits", {}), "img_size": size}
         self._model_args = {**getattr(self, "_model_args", {}), **get_model_args(self.model)}
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def inside(prefix: str, rule: Any) -> Any:
@@ -128,6 +150,10 @@ class DenseFeatures(Features):
             if f"norm{place}" in self.norms:
                 maps[i] = self._normed(self[f"norm{place}"], maps[i])
         return maps
+
+    def normed_end(self, place: int, end: MapEnd) -> MapEnd:
+        """The end of a map as it is given."""
+        return end._replace(norm=self[f"norm{place}"]) if f"norm{place}" in self.norms else end
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x) if self.output_fmt == "NHWC" else norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -14,7 +14,7 @@ from linsight.ops import copied, unflatten
 
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, make_block
-from ..steps import Mix, Sample, StreamPlan, sampled
+from ..steps import MapEnd, Mix, Sample, StreamPlan, sampled
 from .images import check_format, check_images, check_pool, check_pooled, in_format
 from .indices import Indices, in_order
 from .keys import AnyKeys
@@ -151,6 +151,7 @@ class Pyramid(AnyKeys, nn.Module):
     def stream_plan(self) -> StreamPlan:
         """The steps that an image goes through in tiles; the stem is one with the first stage's convolution."""
         steps: list[Sample | Mix] = []
+        maps: list[MapEnd] = []
         for i, (stage, info) in enumerate(zip(self.stages, self.feature_info, strict=False)):
             parts = (stage.downsample,) if i else (self.stem, stage.downsample)
             (down, right), margin = sampled(*parts)
@@ -167,7 +168,9 @@ class Pyramid(AnyKeys, nn.Module):
                 )
             )
             steps += [Mix(block, width) for block in stage.blocks]  # type: ignore[union-attr]
-        return StreamPlan(tuple(steps), self.norm_tokens, self.head_of_mean if self.pools_mean() else None)
+            maps.append(MapEnd(len(steps)))
+        head = self.head_of_mean if self.pools_mean() else None
+        return StreamPlan(tuple(steps), self.norm_tokens, head, maps=tuple(maps))
 
     def _stage_size(self, i: int, size: tuple[int, int]) -> tuple[int, int]:
         """The grid of stage `i`, of the map before it, or of the image."""

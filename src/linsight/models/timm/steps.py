@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from linsight.errors import CapabilityError
 
-from ..steps import Mix, Sample, StreamPlan, sampled
+from ..steps import MapEnd, Mix, Sample, StreamPlan, sampled
 
 
 def swin_plan(model: Any) -> StreamPlan:
@@ -20,6 +20,7 @@ def swin_plan(model: Any) -> StreamPlan:
         dim=model.embed_dim,
     )
     steps: list[Sample | Mix] = [start]
+    maps: list[MapEnd] = []
     for stage in model.layers:
         if not isinstance(stage.downsample, nn.Identity):
             steps.append(_merging(stage.downsample))
@@ -30,11 +31,13 @@ def swin_plan(model: Any) -> StreamPlan:
                     "attention_window=None, so that each block sees the whole grid"
                 )
             steps.append(Mix(block, width))
+        maps.append(MapEnd(len(steps)))
 
     def head(prefix: Tensor, mean: Tensor, pre_logits: bool) -> Tensor:
         return model.forward_head(mean[:, None], pre_logits=pre_logits)
 
-    return StreamPlan(tuple(steps), model.norm, head if model.head.global_pool.pool_type == "avg" else None)
+    pools = model.head.global_pool.pool_type == "avg"
+    return StreamPlan(tuple(steps), model.norm, head if pools else None, maps=tuple(maps))
 
 
 def _merging(merging: nn.Module) -> Sample:
@@ -51,6 +54,7 @@ def _merging(merging: nn.Module) -> Sample:
 def pvt_v2_plan(model: Any) -> StreamPlan:
     """Overlapping patches and blocks, stage by stage; the norm of a stage is what the next one begins with."""
     steps: list[Sample | Mix] = []
+    maps: list[MapEnd] = []
     norm: Any = None
     for i, stage in enumerate(model.stages):
         embed = stage.downsample if i else model.patch_embed
@@ -67,11 +71,12 @@ def pvt_v2_plan(model: Any) -> StreamPlan:
         )
         steps += [Mix(block, width) for block in stage.blocks]
         norm = stage.norm
+        maps.append(MapEnd(len(steps), norm))
 
     def head(prefix: Tensor, mean: Tensor, pre_logits: bool) -> Tensor:
         return model.forward_head(mean.transpose(1, 2)[..., None], pre_logits=pre_logits)
 
-    return StreamPlan(tuple(steps), norm, head if model.global_pool == "avg" else None)
+    return StreamPlan(tuple(steps), norm, head if model.global_pool == "avg" else None, maps=tuple(maps))
 
 
 def _after_norm(norm: Any, embed: Any) -> Any:

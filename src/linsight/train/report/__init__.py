@@ -7,7 +7,7 @@ from .findings import findings_of
 from .look import Outcome, look, numbered
 from .page import Findings, Section
 from .run import PAGE, Kept, read_kept, write_page
-from .seen import seen
+from .seen import Watch, seen
 from .write import write_report
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Kept",
     "Outcome",
     "Section",
+    "Watch",
     "findings_of",
     "look",
     "numbered",

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from markupsafe import Markup
@@ -17,40 +18,42 @@ from ..evaluation import answered
 from .look import Outcome, look, numbered
 from .page import Section, isolated, paragraph, table
 
-Watch = Callable[[Iterable[Batch]], Iterable[Batch]]
 _METER = Markup('<meter min="0" max="1" value="{:.4f}"></meter>')
 _FIGURE = Markup('<figure><img alt="" src="data:image/{};base64,{}"><figcaption>{}</figcaption></figure>')
 _LARGEST = 64  # pixels of a side up to which a picture is kept without loss
+
+
+class Watch(NamedTuple):
+    """A way to go through a loader, and a call after each batch."""
+
+    over: Callable[[Iterable[Batch]], Iterable[Batch]]
+    after_batch: Callable[[Batch], None] = lambda batch: None
 
 
 def seen(
     task: Task,
     model: nn.Module,
     samples: Samples,
-    *,
     batch_size: int,
     workers: int,
     dtype: torch.dtype | None,
     watch: Watch,
-    after_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[Outcome | None, Sequence[Shown]]:
-    """What a model makes of `samples`, by a task that has begun: guesses of classes, or what the task shows.
-
-    watch: goes through a loader.
+    """Guesses of classes that a model makes of `samples`, or what its task, which has begun, shows of it.
 
     Raises:
         LinsightError: no image can be read, or the model gives what is no number.
     """
     pin = task.inputs.device.type == "cuda"
     if task.sorts:
-        batches = watch(numbered(samples, batch_size, workers, pin))
-        return look(model, batches, samples.source, task.inputs, dtype, after_batch), ()
+        batches = watch.over(numbered(samples, batch_size, workers, pin))
+        return look(model, batches, samples.source, task.inputs, dtype, watch.after_batch), ()
     order = Batches(len(samples), batch_size, shuffle=False)
     feed = loader(samples, order, workers=min(workers, len(order)), pin=pin, collate=task.collate)
 
     def told() -> Iterable[Batch]:
-        for batch in watch(feed):
-            after_batch(batch)
+        for batch in watch.over(feed):
+            watch.after_batch(batch)
             yield batch
 
     return None, task.examine(samples, told(), lambda batch: answered(task, model, batch, dtype))

@@ -17,7 +17,7 @@ from ..run import WEIGHTS, kept_recipe
 from .findings import findings_of
 from .look import Outcome
 from .run import PAGE, read_kept, write_page
-from .seen import seen
+from .seen import Watch, seen
 
 
 def write_report(
@@ -61,15 +61,9 @@ def write_report(
             own.begin(where)
             samples = own.samples(own.open_again(), image_size(recipe, trained.model), training=False)
             count = default_workers() if recipe.workers is None else recipe.workers
-            outcome, shown = seen(
-                own,
-                trained.model.to(where),
-                samples,
-                batch_size=recipe.batch_size,
-                workers=count,
-                dtype=pick_dtype(recipe.amp, where)[0],
-                watch=watched,
-            )
+            dtype, _ = pick_dtype(recipe.amp, where)
+            model = trained.model.to(where)
+            outcome, shown = seen(own, model, samples, recipe.batch_size, count, dtype, Watch(watched))
         except LinsightError as error:
             notes.append(f"Its images are not shown: {error}")
     return write_page(kept, findings_of(task, kept.rows, outcome, shown, notes), path)

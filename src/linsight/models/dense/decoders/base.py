@@ -43,6 +43,11 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = _classifier(width, num_classes, **factory)
 
+    @property
+    def margin(self) -> int | None:
+        """How many tokens of the coarsest map a pixel sees to each side, at most; None where it sees all of them."""
+        return None
+
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         """`(B, width, H_0, W_0)` of maps `(B, C_i, H_i, W_i)`, of the size of the first."""
         raise NotImplementedError

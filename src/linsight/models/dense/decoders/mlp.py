@@ -26,6 +26,11 @@ class MlpDecoder(Decoder):
         self.linear = nn.ModuleList(nn.Conv2d(dim, width, 1, **factory) for dim in self.channels)
         self.fuse = ConvNormReLU(width * len(self.channels), width, **factory)
 
+    @property
+    def margin(self) -> int:
+        """One: what lies between two tokens is of both."""
+        return 1
+
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         """`(B, width, H_0, W_0)`."""
         size = maps[0].shape[2:]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from linsight.ops import Grid, Tile, table_for
 
 from ...parts.siamese import Pair
-from ...steps import Mix, Sample, StreamPlan
+from ...steps import MapEnd, Mix, Sample, StreamPlan
 
 
 class OnePair(nn.Module):
@@ -63,4 +63,6 @@ def vit_plan(model: Any) -> StreamPlan:
         for block, width in zip(model.blocks, model.widths, strict=True)
     )
     pools = model.global_pool in ("token", "avg") and model.attn_pool is None and not model.pool_include_prefix
-    return StreamPlan((start, *blocks), norm, head if pools else None)
+    steps: tuple[Sample | Mix, ...] = (start, *blocks)
+    maps = () if pair is not None else tuple(MapEnd(done) for done in range(2, len(steps) + 1))
+    return StreamPlan(steps, norm, head if pools else None, maps=maps)
