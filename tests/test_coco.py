@@ -16,8 +16,8 @@ from pycocotools.cocoeval import COCOeval
 from linsight.data.coco import CocoFolder
 from linsight.data.detection import ObjectSamples, Scene, open_evaluated_objects, open_objects
 from linsight.data.images import Batch
-from linsight.data.objects import Objects, packed_masks
-from linsight.errors import LinsightError
+from linsight.data.objects import Objects, packed_masks, unpacked_masks
+from linsight.errors import ImageError, LinsightError
 from linsight.tasks import record_of
 from linsight.tasks.coco_ap import AveragePrecision
 
@@ -169,10 +169,10 @@ def test_ids_of_objects_may_come_twice(tmp_path):
         (changed(0, "categories", name="cat"), "two categories of the name 'cat'"),
         (changed(0, "categories", id=3), "two categories of the id '3'"),
         (changed(0, "categories", name=None), "lacks a name"),
-        ({"categories": []}, "is of the category '9'"),
+        ({"categories": []}, "has no category: an object is of one"),
         ({"images": []}, "has no image"),
         ({"images": {}}, "has no list 'images'"),
-        ({"annotations": [5]}, "number 1 of 'annotations' is a int, no object"),
+        ({"annotations": [5]}, "number 1 of 'annotations' is no object, but a int"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_a_line(tmp_path, changes, line):
@@ -367,7 +367,20 @@ def test_precision_is_100_of_the_objects_themselves_and_0_of_nothing():
         counted(empty, masks=False).compute()
 
 
+def by_columns(mask):
+    """The lengths of runs of a mask, column by column, of zeros first."""
+    runs, last = [0], False
+    for pixel in mask.T.flatten().tolist():
+        runs = [*runs[:-1], runs[-1] + 1] if pixel == last else [*runs, 1]
+        last = pixel
+    return runs
+
+
 def test_run_lengths_are_those_of_pycocotools():
     masks = torch.rand(3, 9, 7) > 0.5
-    assert np.array_equal(mask_tools.decode(packed_masks(masks)).transpose(2, 0, 1), masks.numpy())
-    assert packed_masks(masks[:0]) == []
+    for mask, run in zip(masks, packed_masks(masks), strict=True):
+        assert mask_tools.area(run) == mask.sum()
+        assert run == mask_tools.frPyObjects({"size": [9, 7], "counts": by_columns(mask)}, 9, 7)
+    assert torch.equal(unpacked_masks(packed_masks(masks)), masks.to(torch.uint8)) and packed_masks(masks[:0]) == []
+    with pytest.raises(ImageError, match="damaged run lengths"):
+        unpacked_masks([{"size": [9, 7], "counts": b"garbage!!"}])

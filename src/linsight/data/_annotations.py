@@ -158,7 +158,9 @@ def _rows(path: pathlib.Path, found: Mapping[str, Any], name: str) -> Iterator[d
         )
     for order, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise LinsightError(f"{shown(path)}: number {order + 1} of '{name}' is a {type(row).__name__}, no object")
+            raise LinsightError(
+                f"{shown(path)}: number {order + 1} of '{name}' is no object, but a {type(row).__name__}"
+            )
         yield row
 
 

@@ -1,5 +1,7 @@
 """Objects in images: boxes, classes and outlines, as a data set for detection tells them."""
 
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,14 +46,7 @@ class Objects(NamedTuple):
 
     def masks(self) -> Tensor:
         """The masks, uint8 `(N, H, W)` of 0 and 1; raises as `runs` does."""
-        runs = self.runs()
-        if not runs:
-            return torch.zeros((0, *self.size), dtype=torch.uint8)
-        try:
-            found = mask_tools().decode(runs)  # (H, W, N)
-        except ValueError as error:
-            raise ImageError(f"a mask has damaged run lengths: {error}") from error
-        return torch.from_numpy(np.ascontiguousarray(found.transpose(2, 0, 1)))
+        return unpacked_masks(self.runs()) if self.outlines else torch.zeros((0, *self.size), dtype=torch.uint8)
 
 
 def mask_tools() -> Any:
@@ -83,6 +78,23 @@ def packed_masks(masks: Tensor) -> list[dict[str, Any]]:
     """Masks `(N, H, W)`, bool or of 0 and 1, as COCO's compressed run lengths."""
     columns = np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy())  # (H, W, N)
     return mask_tools().encode(columns) if len(masks) else []
+
+
+def unpacked_masks(runs: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Masks `(N, H, W)` of 0 and 1, uint8, of one or more of COCO's compressed run lengths.
+
+    Raises:
+        MissingExtraError: pycocotools is not installed.
+        ImageError: they are damaged.
+    """
+    tools = mask_tools()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy, about pycocotools
+            found = tools.decode(list(runs))  # (H, W, N)
+    except ValueError as error:
+        raise ImageError(f"a mask has damaged run lengths: {error}") from error
+    return torch.from_numpy(np.ascontiguousarray(found.transpose(2, 0, 1)))
 
 
 def whole_outline(outline: Any, size: tuple[int, int]) -> bool:

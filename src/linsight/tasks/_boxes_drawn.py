@@ -13,7 +13,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from linsight.data.dense import collate
 from linsight.data.images import Batch
-from linsight.data.objects import mask_tools
+from linsight.data.objects import unpacked_masks
 from linsight.data.pictures import decode
 from linsight.errors import LinsightError
 from linsight.runtime.figures import drawing, new_figure, save_figure
@@ -39,8 +39,7 @@ def drawn(
         return image
     own = [colours[label] for label in labels]
     if masks:
-        shapes = torch.from_numpy(mask_tools().decode(list(masks))).movedim(-1, 0).bool()  # (H, W, N) -> (N, H, W)
-        image = draw_segmentation_masks(image, shapes, alpha=0.4, colors=own)
+        image = draw_segmentation_masks(image, unpacked_masks(masks).bool(), alpha=0.4, colors=own)
     boxes = boxes.clone()
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2])
     wide = max(1, round(max(image.shape[-2:]) / 300))
