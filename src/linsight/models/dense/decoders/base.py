@@ -1,12 +1,16 @@
 """The base of decoders, and the parts that they share."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import FeaturePyramidNetwork
 
 from linsight.errors import LinsightError
+from linsight.ops import traced
 
 
 class ConvNormReLU(nn.Sequential):
@@ -84,6 +88,38 @@ class Auxiliary(Decoder):
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         """`(B, width, h, w)`, of the size of its map."""
         return self.conv(maps[self.place])
+
+
+class Pooled(ConvNormReLU):
+    """A map averaged to `size` x `size` places, a 1x1 convolution, batch norm and ReLU, at its own size again."""
+
+    def __init__(self, in_dim: int, dim: int, size: int, **factory: Any) -> None:
+        super().__init__(in_dim, dim, **factory)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in_dim, H, W)` -> `(B, dim, H, W)`."""
+        norm = self[1]
+        if self.size == 1 and self.training and type(norm) is nn.BatchNorm2d and not traced(x) and x.shape[0] == 1:
+            raise LinsightError(
+                "this decoder pools each image to one place, and the batch norm behind that learns from 2 images or "
+                "more: pass a larger batch, or take the decoder 'mlp' or 'semantic_fpn'"
+            )
+        return resized(super().forward(F.adaptive_avg_pool2d(x, self.size)), x.shape[2:])
+
+
+def feature_pyramid(channels: Sequence[int], width: int, *, device: Any = None, dtype: Any = None) -> nn.Module:
+    """torchvision's feature pyramid network: a dict of maps, the finest first -> the same, of `width` channels."""
+    with torch.device(device) if device is not None else contextlib.nullcontext():
+        return FeaturePyramidNetwork(list(channels), width).to(dtype=dtype)
+
+
+def cut(x: Tensor, height: Any, width: Any) -> Tensor:
+    """The first rows and columns of a map."""
+    for axis, count in ((2, height), (3, width)):
+        # In a graph not by a slice, which would ask whether it is all there is.
+        x = x.index_select(axis, torch.arange(count, device=x.device)) if traced(x) else x.narrow(axis, 0, count)
+    return x
 
 
 def resized(x: Tensor, size: Sequence[Any]) -> Tensor:
