@@ -1,6 +1,7 @@
 """Segmentation: maps of any backbone and image, decoders against their definitions, what training and export ask."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -30,7 +31,8 @@ def small(host, attention="inline", **more):
 
 
 def segmenter(decoder="mlp", classes=5, **more):
-    more = {"width": 8, "attention": "inline", **TINY, **more}
+    options = dict(OPTIONS.get(decoder, {}))
+    more = {"width": options.pop("width", 8), "decoder_options": options, "attention": "inline", **TINY, **more}
     return linsight.create_segmenter("pvt_v2_b0", decoder, classes, **more)
 
 
@@ -105,22 +107,15 @@ def test_what_is_no_backbone(arguments, told):
         pyramid(**arguments)
 
 
-def by_hand(decoder, maps):
-    """Logits by the definition of a decoder, in evaluation mode."""
-    size = maps[0].shape[2:]
-    return DEFINITIONS[decoder_name(decoder)](decoder, maps, size)
-
-
-def decoder_name(decoder):
-    return next(name for name, row in DECODERS.items() if row.make is type(decoder))
-
-
 def conv(block, x):
     """Convolution, batch norm by its statistics, ReLU."""
     weight, norm = block[0].weight, block[1]
-    y = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    return F.relu(normed(norm, F.conv2d(x, weight, padding=weight.shape[-1] // 2)))
+
+
+def normed(norm, x):
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return F.relu((y - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None])
+    return (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
 
 
 def bilinear(x, size):
@@ -135,21 +130,109 @@ def bilinear(x, size):
     return x
 
 
-def classes(decoder, x):
-    return (
-        torch.einsum("bchw,kc->bkhw", x, decoder.classifier.weight[..., 0, 0]) + decoder.classifier.bias[:, None, None]
-    )
+def linear(layer, x):
+    """A 1x1 convolution as a matrix for each pixel."""
+    return torch.einsum("bchw,kc->bkhw", x, layer.weight[..., 0, 0]) + layer.bias[:, None, None]
 
 
-def mlp(decoder, maps, size):
-    found = [
-        torch.einsum("bchw,kc->bkhw", x, linear.weight[..., 0, 0]) + linear.bias[:, None, None]
-        for linear, x in zip(decoder.linear, maps, strict=True)
-    ]
-    return classes(decoder, conv(decoder.fuse, torch.cat([bilinear(x, size) for x in found], 1)))
+def mixed(part, maps):
+    found = [bilinear(linear(layer, x), maps[0].shape[2:]) for layer, x in zip(part.linear, maps, strict=True)]
+    return conv(part.fuse, torch.cat(found, 1))
 
 
-DEFINITIONS = {"mlp": mlp}
+def mlp(decoder, maps):
+    return mixed(decoder.mix, maps)
+
+
+def semantic_fpn(decoder, maps):
+    """Lateral 1x1 and smoothing 3x3 convolutions, nearest from above; then i convolutions and steps upwards."""
+    fpn, x, levels = decoder.pyramid, None, []
+    for i in reversed(range(len(maps))):
+        inner, outer = fpn.inner_blocks[i][0], fpn.layer_blocks[i][0]
+        here = linear(inner, maps[i])
+        if x is not None:
+            rows, columns = (
+                torch.arange(new) * old // new for new, old in zip(here.shape[2:], x.shape[2:], strict=True)
+            )
+            here = here + x[:, :, rows][..., columns]
+        x = here
+        levels.insert(0, F.conv2d(x, outer.weight, outer.bias, padding=1))
+    total = conv(decoder.steps[0][0], levels[0])
+    for i, x in enumerate(levels[1:], 1):
+        for j in reversed(range(i)):
+            x = bilinear(conv(decoder.steps[i][i - 1 - j], x), maps[j].shape[2:])
+        total = total + x
+    return total
+
+
+def pooled(part, x, size):
+    """The mean of each of size x size overlapping bins."""
+    high, wide = x.shape[2:]
+    rows, columns = ([(i * n // size, -(-(i + 1) * n // size)) for i in range(size)] for n in (high, wide))
+    bins = [x[:, :, a:b, c:d].mean((2, 3)) for a, b in rows for c, d in columns]
+    return bilinear(conv(part, torch.stack(bins, -1).unflatten(-1, (size, size))), (high, wide))
+
+
+def upernet(decoder, maps):
+    scales = [pooled(part, maps[-1], size) for part, size in zip(decoder.pools, (1, 2, 3, 6), strict=True)]
+    x = conv(decoder.context, torch.cat([maps[-1], *scales], 1))
+    found = [x]
+    for i in reversed(range(len(maps) - 1)):
+        x = conv(decoder.laterals[i], maps[i]) + bilinear(x, maps[i].shape[2:])
+        found.insert(0, conv(decoder.smooth[i], x))
+    return conv(decoder.fuse, torch.cat([bilinear(x, maps[0].shape[2:]) for x in found], 1))
+
+
+def varied(scale, x):
+    """Varying windows step by step: pieces copied beside the map, then one window after the other, of 8 x 8."""
+    ratio, heads = scale.ratio, scale.num_heads
+    batch, dim, *sides = x.shape
+    wider = reduced(scale.reduce, x, ratio)
+    for axis, side in ((2, sides[0]), (3, sides[1])):
+        length = ratio * side // 8
+        left = (length - side // 8) // 2
+        right = length - side // 8 - left
+        wider = torch.cat(
+            [wider.narrow(axis, length - left, left), wider, wider.narrow(axis, side - length, right)], axis
+        )
+    p, r = sides[0] // 8, sides[1] // 8
+    out = torch.zeros_like(x)
+    for i, j in itertools.product(range(8), range(8)):
+        window = x[:, :, i * p : (i + 1) * p, j * r : (j + 1) * r]
+        context = wider[:, :, i * p : (i + ratio) * p, j * r : (j + ratio) * r]
+        tokens = torch.zeros(batch, dim, p, r)
+        for down, along in itertools.product(range(ratio), range(ratio)):
+            tokens[:, down * ratio + along :: ratio**2] = context[:, :, down::ratio, along::ratio]
+        pairs = ((scale.q, window), (scale.k, tokens), (scale.v, tokens))
+        q, k, v = (linear(layer, t).flatten(2).unflatten(1, (heads, -1)) for layer, t in pairs)
+        scores = torch.einsum("bhdn,bhdm->bhnm", q, k) / q.shape[2] ** 0.5
+        read = torch.einsum("bhnm,bhdm->bhdn", scores.softmax(-1), v)
+        out[:, :, i * p : (i + 1) * p, j * r : (j + 1) * r] = read.flatten(1, 2).unflatten(2, (p, r))
+    return normed(scale.proj[1], F.conv2d(out, scale.proj[0].weight))
+
+
+def reduced(block, x, ratio):
+    """A sum over the places of an even kernel, whose middle is left of the pixel."""
+    before = ratio // 2 - 1
+    x = F.pad(x, (before, ratio // 2, before, ratio // 2))
+    places = x.unfold(2, ratio, 1).unfold(3, ratio, 1)
+    return F.relu(normed(block[1], torch.einsum("bchwij,kcij->bkhw", places, block[0].weight)))
+
+
+def vwformer(decoder, maps):
+    x = mixed(decoder.mix, maps[1:] or maps)
+    high, wide = x.shape[2:]
+    whole = F.pad(x, (0, -wide % 8, 0, -high % 8))
+    scales = [varied(scale, whole)[:, :, :high, :wide] for scale in decoder.scales]
+    x = conv(decoder.join, torch.cat([conv(decoder.short, x), pooled(decoder.pool, x, 1), *scales], 1))
+    if not maps[1:]:
+        return x
+    return conv(decoder.fuse, torch.cat([bilinear(x, maps[0].shape[2:]), conv(decoder.low, maps[0])], 1))
+
+
+DEFINITIONS = {"mlp": mlp, "semantic_fpn": semantic_fpn, "upernet": upernet, "vwformer": vwformer}
+# Small forms: a context of 8 windows has 1/64 of the channels.
+OPTIONS = {"semantic_fpn": {"fpn_width": 12}, "vwformer": {"width": 64, "num_heads": 2}}
 SHAPES = ((25, 41), (13, 21), (7, 11), (4, 6))
 
 
@@ -169,10 +252,11 @@ def shaken(module):
 def test_decoders_are_their_definitions(decoder, count):
     torch.manual_seed(count)
     channels = (6, 8, 10, 12)[-count:]
-    head = shaken(create_decoder(decoder, channels, 5, width=8))
+    head = shaken(create_decoder(decoder, channels, 5, **{"width": 8, **OPTIONS.get(decoder, {})}))
     maps = [torch.randn(2, dim, *size) for dim, size in zip(channels, SHAPES, strict=False)]
     with torch.no_grad():
-        torch.testing.assert_close(head(maps), by_hand(head, maps), rtol=1e-4, atol=1e-5)
+        wanted = linear(head.classifier, DEFINITIONS[decoder](head, maps))
+        torch.testing.assert_close(head(maps), wanted, rtol=1e-4, atol=1e-5)
 
 
 @decoders
@@ -190,10 +274,8 @@ def test_training(decoder):
     x = torch.randn(2, 3, 49, 67)
     found = model(x)
     assert isinstance(found, Segmented) and model.auxiliary_weight == 0.4
-    third = model.backbone(x)[2]
-    torch.testing.assert_close(
-        found.auxiliary, bilinear(model.auxiliary.classifier(model.auxiliary.conv(third)), x.shape[2:])
-    )
+    wanted = model.auxiliary.classifier(model.auxiliary.conv(model.backbone(x)[2]))
+    torch.testing.assert_close(found.auxiliary, bilinear(wanted, x.shape[2:]))
     (found.main.square().mean() + found.auxiliary.square().mean()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     model.eval()

@@ -15,7 +15,17 @@ from linsight.data.masks import NONE
 from linsight.errors import LinsightError
 from linsight.tasks import task_of
 from linsight.tasks.overlap import Overlap
-from linsight.train import Interrupted, evaluate, load_trained, predict, resolve, resume, train
+from linsight.train import (
+    Interrupted,
+    Tiling,
+    evaluate,
+    load_trained,
+    predict,
+    predict_stream,
+    resolve,
+    resume,
+    train,
+)
 from linsight.train.progress import Silent
 
 RUN = {
@@ -239,3 +249,22 @@ def test_what_does_not_go_together_is_refused(photos, tmp_path, linsight):
         with pytest.raises(LinsightError, match=match):
             train(recipe(photos, **changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 101)])
+def test_an_image_in_tiles_has_the_mask_of_the_whole(run, tmp_path, linsight, size):
+    folder, _ = run
+    rng = np.random.default_rng(1)
+    pixels = np.kron(rng.integers(0, 2, (7, 10, 1)), np.ones((12, 12, 1), int))[: size[0], : size[1]]
+    pixels = np.concatenate([180 * pixels, 180 * (1 - pixels), 0 * pixels], -1) + rng.integers(0, 60, (*size, 3))
+    path = tmp_path / "large.png"
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    (whole,), _ = predict(load_trained(folder), [path])
+    (tiled,), _ = predict_stream(load_trained(folder), [path], Tiling(tile=32, scratch=str(tmp_path / "maps")))
+    assert 0.1 < whole.mask.mean() < 0.9 and (tiled.mask == whole.mask).mean() > 0.9999
+    assert tiled.shares == pytest.approx(whole.shares)
+    code, _, err = linsight("predict", folder, path, "--stream", "--tile", 32, "--out", tmp_path / "out")
+    assert code == 0 and "1 files of masks" in err
+    assert (np.asarray(Image.open(tmp_path / "out" / "large.png")) == tiled.mask).all()
+    code, _, err = linsight("predict", folder, path, "--stream", "--output", "map", "--out", tmp_path / "a.npy")
+    assert code == 2 and "--out FOLDER writes masks" in err

@@ -22,7 +22,8 @@ Out = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="where it is written: .csv, .jsonl or .parquet, a row an image; with --stream, .npy: features or the map",
+        help="where it is written: .csv, .jsonl or .parquet, a row an image; with --stream, .npy: features or the map; "
+        "of masks, a folder",
         **_MANY,
     ),
 ]

@@ -84,6 +84,10 @@ def predict(
     if out is not None:
         trained = load(source, checkpoint, from_size, settings)
         if trained.task.writes:
+            for name in many:
+                raise typer.BadParameter(
+                    f"--{name.replace('_', '-')} is for a file of classes: this task writes {trained.task.writes}"
+                )
             _see(run, trained, images, out, as_json, top=top, fill=fill, **settings)
             return
         batch.run(trained, images, out, as_json, top=top, fill=fill, **settings, **many)
@@ -104,6 +108,14 @@ def _predict_stream(
 ) -> None:
     from linsight.train import Tiling, predict_stream, save_stream
 
+    if trained.task.writes:
+        if output is not None:
+            raise typer.BadParameter(
+                f"--output {output} is not for this task: --out FOLDER writes {trained.task.writes}"
+            )
+        tiling = Tiling(**given, progress=tile_reporter(new_console(stderr=True)))
+        _see(predict_stream, trained, images, out, as_json, tiling=tiling, top=top, on_bad_image=on_bad_image)
+        return
     output = output or "classes"
     if output not in _OUTPUTS:
         raise UnknownNameError("output", output, _OUTPUTS)

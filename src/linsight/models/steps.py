@@ -62,6 +62,7 @@ class Decode(NamedTuple):
     step: parts of an image begin at whole multiples of it, in pixels.
     margin: how many steps at a side the edge of a part spoils, where the image goes on behind it.
     classes: K.
+    begin: the last map, whole `(1, C, h, w)` -> what stands in its place.
     """
 
     run: Callable[[Sequence[Tensor], tuple[int, int]], Tensor]
@@ -69,6 +70,7 @@ class Decode(NamedTuple):
     step: int
     margin: int
     classes: int
+    begin: Callable[[Tensor], Tensor] | None = None
 
 
 class StreamPlan(NamedTuple):

@@ -41,6 +41,11 @@ def decode(
     ends: of the maps.  cut: `parts` of the image.  like: whose device and dtype they are computed in.  name: of the
     image.
     """
+    maps, ends = [*maps], [*ends]
+    if plan.begin is not None:
+        whole = [(0, side) for side in maps[-1].data.shape[:2]]
+        x = plan.begin(_crop(maps[-1], ends[-1], 1, whole, like))
+        maps[-1], ends[-1] = Canvas(x[0].movedim(0, -1)), MapEnd(ends[-1].steps)
     for own, wide in cut:
         each = zip(maps, ends, plan.strides, strict=True)
         crops = [_crop(canvas, end, stride, wide, like) for canvas, end, stride in each]

@@ -34,7 +34,7 @@ _COUNTED = 200  # images of which the pixels of classes are counted
 class Segmented:
     """The classes of the pixels of an image file, largest first, with their shares of it.
 
-    mask: `(H, W)` of uint8, or int32 where there are more than 255 classes: the place of the class of each pixel.
+    mask: `(H, W)` of uint8, or int16 where there are more than 256 classes: the place of the class of each pixel.
     """
 
     file: str
@@ -51,6 +51,7 @@ class Segment(Task):
     record: ClassVar[type[Recipe]] = SegmentRecipe
     best = "miou"
     writes = "masks"
+    streamed = "mask"
     columns = (
         Column("miou", "mIoU", ".2f", "%"),
         Column("macc", "mean accuracy of classes", ".2f", "%"),
@@ -183,16 +184,18 @@ class Segment(Task):
 
     def predictions(self, answers: Any, files: Sequence[str], top: int) -> list[Segmented]:
         """See `Task`."""
-        found = []
-        for logits, file in zip(answers, files, strict=True):
-            best = logits.argmax(0)
-            counts = torch.bincount(best.flatten(), minlength=len(self.classes))
-            order = [place for place in counts.argsort(descending=True).tolist() if counts[place]][:top]
-            shares = tuple(float(counts[place] / best.numel()) for place in order)
-            kind = torch.uint8 if len(self.classes) < 256 else torch.int32
-            names = tuple(self.classes[place] for place in order)
-            found.append(Segmented(file, names, shares, best.to(kind).numpy()))
-        return found
+        kind = torch.uint8 if len(self.classes) <= 256 else torch.int16
+        return [
+            self.of_stream(logits.argmax(0).to(kind), file, top) for logits, file in zip(answers, files, strict=True)
+        ]
+
+    def of_stream(self, answer: Tensor, file: str, top: int) -> Segmented:
+        """See `Task`."""
+        counts = sum(torch.bincount(row.int(), minlength=len(self.classes)) for row in answer)  # as rows: of any size
+        assert isinstance(counts, Tensor)
+        order = [place for place in counts.argsort(descending=True).tolist() if counts[place]][:top]
+        shares = tuple(float(counts[place] / answer.numel()) for place in order)
+        return Segmented(file, tuple(self.classes[place] for place in order), shares, answer.numpy())
 
     def table(self, found: Sequence[Segmented]) -> tuple[list[str], list[list[str]]]:
         """See `Task`."""

@@ -104,6 +104,7 @@ class Task(abc.ABC):
     best: the measure that decides which epoch is kept; smaller: whether a smaller one is better.
     writes: what `write` makes of predictions, as in "masks"; "": nothing.
     sorts: it sorts images into classes, of which a run's page has a table.
+    streamed: the output of `linsight.stream` that its predictions are made of.
 
     facts: what the weights must tell, so that they can be used without the data: the names of classes, say. A task
     has them once `open` was called, or from the file of the weights.
@@ -116,6 +117,7 @@ class Task(abc.ABC):
     smaller: ClassVar[bool] = False
     writes: ClassVar[str] = ""
     sorts: ClassVar[bool] = False
+    streamed: ClassVar[str] = "logits"
 
     def __init__(self, recipe: Recipe, facts: Mapping[str, Any] | None = None) -> None:
         self.recipe: Any = recipe
@@ -230,6 +232,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def predictions(self, answers: Any, files: Sequence[str], top: int) -> list[Any]:
         """For each image a dataclass with `file`, for `linsight predict`. answers: float32, on the CPU."""
+
+    def of_stream(self, answer: Tensor, file: str, top: int) -> Any:
+        """The prediction for an image that went through the model in tiles. answer: its `streamed` output."""
+        (found,) = self.predictions(answer.float().cpu(), [file], top)
+        return found
 
     def told(self, found: Any) -> dict[str, Any]:
         """A prediction as JSON has it."""

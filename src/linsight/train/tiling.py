@@ -19,7 +19,6 @@ from linsight.runtime.files import replacing
 from linsight.runtime.places import located
 from linsight.runtime.signals import Interrupted, Stop
 from linsight.streaming import stream
-from linsight.tasks import Prediction
 
 from ._predict import require_top
 from .model import Trained
@@ -57,7 +56,7 @@ def predict_stream(
     top: int = 5,
     on_bad_image: str = "skip",
     note: Callable[[str], None] | None = None,
-) -> tuple[list[Prediction], list[str]]:
+) -> tuple[list[Any], list[str]]:
     """`predict` for image files of any size, which are neither resized nor cropped. note: as of `predict`.
 
     Raises:
@@ -74,17 +73,17 @@ def predict_stream(
         _check_file(file)
     if tiling.scratch is not None and len(files) > 1:
         raise LinsightError(f"a scratch folder is for one image, and {len(files)} are given: give one at a time")
-    done: list[Prediction] = []
+    task, done = trained.task, list[Any]()
     bad: list[str] = []
     for file in files:
         try:
-            logits = _streamed(trained, file, "logits", tiling, note, more=file is not files[-1])
+            answer = _streamed(trained, file, task.streamed, tiling, note, more=file is not files[-1])
         except ImageError as error:
             if on_bad_image == "refuse":
                 raise
             bad.append(str(error))
             continue
-        done += trained.task.predictions(logits.float().cpu(), [str(file)], top)
+        done.append(task.of_stream(answer, str(file), top))
     if not done:
         raise LinsightError(f"no image could be read: {bad[0]}")
     return done, bad

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import traced
 
 from ..doors import building, checked
 from ..parts.convs import ConvEmbed
@@ -24,6 +23,7 @@ from ..parts.partition import to_multiple
 from ..registry import ARCHITECTURES, HOSTS, TIMM_HOSTS, VARIANTS, create_model
 from ..steps import StreamPlan
 from ..timm.fetch import create_fetched
+from .decoders.base import cut
 
 STRIDES = (4, 8, 16, 32)
 _TIMM = "timm/"
@@ -255,8 +255,4 @@ def _pooled(x: Tensor, size: int) -> Tensor:
 
 def cropped(x: Tensor, height: Any, width: Any, stride: int) -> Tensor:
     """The part of a map that an image of this height and width has at a stride."""
-    for axis, side in ((2, height), (3, width)):
-        count = (side + stride - 1) // stride
-        # In a graph not by a slice, which would ask whether it is all there is.
-        x = x.index_select(axis, torch.arange(count, device=x.device)) if traced(x) else x.narrow(axis, 0, count)
-    return x
+    return cut(x, (height + stride - 1) // stride, (width + stride - 1) // stride)

@@ -13,8 +13,8 @@ from ..parts.dense import inside
 from ..steps import Decode, StreamPlan
 from .backbone import Backbone, pyramid
 from .decoders import Auxiliary, Decoder, create_decoder
-from .decoders.base import resized
-from .decoders.table import decoder_row
+from .decoders.base import enlarged
+from .decoders.table import DECODERS, decoder_row
 
 
 class Segmented(NamedTuple):
@@ -55,16 +55,24 @@ class Segmenter(nn.Module):
         Raises:
             CapabilityError: the backbone or the decoder sees all of an image at once.
         """
-        plan, margin = self.backbone.stream_plan(), self.decoder.margin
-        if margin is None:
-            raise CapabilityError(f"the decoder {type(self.decoder).__name__} sees all of an image at once: take 'mlp'")
+        plan, decoder = self.backbone.stream_plan(), self.decoder
         strides = tuple(self.backbone.model.feature_info.reduction())
+        if decoder.margin is None or (strides != self.backbone.strides and decoder.sees_all):
+            able = ", ".join(name for name, row in DECODERS.items() if row.make.margin is not None)
+            raise CapabilityError(
+                f"a {type(decoder).__name__} on this backbone sees an image at once; these decoders do not: {able}"
+            )
         step = max(*strides, *self.backbone.strides)
-        return plan._replace(decode=Decode(self.decoded, strides, step, margin, self.num_classes))
+        begin = decoder.coarsest if decoder.sees_all else None
+        return plan._replace(decode=Decode(self.decoded, strides, step, decoder.margin, self.num_classes, begin))
 
     def decoded(self, maps: Sequence[Tensor], size: Sequence[Any]) -> Tensor:
-        """Logits `(B, classes, *size)`, of the maps that the model of the backbone gives of images of that size."""
-        return resized(self.decoder(self.backbone.spread(maps, *size)), size)
+        """Logits `(B, classes, *size)`, of the maps that the model of the backbone gives of images of that size.
+
+        The last is as the decoder's `coarsest` makes it.
+        """
+        decoder = self.decoder
+        return enlarged(decoder.classified(decoder.joined(self.backbone.spread(maps, *size))), decoder.strides[0], size)
 
     @property
     def auxiliary_weight(self) -> float:
@@ -74,10 +82,11 @@ class Segmenter(nn.Module):
     def forward(self, x: Tensor) -> Tensor | Segmented:
         """Logits at the size of the images; `Segmented` in training mode."""
         size, maps = x.shape[2:], self.backbone(x)
-        main = resized(self.decoder(maps), size)
+        main = enlarged(self.decoder(maps), self.decoder.strides[0], size)
         if not self.training:
             return main
-        return Segmented(main, None if self.auxiliary is None else resized(self.auxiliary(maps), size))
+        head = self.auxiliary
+        return Segmented(main, None if head is None else enlarged(head(maps), head.strides[head.place], size))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -160,7 +169,7 @@ def create_segmenter(
         **model_args,
     )
     like = next(maps.parameters())
-    shared: dict[str, Any] = {"dropout": dropout, "device": like.device, "dtype": like.dtype}
+    shared: dict[str, Any] = {"strides": maps.strides, "dropout": dropout, "device": like.device, "dtype": like.dtype}
     main = create_decoder(decoder, maps.channels, num_classes, width=width, **shared, **(decoder_options or {}))
     beside = row.auxiliary if auxiliary is None else auxiliary
     return Segmenter(maps, main, Auxiliary(maps.channels, num_classes, **shared) if beside else None)

@@ -2,7 +2,10 @@
 
 from .base import Auxiliary, Decoder
 from .mlp import MlpDecoder
+from .semantic_fpn import SemanticFpn
 from .table import DECODERS, DecoderRow, add_decoders, create_decoder
+from .upernet import UPerNet
+from .vwformer import VWFormer
 
 __all__ = [
     "DECODERS",
@@ -10,6 +13,9 @@ __all__ = [
     "Decoder",
     "DecoderRow",
     "MlpDecoder",
+    "SemanticFpn",
+    "UPerNet",
+    "VWFormer",
     "add_decoders",
     "create_decoder",
 ]

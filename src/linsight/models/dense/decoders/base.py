@@ -1,12 +1,17 @@
 """The base of decoders, and the parts that they share."""
 
+import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import FeaturePyramidNetwork
 
 from linsight.errors import LinsightError
+from linsight.ops import traced
 
 
 class ConvNormReLU(nn.Sequential):
@@ -24,9 +29,9 @@ class ConvNormReLU(nn.Sequential):
 class Decoder(nn.Module):
     """Maps of a backbone, as many and at whatever strides there are -> logits at the size of the finest one.
 
-    A subclass has `features`, and passes its maps' `channels`.
+    A subclass has `joined`, and passes its maps' `channels`.
 
-    channels: of the maps, the finest first.
+    channels, strides: of the maps, the finest first. Strides are whole multiples of those before; None: 4, 8, 16 ...
     num_classes: of the logits.
     width: channels of what is classified.
     dropout: the rate at which whole channels of it are left out in training.
@@ -34,27 +39,58 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], num_classes: int, width: int, *, dropout: float = 0.1, **factory: Any
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        width: int,
+        *,
+        strides: Sequence[int] | None = None,
+        dropout: float = 0.1,
+        **factory: Any,
     ) -> None:
         super().__init__()
         if not channels:
             raise LinsightError("channels=(): a decoder needs the map of one stage at least")
+        self.strides = tuple(4 * 2**i for i in range(len(channels))) if strides is None else tuple(strides)
+        if len(self.strides) != len(channels) or any(b % a for a, b in itertools.pairwise(self.strides)):
+            raise LinsightError(
+                f"strides={self.strides} of {len(channels)} maps: each is a whole multiple of the one before"
+            )
         self.channels, self.num_classes, self.width = tuple(channels), num_classes, width
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = _classifier(width, num_classes, **factory)
 
+    # How many tokens of the coarsest map a pixel sees to each side, at most, `coarsest` apart; None: all of them.
+    margin: int | None = None
+
     @property
-    def margin(self) -> int | None:
-        """How many tokens of the coarsest map a pixel sees to each side, at most; None where it sees all of them."""
-        return None
+    def sees_all(self) -> bool:
+        """True where it sees the coarsest map as a whole, by `coarsest`."""
+        return type(self).coarsest is not Decoder.coarsest
+
+    def times(self, i: int, j: int = 0) -> int:
+        """How many times as coarse as map `j` map `i` is."""
+        return self.strides[i] // self.strides[j]
+
+    def coarsest(self, x: Tensor) -> Tensor:
+        """The coarsest map with what is seen of it as a whole."""
+        return x
+
+    def joined(self, maps: Sequence[Tensor]) -> Tensor:
+        """`(B, width, H_0, W_0)` of maps `(B, C_i, H_i, W_i)`, of the size of the first; the last as by `coarsest`."""
+        raise NotImplementedError
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         """`(B, width, H_0, W_0)` of maps `(B, C_i, H_i, W_i)`, of the size of the first."""
-        raise NotImplementedError
+        return self.joined((*maps[:-1], self.coarsest(maps[-1])))
+
+    def classified(self, features: Tensor) -> Tensor:
+        """Logits of `features`."""
+        return self.classifier(self.dropout(features))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits `(B, num_classes, H_0, W_0)`."""
-        return self.classifier(self.dropout(self.features(maps)))
+        return self.classified(self.features(maps))
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new last convolution, for `num_classes` classes."""
@@ -78,22 +114,61 @@ class Auxiliary(Decoder):
         num_classes: int,
         width: int = 256,
         *,
+        strides: Sequence[int] | None = None,
         dropout: float = 0.1,
         weight: float = 0.4,
         **factory: Any,
     ) -> None:
-        super().__init__(channels, num_classes, width, dropout=dropout, **factory)
+        super().__init__(channels, num_classes, width, strides=strides, dropout=dropout, **factory)
         self.weight, self.place = weight, max(len(self.channels) - 2, 0)
         self.conv = ConvNormReLU(self.channels[self.place], width, 3, **factory)
 
-    def features(self, maps: Sequence[Tensor]) -> Tensor:
+    def joined(self, maps: Sequence[Tensor]) -> Tensor:
         """`(B, width, h, w)`, of the size of its map."""
         return self.conv(maps[self.place])
 
 
-def resized(x: Tensor, size: Sequence[Any]) -> Tensor:
-    """A map at another height and width, bilinear, corners not aligned."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+class Pooled(ConvNormReLU):
+    """A map averaged to `size` x `size` places, a 1x1 convolution, batch norm and ReLU, at its own size again."""
+
+    def __init__(self, in_dim: int, dim: int, size: int, **factory: Any) -> None:
+        super().__init__(in_dim, dim, **factory)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in_dim, H, W)` -> `(B, dim, H, W)`."""
+        norm = self[1]
+        if self.size == 1 and self.training and type(norm) is nn.BatchNorm2d and not traced(x) and x.shape[0] == 1:
+            raise LinsightError(
+                "this decoder pools each image to one place, and the batch norm behind that learns from 2 images or "
+                "more: pass a larger batch, or take the decoder 'mlp' or 'semantic_fpn'"
+            )
+        mean: Tensor = super().forward(F.adaptive_avg_pool2d(x, self.size))  # type: ignore[no-untyped-call]
+        return F.interpolate(mean, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def feature_pyramid(channels: Sequence[int], width: int, *, device: Any = None, dtype: Any = None) -> nn.Module:
+    """torchvision's feature pyramid network: a dict of maps, the finest first -> the same, of `width` channels."""
+    with torch.device(device) if device is not None else contextlib.nullcontext():
+        return FeaturePyramidNetwork(list(channels), width).to(dtype=dtype)
+
+
+def cut(x: Tensor, height: Any, width: Any) -> Tensor:
+    """The first rows and columns of a map."""
+    for axis, count in ((2, height), (3, width)):
+        # In a graph not by a slice, which would ask whether it is all there is.
+        x = x.index_select(axis, torch.arange(count, device=x.device)) if traced(x) else x.narrow(axis, 0, count)
+    return x
+
+
+def enlarged(x: Tensor, times: int, size: Sequence[Any]) -> Tensor:
+    """A map at a stride `times` smaller, bilinear, corners not aligned: the first rows and columns, `size` of them.
+
+    So a token stands for as many pixels wherever the image ends, as where it is made, and part by part is as whole.
+    """
+    if times == 1:
+        return x
+    return cut(F.interpolate(x, scale_factor=float(times), mode="bilinear", align_corners=False), *size)
 
 
 def _classifier(width: int, num_classes: int, **factory: Any) -> nn.Conv2d:

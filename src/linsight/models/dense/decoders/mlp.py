@@ -12,30 +12,49 @@ from torch import Tensor, nn
 
 from linsight.attention import Paper
 
-from .base import ConvNormReLU, Decoder, resized
+from .base import ConvNormReLU, Decoder, enlarged
 from .table import DecoderRow, add_decoders
 
 
-class MlpDecoder(Decoder):
-    """The decoder. Batch norm and ReLU are behind the layer that mixes, as in the published code."""
+class Mixed(nn.Module):
+    """Maps, each by a linear layer, at the size of the first, mixed by a linear layer with batch norm and ReLU."""
 
-    def __init__(
-        self, channels: Sequence[int], num_classes: int, width: int = 256, *, dropout: float = 0.1, **factory: Any
-    ) -> None:
-        super().__init__(channels, num_classes, width, dropout=dropout, **factory)
-        self.linear = nn.ModuleList(nn.Conv2d(dim, width, 1, **factory) for dim in self.channels)
-        self.fuse = ConvNormReLU(width * len(self.channels), width, **factory)
+    def __init__(self, channels: Sequence[int], times: Sequence[int], width: int, **factory: Any) -> None:
+        super().__init__()
+        self.times = tuple(times)  # as coarse as the first
+        self.linear = nn.ModuleList(nn.Conv2d(dim, width, 1, **factory) for dim in channels)
+        self.fuse = ConvNormReLU(width * len(channels), width, **factory)
 
-    @property
-    def margin(self) -> int:
-        """One: what lies between two tokens is of both."""
-        return 1
-
-    def features(self, maps: Sequence[Tensor]) -> Tensor:
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """`(B, width, H_0, W_0)`."""
         size = maps[0].shape[2:]
-        found = [linear(x) for linear, x in zip(self.linear, maps, strict=True)]
-        return self.fuse(torch.cat([found[0], *(resized(x, size) for x in found[1:])], dim=1))
+        found = [
+            enlarged(linear(x), times, size) for linear, x, times in zip(self.linear, maps, self.times, strict=True)
+        ]
+        return self.fuse(torch.cat(found, dim=1))
+
+
+class MlpDecoder(Decoder):
+    """The decoder."""
+
+    margin = 1  # what lies between two tokens is of both
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        width: int = 256,
+        *,
+        strides: Sequence[int] | None = None,
+        dropout: float = 0.1,
+        **factory: Any,
+    ) -> None:
+        super().__init__(channels, num_classes, width, strides=strides, dropout=dropout, **factory)
+        self.mix = Mixed(self.channels, [self.times(i) for i in range(len(self.channels))], width, **factory)
+
+    def joined(self, maps: Sequence[Tensor]) -> Tensor:
+        """`(B, width, H_0, W_0)`."""
+        return self.mix(maps)
 
 
 add_decoders(

@@ -1,6 +1,6 @@
 """The table of decoders: names, and what makes them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from linsight.attention import Paper
@@ -12,14 +12,14 @@ from .base import Decoder
 class DecoderRow(NamedTuple):
     """A decoder by name.
 
-    make: of the channels of maps, the number of classes, `width`, and options; as of `Decoder`.
+    make: its class.
     about: what it does, in a line.
     width: its channels where nobody says.
     auxiliary: it is published with an auxiliary head.
     """
 
     name: str
-    make: Callable[..., Decoder]
+    make: type[Decoder]
     about: str
     width: int
     paper: Paper
