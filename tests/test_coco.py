@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from linsight.data.coco import CocoFolder
 from linsight.data.detection import ObjectSamples, Scene, open_evaluated_objects, open_objects
 from linsight.data.images import Batch
 from linsight.data.objects import Objects, packed_masks, unpacked_masks
-from linsight.errors import ImageError, LinsightError
+from linsight.errors import ImageError, LinsightError, MissingExtraError
 from linsight.tasks import record_of
 from linsight.tasks.coco_ap import AveragePrecision
 
@@ -208,6 +209,17 @@ def test_images_that_are_not_there_are_left_out(tmp_path):
         CocoFolder(tmp_path).open("train")
 
 
+def test_a_package_that_is_missing_is_told(tmp_path, monkeypatch):
+    objects = read(tmp_path, masks=True).beside(0)
+    for name in ("pycocotools", "pycocotools.coco"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"masks of objects needs the package 'pycocotools': .*\[dense\]"):
+        objects.masks()
+    with pytest.raises(MissingExtraError, match="average precision needs the package 'pycocotools'"):
+        AveragePrecision(("cat",))
+    assert len(read(tmp_path).beside(0).boxes) == 2  # which are told without it
+
+
 def recipe(folder, **fields):
     return record_of("detect")(data=str(folder), **fields)
 
@@ -245,6 +257,8 @@ def test_boxes_and_masks_follow_the_pixels(tmp_path):
         assert scene.objects.boxes[0].tolist() == pytest.approx([float(side) for side in drawn], abs=2)
         assert (scene.masks[0].bool() == white).float().mean() > 0.97
     assert len(seen) > 4
+    image, scene, _ = samples[0, 1]  # without an object
+    assert scene.objects.boxes.shape == (0, 4) and scene.masks.shape == (0, *image.shape[1:])
     image, scene, _ = ObjectSamples(source, recipe(tmp_path, eval_side=48, longest=60), training=False)[0, 2]
     assert image.shape == (3, 45, 60) and scene.size == (45, 60)
     assert scene.objects.boxes.tolist() == [[4, 6, 14, 14]]  # as the file has them

@@ -74,7 +74,7 @@ class ObjectSamples(Samples):
         assert self.augment is not None
         own = objects.size
         given: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=own),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=own),
             "labels": objects.labels,
         }
         if self.masks:
@@ -160,7 +160,7 @@ def open_objects(recipe: Any) -> Data:
     for source, what in ((train, "to learn from"), (val, "to find")):
         if not any(len(source.beside(index).learned().boxes) for index in range(len(source))):
             raise LinsightError(f"{data} has no object {what} in its {len(source)} images")
-    if recipe.num_classes is not None and recipe.num_classes < len(whole.classes):
+    if recipe.num_classes not in (None, len(whole.classes)):
         raise LinsightError(f"num_classes={recipe.num_classes}, but {data} has {len(whole.classes)} classes")
     return Data(train, val, whole.classes, tuple(notes))
 

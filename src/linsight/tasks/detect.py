@@ -60,6 +60,7 @@ class Detect(Task):
         """See `Task`."""
         data = open_objects(self.recipe)
         self.facts = {"classes": data.classes}
+        self.measure()  # a package that is missing is told before an epoch, not after it
         return data
 
     def open_evaluation(self, split: str | None, *, in_order: bool = False) -> Source:
