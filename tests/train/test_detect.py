@@ -107,9 +107,8 @@ def test_predictions_are_in_the_pixels_of_files(run, photos, tmp_path):
         height, width = entry.size
         assert entry.size == source.beside(place).size
         assert 0 < len(entry.boxes) == len(entry.masks) == len(entry.scores) <= 10
-        assert (np.array(entry.boxes) <= [width, height] * 2).all() and {mask["size"][0] for mask in entry.masks} == {
-            height
-        }
+        assert (np.array(entry.boxes) <= [width, height] * 2).all()
+        assert {tuple(mask["size"]) for mask in entry.masks} == {entry.size}
     files = trained.task.write(found, tmp_path / "out")
     assert [path.name for path in files] == ["detections.json", "1.jpg", "2.jpg", "3.jpg", "4.jpg"]
     said = json.loads(files[0].read_text())
