@@ -12,16 +12,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import linsight
+from linsight.models import HOSTS, VARIANTS
 from linsight.models.dense import DECODERS, Segmented, Segmenter, create_decoder, pyramid
 from test_hosts import NO_TOKEN, SMALL
 
 ODD = ((97, 161), (33, 57), (5, 3), (1, 1))  # the last two smaller than a patch
 TINY = {"embed_dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
 decoders = pytest.mark.parametrize("decoder", DECODERS)
-# In the normal run a fifth of the hosts, and those whose maps are of a kind of their own.
-_OWN = ("vit_tiny", "compact_pico", "pvt_tiny", "cswin_tiny", "l2vit_pyramid_tiny", "flow_pyramid")
+# Those whose maps are of a kind of their own, the others in the full run.
+_OWN = ("vit_tiny", "compact_pico", "pvt_tiny", "cswin_tiny")
 hosts = pytest.mark.parametrize(
     "host", [host if host in _OWN else pytest.param(host, marks=pytest.mark.full) for host in SMALL]
+)
+# At their own sizes, a fifth of them in the normal run.
+ALL = [*HOSTS, *(name for name, variant in VARIANTS.items() if variant.dense)]
+every = pytest.mark.parametrize(
+    "name", [name if i % 5 == 0 else pytest.param(name, marks=pytest.mark.full) for i, name in enumerate(ALL)]
 )
 
 
@@ -48,6 +54,17 @@ def test_maps_of_any_image(host):
         maps = backbone(torch.randn(1, 3, *size))
         assert [tuple(m.shape[2:]) for m in maps] == ceilings(size, backbone.strides)
         assert tuple(m.shape[1] for m in maps) == backbone.channels
+
+
+@every
+def test_maps_of_every_host(name):
+    """Their shapes alone: nothing is computed."""
+    backbone = pyramid(name, device="meta").eval()
+    with torch.no_grad():
+        maps = backbone(torch.empty(1, 3, *ODD[0], device="meta"))
+    found = [(m.shape[1], *m.shape[2:]) for m in maps]
+    assert found == [(c, *size) for c, size in zip(backbone.channels, ceilings(ODD[0], backbone.strides), strict=True)]
+    assert name.startswith("compact") or backbone.strides == (4, 8, 16, 32)
 
 
 @pytest.mark.parametrize("host", ["pvt_tiny", "flow_pyramid", "cswin_tiny", "l2vit_pyramid_tiny"])
@@ -322,10 +339,23 @@ def test_it_travels(decoder):
 SIZES = ((64, 64), (160, 96), (131, 97), (67, 149), (96, 96))
 
 
-@decoders
+def traceable(decoder):
+    """With the fewest layers that have all there is to trace, which is slow."""
+    options = {"width": 8, **OPTIONS.get(decoder, {})}
+    if decoder == "vwformer":
+        options = {"width": 8, "num_heads": 2, "ratios": (2,)}
+    backbone = pyramid("compact_pico", attention="efficient", stem=[(8, 4)], stages=[(8, 1, 2), (16, 1, 2)])
+    return Segmenter(backbone, create_decoder(decoder, backbone.channels, 5, **options)).eval()
+
+
+def some_in_full(*normal):
+    return [name if name in normal else pytest.param(name, marks=pytest.mark.full) for name in DECODERS]
+
+
+@pytest.mark.parametrize("decoder", some_in_full("mlp"))
 def test_two_graphs_for_five_sizes(decoder):
     torch._dynamo.reset()
-    model = segmenter(decoder, depths=(1, 1, 1, 1)).eval()
+    model = traceable(decoder)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -335,9 +365,9 @@ def test_two_graphs_for_five_sizes(decoder):
     assert counter.frame_count <= 2
 
 
-@decoders
+@pytest.mark.parametrize("decoder", some_in_full("mlp", "upernet"))
 def test_export_with_any_height_and_width(decoder):
-    model = segmenter(decoder).eval()
+    model = traceable(decoder)
     sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (torch.randn(1, 3, 64, 96),), dynamic_shapes=(sides,)).module()
     for size in SIZES[1:4]:
