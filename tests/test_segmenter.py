@@ -12,16 +12,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import linsight
+from linsight.models import HOSTS, VARIANTS
 from linsight.models.dense import DECODERS, Segmented, Segmenter, create_decoder, pyramid
 from test_hosts import NO_TOKEN, SMALL
 
 ODD = ((97, 161), (33, 57), (5, 3), (1, 1))  # the last two smaller than a patch
 TINY = {"embed_dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
 decoders = pytest.mark.parametrize("decoder", DECODERS)
-# In the normal run a fifth of the hosts, and those whose maps are of a kind of their own.
-_OWN = ("vit_tiny", "compact_pico", "pvt_tiny", "cswin_tiny", "l2vit_pyramid_tiny", "flow_pyramid")
+# Those whose maps are of a kind of their own, the others in the full run.
+_OWN = ("vit_tiny", "compact_pico", "pvt_tiny", "cswin_tiny")
 hosts = pytest.mark.parametrize(
     "host", [host if host in _OWN else pytest.param(host, marks=pytest.mark.full) for host in SMALL]
+)
+# At their own sizes, a fifth of them in the normal run.
+ALL = [*HOSTS, *(name for name, variant in VARIANTS.items() if variant.dense)]
+every = pytest.mark.parametrize(
+    "name", [name if i % 5 == 0 else pytest.param(name, marks=pytest.mark.full) for i, name in enumerate(ALL)]
 )
 
 
@@ -48,6 +54,17 @@ def test_maps_of_any_image(host):
         maps = backbone(torch.randn(1, 3, *size))
         assert [tuple(m.shape[2:]) for m in maps] == ceilings(size, backbone.strides)
         assert tuple(m.shape[1] for m in maps) == backbone.channels
+
+
+@every
+def test_maps_of_every_host(name):
+    """Their shapes alone: nothing is computed."""
+    backbone = pyramid(name, device="meta").eval()
+    with torch.no_grad():
+        maps = backbone(torch.empty(1, 3, *ODD[0], device="meta"))
+    found = [(m.shape[1], *m.shape[2:]) for m in maps]
+    assert found == [(c, *size) for c, size in zip(backbone.channels, ceilings(ODD[0], backbone.strides), strict=True)]
+    assert name.startswith("compact") or backbone.strides == (4, 8, 16, 32)
 
 
 @pytest.mark.parametrize("host", ["pvt_tiny", "flow_pyramid", "cswin_tiny", "l2vit_pyramid_tiny"])
@@ -118,6 +135,13 @@ def normed(norm, x):
     return (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
 
 
+def enlarged(x, size):
+    """Each token is the middle of a square of whole pixels, whatever the size of the image."""
+    fits = (t for t in (1, 2, 4, 8, 16, 32) if all(-(-s // t) == n for s, n in zip(size, x.shape[2:], strict=True)))
+    times = next(fits)
+    return bilinear(x, [times * side for side in x.shape[2:]])[:, :, : size[0], : size[1]]
+
+
 def bilinear(x, size):
     """As a sum over the two nearest rows and columns, whose centres are half pixels."""
     for axis, new in zip((2, 3), size, strict=True):
@@ -136,7 +160,7 @@ def linear(layer, x):
 
 
 def mixed(part, maps):
-    found = [bilinear(linear(layer, x), maps[0].shape[2:]) for layer, x in zip(part.linear, maps, strict=True)]
+    found = [enlarged(linear(layer, x), maps[0].shape[2:]) for layer, x in zip(part.linear, maps, strict=True)]
     return conv(part.fuse, torch.cat(found, 1))
 
 
@@ -160,7 +184,7 @@ def semantic_fpn(decoder, maps):
     total = conv(decoder.steps[0][0], levels[0])
     for i, x in enumerate(levels[1:], 1):
         for j in reversed(range(i)):
-            x = bilinear(conv(decoder.steps[i][i - 1 - j], x), maps[j].shape[2:])
+            x = enlarged(conv(decoder.steps[i][i - 1 - j], x), maps[j].shape[2:])
         total = total + x
     return total
 
@@ -178,9 +202,9 @@ def upernet(decoder, maps):
     x = conv(decoder.context, torch.cat([maps[-1], *scales], 1))
     found = [x]
     for i in reversed(range(len(maps) - 1)):
-        x = conv(decoder.laterals[i], maps[i]) + bilinear(x, maps[i].shape[2:])
+        x = conv(decoder.laterals[i], maps[i]) + enlarged(x, maps[i].shape[2:])
         found.insert(0, conv(decoder.smooth[i], x))
-    return conv(decoder.fuse, torch.cat([bilinear(x, maps[0].shape[2:]) for x in found], 1))
+    return conv(decoder.fuse, torch.cat([enlarged(x, maps[0].shape[2:]) for x in found], 1))
 
 
 def varied(scale, x):
@@ -227,7 +251,7 @@ def vwformer(decoder, maps):
     x = conv(decoder.join, torch.cat([conv(decoder.short, x), pooled(decoder.pool, x, 1), *scales], 1))
     if not maps[1:]:
         return x
-    return conv(decoder.fuse, torch.cat([bilinear(x, maps[0].shape[2:]), conv(decoder.low, maps[0])], 1))
+    return conv(decoder.fuse, torch.cat([enlarged(x, maps[0].shape[2:]), conv(decoder.low, maps[0])], 1))
 
 
 DEFINITIONS = {"mlp": mlp, "semantic_fpn": semantic_fpn, "upernet": upernet, "vwformer": vwformer}
@@ -275,11 +299,11 @@ def test_training(decoder):
     found = model(x)
     assert isinstance(found, Segmented) and model.auxiliary_weight == 0.4
     wanted = model.auxiliary.classifier(model.auxiliary.conv(model.backbone(x)[2]))
-    torch.testing.assert_close(found.auxiliary, bilinear(wanted, x.shape[2:]))
+    torch.testing.assert_close(found.auxiliary, enlarged(wanted, x.shape[2:]))
     (found.main.square().mean() + found.auxiliary.square().mean()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     model.eval()
-    torch.testing.assert_close(model(x), bilinear(model.decoder(model.backbone(x)), x.shape[2:]))
+    torch.testing.assert_close(model(x), enlarged(model.decoder(model.backbone(x)), x.shape[2:]))
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in synced.decoder.modules())
 
@@ -322,10 +346,23 @@ def test_it_travels(decoder):
 SIZES = ((64, 64), (160, 96), (131, 97), (67, 149), (96, 96))
 
 
-@decoders
+def traceable(decoder):
+    """With the fewest layers that have all there is to trace, which is slow."""
+    options = {"width": 8, **OPTIONS.get(decoder, {})}
+    if decoder == "vwformer":
+        options = {"width": 8, "num_heads": 2, "ratios": (2,)}
+    backbone = pyramid("compact_pico", attention="efficient", stem=[(8, 4)], stages=[(8, 1, 2), (16, 1, 2)])
+    return Segmenter(backbone, create_decoder(decoder, backbone.channels, 5, **options)).eval()
+
+
+def some_in_full(*normal):
+    return [name if name in normal else pytest.param(name, marks=pytest.mark.full) for name in DECODERS]
+
+
+@pytest.mark.parametrize("decoder", some_in_full("mlp"))
 def test_two_graphs_for_five_sizes(decoder):
     torch._dynamo.reset()
-    model = segmenter(decoder, depths=(1, 1, 1, 1)).eval()
+    model = traceable(decoder)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -335,9 +372,9 @@ def test_two_graphs_for_five_sizes(decoder):
     assert counter.frame_count <= 2
 
 
-@decoders
+@pytest.mark.parametrize("decoder", some_in_full("mlp", "upernet"))
 def test_export_with_any_height_and_width(decoder):
-    model = segmenter(decoder).eval()
+    model = traceable(decoder)
     sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (torch.randn(1, 3, 64, 96),), dynamic_shapes=(sides,)).module()
     for size in SIZES[1:4]:
