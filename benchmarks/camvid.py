@@ -25,7 +25,7 @@ from linsight.data.feeds import open_feeds
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
 from linsight.runtime.console import new_console
-from linsight.runtime.device import list_devices, pick_device
+from linsight.runtime.device import list_devices, pick_device, pick_dtype
 from linsight.runtime.files import write_text
 from linsight.tasks import task_of
 from linsight.train import evaluate, load_trained, resolve, resume, train
@@ -51,7 +51,7 @@ def seconds_of_epoch(recipe: Recipe) -> float:
     model = task.build()
     size = (recipe.img_size * 2)[:2]
     feeds = open_feeds(recipe.changed(cache="off"), data, task, size, device, lambda line: None)
-    learner = Learner(task, model, device, None, updates=len(feeds.order))
+    learner = Learner(task, model, device, pick_dtype(recipe.amp, device)[0], updates=len(feeds.order))
     batches, started = iter(feeds.train), 0.0
     for place in range(_TIMED):
         if place == _TIMED // 3:
@@ -70,7 +70,7 @@ def learn(name: str, options: argparse.Namespace) -> dict[str, Any]:
         summary = resume(folder, report=report)
     else:
         given = {"data": str(options.data), "ignore": IGNORE, "device": options.device, "threads": options.threads}
-        recipe = resolve("masks", {**given, "amp": "off", **MODELS[name]})
+        recipe = resolve("masks", {**given, "amp": options.amp, **MODELS[name]})
         epochs = max(int(60 * options.minutes / (seconds_of_epoch(recipe) * 1.1)), 1)
         print(f"{name}: {epochs} epochs")
         summary = train(recipe.changed(epochs=epochs), out=folder, name=name, report=report)
@@ -89,15 +89,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        default=Path("../shared/data/camvid"),
-        help="CamVid: images/ and masks/ with splits in them",
-    )
+    add("--data", type=Path, default=Path("../shared/data/camvid"), help="images/ and masks/, with splits in them")
     add("--out", type=Path, default=Path("runs/camvid"), help="the folder of all runs")
     add("--minutes", type=float, default=28.0, help="of training, for each; 2 cores make twice as many CPU minutes")
     add("--device", default="cpu")
+    add("--amp", default="auto", help=Recipe.help("amp"))
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--docs", type=Path, help="the folder of segment.md, the file to write the result into")
     options = parser.parse_args(arguments)
@@ -113,9 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         rows = [learn(name, options) for name in MODELS]
         cpu = list_devices()[-1]["name"]
-        text = (
-            f"{table(rows)}\n\n{options.minutes:g} minutes of training each, on {options.threads} threads of {cpu}.\n"
+        told = (
+            f"{options.minutes:g} minutes of training each, on {options.threads} threads of {cpu}, amp={options.amp}."
         )
+        text = f"{table(rows)}\n\n{told}\n"
         print(text)
         if options.docs:
             page = options.docs / "segment.md"
