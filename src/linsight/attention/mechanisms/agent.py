@@ -78,6 +78,7 @@ class Agent(Core):
 
     capabilities = Capabilities(sizes=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    turns = "tokens"
     halo = 1
     layer = AgentAttention
     published = (

@@ -111,6 +111,7 @@ class Nystrom(Core):
 
     capabilities = Capabilities(sizes=True, prefix=True)
     structure = Structure(stream=True)
+    turns = "tokens"
     published = (Rename("conv.", "core.conv."),)
 
     def __init__(

@@ -31,6 +31,7 @@ class Softmax(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, score_bias=True, prefix=True)
     structure = Structure(reduced=True, causal=True, cost=Cost.QUADRATIC)
+    turns = "tokens"
 
     def __init__(
         self,

@@ -90,6 +90,7 @@ class TaylorShift(KernelCore):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    turns = "tokens"
     rounds = (TaylorMeans(),)
     published = (Rename("temperature", "core.temperature"),)
     eps = 0.0

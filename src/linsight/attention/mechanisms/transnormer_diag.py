@@ -45,6 +45,7 @@ class TransNormerDiag(Core):
 
     capabilities = Capabilities(prefix=True)
     structure = Structure(cost=Cost.WINDOWED)
+    turns = "tokens"
     published = PUBLISHED
 
     def __init__(
