@@ -97,11 +97,13 @@ class Core(nn.Module):
         return super().__call__(tokens, layout, **beside)
 
     def placed_tokens(self, tokens: Tokens, queries: Tile, keys: Tile | None = None) -> Tokens:
-        """The tokens as rounds and `read` are to see them: turned, where the rotary option turns tokens."""
+        """The tokens as rounds and `read` are to see them: q and k turned, where the rotary option turns tokens.
+
+        They are then in the accumulator's dtype: outputs are in that of v.
+        """
         if not self.rotary or self.turns != "tokens":
             return tokens
-        q, k = (self.by_place(x, at).to(x.dtype) for x, at in ((tokens.q, queries), (tokens.k, keys or queries)))
-        return tokens._replace(q=q, k=k)
+        return tokens._replace(q=self.by_place(tokens.q, queries), k=self.by_place(tokens.k, keys or queries))
 
     def by_place(self, x: Tensor, tile: Tile) -> Tensor:
         """`x` `(B, n, H, D)` turned by the places of `tile`, in the accumulator's dtype; without the option as it is."""

@@ -123,7 +123,7 @@ class Agent(Core):
         out = read_pooled(tile.inner(tokens.q), agents, values, self.tables(tile, "queries"))
         if self.dwc is not None:
             out = add_behind(out, convolved_values(self.dwc, tokens, tile), tile.prefix)
-        return out.to(tokens.q.dtype)
+        return out.to(tokens.v.dtype)
 
     def lift(self, tokens: Tokens, keys: Tile, queries: Tile) -> Tokens:
         """v brought to the grid of the queries bilinearly."""

@@ -55,7 +55,7 @@ class Softmax(Core):
         score_bias: Tensor | None = None,
     ) -> Tensor:
         """`score_bias` broadcasts to `(B, H, M, N)` and is added to the scaled scores."""
-        q, k, v = (t.transpose(1, 2) for t in tokens[:3])  # (B, H, N, D)
+        q, k, v = (t.to(tokens.v.dtype).transpose(1, 2) for t in tokens[:3])  # (B, H, N, D)
         mask = score_bias
         if tokens.keep is not None:
             keep = tokens.keep[:, None, None, :]

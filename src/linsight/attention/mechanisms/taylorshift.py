@@ -166,4 +166,4 @@ class TaylorShift(KernelCore):
                 weights = weights * tokens.keep[:, None, None].to(q.dtype)
             total = weights.sum(dim=-1, keepdim=True)
             out = ((weights / total.masked_fill(total == 0, 1)) @ v.transpose(1, 2)).transpose(1, 2)
-        return (out * self.factor(count_tokens(k, tokens.keep))[:, None, None, None]).to(tokens.q.dtype)
+        return (out * self.factor(count_tokens(k, tokens.keep))[:, None, None, None]).to(tokens.v.dtype)

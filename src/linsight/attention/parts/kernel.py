@@ -76,7 +76,7 @@ class KernelCore(Core):
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """phi(q) against the state, and the local term."""
         q = self.placed_features("q", tile.inner(tokens.q), dataclasses.replace(tile, halo=0), done)
-        return linear_read(q, done[-1], self.eps, add=self.local(tokens, tile), dtype=tokens.q.dtype)
+        return linear_read(q, done[-1], self.eps, add=self.local(tokens, tile), dtype=tokens.v.dtype)
 
     def follow(self, tokens: Tokens, tile: Tile, before: Any) -> Tensor:
         """The causal form: sums over the tokens up to each one."""
