@@ -37,10 +37,10 @@ class Core(nn.Module):
     `set_grid` moves it there for good. `query_grid` is that of its queries, which a reduction makes another one. One
     that differs from block to block also takes `index`, its block's place in the model, from 0.
 
-    With `turns`, a mechanism has the rotary option, which `create_core` sets. Each head of q and k is turned by the place
-    of its token, prefix tokens are not: "tokens" where the formula knows them by their products alone, so that all of it
-    sees turned ones; "features" where a normaliser is to see them as they are. `alike` parts of the features of a head, as
-    those by sign, are turned alike.
+    With `turns`, a mechanism has the rotary option, which `create_core` sets. Each head of q and k is turned by the
+    place of its token, prefix tokens are not: "tokens" where the formula knows them by their products alone, and all of
+    it sees turned ones; "features" where what normalises sees them as they are. The features of a head are `alike`
+    parts, as those by sign, that are turned alike.
     """
 
     capabilities: Capabilities = Capabilities()
@@ -106,7 +106,7 @@ class Core(nn.Module):
         return tokens._replace(q=self.by_place(tokens.q, queries), k=self.by_place(tokens.k, keys or queries))
 
     def by_place(self, x: Tensor, tile: Tile) -> Tensor:
-        """`x` `(B, n, H, D)` turned by the places of `tile`, in the accumulator's dtype; without the option as it is."""
+        """`x` `(B, n, H, D)` turned by the places of `tile`, in the accumulator's dtype; without rotary as it is."""
         turn = self.turn_of(x, tile)
         return x if turn is None else unflatten(turn.rotate(x.flatten(2)), 2, x.shape[2:])
 

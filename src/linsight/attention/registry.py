@@ -116,8 +116,8 @@ def register(
     """Register a mechanism under `name`. For use on its class, in its own file.
 
     Nobody declares `packed`: the layer around a core takes packed batches, and so does any `forward` with
-    `@each_image`. Here this is written into the capabilities of the class, and into its structure whether it has a rotary
-    option: one of its constructor, or the one that `Core.turns` gives.
+    `@each_image`. Here this is written into the capabilities of the class, and into its structure whether it has a
+    rotary option: one of its constructor, or the one that `Core.turns` gives.
     """
 
     def add(cls: M) -> M:

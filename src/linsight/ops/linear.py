@@ -36,7 +36,7 @@ def linear_absorb(k: Features | Tensor, v: Tensor, keep: Tensor | None = None) -
 
 
 def central_absorb(k: Features | Tensor, v: Tensor, keep: Tensor | None = None) -> Moments:
-    """The central moments of keys `k` `(B, N, H, D)`, turned where they have a rotation, and values `v` `(B, N, H, E)`."""
+    """The central moments of keys `k` `(B, N, H, D)`, with their rotation, and of values `v` `(B, N, H, E)`."""
     compute = fused_form("central_absorb", v) or plain_central
     return Moments(*compute(as_features(k), v, keep))
 

@@ -1,12 +1,13 @@
 """Rotary position embedding of tokens on a grid: pairs of channels (2i, 2i + 1) turn by an angle.
 
 With C channels, m = C / 4 speeds theta_j = b^(-j/m): the first m pairs turn by row * theta_j, the next m by
-column * theta_j. Over all channels of a token, with b = 10000, and heads split afterwards, each head has axes and speeds
-of its own; that is part of what the published weights of MLLA (arXiv 2405.16605) and ViT^3 (arXiv 2512.01643) mean.
-Of each head alone, C is its width, so that each has both axes and all speeds. Then b is 100 (`HEAD_BASE`), as Heo et
-al., "Rotary Position Embedding for Vision Transformer", ECCV 2024 (arXiv 2403.13298), have it: a side of a grid has about
-the root of as many places as a text. Real arithmetic, in float32 or float64; positions are whole numbers from 0, so those
-of a tile are its own and any size works.
+column * theta_j. Real arithmetic, in float32 or float64; positions are whole numbers from 0, so those of a tile are its
+own and any size works.
+
+C may be all channels of a token, and heads split afterwards, so each has axes and speeds of its own; with b = 10000,
+that is part of what the published weights of MLLA (arXiv 2405.16605) and ViT^3 (arXiv 2512.01643) mean. Or it is the
+width of a head, so each has both axes and all speeds; then b = 100, as in Heo et al., "Rotary Position Embedding for
+Vision Transformer", ECCV 2024 (arXiv 2403.13298): a side of a grid has about the root of as many places as a text.
 """
 
 from typing import NamedTuple

@@ -72,8 +72,7 @@ class TiledBlock:
         """A copy of the tree of modules, with the same parameters, whose cores are asked for their rounds."""
         twin = copy.copy(module)
         if isinstance(module, Core):
-            twin.forward = functools.partial(self._meet, module)
-            twin.cut_up = True
+            twin.__dict__.update(forward=functools.partial(self._meet, module), cut_up=True)
         else:
             parts = {name: part and self._shadow(part) for name, part in module._modules.items()}
             twin.__dict__["_modules"] = parts
