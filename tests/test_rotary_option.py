@@ -17,7 +17,10 @@ from matrix.subject import Subject, close, random_tokens
 from streaming.hosts import small
 from streaming.test_stream import image, same_as_dense
 
-pytestmark = [*map(pytest.mark.filterwarnings, graphs.WARNINGS)]
+pytestmark = [
+    pytest.mark.timeout(300),  # tracing is slow where cores are shared
+    *map(pytest.mark.filterwarnings, graphs.WARNINGS),
+]
 TURNING = [entry for entry in list_attentions(rotary=True) if getattr(entry.factory, "turns", "")]
 TOKENS = [entry.name for entry in TURNING if entry.factory.turns == "tokens"]
 SHIFTED = [entry.name for entry in TURNING if entry.capabilities.keep]
