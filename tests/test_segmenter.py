@@ -71,8 +71,14 @@ def test_maps_of_every_host(name):
 
 @pytest.mark.parametrize("host", ["pvt_tiny", "flow_pyramid", "cswin_tiny", "l2vit_pyramid_tiny"])
 def test_the_last_pixels_are_seen(host):
-    """By hosts whose convolutions floor, too."""
+    """By hosts whose convolutions floor, too; of whole strides the maps are those of the model itself."""
     backbone = small(host, "softmax").eval()
+    whole = torch.randn(1, 3, 64, 96)
+    maps = backbone(whole)
+    plain = linsight.create_model(host, **{**SMALL[host], **NO_TOKEN.get(host, {})}).eval()
+    plain.load_state_dict({**plain.state_dict(), **backbone.model.model.state_dict()})
+    for ours, theirs in zip(maps, plain.forward_intermediates(whole, intermediates_only=True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     x = torch.randn(1, 3, 33, 35)
     before = backbone(x)[-1]
     x[..., -1, -1] += 1
