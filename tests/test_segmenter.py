@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,8 +71,14 @@ def test_maps_of_every_host(name):
 
 @pytest.mark.parametrize("host", ["pvt_tiny", "flow_pyramid", "cswin_tiny", "l2vit_pyramid_tiny"])
 def test_the_last_pixels_are_seen(host):
-    """By hosts whose convolutions floor, too."""
+    """By hosts whose convolutions floor, too; of whole strides the maps are those of the model itself."""
     backbone = small(host, "softmax").eval()
+    whole = torch.randn(1, 3, 64, 96)
+    maps = backbone(whole)
+    plain = linsight.create_model(host, **{**SMALL[host], **NO_TOKEN.get(host, {})}).eval()
+    plain.load_state_dict({**plain.state_dict(), **backbone.model.model.state_dict()})
+    for ours, theirs in zip(maps, plain.forward_intermediates(whole, intermediates_only=True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     x = torch.randn(1, 3, 33, 35)
     before = backbone(x)[-1]
     x[..., -1, -1] += 1
@@ -341,6 +349,75 @@ def test_it_travels(decoder):
     empty = segmenter(decoder, device="meta", dtype=torch.float64)
     assert all(p.is_meta and p.dtype == torch.float64 for p in empty.parameters())
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+STAGES = [(8, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)]
+
+
+def dense(**more):
+    return linsight.create_segmenter("mlla_tiny_dense", "mlp", 5, width=8, stages=STAGES, **more)
+
+
+def values(model):
+    """Its state without the counters of batch norms, which no checkpoint fills."""
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+
+
+def of_another_library(backbone):
+    """A checkpoint as segmenters are published: the backbone by its own keys beside heads that linsight lacks."""
+    state = {f"backbone.{key}": tensor + 1 for key, tensor in linsight.export_published(backbone).items()}
+    assert "backbone.norm2.weight" in state and "backbone.patch_embed.conv1.conv.weight" in state
+    heads = {"decode_head.conv_seg.weight": torch.ones(5, 8, 1, 1), "auxiliary_head.convs.0.bn.bias": torch.ones(8)}
+    return {"meta": {"epoch": 1}, "state_dict": {**state, **heads}, "optimizer": {}}
+
+
+def test_published_checkpoints_fill_the_backbone():
+    source, model = dense(), dense()
+    before, wanted = copy.deepcopy(model.state_dict()), source.backbone.state_dict()
+    file = of_another_library(source.backbone)
+    report = linsight.load_published(model, file)
+    for key, tensor in values(model).items():
+        inside = key.startswith("backbone.")
+        assert torch.equal(tensor, wanted[key.removeprefix("backbone.")] + 1 if inside else before[key]), key
+        assert key in (report.loaded if inside else report.kept)
+    backbone = pyramid("mlla_tiny_dense", stages=STAGES)
+    report = linsight.load_published(backbone, file)
+    assert any("decode_head" in line for line in report.dropped)
+    assert all(torch.equal(tensor, wanted[key] + 1) for key, tensor in values(backbone).items())
+    del file["state_dict"]["backbone.norm1.bias"]
+    with pytest.raises(linsight.LinsightError, match=r"1 of \d+ tensors differ"):
+        linsight.load_published(model, file)
+
+
+def test_our_checkpoints_fill_all():
+    source = dense(auxiliary=True)
+    for state in (source.state_dict(), linsight.export_published(source)):
+        model = dense(auxiliary=True)
+        report = linsight.load_published(model, {"model": state})
+        assert set(report.loaded) >= dict(model.named_parameters()).keys()
+        assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in model.state_dict().items())
+    other = linsight.create_segmenter("mlla_tiny_dense", "mlp", 7, width=8, stages=STAGES)
+    report = linsight.load_published(other, dense().state_dict(), head=False)
+    assert {key for key in report.kept if key.startswith("decoder.classifier")}
+
+
+@pytest.mark.parametrize("host", ["vit_tiny", "swin_tiny"])
+def test_weights_of_a_classifier(host):
+    """What makes maps of other strides of a ViT is new."""
+    model = linsight.create_model(host, attention="inline", **SMALL[host])
+    backbone = small(host)
+    report = linsight.load_published(backbone, linsight.export_published(model), head=False)
+    assert all(key.startswith("up.") for key in report.kept)
+    state = model.state_dict()
+    for key, tensor in backbone.model.model.state_dict().items():
+        torch.testing.assert_close(tensor, state[key])
+
+
+def test_the_page_lists_every_decoder():
+    page = (Path(__file__).parents[1] / "docs" / "dense.md").read_text(encoding="utf-8")
+    for name, row in DECODERS.items():
+        found = re.search(rf"^\| `{name}` \| .* \| (\d+) \| (yes|-) \| .*, arXiv (\S+) \|$", page, re.MULTILINE)
+        assert found and found.groups() == (str(row.width), "yes" if row.auxiliary else "-", row.paper.arxiv)
 
 
 SIZES = ((64, 64), (160, 96), (131, 97), (67, 149), (96, 96))
