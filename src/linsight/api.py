@@ -4,7 +4,7 @@ from linsight.attention import create_attention, list_attentions
 from linsight.checkpoints import export_published, load_pretrained, load_published
 from linsight.errors import LinsightError
 from linsight.fuse import fuse
-from linsight.models import create_model, create_segmenter, load_pretrained_with
+from linsight.models import create_detector, create_model, create_segmenter, load_pretrained_with
 from linsight.ops import Grid, Layout
 from linsight.streaming import stream
 
@@ -15,6 +15,7 @@ __all__ = [
     "Layout",
     "LinsightError",
     "create_attention",
+    "create_detector",
     "create_model",
     "create_segmenter",
     "export_published",

@@ -182,7 +182,7 @@ class OptimiserFields(Record):
     freeze_stages: Count = Field(default=0, description="the same by stages, which in a ViT are its layer groups")
     weight_decay: NotNegative = Field(default=0.05, description="not applied to vectors and what the model exempts")
     clip_grad: NotNegative = Field(default=0.0, description="largest norm of the gradient, 0 is off")
-    sched: Literal["cosine", "tanh", "poly", "step", "none"] = Field(
+    sched: Literal["cosine", "tanh", "poly", "step", "multistep", "none"] = Field(
         default="cosine", description="course of the learning rate, by update"
     )
     sched_args: Options = Field(default={}, description="other arguments of timm's schedule")
@@ -191,6 +191,7 @@ class OptimiserFields(Record):
     )
     epochs: Whole = Field(default=10, description="with the warm-up, without the cool-down")
     warmup_epochs: Count = Field(default=0, description="epochs of linear warm-up")
+    warmup_updates: Count = Field(default=0, description="the same in updates, where an epoch is too long; 0: epochs")
     warmup_lr: Rate = Field(default=0.0, description="learning rate it starts from")
     min_lr: Rate = Field(default=0.0, description="learning rate at the end")
     cooldown_epochs: Count = Field(default=0, description="more epochs at that rate")

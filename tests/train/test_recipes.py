@@ -19,7 +19,7 @@ def test_a_shipped_recipe_resolves_says_what_to_expect_and_survives_json(name):
     assert read_recipe(kept) == recipe
 
 
-PUBLISHED = [name for name, shipped in RECIPES.items() if shipped.published]
+PUBLISHED = [name for name, shipped in RECIPES.items() if shipped.published and shipped.recipe.task == "classify"]
 
 
 def test_every_published_model_has_its_recipe():

@@ -2,7 +2,7 @@
 
 from . import hosts as hosts
 from . import papers as papers
-from .dense import create_segmenter
+from .dense import create_detector, create_segmenter
 from .parts.windows import fit_bias_table
 from .plan import Choice, plan
 from .registry import (
@@ -40,6 +40,7 @@ __all__ = [
     "add_architectures",
     "add_hosts",
     "add_variants",
+    "create_detector",
     "create_model",
     "create_segmenter",
     "default_attention",

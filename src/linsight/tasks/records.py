@@ -7,7 +7,21 @@ from pydantic import Field, model_validator
 
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.recipe import TASK, Recipe
-from linsight.records import NONE, Count, NotNegative, Pixel, Positive, Ratios, Record, Share, Sides, Text, Whole, shown
+from linsight.records import (
+    NONE,
+    Count,
+    NotNegative,
+    Pixel,
+    Positive,
+    Ratios,
+    Record,
+    Share,
+    ShorterSides,
+    Sides,
+    Text,
+    Whole,
+    shown,
+)
 
 
 class MixFields(Record):
@@ -164,12 +178,67 @@ class SegmentRecipe(Recipe, SegmentFields, MaskFields, DenseImageFields, Segment
         return self
 
 
+class DetectFields(Record):
+    """The detector."""
+
+    group = "Model"
+
+    method: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet"] = Field(
+        default="faster_rcnn", description="heads: of boxes, or of boxes and masks, in two stages, four, or one"
+    )
+    pyramid_width: Whole = Field(default=256, description="channels of the pyramid, and of convolutions in heads")
+    head_width: Whole = Field(default=1024, description="width of fully connected layers in heads")
+    least_score: Share = Field(default=0.05, description="detections of a lower score are left out")
+    nms: Share = Field(default=0.5, description="of two detections of a class that overlap more, one is left out")
+    detections: Whole = Field(default=100, description="detections of an image, at most")
+
+
+class DetectImageFields(Record):
+    """From images with objects to what a detector is given."""
+
+    group = "Augmentation"
+
+    sides: ShorterSides = Field(
+        default=tuple(range(480, 801, 32)), description="shorter sides of training images, of which one is drawn"
+    )
+    longest: Whole = Field(default=1333, description="longer side of images, at most; the shorter one gives way")
+    part: Share = Field(
+        default=0.0, description="share of training images that are made small and cut first, as in DETR's training"
+    )
+    eval_side: Count = Field(
+        default=800, description="shorter side of images that are evaluated or predicted; 0: as they are"
+    )
+    shown_score: Share = Field(default=0.5, description="least score of what predict and pictures show")
+
+
+class DetectRecipe(Recipe, DetectFields, DetectImageFields):
+    """A run of the task `detect`."""
+
+    KEPT = frozenset(("longest", "eval_side", "shown_score"))
+
+    task: Literal["detect"] = Field(default="detect", description=TASK)
+    batch_size: Whole = Field(default=16, description="images of one update")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = Field(
+        default="bilinear", description="how images are resized"
+    )
+
+    @model_validator(mode="after")
+    def _has_objects(self) -> Self:
+        for name, plain in (("draft", 0), ("epoch_images", None), ("order", "full"), ("image_ranks", 1)):
+            if getattr(self, name) != plain:
+                raise LinsightError(f"{name}={getattr(self, name)} is not for images with objects: leave it out")
+        if self.compile:
+            raise LinsightError("compile: the heads of a detector get another number of boxes each time, leave it out")
+        return self
+
+
 # By the names of their tasks. `linsight.tasks.register` adds others.
 RECORDS: dict[str, type[Recipe]] = {
     "classify": ClassifyRecipe,
     "budget": BudgetRecipe,
     "distil": DistilRecipe,
     "segment": SegmentRecipe,
+    "detect": DetectRecipe,
 }
 
 

@@ -16,6 +16,7 @@ _OWN = {
     "budget": ("budget", "Budget"),
     "distil": ("distil", "Distil"),
     "segment": ("segment", "Segment"),
+    "detect": ("detect", "Detect"),
 }
 _OTHERS: dict[str, type[Task]] = {}
 

@@ -63,8 +63,8 @@ class Student(Protocol):
 
     model: nn.Module
 
-    def forward(self, images: Tensor) -> Any:
-        """The model's answer in training mode, in the dtype of mixed precision."""
+    def forward(self, images: Any, *more: Any) -> Any:
+        """The model's answer in training mode, in the dtype of mixed precision. more: what else it takes."""
 
     def taught(self, images: Tensor) -> Any:
         """The answer of the averaged weights, in evaluation mode and without a gradient."""

@@ -5,6 +5,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
 from linsight.data.feeds import refuse
 from linsight.data.images import loader, told
 from linsight.data.inputs import is_packed
@@ -93,8 +96,9 @@ def predict(
         names = [str(files[place]) for place in task.places(batch)]
         some = f"'{names[0]}' or another of {len(names)} images" if len(names) > 1 else f"'{names[0]}'"
         answers = answered(task, model, batch, dtype)
-        for answer in answers:
-            require_finite(answer, some)
+        for answer in tree_leaves(answers):
+            if isinstance(answer, Tensor):
+                require_finite(answer, some)
         done += task.predictions(answers, names, top)
     for line in told(notes):
         note(line)

@@ -14,7 +14,7 @@ from linsight.tasks.files import is_recipe_file, read_values
 
 from .hub import PREFIX
 from .model import kept_fields
-from .recipes import FINETUNE, RECIPES
+from .recipes import FINETUNE, OBJECTS, RECIPES
 from .run import WEIGHTS, kept_recipe
 from .softmax import is_timm, told
 
@@ -107,14 +107,16 @@ def told_channels(name: str, recipe: Recipe) -> str:
 
 
 def suggest(overrides: Mapping[str, Any]) -> str:
-    """The recipe for a run that names none: `finetune` where it starts from weights, else one for images of the size of
-    its model, or else of its data.
+    """The recipe for a run that names none: `finetune` where it starts from weights, `objects` where those are found,
+    else one for images of the size of its model, or else of its data.
 
     Raises:
         LinsightError: the model or the data cannot be used.
     """
     if overrides.get("init") is not None:
         return FINETUNE
+    if overrides.get("task") == "detect":
+        return OBJECTS
     if overrides.get("data", "digits") == "digits":
         return "digits"
     if "model" in overrides:

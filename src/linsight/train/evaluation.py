@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from linsight.data.feeds import readers, refuse
 from linsight.data.images import Batch, Normalise, Unprepared, eval_transform, loader, told, whole_image
@@ -233,11 +234,15 @@ def _counted(found: list[_Count]) -> _Count:
 
 @torch.inference_mode()
 def answered(task: Task, model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> Any:
-    """The answers of `model` to a batch, by a task that has begun: float32 on the CPU, or a list of such tensors."""
+    """The answers of `model` to a batch, by a task that has begun: tensors on the CPU, numbers as float32."""
     model.eval()
     with autocast(task.inputs.device, dtype):
         found = task.answers(model, batch)
-    return [answer.float().cpu() for answer in found] if isinstance(found, list) else found.float().cpu()
+    return tree_map_only(Tensor, _plain, found)
+
+
+def _plain(answer: Tensor) -> Tensor:
+    return answer.float().cpu() if answer.is_floating_point() else answer.cpu()
 
 
 @torch.inference_mode()

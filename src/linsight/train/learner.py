@@ -32,9 +32,13 @@ def ema_decay(recipe: Recipe) -> float:
     return recipe.ema ** (recipe.batch_size / recipe.ema_base_batch if recipe.ema_base_batch else 1)
 
 
-def warmup_epochs(recipe: Recipe) -> float:
-    """The epochs of warm-up: the recipe's, or a quarter of the run where that would never get out of its warm-up."""
-    return recipe.warmup_epochs if recipe.warmup_epochs < recipe.epochs else recipe.epochs / 4
+def warmup_epochs(recipe: Recipe, updates: int) -> float:
+    """The epochs of warm-up: the recipe's, or a quarter of the run where that would never get out of its warm-up.
+
+    updates: of an epoch.
+    """
+    asked = recipe.warmup_updates / updates if recipe.warmup_updates else recipe.warmup_epochs
+    return asked if asked < recipe.epochs else recipe.epochs / 4
 
 
 class Part(NamedTuple):
@@ -131,7 +135,7 @@ class Learner:
                 self.optimiser,
                 recipe.sched,
                 num_epochs=recipe.epochs,
-                warmup_epochs=warmup_epochs(recipe),
+                warmup_epochs=warmup_epochs(recipe, updates),
                 warmup_lr=recipe.warmup_lr * scale,
                 min_lr=recipe.min_lr * scale,
                 cooldown_epochs=recipe.cooldown_epochs,
@@ -176,13 +180,13 @@ class Learner:
         group = min(self.optimiser.param_groups, key=lambda group: abs(group.get("lr_scale", 1.0) - 1))
         return group["lr"] / group.get("lr_scale", 1.0)
 
-    def forward(self, images: Tensor) -> Any:
-        """The model's answer in training mode, in the dtype of mixed precision."""
+    def forward(self, images: Any, *more: Any) -> Any:
+        """The model's answer in training mode, in the dtype of mixed precision. more: what else it takes."""
         self._run.train()
         for norm in self.still:
             norm.eval()
         with autocast(self.device, self.dtype):
-            return self._run(images)
+            return self._run(images, *more)
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:

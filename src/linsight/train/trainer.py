@@ -87,11 +87,10 @@ class Trainer:
         self.bad_updates = BadUpdates(self.learner)
         if self.learner.kept:
             report.note(f"kept as they are: {self.learner.kept} of {self.learner.params} parameters")
-        warmup = warmup_epochs(recipe)
-        if warmup != recipe.warmup_epochs:
-            report.note(
-                f"a warm-up of {recipe.warmup_epochs} epochs would take all {recipe.epochs}: it is {warmup:g} of them"
-            )
+        warmup, asked = warmup_epochs(recipe, self.steps), recipe.warmup_updates or recipe.warmup_epochs
+        if warmup not in (recipe.warmup_epochs, recipe.warmup_updates / self.steps):
+            what, unit = ("updates", " epochs") if recipe.warmup_updates else ("epochs", "")
+            report.note(f"a warm-up of {asked} {what} would take all {recipe.epochs}{unit}: it is {warmup:g} of them")
         self.epoch = self.step = 0
         self.notes, self.told = list[str](), False
         self.best: tuple[float, int] = (-1.0, 0)  # the measure, and its epoch; 0: none yet

@@ -17,6 +17,8 @@ from ..steps import MapEnd, StreamPlan, Streams
 from .images import FORMATS, check_format
 from .keys import AnyKeys
 
+_START = re.compile(r"(?<![\[\\])\^")  # of a pattern, not of a set or a character
+
 
 class Features(AnyKeys, FeatureGetterNet):
     """timm's `features_only` wrapper around a model, with what training asks of one.
@@ -98,11 +100,14 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 
 def inside(prefix: str, rule: Any) -> Any:
-    """A rule of `group_matcher` for names behind a prefix, as "model."."""
+    """A rule of `group_matcher` for names behind a prefix, as "model.".
+
+    timm matches names from their beginning, so every alternative of a rule begins there, with "^" or without.
+    """
     if rule is None:
         return None
     if isinstance(rule, str):
-        return re.sub(r"(?<!\[)\^", lambda _: f"^{re.escape(prefix)}", rule)
+        return f"^{re.escape(prefix)}(?:{_START.sub('', rule)})"
     return [(inside(prefix, pattern), suffix) for pattern, suffix in rule]
 
 

@@ -3,17 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 from ._base import Shipped, published
-from ._own import FINETUNE, OWN
+from ._detect import OBJECTS, OWN_DETECTORS, published_detectors
+from ._own import FINETUNE
+from ._own import OWN as _OWN
 
 if TYPE_CHECKING:
     RECIPES: dict[str, Shipped]
 
-__all__ = ["FINETUNE", "OWN", "RECIPES", "Shipped"]
+OWN = {**_OWN, **OWN_DETECTORS}
+
+__all__ = ["FINETUNE", "OBJECTS", "OWN", "RECIPES", "Shipped"]
 
 
 def __getattr__(name: str) -> Any:
     """`RECIPES`, all of them, made when it is asked for: those of papers need the models."""
     if name != "RECIPES":
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    globals()[name] = {**OWN, **dict(published())}
+    globals()[name] = {**OWN, **dict(published()), **dict(published_detectors())}
     return globals()[name]
