@@ -88,7 +88,7 @@ CASES = [
     (*which, *how)
     for which, *how in zip(
         itertools.product(sorted(MAPS), KINDS),
-        *map(itertools.cycle, (LAYOUTS, WIDTHS, [True, False, True], [True, True, False, False, False])),
+        *map(itertools.cycle, (LAYOUTS, WIDTHS, [True, False, True], [True, "heads", "heads", False, False])),
         strict=False,
     )
 ]
@@ -101,7 +101,10 @@ def case(name, kind, layout, widths, masked, turns, dtype=F64, grid=GRID, batch=
     x = lay(randn(batch, grid.tokens, HEADS, d, dtype=dtype))
     values = lay(randn(batch, grid.tokens, HEADS, e, dtype=dtype))
     acc = torch.promote_types(dtype, torch.float32)
-    turn = Turn.of(Tile.whole(grid), HEADS * d, device=x.device, dtype=acc) if turns and d % 2 == 0 else None
+    heads = HEADS if turns == "heads" else 1  # each head alone, or all channels together
+    turn = (
+        Turn.of(Tile.whole(grid), HEADS * d, heads=heads, device=x.device, dtype=acc) if turns and d % 2 == 0 else None
+    )
     keep = (torch.rand(batch, grid.tokens) < 0.7).to(DEVICE) if masked else None
     if kind in ("raw", "central"):
         operator = {"raw": linear_absorb, "central": central_absorb}[kind]

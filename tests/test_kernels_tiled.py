@@ -27,8 +27,8 @@ def computed(q, k, v, keep, add, turn):
     """All four operators."""
     state = linear_absorb(Features(k, "elu+1", turn=turn), v, keep)
     out = linear_read(Features(q, "elu+1", turn=turn), state, 1e-6, add=add)
-    moments = central_absorb(k, v, keep)
-    return [*state, out, *moments, affine_read(q, moments.cross, moments.v, add=add)]
+    moments = central_absorb(Features(k, turn=turn), v, keep)
+    return [*state, out, *moments, affine_read(Features(q, turn=turn), moments.cross, moments.v, add=add)]
 
 
 @given(
@@ -38,7 +38,7 @@ def computed(q, k, v, keep, add, turn):
     prefix=st.integers(0, 2),
     budget=st.sampled_from([1, 100, 300, 2000]),
     masked=st.booleans(),
-    turned=st.booleans(),
+    turned=st.sampled_from([0, 1, HEADS]),
     rows=st.integers(0, 3),
 )
 def test_tiles_change_nothing(batch, height, width, prefix, budget, masked, turned, rows):
@@ -51,7 +51,9 @@ def test_tiles_change_nothing(batch, height, width, prefix, budget, masked, turn
         weight = torch.randn(batch if dynamic else channels, channels if dynamic else 1, 3, 3)
         bias = None if dynamic else torch.randn(channels)
         add = Convolved(add.flatten(2), (height, width), weight, bias, HEADS, dynamic)
-    turn = Turn.of(Tile.whole(grid), HEADS * WIDTH, device=q.device, dtype=q.dtype) if turned else None
+    turn = None
+    if turned:
+        turn = Turn.of(Tile.whole(grid), HEADS * WIDTH, heads=turned, device=q.device, dtype=q.dtype)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "BUDGET", budget)
         patch.setattr(tiled, "ROWS", rows)

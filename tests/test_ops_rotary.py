@@ -5,7 +5,7 @@ import torch
 
 from golden.constants import rotary_table
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Tile, check_rotary, rotate, tiles
+from linsight.ops import Grid, Tile, Turn, check_rotary, rotate, tiles
 
 F64 = torch.float64
 
@@ -34,6 +34,17 @@ def test_products_depend_on_offsets_alone():
     scores = (rotate(q, whole) @ rotate(k, whole).mT)[0].unflatten(0, (5, 6)).unflatten(2, (5, 6))
     torch.testing.assert_close(scores[1, 2, 3, 4], scores[0, 1, 2, 3])
     assert not torch.allclose(scores[1, 2, 3, 4], scores[0, 1, 3, 3])
+
+
+@pytest.mark.parametrize("width", [8, 7, 10], ids=str)
+def test_heads_are_turned_each_alone(width):
+    """Each as if it were all; what a multiple of four channels leaves over is not turned."""
+    tile, x, where = Tile(Grid(9, 9, 1), 2, 3, 4, 5, 1), torch.randn(2, 42, 3 * width, dtype=F64), torch.device("cpu")
+    out = Turn.of(tile, 3 * width, heads=3, base=50.0, device=where, dtype=F64).rotate(x)
+    for head, ours in zip(x.split(width, -1), out.split(width, -1), strict=True):
+        turning = width // 4 * 4
+        alone = Turn.of(tile, turning, base=50.0, device=where, dtype=F64).rotate(head[..., :turning])
+        torch.testing.assert_close(ours, torch.cat([alone, head[..., turning:]], dim=-1), rtol=0, atol=0)
 
 
 def test_half_tokens_are_turned_in_float32():

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +14,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import linsight
+from linsight.models import HOSTS, VARIANTS
 from linsight.models.dense import DECODERS, Segmented, Segmenter, create_decoder, pyramid
 from test_hosts import NO_TOKEN, SMALL
 
 ODD = ((97, 161), (33, 57), (5, 3), (1, 1))  # the last two smaller than a patch
 TINY = {"embed_dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
 decoders = pytest.mark.parametrize("decoder", DECODERS)
-# In the normal run a fifth of the hosts, and those whose maps are of a kind of their own.
-_OWN = ("vit_tiny", "compact_pico", "pvt_tiny", "cswin_tiny", "l2vit_pyramid_tiny", "flow_pyramid")
+# Those whose maps are of a kind of their own, the others in the full run.
+_OWN = ("vit_tiny", "compact_pico", "pvt_tiny", "cswin_tiny")
 hosts = pytest.mark.parametrize(
     "host", [host if host in _OWN else pytest.param(host, marks=pytest.mark.full) for host in SMALL]
+)
+# At their own sizes, a fifth of them in the normal run.
+ALL = [*HOSTS, *(name for name, variant in VARIANTS.items() if variant.dense)]
+every = pytest.mark.parametrize(
+    "name", [name if i % 5 == 0 else pytest.param(name, marks=pytest.mark.full) for i, name in enumerate(ALL)]
 )
 
 
@@ -50,10 +58,27 @@ def test_maps_of_any_image(host):
         assert tuple(m.shape[1] for m in maps) == backbone.channels
 
 
+@every
+def test_maps_of_every_host(name):
+    """Their shapes alone: nothing is computed."""
+    backbone = pyramid(name, device="meta").eval()
+    with torch.no_grad():
+        maps = backbone(torch.empty(1, 3, *ODD[0], device="meta"))
+    found = [(m.shape[1], *m.shape[2:]) for m in maps]
+    assert found == [(c, *size) for c, size in zip(backbone.channels, ceilings(ODD[0], backbone.strides), strict=True)]
+    assert name.startswith("compact") or backbone.strides == (4, 8, 16, 32)
+
+
 @pytest.mark.parametrize("host", ["pvt_tiny", "flow_pyramid", "cswin_tiny", "l2vit_pyramid_tiny"])
 def test_the_last_pixels_are_seen(host):
-    """By hosts whose convolutions floor, too."""
+    """By hosts whose convolutions floor, too; of whole strides the maps are those of the model itself."""
     backbone = small(host, "softmax").eval()
+    whole = torch.randn(1, 3, 64, 96)
+    maps = backbone(whole)
+    plain = linsight.create_model(host, **{**SMALL[host], **NO_TOKEN.get(host, {})}).eval()
+    plain.load_state_dict({**plain.state_dict(), **backbone.model.model.state_dict()})
+    for ours, theirs in zip(maps, plain.forward_intermediates(whole, intermediates_only=True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     x = torch.randn(1, 3, 33, 35)
     before = backbone(x)[-1]
     x[..., -1, -1] += 1
@@ -118,6 +143,13 @@ def normed(norm, x):
     return (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
 
 
+def enlarged(x, size):
+    """Each token is the middle of a square of whole pixels, whatever the size of the image."""
+    fits = (t for t in (1, 2, 4, 8, 16, 32) if all(-(-s // t) == n for s, n in zip(size, x.shape[2:], strict=True)))
+    times = next(fits)
+    return bilinear(x, [times * side for side in x.shape[2:]])[:, :, : size[0], : size[1]]
+
+
 def bilinear(x, size):
     """As a sum over the two nearest rows and columns, whose centres are half pixels."""
     for axis, new in zip((2, 3), size, strict=True):
@@ -136,7 +168,7 @@ def linear(layer, x):
 
 
 def mixed(part, maps):
-    found = [bilinear(linear(layer, x), maps[0].shape[2:]) for layer, x in zip(part.linear, maps, strict=True)]
+    found = [enlarged(linear(layer, x), maps[0].shape[2:]) for layer, x in zip(part.linear, maps, strict=True)]
     return conv(part.fuse, torch.cat(found, 1))
 
 
@@ -160,7 +192,7 @@ def semantic_fpn(decoder, maps):
     total = conv(decoder.steps[0][0], levels[0])
     for i, x in enumerate(levels[1:], 1):
         for j in reversed(range(i)):
-            x = bilinear(conv(decoder.steps[i][i - 1 - j], x), maps[j].shape[2:])
+            x = enlarged(conv(decoder.steps[i][i - 1 - j], x), maps[j].shape[2:])
         total = total + x
     return total
 
@@ -178,9 +210,9 @@ def upernet(decoder, maps):
     x = conv(decoder.context, torch.cat([maps[-1], *scales], 1))
     found = [x]
     for i in reversed(range(len(maps) - 1)):
-        x = conv(decoder.laterals[i], maps[i]) + bilinear(x, maps[i].shape[2:])
+        x = conv(decoder.laterals[i], maps[i]) + enlarged(x, maps[i].shape[2:])
         found.insert(0, conv(decoder.smooth[i], x))
-    return conv(decoder.fuse, torch.cat([bilinear(x, maps[0].shape[2:]) for x in found], 1))
+    return conv(decoder.fuse, torch.cat([enlarged(x, maps[0].shape[2:]) for x in found], 1))
 
 
 def varied(scale, x):
@@ -227,7 +259,7 @@ def vwformer(decoder, maps):
     x = conv(decoder.join, torch.cat([conv(decoder.short, x), pooled(decoder.pool, x, 1), *scales], 1))
     if not maps[1:]:
         return x
-    return conv(decoder.fuse, torch.cat([bilinear(x, maps[0].shape[2:]), conv(decoder.low, maps[0])], 1))
+    return conv(decoder.fuse, torch.cat([enlarged(x, maps[0].shape[2:]), conv(decoder.low, maps[0])], 1))
 
 
 DEFINITIONS = {"mlp": mlp, "semantic_fpn": semantic_fpn, "upernet": upernet, "vwformer": vwformer}
@@ -275,11 +307,11 @@ def test_training(decoder):
     found = model(x)
     assert isinstance(found, Segmented) and model.auxiliary_weight == 0.4
     wanted = model.auxiliary.classifier(model.auxiliary.conv(model.backbone(x)[2]))
-    torch.testing.assert_close(found.auxiliary, bilinear(wanted, x.shape[2:]))
+    torch.testing.assert_close(found.auxiliary, enlarged(wanted, x.shape[2:]))
     (found.main.square().mean() + found.auxiliary.square().mean()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     model.eval()
-    torch.testing.assert_close(model(x), bilinear(model.decoder(model.backbone(x)), x.shape[2:]))
+    torch.testing.assert_close(model(x), enlarged(model.decoder(model.backbone(x)), x.shape[2:]))
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in synced.decoder.modules())
 
@@ -319,13 +351,95 @@ def test_it_travels(decoder):
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
+STAGES = [(8, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)]
+
+
+def dense(**more):
+    return linsight.create_segmenter("mlla_tiny_dense", "mlp", 5, width=8, stages=STAGES, **more)
+
+
+def values(model):
+    """Its state without the counters of batch norms, which no checkpoint fills."""
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+
+
+def of_another_library(backbone):
+    """A checkpoint as segmenters are published: the backbone by its own keys beside heads that linsight lacks."""
+    state = {f"backbone.{key}": tensor + 1 for key, tensor in linsight.export_published(backbone).items()}
+    assert "backbone.norm2.weight" in state and "backbone.patch_embed.conv1.conv.weight" in state
+    heads = {"decode_head.conv_seg.weight": torch.ones(5, 8, 1, 1), "auxiliary_head.convs.0.bn.bias": torch.ones(8)}
+    return {"meta": {"epoch": 1}, "state_dict": {**state, **heads}, "optimizer": {}}
+
+
+def test_published_checkpoints_fill_the_backbone():
+    source, model = dense(), dense()
+    before, wanted = copy.deepcopy(model.state_dict()), source.backbone.state_dict()
+    file = of_another_library(source.backbone)
+    report = linsight.load_published(model, file)
+    for key, tensor in values(model).items():
+        inside = key.startswith("backbone.")
+        assert torch.equal(tensor, wanted[key.removeprefix("backbone.")] + 1 if inside else before[key]), key
+        assert key in (report.loaded if inside else report.kept)
+    backbone = pyramid("mlla_tiny_dense", stages=STAGES)
+    report = linsight.load_published(backbone, file)
+    assert any("decode_head" in line for line in report.dropped)
+    assert all(torch.equal(tensor, wanted[key] + 1) for key, tensor in values(backbone).items())
+    del file["state_dict"]["backbone.norm1.bias"]
+    with pytest.raises(linsight.LinsightError, match=r"1 of \d+ tensors differ"):
+        linsight.load_published(model, file)
+
+
+def test_our_checkpoints_fill_all():
+    source = dense(auxiliary=True)
+    for state in (source.state_dict(), linsight.export_published(source)):
+        model = dense(auxiliary=True)
+        report = linsight.load_published(model, {"model": state})
+        assert set(report.loaded) >= dict(model.named_parameters()).keys()
+        assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in model.state_dict().items())
+    other = linsight.create_segmenter("mlla_tiny_dense", "mlp", 7, width=8, stages=STAGES)
+    report = linsight.load_published(other, dense().state_dict(), head=False)
+    assert {key for key in report.kept if key.startswith("decoder.classifier")}
+
+
+@pytest.mark.parametrize("host", ["vit_tiny", "swin_tiny"])
+def test_weights_of_a_classifier(host):
+    """What makes maps of other strides of a ViT is new."""
+    model = linsight.create_model(host, attention="inline", **SMALL[host])
+    backbone = small(host)
+    report = linsight.load_published(backbone, linsight.export_published(model), head=False)
+    assert all(key.startswith("up.") for key in report.kept)
+    state = model.state_dict()
+    for key, tensor in backbone.model.model.state_dict().items():
+        torch.testing.assert_close(tensor, state[key])
+
+
+def test_the_page_lists_every_decoder():
+    page = (Path(__file__).parents[1] / "docs" / "dense.md").read_text(encoding="utf-8")
+    for name, row in DECODERS.items():
+        found = re.search(rf"^\| `{name}` \| .* \| (\d+) \| (yes|-) \| .*, arXiv (\S+) \|$", page, re.MULTILINE)
+        assert found and found.groups() == (str(row.width), "yes" if row.auxiliary else "-", row.paper.arxiv)
+
+
 SIZES = ((64, 64), (160, 96), (131, 97), (67, 149), (96, 96))
 
 
-@decoders
+def traceable(decoder):
+    """With the fewest layers that have all there is to trace, which is slow."""
+    options = {"width": 8, **OPTIONS.get(decoder, {})}
+    if decoder == "vwformer":
+        options = {"width": 8, "num_heads": 2, "ratios": (2,)}
+    backbone = pyramid("compact_pico", attention="efficient", stem=[(8, 4)], stages=[(8, 1, 2), (16, 1, 2)])
+    return Segmenter(backbone, create_decoder(decoder, backbone.channels, 5, **options)).eval()
+
+
+def some_in_full(*normal):
+    return [name if name in normal else pytest.param(name, marks=pytest.mark.full) for name in DECODERS]
+
+
+@pytest.mark.parametrize("decoder", some_in_full("mlp"))
 def test_two_graphs_for_five_sizes(decoder):
     torch._dynamo.reset()
-    model = segmenter(decoder, depths=(1, 1, 1, 1)).eval()
+    model = traceable(decoder)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -335,9 +449,9 @@ def test_two_graphs_for_five_sizes(decoder):
     assert counter.frame_count <= 2
 
 
-@decoders
+@pytest.mark.parametrize("decoder", some_in_full("mlp", "upernet"))
 def test_export_with_any_height_and_width(decoder):
-    model = segmenter(decoder).eval()
+    model = traceable(decoder)
     sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (torch.randn(1, 3, 64, 96),), dynamic_shapes=(sides,)).module()
     for size in SIZES[1:4]:

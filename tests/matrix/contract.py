@@ -53,8 +53,8 @@ def incapable_says_who_can(subject: Subject) -> None:
             run_rounds(core, random_tokens(core, 1, grid, 8), tiles(grid, 1, 3))
         elif capability == "reduced":
             subject.layer(8, reduction=2)(x, grid)
-        elif capability == "causal":
-            subject.layer(8, causal=True)(x, grid)
+        elif capability in ("causal", "rotary"):
+            subject.layer(8, **{capability: True})(x, grid)
         else:
             layout, arguments = asked[capability]
             subject.layer(8)(x, layout, **arguments)

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from linsight.attention import PROJECTIONS, Core, Tokens, drive
+from linsight.attention import PROJECTIONS, Core, Cost, Tokens, drive
 from linsight.ops import Grid, Layout, Tile
 
 from .subject import Subject, cast, random_tokens
@@ -115,23 +117,45 @@ def long_sequences(subject: Subject) -> None:
 
 
 def a_million_tokens(subject: Subject, grid: Grid = MILLION) -> None:
-    """Tokens around 100, of which a corner is read: float32 keeps five digits, float16 holds what it can."""
-    subject.need("stream")
-    core = subject.core(4, 1)
-    tokens = random_tokens(core, 1, grid, 4)
-    tokens = tokens._replace(k=tokens.k + 100, v=tokens.v + 100, x=tokens.x + 100)
+    """Tokens around 100, of which a corner is read: float32 keeps five digits, halves hold what they can.
+
+    Of each mechanism whose cost is linear: of a core without states that merge, and of a layer or a block, all outputs.
+    """
+    streams = subject.entry.can("stream")
+    if not streams and subject.entry.structure.cost is not Cost.LINEAR:
+        pytest.skip(f"{subject} is not linear: {subject.entry.complexity}")
+    model: nn.Module
+    if subject.entry.kind == "core":
+        model = core = subject.core(4, 1)
+        tokens = random_tokens(core, 1, grid, 4)
+        tokens = tokens._replace(k=tokens.k + 100, v=tokens.v + 100, x=tokens.x + 100)
+        read = _read_corner if streams else _read_all
+    else:
+        x = torch.randn(1, grid.tokens, 4, dtype=torch.float64) + 100
+        model, tokens, read = subject.layer(4, 1), Tokens(x, x, x), _of_layer
     with torch.no_grad():
-        exact = _read_corner(copy.deepcopy(core).double(), tokens, grid)
-        ours = _read_corner(core, cast(tokens, torch.float32), grid)
-        half = _read_corner(copy.deepcopy(core).half(), cast(tokens, torch.float16), grid)
-    assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
-    assert half[exact.abs() < torch.finfo(torch.float16).max].isfinite().all()
+        exact = read(copy.deepcopy(model).double(), tokens, grid)
+        ours = read(model, cast(tokens, torch.float32), grid)
+        assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+        for dtype in HALVES:
+            half = read(copy.deepcopy(model).to(dtype), cast(tokens, dtype), grid)
+            assert half.dtype == dtype
+            assert half[exact.abs() < torch.finfo(dtype).max].isfinite().all()
 
 
-def _read_corner(core: Core, tokens: Tokens, grid: Grid) -> Tensor:
-    done = drive(core, lambda now: [(tokens, Tile.whole(grid))])
+def _read_corner(core: Any, tokens: Tokens, grid: Grid) -> Tensor:
+    whole = Tile.whole(grid)
+    done = drive(core, lambda now: [(core.placed_tokens(tokens, whole), whole)])
     corner = Tile(grid, 0, 0, 16, 16, halo=core.halo)
-    return core.read(tokens.each(corner.take), corner, done)
+    return core.read(core.placed_tokens(tokens.each(corner.take), corner), corner, done)
+
+
+def _read_all(core: Any, tokens: Tokens, grid: Grid) -> Tensor:
+    return core(tokens, Layout(grid))
+
+
+def _of_layer(layer: Any, tokens: Tokens, grid: Grid) -> Tensor:
+    return layer(tokens.q, grid)
 
 
 def no_number_is_left_unwritten(subject: Subject) -> None:

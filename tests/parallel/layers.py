@@ -102,6 +102,12 @@ def conditioned():
     same_as_one(random(layer), HEIGHTS[dist.get_world_size()], 5, 1, conditioned=True)
 
 
+def turned(name):
+    """Each rank turns tokens by their places in the whole grid."""
+    layer = create_attention(name, 16, 2, rotary=True, dtype=torch.float64)
+    same_as_one(random(layer), HEIGHTS[dist.get_world_size()], 5, 1)
+
+
 def biased_prefix():
     """Parameters that only prefix tokens use have gradients on all ranks, as DDP needs."""
     layer = create_attention("agent", 16, 2, grid=(4, 4), prefix_bias=True, dtype=torch.float64)
@@ -132,6 +138,8 @@ def counted(function, calls, name, *arguments, **more):
 
 CASES |= {
     "a conditioned layer": conditioned,
+    "turned tokens": functools.partial(turned, "agent"),
+    "turned features": functools.partial(turned, "inline"),
     "a bias of prefix tokens": biased_prefix,
     "a layer of bfloat16": half_precision,
     "one gather a round": collectives,

@@ -33,6 +33,7 @@ class Structure(NamedTuple):
 
     stream: rounds of states that merge, so tiles, ranks and images of any size.  reduced: keys of the same image on
     a coarser grid.  causal: a causal form (`causal=True`).  bidirectional: a form in which every token sees all.
+    rotary: places by a rotary embedding (`rotary=True`; declared by nobody: see `register`).
     cost: in N; hosts give windows and reductions to what is quadratic.
     """
 
@@ -40,8 +41,9 @@ class Structure(NamedTuple):
     reduced: bool = False
     causal: bool = False
     bidirectional: bool = True
+    rotary: bool = False
     cost: Cost = Cost.LINEAR
 
 
 # What is listed of a mechanism, and named in errors.
-FLAGS = ("keep", "sizes", "packed", "cross", "reduced", "score_bias", "stream", "prefix", "causal")
+FLAGS = ("keep", "sizes", "packed", "cross", "reduced", "score_bias", "stream", "prefix", "causal", "rotary")

@@ -1,12 +1,12 @@
 """The contract of a mechanism: a Core."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from linsight.errors import CapabilityError
-from linsight.ops import Layout, State, Tile
+from linsight.ops import HEAD_BASE, Layout, State, Tile, Turn, accumulator, unflatten
 
 from .capabilities import Capabilities, Structure
 from .rounds import Done, Round, dense, scan
@@ -36,6 +36,11 @@ class Core(nn.Module):
     position table, also takes `grid`, the height and width that its keys are built for; it works on any other, and
     `set_grid` moves it there for good. `query_grid` is that of its queries, which a reduction makes another one. One
     that differs from block to block also takes `index`, its block's place in the model, from 0.
+
+    With `turns`, a mechanism has the rotary option, which `create_core` sets. Each head of q and k is turned by the
+    place of its token, prefix tokens are not: "tokens" where the formula knows them by their products alone, and all of
+    it sees turned ones; "features" where what normalises sees them as they are. The features of a head are `alike`
+    parts, as those by sign, that are turned alike.
     """
 
     capabilities: Capabilities = Capabilities()
@@ -44,10 +49,15 @@ class Core(nn.Module):
     halo: int = 0  # by how many further tokens on each side `read` sees a tile
     placed: bool = False  # where tokens lie matters to it, though neither its halo nor a round tells so
     causal: bool = False  # built in its causal form
+    rotary: bool = False  # made with the rotary option
+    unturned: str = ""  # why the rotary option does not go with the other options
+    cut_up: bool = False  # tiles or ranks stand in the place of `forward`, and turn what each of them sees
     projections: ClassVar[str] = "qkv"  # the layout of the layer around it, see `projections.py`
     reduced_projections: ClassVar[str] = "q_kv"  # those where keys are of a coarser grid
     qkv_bias: ClassVar[bool] = True  # False: projected without one, whatever the host has
     reads_residual: ClassVar[bool] = False  # it asks for `tokens.residual`
+    turns: ClassVar[Literal["", "tokens", "features"]] = ""  # what the rotary option turns; "": it has none
+    alike: ClassVar[int] = 1
     largest: ClassVar[float] = 1e3  # activations up to which the formula stays among the numbers of bfloat16
     held: ClassVar[str] = ""  # what outputs depend on and, as published, gradients do not
     steps: ClassVar[str] = ""  # by what outputs jump, as by hashes: tokens that are rounded otherwise may move them far
@@ -77,6 +87,36 @@ class Core(nn.Module):
         if self.causal:
             return scan(self, tokens, [Tile.whole(layout.grid, layout.sizes)])
         return dense(self, tokens, layout, context_layout)
+
+    def __call__(self, tokens: Tokens, layout: Layout, **beside: Any) -> Any:
+        """`forward`, with the tokens that it is to see."""
+        if self.rotary and not self.cut_up:
+            source: Layout = beside.get("context_layout") or layout
+            keys, queries = (Tile.whole(side.grid, side.sizes) for side in (source, layout))
+            tokens = self.placed_tokens(tokens, queries, keys)
+        return super().__call__(tokens, layout, **beside)
+
+    def placed_tokens(self, tokens: Tokens, queries: Tile, keys: Tile | None = None) -> Tokens:
+        """The tokens as rounds and `read` are to see them: q and k turned, where the rotary option turns tokens.
+
+        They are then in the accumulator's dtype: outputs are in that of v.
+        """
+        if not self.rotary or self.turns != "tokens":
+            return tokens
+        return tokens._replace(q=self.by_place(tokens.q, queries), k=self.by_place(tokens.k, keys or queries))
+
+    def by_place(self, x: Tensor, tile: Tile) -> Tensor:
+        """`x` `(B, n, H, D)` turned by the places of `tile`, in the accumulator's dtype; without rotary as it is."""
+        turn = self.turn_of(x, tile)
+        return x if turn is None else unflatten(turn.rotate(x.flatten(2)), 2, x.shape[2:])
+
+    def turn_of(self, x: Tensor, tile: Tile) -> Turn | None:
+        """The rotation of tokens or features `x` `(B, n, H, D)` of `tile`; None without the rotary option."""
+        if not self.rotary:
+            return None
+        heads, width = x.shape[2:]
+        where: dict[str, Any] = {"device": x.device, "dtype": accumulator(x.dtype)}
+        return Turn.of(tile, heads * width, heads=heads * self.alike, base=HEAD_BASE, **where)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample parameters that lie on a grid to another height and width."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from linsight.errors import LinsightError
+from linsight.errors import CapabilityError, LinsightError
 
 from .block import Block
 from .core import Core
@@ -110,6 +110,7 @@ def create_core(
 
     Raises:
         UnknownNameError: no such mechanism, option or value.
+        CapabilityError: it has no rotary option, or none with the other options.
         LinsightError: the mechanism is more than a core.
     """
     entry = mechanism(name)
@@ -118,9 +119,23 @@ def create_core(
     check_size(dim, num_heads, grid, query_grid)
     entry.check_options(options)
     place = entry.placed(grid, index, query_grid)
+    rotary = bool(getattr(entry.factory, "turns", "")) and options.pop("rotary", False)
     core = entry.factory(dim, num_heads, device=device, dtype=dtype, **place, **options)
     assert isinstance(core, Core)
+    if rotary:
+        _turn(core, name, dim // num_heads)
     return core
+
+
+def _turn(core: Core, name: str, width: int) -> None:
+    """Set the rotary option."""
+    if width % 4:
+        raise LinsightError(
+            f"rotary=True turns each head by rows and by columns: its width must be divisible by 4, not {width}"
+        )
+    if core.unturned:
+        raise CapabilityError(f"rotary=True of '{name}': {core.unturned}")
+    core.rotary = core.placed = True
 
 
 def is_block(name: str) -> bool:

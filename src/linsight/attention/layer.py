@@ -86,6 +86,10 @@ class Attention(Layer):
         layout = PROJECTIONS[self.layout_name]
         if reduction > 1 and pool > 0:
             raise LinsightError(f"reduction={reduction} and pool={pool}: keys are reduced one way, pass one of them")
+        if reducing and core.rotary:
+            raise CapabilityError(
+                "rotary=True: keys of a reduced grid have no places among the tokens: pass reduction=1 and pool=0"
+            )
         if reducing and any(
             0 < len({*projection.parts} & {*OF_QUERIES}) < len(projection.parts) for projection in layout
         ):

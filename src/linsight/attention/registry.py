@@ -85,14 +85,14 @@ class Mechanism:
 
     def takes(self, name: str, value: list[Any]) -> bool:
         """True where a list is one value of the option `name`: a tuple, as JSON gives it."""
-        hint = typing.get_type_hints(self.factory.__init__).get(name)
+        hint = _hints(self.factory).get(name)
         kinds = (hint, *typing.get_args(hint))
         return any(typing.get_origin(kind) is tuple and _fits(value, kind) for kind in kinds)
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise unless every option is one of ours and has one of its values."""
         known = {option.name: option for option in self.options}
-        hints = typing.get_type_hints(self.factory.__init__) if options else {}
+        hints = _hints(self.factory) if options else {}
         for name, value in options.items():
             if name not in known:
                 if name in FLAGS:
@@ -116,7 +116,8 @@ def register(
     """Register a mechanism under `name`. For use on its class, in its own file.
 
     Nobody declares `packed`: the layer around a core takes packed batches, and so does any `forward` with
-    `@each_image`. Here this is written into the capabilities of the class.
+    `@each_image`. Here this is written into the capabilities of the class, and into its structure whether it has a
+    rotary option: one of its constructor, or the one that `Core.turns` gives.
     """
 
     def add(cls: M) -> M:
@@ -131,8 +132,11 @@ def register(
         packed = own_layer is None or takes_packed(own_layer) if kind == "core" else takes_packed(cls)
         can = getattr(cls, "capabilities", Capabilities())._replace(packed=packed)
         cls.capabilities = can  # type: ignore[attr-defined]
-        structure = getattr(cls, "structure", Structure())
-        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, can, structure, _options(cls), latex)
+        options = _options(cls)
+        rotary = any(option.name == "rotary" for option in options)
+        structure = getattr(cls, "structure", Structure())._replace(rotary=rotary)
+        cls.structure = structure  # type: ignore[attr-defined]
+        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, can, structure, options, latex)
         return cls
 
     return add
@@ -177,8 +181,21 @@ def _flag(owner: Any, flag: str) -> bool:
     return getattr(asked, flag) if flag in asked._fields else getattr(getattr(owner, "structure", Structure()), flag)
 
 
+# The option that `Core.turns` gives, by what it turns.
+_ROTARY = {
+    "tokens": "turn each head of queries and keys by the place of its token on the grid.",
+    "features": "turn the features of each head by the place of their token on the grid, but not in what normalises.",
+}
+
+
+def _hints(cls: type[nn.Module]) -> dict[str, Any]:
+    """The types of a constructor's arguments, and of the option that it does not know."""
+    own = typing.get_type_hints(cls.__init__)
+    return {"rotary": bool, **own} if getattr(cls, "turns", "") else own
+
+
 def _options(cls: type[nn.Module]) -> tuple[Option, ...]:
-    hints = typing.get_type_hints(cls.__init__)
+    hints = _hints(cls)
     helps = _arguments(inspect.getdoc(cls) or "")
     found = []
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
@@ -187,6 +204,8 @@ def _options(cls: type[nn.Module]) -> tuple[Option, ...]:
         hint = hints.get(name)
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         found.append(Option(name, parameter.default, choices, helps.get(name, "")))
+    if turns := getattr(cls, "turns", ""):
+        found.append(Option("rotary", False, (), _ROTARY[turns]))
     return tuple(found)
 
 

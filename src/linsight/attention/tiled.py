@@ -28,7 +28,7 @@ def run_rounds(core: Core, tokens: Tokens, cut: list[Tile]) -> Tensor:
 
     def seen(tile: Tile, halo: int) -> tuple[Tokens, Tile]:
         tile = dataclasses.replace(tile, halo=halo)
-        return tokens.each(tile.take), tile
+        return core.placed_tokens(tokens.each(tile.take), tile), tile
 
     done = drive(core, lambda now: (seen(tile, now.halo) for tile in cut))
     out: Tensor | None = None

@@ -1,5 +1,6 @@
 """`load_published` and `export_published`: a model or a layer, and the keys and shapes that it was published in."""
 
+import dataclasses
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -49,7 +50,8 @@ def load_published(
     tells it, `from_size` or `from_grid` does.
 
     Args:
-        model: a model or layer of linsight, or any module whose keys match; wrapped ones (compiled, DDP) too.
+        model: a model or layer of linsight, or any module whose keys match; wrapped ones (compiled, DDP) too. Of a
+            segmenter, a file of another library fills the backbone.
         source: a file (safetensors, or PyTorch's), an http(s) address (kept in PyTorch's hub folder), or a
             state dict; ours too. Pickled code is never run.
         strict: raise unless everything matches. Otherwise load what does, and report the rest.
@@ -73,6 +75,12 @@ def load_published(
     found = unwrap(content, name, ema=ema, prefer_ema=_prefers_ema(model))
     inner = _unfused(model)
     own = clean_state(inner)
+    part = getattr(inner, "published_part", "")
+    beyond = [key for key in own if not key.startswith(f"{part}.")] if part else []
+    if part and not found.tensors.keys() & set(beyond):
+        asked = {"head": head, "resize": resize, "ema": ema, "from_size": from_size, "from_grid": from_grid}
+        report = load_published(inner.get_submodule(part), content, strict=strict, **asked)  # type: ignore[arg-type]
+        return _of_part(report, name, inner, part, beyond)
     if any(tensor.is_meta for tensor in own.values()):
         raise CheckpointError("the model is on the meta device: give it memory first, model.to_empty(device='cpu')")
     rules = key_map(inner)
@@ -112,6 +120,13 @@ def load_published(
         converted=_converted(fitted.ready, own),
         infinite=infinite,
     )
+
+
+def _of_part(report: LoadReport, source: str, model: nn.Module, part: str, beyond: list[str]) -> LoadReport:
+    """A report on the module `part` of a model, by the keys of the model, which has those `beyond` it, too."""
+    prefix = f"{part}.{shared_prefix(model.get_submodule(part).state_dict())}"
+    loaded, kept = ([prefix + key for key in keys] for keys in (report.loaded, report.kept))
+    return dataclasses.replace(report, source=source, loaded=tuple(loaded), kept=(*kept, *beyond))
 
 
 def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, object], *, head: bool = True) -> LoadReport:

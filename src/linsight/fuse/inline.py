@@ -209,7 +209,8 @@ def layer_form(layer: Attention) -> nn.Module:
     )
     whole = [part for projection in projections for part in projection.parts] == ["q", "k", "v"]
     core: Any = layer.core
-    if not (plain and whole and type(core) is InLine and core.feature_map == "identity" and layer.reduction is None):
+    bare = type(core) is InLine and core.feature_map == "identity" and not core.rotary and layer.reduction is None
+    if not (plain and whole and bare):
         return form_of(layer, type(layer))
     return form_of(layer, FoldedInLine)
 

@@ -43,7 +43,7 @@ class ComplexTurn(Turn):
 
     def turned(self, x: Tensor) -> Tensor:
         """Grid tokens `(B, h*w, C)`, turned."""
-        if x.requires_grad or x.is_meta or torch.compiler.is_compiling():
+        if self.heads > 1 or x.requires_grad or x.is_meta or torch.compiler.is_compiling():
             return super().turned(x)
         height, _ = self.size
         pairs = torch.view_as_complex(x.contiguous().unflatten(1, self.size).unflatten(-1, (2, -1, 2)))

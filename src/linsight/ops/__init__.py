@@ -39,7 +39,7 @@ from .neighbourhood import AxisWindow, axis_window, neighbourhood_attention
 from .packing import Groups, each_grid, pack, unpack
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
-from .rotary import Turn, check_rotary, rotate
+from .rotary import HEAD_BASE, Turn, check_rotary, rotate
 from .sizes import at_least, at_most, copied, divided, in_example, is_proxy, leaves, spread, traced, unflatten
 from .states import (
     LogSumExp,
@@ -58,6 +58,7 @@ from .states import (
 __all__ = [
     "FEATURE_MAPS",
     "FORMS",
+    "HEAD_BASE",
     "INNER_MODELS",
     "TRITON",
     "AxisWindow",

@@ -5,7 +5,7 @@ Axes: B batch, N tokens, H heads, D head width. The map is data, so that a fused
     phi(x)_nc = after_n (before_n column_c g(x_nc))^power
 
 with g one of `FEATURE_MAPS`, and each factor optional. Where there is a rotation, products with values see phi(x)
-turned by its place, and normalisers phi(x) as it is.
+turned by its place, and normalisers phi(x) as it is. Moments, of which nothing is a normaliser, see it turned.
 """
 
 from typing import NamedTuple

@@ -36,7 +36,7 @@ def linear_absorb(k: Features | Tensor, v: Tensor, keep: Tensor | None = None) -
 
 
 def central_absorb(k: Features | Tensor, v: Tensor, keep: Tensor | None = None) -> Moments:
-    """The central moments of keys `k` `(B, N, H, D)`, which are not turned, and values `v` `(B, N, H, E)`."""
+    """The central moments of keys `k` `(B, N, H, D)`, with their rotation, and of values `v` `(B, N, H, E)`."""
     compute = fused_form("central_absorb", v) or plain_central
     return Moments(*compute(as_features(k), v, keep))
 
@@ -86,7 +86,7 @@ def plain_absorb(k: Features, v: Tensor, keep: Tensor | None) -> LinearState:
 
 def plain_central(k: Features, v: Tensor, keep: Tensor | None) -> Moments:
     """`central_absorb` by its definition."""
-    return Moments.absorb(k.mapped(), v, keep)
+    return Moments.absorb(k.turned(k.mapped()), v, keep)
 
 
 def plain_read(
@@ -135,24 +135,43 @@ def linear_attention(
 
 
 def causal_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, before: LinearState | None = None
+    q: Features | Tensor,
+    k: Features | Tensor,
+    v: Tensor,
+    *,
+    keep: Tensor | None = None,
+    eps: float = 1e-6,
+    before: LinearState | None = None,
 ) -> Tensor:
-    """Query i reads keys j <= i only. `q`, `k` `(B, N, H, D)`, mapped; `v` `(B, N, H, E)`; cost O(N).
+    """Query i reads kept keys j <= i only. `q`, `k` `(B, N, H, D)`; `v` `(B, N, H, E)`; cost O(N).
 
     `before` is the state of tokens in front of all of these.
     """
-    product, norm = causal_products(q, k, v, before)
+    product, norm = causal_products(q, k, v, before, keep)
     return (product / (norm + eps)).to(v.dtype)
 
 
-def causal_products(q: Tensor, k: Tensor, v: Tensor, before: LinearState | None = None) -> tuple[Tensor, Tensor]:
+def causal_products(
+    q: Features | Tensor,
+    k: Features | Tensor,
+    v: Tensor,
+    before: LinearState | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Numerators and denominators of `causal_linear_attention`, without eps: `(B, N, H, E)` and `(B, N, H, 1)`.
 
-    In the accumulator's dtype.
+    In the accumulator's dtype. A rotation turns `q` and `k` in the numerators only.
     """
-    counted = F.pad(v.to(accumulator(v.dtype)), (0, 1), value=1.0)
+    q, k = as_features(q), as_features(k)
+    queries, keys = q.mapped(), mask_tokens(k.mapped(), keep)
+    v = mask_tokens(v, keep).to(accumulator(v.dtype))
+    if q.turn is not None or k.turn is not None:
+        sums, total = (None, None) if before is None else (before.kv, before.k[..., None])
+        above = causal_product(q.turned(queries), k.turned(keys), v, before=sums)
+        return above, causal_product(queries, keys, torch.ones_like(v[..., :1]), before=total)
+    counted = F.pad(v, (0, 1), value=1.0)
     sums = None if before is None else torch.cat([before.kv, before.k[..., None]], dim=-1)
-    out = causal_product(q, k, counted, before=sums)
+    out = causal_product(queries, keys, counted, before=sums)
     return out[..., :-1], out[..., -1:]
 
 

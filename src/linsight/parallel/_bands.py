@@ -83,6 +83,7 @@ class Bands:
             raise LinsightError(f"this {type(module).__name__} is split already")
         for core in cores:
             core.__dict__["forward"] = functools.partial(self._meet, core)
+            core.cut_up = True
 
     def run(
         self, block: Callable[..., Tensor], x: Tensor, band: Band, beside: Mapping[str, Tensor], again: bool = False
@@ -117,7 +118,7 @@ class Bands:
             raise CapabilityError(f"'{name}' is asked for more than its tokens here: it does not split over ranks")
 
         def part(tile: Tile) -> tuple[Tokens, Tile]:
-            return tokens.each(lambda t: band.take(t, tile)), tile
+            return core.placed_tokens(tokens.each(lambda t: band.take(t, tile)), tile), tile
 
         done = drive(core, lambda now: [part(band.tile(now.halo))], fold=self.ranks.fold)
         # Outputs that later convolutions see are read too; beyond their reach is zero.

@@ -72,7 +72,7 @@ class TiledBlock:
         """A copy of the tree of modules, with the same parameters, whose cores are asked for their rounds."""
         twin = copy.copy(module)
         if isinstance(module, Core):
-            twin.forward = functools.partial(self._meet, module)
+            twin.__dict__.update(forward=functools.partial(self._meet, module), cut_up=True)
         else:
             parts = {name: part and self._shadow(part) for name, part in module._modules.items()}
             twin.__dict__["_modules"] = parts
@@ -85,12 +85,12 @@ class TiledBlock:
         progress, tile = self._progress[core], self._tile
         if (now := progress.round) is not None:
             crop = self._own(tile, now.halo)
-            progress.absorb(crop.tokens(tokens), crop.tile)
+            progress.absorb(crop.tokens(core, tokens), crop.tile)
             self._active = progress
             raise _Absorbed
         # Outputs that later convolutions see are read too; beyond their reach is zero.
         crop = self._own(grown(tile, self.reach - core.halo), core.halo)
-        return crop.outer(core.read(crop.tokens(tokens), crop.tile, progress.done))
+        return crop.outer(core.read(crop.tokens(core, tokens), crop.tile, progress.done))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +106,9 @@ class _Crop:
         top, left = self.around.rows[0], self.around.columns[0]
         return dataclasses.replace(self.tile, grid=self.seen, top=self.tile.top - top, left=self.tile.left - left)
 
-    def tokens(self, tokens: Tokens) -> Tokens:
-        """The tokens of `tile`, its halo included."""
-        return tokens.each(self.local.take)
+    def tokens(self, core: Core, tokens: Tokens) -> Tokens:
+        """The tokens of `tile`, its halo included, as `core` is to see them."""
+        return core.placed_tokens(tokens.each(self.local.take), self.tile)
 
     def inner_of(self, x: Tensor) -> Tensor:
         """The tokens of `tile` without halo."""

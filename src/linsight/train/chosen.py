@@ -14,9 +14,11 @@ from linsight.tasks.files import is_recipe_file, read_values
 
 from .hub import PREFIX
 from .model import kept_fields
-from .recipes import FINETUNE, OBJECTS, RECIPES
+from .recipes import FINETUNE, MASKS, OBJECTS, RECIPES
 from .run import WEIGHTS, kept_recipe
 from .softmax import is_timm, told
+
+_OF_TASKS = {"detect": OBJECTS, "segment": MASKS}  # recipes of runs that name none
 
 
 def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -107,7 +109,7 @@ def told_channels(name: str, recipe: Recipe) -> str:
 
 
 def suggest(overrides: Mapping[str, Any]) -> str:
-    """The recipe for a run that names none: `finetune` where it starts from weights, `objects` where those are found,
+    """The recipe for a run that names none: `finetune` where it starts from weights, that of its task where it has one,
     else one for images of the size of its model, or else of its data.
 
     Raises:
@@ -115,8 +117,8 @@ def suggest(overrides: Mapping[str, Any]) -> str:
     """
     if overrides.get("init") is not None:
         return FINETUNE
-    if overrides.get("task") == "detect":
-        return OBJECTS
+    if overrides.get("task") in _OF_TASKS:
+        return _OF_TASKS[overrides["task"]]
     if overrides.get("data", "digits") == "digits":
         return "digits"
     if "model" in overrides:

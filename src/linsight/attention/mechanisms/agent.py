@@ -78,6 +78,7 @@ class Agent(Core):
 
     capabilities = Capabilities(sizes=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    turns = "tokens"
     halo = 1
     layer = AgentAttention
     published = (
@@ -122,7 +123,7 @@ class Agent(Core):
         out = read_pooled(tile.inner(tokens.q), agents, values, self.tables(tile, "queries"))
         if self.dwc is not None:
             out = add_behind(out, convolved_values(self.dwc, tokens, tile), tile.prefix)
-        return out.to(tokens.q.dtype)
+        return out.to(tokens.v.dtype)
 
     def lift(self, tokens: Tokens, keys: Tile, queries: Tile) -> Tokens:
         """v brought to the grid of the queries bilinearly."""

@@ -45,6 +45,7 @@ class Fast(KernelCore):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True, causal=True)
+    turns = "tokens"
 
     def __init__(
         self,
@@ -62,6 +63,8 @@ class Fast(KernelCore):
             raise LinsightError(
                 "order=1 with norm='layer' of 'fast' gives negative weights: pass norm='l2', or order=2"
             )
+        if norm == "layer":
+            self.unturned = "the mean and deviation of a turned head depend on its place: pass norm='l2'"
         self.num_heads, self.width = num_heads, dim // num_heads
         self.order, self.norm, self.causal = order, norm, causal
 

@@ -88,7 +88,7 @@ class Compete(Side):
         weights = mask_tokens(core.flow(k, done[2]).clamp(-1, 1).exp(), tokens.keep)
         v = mask_tokens(tokens.v, tokens.keep).to(k.dtype)
         with full_precision(k):
-            return Competition(outer_sum(k * weights[..., None], v), weights.sum(dim=1))
+            return Competition(outer_sum(core.by_place(k * weights[..., None], tile), v), weights.sum(dim=1))
 
     def finish(self, core: Any, state: Competition, done: Done) -> Tensor:  # type: ignore[override]
         """The mean `(B, H, D, E)` of f(k) v^T, which is M^(-1) times what sinks read; 0 without sources."""
@@ -116,6 +116,7 @@ class Flowformer(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    turns = "features"
     rounds = (Side("queries"), Side("keys"), Conserved("queries"), Conserved("keys"), Compete("keys"))
     published: ClassVar[tuple[Rename, ...]] = (
         Rename("query_projection.", "q."),
@@ -153,7 +154,7 @@ class Flowformer(Core):
         allocated = torch.sigmoid(self.flow(q, conserved) * (sinks.count / count)[:, None, None])
         share = allocated * count[:, None, None] / self.flow(q, sources)
         with full_precision(q):
-            return apply_state(q * share[..., None], mean).to(tokens.q.dtype)
+            return apply_state(self.by_place(q * share[..., None], tile), mean).to(tokens.q.dtype)
 
 
 def flowing(x: Tensor) -> Tensor:

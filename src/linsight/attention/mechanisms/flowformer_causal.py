@@ -20,7 +20,7 @@ The published code holds a matrix for every token; here there is one for each 64
 import torch
 from torch import Tensor
 
-from linsight.ops import Layout, accumulator, causal_product, full_precision, mask_tokens
+from linsight.ops import Layout, Tile, accumulator, causal_product, full_precision, mask_tokens
 
 from ..capabilities import Capabilities, Structure
 from ..core import Core
@@ -47,6 +47,7 @@ class FlowformerCausal(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, prefix=True)
     structure = Structure(bidirectional=False)
+    turns = "features"
     causal = True
     published = Flowformer.published
 
@@ -77,7 +78,9 @@ class FlowformerCausal(Core):
             total = weights.cumsum(dim=1)
             share = place * weights / torch.where(total > 0, total, torch.ones_like(total))
             v = mask_tokens(tokens.v, keep).to(dtype) * share[..., None]
-            out = causal_product(q * (torch.sigmoid(sinks) / incoming)[..., None], k, v)
+            q = q * (torch.sigmoid(sinks) / incoming)[..., None]
+            tile = Tile.whole(layout.grid, layout.sizes)
+            out = causal_product(self.by_place(q, tile), self.by_place(k, tile), v)
             return out.to(tokens.q.dtype)
 
 

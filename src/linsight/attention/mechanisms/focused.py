@@ -51,6 +51,7 @@ class Focused(PlacedKernel):
         kernel_size: side of the depthwise kernel, odd.
     """
 
+    turns = "features"
     published = (
         Rename("scale", "core.scale"),
         Rename("positional_encoding", "core.positions"),

@@ -125,6 +125,7 @@ class Hedgehog(KernelCore):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True, causal=True)
+    turns = "features"
     published = (
         *(Rename(f"feature_map_{name}.layer.", f"core.map_{name}.layer.") for name in "qk"),
         *(Rename(f"feature_map_{name}.mlp.layer", f"core.map_{name}.heads") for name in "qk"),
@@ -158,6 +159,7 @@ class Hedgehog(KernelCore):
                 )
             self.rounds = (Exponentials(),)
             self.eps = 0.0
+            self.unturned = "feature_map='exp' keeps each feature relative to its own largest one: take another map"
         else:
             self.rounds = (KernelSums(),)
         self.causal = causal

@@ -13,6 +13,7 @@ each image from the mean token (per head an MLP d -> d -> 9d). The mean includes
 convolution does not touch them.
 """
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ class Covariance(Round):
         """Moments and sum of the tile's tokens."""
         x = next(t for t in (tokens.residual, tokens.x, tokens.v.flatten(2)) if t is not None)
         total = mask_tokens(x, tokens.keep).sum(dim=1, dtype=accumulator(x.dtype))
-        return InLineState(central_absorb(Features(tokens.k, core.feature_map), tokens.v, tokens.keep), total)
+        k = Features(tokens.k, core.feature_map, turn=core.turn_of(tokens.k, tile))
+        return InLineState(central_absorb(k, tokens.v, tokens.keep), total)
 
     def finish(self, core: "InLine", state: InLineState, done: Done) -> InLineReader:
         """Means, covariance and kernels."""
@@ -110,6 +112,7 @@ class InLine(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, prefix=True)
     structure = Structure(stream=True)
+    turns = "features"
     rounds = (Covariance(),)
     halo = 1
     reads_residual = True
@@ -143,5 +146,6 @@ class InLine(Core):
             local = Convolved(grid_values(tokens, tile), tile.seen, state.kernels, None, self.num_heads, True)
             if tile.halo:
                 local = tile.inner_grid(local.whole())
-        q = Features(tile.inner(tokens.q), self.feature_map)
+        own = tile.inner(tokens.q)
+        q = Features(own, self.feature_map, turn=self.turn_of(own, dataclasses.replace(tile, halo=0)))
         return affine_read(q, state.cov, state.v, add=local, dtype=tokens.q.dtype)

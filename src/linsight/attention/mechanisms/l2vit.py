@@ -39,6 +39,7 @@ class L2ViT(KernelCore):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    turns = "features"
     published = (Rename("temperature", "core.temperature"),)
 
     def __init__(
@@ -65,4 +66,4 @@ class L2ViT(KernelCore):
         with full_precision(q):
             below = apply_state(q, state.k[..., None]).clamp(min=_LEAST)
             scale = self.temperature.to(accumulator(q.dtype)).transpose(0, 1)
-            return (apply_state(q, state.kv) / below * scale).to(tokens.q.dtype)
+            return (apply_state(self.by_place(q, tile), state.kv) / below * scale).to(tokens.q.dtype)

@@ -36,6 +36,7 @@ class Linear(KernelCore):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True, causal=True)
+    turns = "features"
 
     def __init__(
         self,

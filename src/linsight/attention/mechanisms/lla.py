@@ -50,6 +50,7 @@ class LLA(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(reduced=True, causal=True, cost=Cost.QUADRATIC)
+    turns = "tokens"
     unmet: ClassVar[Mapping[str, str]] = {"onnx": "ONNX has no operator that solves linear equations"}
 
     def __init__(

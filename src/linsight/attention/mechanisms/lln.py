@@ -18,8 +18,8 @@ diag=True is the mean with softmax attention inside blocks of d consecutive toke
 (mode "average"; the last block is shorter). The sequence is the grid row by row, prefix tokens in front. Blocks know
 nothing of tiles, and would be others if tokens were dropped.
 
-All is computed in float32 (float64 for float64). Keys are summed relative to the maximum of each channel and brought
-to that of the head at the end, so the sums merge.
+All is computed in float32 (float64 for float64). Both sums are one slot of a log-sum-exp, so they merge: relative to
+the largest number of a head, so far.
 """
 
 from typing import Literal, NamedTuple
@@ -39,6 +39,7 @@ from linsight.ops import (
     count_tokens,
     full_precision,
     mask_tokens,
+    outer_sum,
     unflatten,
 )
 
@@ -99,14 +100,20 @@ class Exponentials(Round):
     """Both sums over the keys."""
 
     def absorb(self, core: "LLN", tokens: Tokens, tile: Tile, done: Done) -> LogSumExp:
-        """A log-sum-exp for each channel."""
-        k = tokens.k.to(accumulator(tokens.k.dtype))
-        return LogSumExp.absorb(k * slope(done[1], done[0]), tokens.v, tokens.keep)
+        """One slot a head, whose value is the matrix of the sums side by side, `(B, H, 1, D * (E + 1))`."""
+        k, v = tokens.k.to(accumulator(tokens.k.dtype)), mask_tokens(tokens.v, tokens.keep)
+        with full_precision(k):
+            scores = mask_tokens(k * slope(done[1], done[0]), tokens.keep, float("-inf"))
+            top = scores.detach().amax(dim=(1, 3)).clamp(min=torch.finfo(k.dtype).min)  # as in `LogSumExp.absorb`
+            k = torch.exp(scores - top[:, None, :, None])
+            total = k.sum(dim=1)
+            sums = torch.cat([outer_sum(core.by_place(k, tile), v.to(k.dtype)), total[..., None]], dim=-1)
+            return LogSumExp(top[..., None], total.sum(dim=-1, keepdim=True), sums.flatten(2)[:, :, None])
 
     def finish(self, core: "LLN", state: LogSumExp, done: Done) -> LinearState:
-        """Relative to the largest of all channels."""
-        share = torch.exp(state.top - state.top.amax(dim=-1, keepdim=True))
-        return LinearState(state.value * share[..., None], state.total * share)
+        """The sums."""
+        sums = unflatten(state.value[:, :, 0], -1, (core.width, -1))
+        return LinearState(sums[..., :-1], sums[..., -1])
 
 
 @register(
@@ -130,6 +137,7 @@ class LLN(KernelCore):
 
     capabilities = Capabilities(keep=True, sizes=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    turns = "features"
     rounds = (Deviation("queries"), Deviation("keys"), Exponentials())
     held = "the standard deviations of queries and keys, and their maxima"
 
@@ -147,7 +155,7 @@ class LLN(KernelCore):
         super().__init__()
         if not eps > 0:
             raise LinsightError(f"eps={eps} of 'lln' must be above 0: all features of a query may vanish")
-        self.num_heads = num_heads
+        self.num_heads, self.width = num_heads, dim // num_heads
         self.statistics, self.diag, self.eps = statistics, diag, eps
         if statistics == "batch":
             self.capabilities = self.capabilities._replace(sizes=False, packed=False)
@@ -163,7 +171,10 @@ class LLN(KernelCore):
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """Q against both sums, and what a block sees of itself."""
         out = super().read(tokens, tile, done)
-        return (0.5 * (out + in_blocks(*tokens[:3]))).to(out.dtype) if self.diag else out
+        if not self.diag:
+            return out
+        q, k = (self.by_place(x, tile) for x in tokens[:2])
+        return (0.5 * (out + in_blocks(q, k, tokens.v))).to(out.dtype)
 
 
 def slope(own: Tensor, other: Tensor) -> Tensor:

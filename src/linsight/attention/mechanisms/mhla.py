@@ -141,8 +141,10 @@ class BlockSums(Round):
         k, v = core.mapped(tokens.k, core.k_norm), tokens.v.to(accumulator(tokens.v.dtype))
         cut, prefix = Blocks.of(tile, core.side, k.device), tile.prefix
         with full_precision(k):
+            turned = core.by_place(k, tile)
             keys = cut.gather(k[:, prefix:], core.side**2)
-            kv = keys.transpose(-1, -2) @ cut.gather(v[:, prefix:], core.side**2)
+            placed = keys if turned is k else cut.gather(turned[:, prefix:], core.side**2)
+            kv = placed.transpose(-1, -2) @ cut.gather(v[:, prefix:], core.side**2)
             ahead = LinearState(outer_sum(k[:, :prefix], v[:, :prefix]), k[:, :prefix].sum(dim=1))
             return BlockState(kv, keys.sum(dim=-2), ahead)
 
@@ -205,6 +207,7 @@ class MHLA(Core):
 
     capabilities = Capabilities(sizes=True, prefix=True)
     structure = Structure(stream=True)
+    turns = "features"
     rounds = (BlockSums(),)
     layer = NormedAttention
     published = (
@@ -260,14 +263,16 @@ class MHLA(Core):
         """The mix of the token's block, and the convolution of v."""
         mixed: Mixed = done[0]
         q, prefix = self.mapped(tile.inner(tokens.q), self.q_norm), tile.prefix
-        cut = Blocks.of(dataclasses.replace(tile, halo=0), self.side, q.device)
+        own = dataclasses.replace(tile, halo=0)
+        cut, turned = Blocks.of(own, self.side, q.device), self.by_place(q, own)
         with full_precision(q):
             ahead = apply_state(q[:, :prefix], mixed.prefix.kv)
             ahead = ahead / (apply_state(q[:, :prefix], mixed.prefix.k[..., None]) + _EPS)
             queries = cut.gather(q[:, prefix:], self.side**2)
             below = self.below(queries, mixed) + _EPS
             # Slots without a token have queries of 0, and an output that nobody reads.
-            out = queries @ spread(mixed.blocks.kv, q.shape[0]) / torch.where(below == 0, 1, below)
+            placed = queries if turned is q else cut.gather(turned[:, prefix:], self.side**2)
+            out = placed @ spread(mixed.blocks.kv, q.shape[0]) / torch.where(below == 0, 1, below)
         out = torch.cat([ahead, cut.scatter(out)], dim=1) if prefix else cut.scatter(out)
         return add_behind(out, convolved_values(self.lepe, tokens, tile), prefix).to(tokens.q.dtype)
 

@@ -58,6 +58,7 @@ class NAT(Core):
 
     capabilities = Capabilities(sizes=True)
     structure = Structure(cost=Cost.WINDOWED)
+    turns = "tokens"
     published = (Rename("rpb", "core.rpb"),)
 
     def __init__(

@@ -111,6 +111,7 @@ class Nystrom(Core):
 
     capabilities = Capabilities(sizes=True, prefix=True)
     structure = Structure(stream=True)
+    turns = "tokens"
     published = (Rename("conv.", "core.conv."),)
 
     def __init__(
@@ -156,7 +157,7 @@ class Nystrom(Core):
             with full_precision(v):
                 pad = (weight.shape[2] // 2, 0)
                 out = out + F.conv2d(v, weight, padding=pad, groups=self.num_heads).transpose(1, 2)
-        return out.to(tokens.q.dtype)
+        return out.to(tokens.v.dtype)
 
 
 def segments(place: Tensor, total: Tensor, count: int) -> Tensor:

@@ -86,6 +86,7 @@ class Performer(KernelCore):
     projection_matrix: Tensor
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    turns = "features"
     projections = "q_k_v"
     published = (
         *(Rename(f"to_{name}.", f"{name}.") for name in "qkv"),

@@ -54,6 +54,8 @@ class PolaFormer(PlacedKernel):
         kernel_size: side of the depthwise kernel, odd.
     """
 
+    turns = "features"
+    alike = 2
     projections = "qkvx"
     reduced_projections = "qx_kv"
     published = (
@@ -104,7 +106,7 @@ class PolaFormer(PlacedKernel):
             raise LinsightError("the gate of 'polaformer' is a projection of its own: projections='qkvx' or 'qx_kv'")
         state: LinearState = done[-1]
         width = tokens.q.shape[-1]
-        q = self.features("q", tile.inner(tokens.q), dataclasses.replace(tile, halo=0), done)
+        q = self.placed_features("q", tile.inner(tokens.q), dataclasses.replace(tile, halo=0), done)
         same, opposite = state.kv.split(width // 2, dim=-1)
         streams = LinearState(same, state.k), LinearState(opposite.roll(width, dims=2), state.k.roll(width, dims=2))
         out = torch.cat([linear_read(q, each, self.eps) for each in streams], dim=-1)

@@ -69,4 +69,4 @@ class Selective(Softmax):
             if score_bias is not None and score_bias.dtype != torch.bool:
                 score_bias = score_bias.to(dtype)
             wide = tokens._replace(q=(q.transpose(1, 2) * tau).transpose(1, 2), k=k, v=v)
-            return super().forward(wide, layout, score_bias=score_bias).to(tokens.q.dtype)
+            return super().forward(wide, layout, score_bias=score_bias).to(tokens.v.dtype)

@@ -42,6 +42,7 @@ class Sigmoid(Core):
     attn_bias: Tensor
     capabilities = Capabilities(keep=True, sizes=True, cross=True, score_bias=True, prefix=True)
     structure = Structure(reduced=True, causal=True, cost=Cost.QUADRATIC)
+    turns = "tokens"
     published = tuple(Rename(name, f"core.{name}") for name in ("attn_temp", "attn_bias", "q_norm.", "k_norm."))
 
     def __init__(
@@ -57,6 +58,8 @@ class Sigmoid(Core):
     ) -> None:
         super().__init__()
         self.num_heads, self.causal = num_heads, causal
+        if qk_norm:
+            self.unturned = "a norm of turned queries and keys depends on their places: pass qk_norm=False"
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.counted = bias == "count"
         self.register_buffer("attn_temp", torch.zeros(1, **factory))

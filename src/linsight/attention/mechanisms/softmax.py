@@ -31,6 +31,7 @@ class Softmax(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, score_bias=True, prefix=True)
     structure = Structure(reduced=True, causal=True, cost=Cost.QUADRATIC)
+    turns = "tokens"
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Softmax(Core):
         score_bias: Tensor | None = None,
     ) -> Tensor:
         """`score_bias` broadcasts to `(B, H, M, N)` and is added to the scaled scores."""
-        q, k, v = (t.transpose(1, 2) for t in tokens[:3])  # (B, H, N, D)
+        q, k, v = (t.to(tokens.v.dtype).transpose(1, 2) for t in tokens[:3])  # (B, H, N, D)
         mask = score_bias
         if tokens.keep is not None:
             keep = tokens.keep[:, None, None, :]

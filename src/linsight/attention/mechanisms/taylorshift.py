@@ -90,6 +90,7 @@ class TaylorShift(KernelCore):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    turns = "tokens"
     rounds = (TaylorMeans(),)
     published = (Rename("temperature", "core.temperature"),)
     eps = 0.0
@@ -165,4 +166,4 @@ class TaylorShift(KernelCore):
                 weights = weights * tokens.keep[:, None, None].to(q.dtype)
             total = weights.sum(dim=-1, keepdim=True)
             out = ((weights / total.masked_fill(total == 0, 1)) @ v.transpose(1, 2)).transpose(1, 2)
-        return (out * self.factor(count_tokens(k, tokens.keep))[:, None, None, None]).to(tokens.q.dtype)
+        return (out * self.factor(count_tokens(k, tokens.keep))[:, None, None, None]).to(tokens.v.dtype)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from linsight.ops import (
     FEATURE_MAPS,
+    Features,
     Moments,
     Tile,
     accumulator,
@@ -48,7 +49,8 @@ class Sums(Round):
     def absorb(self, core: "TransNormer", tokens: Tokens, tile: Tile, done: Done) -> Moments:
         """Over the tile's tokens."""
         v = tokens.v.to(accumulator(tokens.v.dtype))
-        return central_absorb(core.mapped(tokens.k), v, tokens.keep)
+        k = core.mapped(tokens.k)
+        return central_absorb(Features(k, turn=core.turn_of(k, tile)), v, tokens.keep)
 
 
 @register(
@@ -69,6 +71,7 @@ class TransNormer(Core):
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True, causal=True)
+    turns = "features"
     rounds = (Sums(),)
     published = PUBLISHED
 
@@ -95,7 +98,7 @@ class TransNormer(Core):
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """f(q) against the sum, normed."""
-        q = self.mapped(tokens.q)
+        q = self.by_place(self.mapped(tokens.q), tile)
         with full_precision(q):
             moments: Moments = done[0]
             mean = (q * (moments.k * moments.count[:, None, None])[:, None]).sum(dim=-1, keepdim=True)
@@ -104,7 +107,7 @@ class TransNormer(Core):
 
     def follow(self, tokens: Tokens, tile: Tile, before: Any) -> Tensor:
         """The causal form: sums over the tokens up to each one."""
-        q, k = (self.mapped(x) for x in tokens[:2])
+        q, k = (self.by_place(self.mapped(x), tile) for x in tokens[:2])
         v = mask_tokens(tokens.v, tokens.keep)
         if before is not None:
             before = before.cross + before.count[:, None, None, None] * before.k[..., None] * before.v[..., None, :]

@@ -45,6 +45,7 @@ class TransNormerDiag(Core):
 
     capabilities = Capabilities(prefix=True)
     structure = Structure(cost=Cost.WINDOWED)
+    turns = "tokens"
     published = PUBLISHED
 
     def __init__(
@@ -75,4 +76,4 @@ class TransNormerDiag(Core):
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
             weights = scores.softmax(dim=-1) if self.scores == "softmax" else scores.relu()
             out = (weights @ v).flatten(2, 3)[:, :, :n].transpose(1, 2)
-            return (out if self.scores == "softmax" else normed(out)).to(tokens.q.dtype)
+            return (out if self.scores == "softmax" else normed(out)).to(tokens.v.dtype)

@@ -19,7 +19,6 @@ from linsight.ops import (
     count_tokens,
     linear_absorb,
     linear_read,
-    mask_tokens,
 )
 
 from ..core import Core
@@ -32,7 +31,7 @@ class KernelSums(Round):
 
     def absorb(self, core: "KernelCore", tokens: Tokens, tile: Tile, done: Done) -> State:
         """Sums over the tile's tokens."""
-        return linear_absorb(core.features("k", tokens.k, tile, done), tokens.v, tokens.keep)
+        return linear_absorb(core.placed_features("k", tokens.k, tile, done), tokens.v, tokens.keep)
 
 
 class CountedSums(NamedTuple):
@@ -65,17 +64,21 @@ class KernelCore(Core):
         """phi of queries or keys `x` `(B, n, H, D)` of `tile`, of which it has no halo."""
         raise NotImplementedError
 
+    def placed_features(self, name: Literal["q", "k"], x: Tensor, tile: Tile, done: Done) -> Features:
+        """`features`, turned by the places of `tile` where the rotary option turns them."""
+        found = self.features(name, x, tile, done)
+        return found._replace(turn=self.turn_of(found.x, tile)) if self.rotary and self.turns == "features" else found
+
     def local(self, tokens: Tokens, tile: Tile) -> Tensor | None:
         """A local term for the tile's own grid tokens: `(B, h*w, H, E)`, in the accumulator's dtype."""
         return None
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """phi(q) against the state, and the local term."""
-        q = self.features("q", tile.inner(tokens.q), dataclasses.replace(tile, halo=0), done)
-        return linear_read(q, done[-1], self.eps, add=self.local(tokens, tile), dtype=tokens.q.dtype)
+        q = self.placed_features("q", tile.inner(tokens.q), dataclasses.replace(tile, halo=0), done)
+        return linear_read(q, done[-1], self.eps, add=self.local(tokens, tile), dtype=tokens.v.dtype)
 
     def follow(self, tokens: Tokens, tile: Tile, before: Any) -> Tensor:
         """The causal form: sums over the tokens up to each one."""
-        q, k = (self.features(name, x, tile, ()).mapped() for name, x in (("q", tokens.q), ("k", tokens.k)))  # type: ignore[arg-type]
-        v = mask_tokens(tokens.v, tokens.keep)
-        return causal_linear_attention(q, mask_tokens(k, tokens.keep), v, eps=self.eps, before=before)
+        q, k = (self.placed_features(name, x, tile, ()) for name, x in (("q", tokens.q), ("k", tokens.k)))  # type: ignore[arg-type]
+        return causal_linear_attention(q, k, tokens.v, keep=tokens.keep, eps=self.eps, before=before)

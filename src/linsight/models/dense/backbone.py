@@ -13,6 +13,7 @@ from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linsight.attention import Rename
 from linsight.errors import CapabilityError, LinsightError
 
 from ..doors import building, checked
@@ -50,6 +51,11 @@ class Backbone(nn.Module):
         self.strides: tuple[int, ...] = tuple(model.feature_info.reduction())
         self.in_chans: int = model.in_chans
         self.pretrained_cfg = self.default_cfg = dict(model.pretrained_cfg)
+
+    @property
+    def published(self) -> tuple[Rename, ...]:
+        """Published names: those of the model, or of the backbone for dense tasks that it is."""
+        return (Rename("", "model." if isinstance(self.model, DenseFeatures) else "model.model."),)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The maps, the finest first."""
@@ -120,6 +126,11 @@ class SimplePyramid(Backbone):
         self.channels = tuple(width >> step for step in steps)
         self.up = nn.ModuleList(_upsampling(width, step, **factory) for step in steps)
         self.pretrained_cfg = self.default_cfg = {**self.pretrained_cfg, "classifier": ("up",)}
+
+    @property
+    def published(self) -> tuple[Rename, ...]:
+        """Published names; what makes maps of other strides is ours."""
+        return (Rename("up.", "up."), *super().published)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The maps, the finest first."""

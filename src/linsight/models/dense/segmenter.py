@@ -34,6 +34,8 @@ class Segmenter(nn.Module):
     are those of the auxiliary head beside them, as `Segmented`.
     """
 
+    published_part = "backbone"  # published checkpoints fill it alone: their heads are of other libraries
+
     def __init__(self, backbone: Backbone, decoder: Decoder, auxiliary: Auxiliary | None = None) -> None:
         super().__init__()
         self.backbone, self.decoder, self.auxiliary = backbone, decoder, auxiliary

@@ -71,7 +71,7 @@ def central(k: Features, v: Tensor, keep: Tensor | None) -> Moments:
     if v.numel() <= BUDGET:
         return plain_central(k, v, keep)
     groups = []
-    for group in parts(v, budget(v)):
+    for group in parts(v, *whole_rows(v, k.turn)):
         states = [plain_central(k.part(*part), v[part], _part(keep, part)) for part in group]
         groups.append(Moments.stacked(states))
     return Moments(*map(torch.cat, zip(*groups, strict=True)))

@@ -50,7 +50,7 @@ SCHEMA = (
 
 
 class Inputs(NamedTuple):
-    """`Features` as the arguments of an operator.  place: height, width and prefix of the rotation."""
+    """`Features` as the arguments of an operator.  place: height, width, prefix and heads of the rotation."""
 
     x: Tensor
     column: Tensor | None
@@ -68,7 +68,9 @@ class Inputs(NamedTuple):
         x, turn, column = features.x, features.turn, features.column
         if column is not None:
             column = column.expand(x.shape[2:])
-        cos, sin, place = (None, None, [0, 1, 0]) if turn is None else (turn.cos, turn.sin, [*turn.size, turn.prefix])
+        cos, sin, place = None, None, [0, 1, 0, 1]
+        if turn is not None:
+            cos, sin, place = turn.cos, turn.sin, [*turn.size, turn.prefix, turn.heads]
         return cls(x, column, features.before, features.after, cos, sin, place, features.map, float(features.power))
 
     def plan(self, width: int, states: torch.dtype, tokens: torch.dtype, backward: bool, **flags: bool) -> "Plan":

@@ -31,7 +31,6 @@ def absorb(k: Features, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]
 
 def central(k: Features, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`central_absorb`."""
-    k = k._replace(turn=None)
     if not _fits(k, v):
         moments = plain_central(k, v, keep)
         return moments.count, moments.k, moments.v, moments.cross

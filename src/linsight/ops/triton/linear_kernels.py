@@ -47,7 +47,7 @@ def absorb_kernel(
 ):  # fmt: skip
     """Partial sums `(splits, B H, ...)`: matrix sum phi(k) v^T (turned), left sum phi(k).
 
-    CENTRAL: matrix sum (phi(k) - mean)(v - mean)^T, left and right the means, and count.
+    CENTRAL: matrix sum (phi(k) - mean)(v - mean)^T of turned phi(k), left and right the means, and count.
     """
     ACC: tl.constexpr = matrix.dtype.element_ty
     image_head = tl.program_id(0).to(tl.int64)
@@ -69,6 +69,11 @@ def absorb_kernel(
         raw = load_rows(x, n, ok, d, x_strides[1], x_strides[3], D)
         values = load_rows(v, n, ok, e, v_strides[1], v_strides[3], E)
         mapped = phi(raw.to(ACC), n, ok, d, b, h, factors, tokens, MAP, POWER, WHOLE, D)
+        if not CENTRAL:
+            spread += mapped  # as it is
+        if turn is not None:
+            cos, sin = load_places(turn, n, ok, h, heads, D, BLOCK_D)
+            mapped = turned(mapped, cos, sin)
         if CENTRAL:  # merged with what was seen before, after Chan, Golub and LeVeque
             values = values.to(ACC)
             fresh = tl.sum(ok.to(ACC))
@@ -83,10 +88,6 @@ def absorb_kernel(
             mean_v += step_v * weight
             seen += fresh
         else:
-            spread += mapped
-            if turn is not None:
-                cos, sin = load_places(turn, n, ok, h, heads, D, BLOCK_D)
-                mapped = turned(mapped, cos, sin)
             if EXACT:
                 mapped = mapped.to(raw.dtype)
             total = product(tl.trans(mapped), values, total, SPLIT)
@@ -141,12 +142,12 @@ def absorb_backward_kernel(
         if not SPLIT:  # else held in registers for good
             dstate = _load_matrix(dmatrix, image_head, d, e, D, E)
         mapped = phi(wide, n, ok, d, b, h, factors, tokens, MAP, POWER, WHOLE, D)
+        if turn is not None:
+            cos, sin = load_places(turn, n, ok, h, heads, D, BLOCK_D)
+            mapped = turned(mapped, cos, sin)
         if CENTRAL:
             mapped = mapped - centre_k[None, :]
             values = values.to(ACC) - centre_v[None, :]
-        elif turn is not None:
-            cos, sin = load_places(turn, n, ok, h, heads, D, BLOCK_D)
-            mapped = turned(mapped, cos, sin)
         if EXACT:
             mapped = mapped.to(raw.dtype)
         dvalues = product(mapped, dstate, tl.zeros((BLOCK_N, BLOCK_E), ACC), SPLIT)
@@ -154,9 +155,13 @@ def absorb_backward_kernel(
             dvalues += dmean[None, :]
         store_rows(dv, n, inside, e, heads * E, tl.where(ok[:, None], dvalues, 0.0), E)
         dmapped = product(values, tl.trans(dstate), tl.zeros((BLOCK_N, BLOCK_D), ACC), SPLIT)
-        if not CENTRAL and turn is not None:
+        if CENTRAL:  # the mean is of turned keys
+            dmapped += dsum[None, :]
+        if turn is not None:
             dmapped = turned(dmapped, cos, -sin)
-        dmapped = tl.where(ok[:, None], dmapped + dsum[None, :], 0.0)
+        if not CENTRAL:
+            dmapped += dsum[None, :]
+        dmapped = tl.where(ok[:, None], dmapped, 0.0)
         dmapped, dscale = phi_backward(
             dmapped, wide, n, ok, inside, d, b, h, factors, dafter, dscale, tokens, heads, MAP, SLOPE, POWER, WHOLE, D
         )

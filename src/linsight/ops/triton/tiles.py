@@ -153,15 +153,18 @@ def phi_backward(
 def load_places(turn, n, ok, h, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """(cos, sin) `(tokens, BLOCK_D / 2)` of the pairs of channels of head h; see `linsight.ops.rotary`.
 
-    turn: cos, sin, height, width and prefix; the tables have a row for each row and then for each column of the grid.
+    turn: cos, sin, height, width, prefix and heads; the tables have a row for each row and then for each column of the
+    grid. What is left over of a head has cos 1 and sin 0.
     """
     i = tl.arange(0, BLOCK_D // 2)
-    pair, quarter = h * (D // 2) + i, heads * D // 4
+    part = heads * D // turn[5]  # channels that have all speeds
+    quarter = part // 4
+    pair = (h * (D // 2) + i) % (part // 2)
     place = n - turn[4]
     by_row = pair < quarter
     line = tl.where(by_row[None, :], (place // turn[3])[:, None], (turn[2] + place % turn[3])[:, None])
     at = line * quarter + tl.where(by_row, pair, pair - quarter)[None, :]
-    mask = (ok & (place >= 0))[:, None] & (i < D // 2)[None, :]
+    mask = (ok & (place >= 0))[:, None] & ((i < D // 2) & (pair < 2 * quarter))[None, :]
     return tl.load(turn[0] + at, mask=mask, other=1.0), tl.load(turn[1] + at, mask=mask, other=0.0)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 
 from linsight.errors import LinsightError
-from linsight.ops import traced
+from linsight.ops import leaves, pool_matrix, traced
 
 
 class ConvNormReLU(nn.Sequential):
@@ -143,8 +143,18 @@ class Pooled(ConvNormReLU):
                 "this decoder pools each image to one place, and the batch norm behind that learns from 2 images or "
                 "more: pass a larger batch, or take the decoder 'mlp' or 'semantic_fpn'"
             )
-        mean: Tensor = super().forward(F.adaptive_avg_pool2d(x, self.size))  # type: ignore[no-untyped-call]
+        mean: Tensor = super().forward(averaged(x, self.size))  # type: ignore[no-untyped-call]
         return F.interpolate(mean, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def averaged(x: Tensor, size: int) -> Tensor:
+    """A map averaged to `size` x `size` places, of any sides in a graph that leaves, too."""
+    if not leaves():
+        return F.adaptive_avg_pool2d(x, size)
+    for axis in (2, 3):
+        matrix = pool_matrix(x.shape[axis], size, device=x.device, dtype=x.dtype)
+        x = (matrix @ x) if axis == 2 else x @ matrix.T
+    return x
 
 
 def feature_pyramid(channels: Sequence[int], width: int, *, device: Any = None, dtype: Any = None) -> nn.Module:

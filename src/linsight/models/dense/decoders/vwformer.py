@@ -21,7 +21,6 @@ from linsight.attention import Paper
 from linsight.errors import LinsightError
 from linsight.ops import attend, divided, unflatten
 
-from ...parts.partition import to_multiple
 from .base import ConvNormReLU, Decoder, Pooled, cut, enlarged
 from .mlp import Mixed
 from .table import DecoderRow, add_decoders
@@ -41,9 +40,9 @@ class VaryingWindows(nn.Module):
         self.q, self.k, self.v = (nn.Conv2d(dim, dim, 1, **factory) for _ in range(3))
         self.proj = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False, **factory), nn.BatchNorm2d(dim, **factory))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, dim, 8 p, 8 r)`, of windows of p x r; the shape is kept."""
-        batch, sides = x.shape[0], [side // GRID for side in x.shape[2:]]
+    def forward(self, x: Tensor, sides: Sequence[Any]) -> Tensor:
+        """`(B, dim, 8 p, 8 r)`, of windows of the sides p and r; the shape is kept."""
+        batch = x.shape[0]
         before, behind = self.ratio // 2 - 1, self.ratio // 2
         context = self.context(self.reduce(F.pad(x, (before, behind, before, behind))), sides)
         q, k, v = (self._windows(y, sides) for y in (self.q(x), self.k(context), self.v(context)))
@@ -56,7 +55,9 @@ class VaryingWindows(nn.Module):
         """The contexts of all windows, which lie as the windows do: `(B, C, 8 p, 8 r)` -> `(B, C R^2, 8 p, 8 r)`."""
         for axis, side in zip((2, 3), sides, strict=True):
             x = x.index_select(axis, self._places(side, x.device))
-        return F.pixel_unshuffle(x, self.ratio)
+        for axis, side in ((3, sides[1]), (2, sides[0])):
+            x = unflatten(x, axis, (GRID * side, self.ratio))
+        return x.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)  # (B, c, 8 p, R, 8 r, R) -> (B, c R^2, 8 p, 8 r)
 
     def _places(self, side: Any, device: torch.device) -> Tensor:
         """Rows of a map of 8 `side` that the contexts of its windows have, one window after the other."""
@@ -118,8 +119,9 @@ class VWFormer(Decoder):
         """`(B, width, H_0, W_0)`."""
         x = self.mix(maps[1:] or maps)
         height, width = x.shape[2:]
-        padded = F.pad(x, (0, to_multiple(width, GRID) - width, 0, to_multiple(height, GRID) - height))
-        scales = [cut(scale(padded), height, width) for scale in self.scales]
+        sides = [(side + GRID - 1) // GRID for side in (height, width)]
+        padded = F.pad(x, (0, GRID * sides[1] - width, 0, GRID * sides[0] - height))
+        scales = [cut(scale(padded, sides), height, width) for scale in self.scales]
         x = self.join(torch.cat([self.short(x), self.pool(x), *scales], dim=1))
         if self.low is None or self.fuse is None:
             return x
