@@ -150,6 +150,7 @@ def open_objects(recipe: Any) -> Data:
     whole = place.open(train_split)
     notes = list(whole.notes)
     train: Source = whole
+    val: Source
     if val_split is None:
         kept, held = hold_out(whole.targets, recipe.val_fraction)
         train, val = Part(whole, kept), Part(whole, held)
