@@ -20,7 +20,7 @@ RUN = {
     "method": "mask_rcnn",
     "model": "compact_nano",
     "attention": "inline",
-    "model_args": "stem=8,stages=((16,1,2,1),(24,1,2,1))",
+    "model_args": "stem=((8,1),(12,2)),stages=((16,1,2),(24,1,2))",
     "pyramid_width": 16,
     "head_width": 32,
     "sides": "48",
