@@ -105,7 +105,8 @@ class Pooled(ConvNormReLU):
                 "this decoder pools each image to one place, and the batch norm behind that learns from 2 images or "
                 "more: pass a larger batch, or take the decoder 'mlp' or 'semantic_fpn'"
             )
-        return resized(super().forward(averaged(x, self.size)), x.shape[2:])
+        pooled = super().forward(averaged(x, self.size))  # type: ignore[no-untyped-call]
+        return resized(pooled, x.shape[2:])
 
 
 def averaged(x: Tensor, size: int) -> Tensor:

@@ -44,9 +44,10 @@ class SemanticFpn(Decoder):
         """`(B, width, H_0, W_0)`."""
         sizes = [x.shape[2:] for x in maps]
         found = list(self.pyramid({str(i): x for i, x in enumerate(maps)}).values())
+        steps: Any = self.steps
         total: Any = 0
-        for i, (x, convs) in enumerate(zip(found, self.steps, strict=True)):
-            for j, conv in enumerate(convs, 1):  # type: ignore[arg-type]
+        for i, (x, convs) in enumerate(zip(found, steps, strict=True)):
+            for j, conv in enumerate(convs, 1):
                 x = resized(conv(x), sizes[i - j]) if i else conv(x)
             total = total + x
         return total
