@@ -310,6 +310,29 @@ def test_training(decoder):
     assert not any(isinstance(part, nn.BatchNorm2d) for part in synced.decoder.modules())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"decoder": "upernett"}, "did you mean 'upernet'"),
+        ({"classes": 0}, "num_classes=0"),
+        ({"width": 0}, "width=0"),
+        ({"dropout": 2}, "dropout=2"),
+        ({"decoder_options": {"depth": 3}}, "depth"),
+        ({"decoder": "vwformer", "width": 100}, "a multiple of 64"),
+        ({"decoder": "vwformer", "decoder_options": {"ratios": (3,)}}, "2, 4, 6 or 8 windows"),
+    ],
+)
+def test_what_is_no_segmenter(arguments, told):
+    with pytest.raises(linsight.LinsightError, match=told):
+        segmenter(**arguments)
+
+
+@pytest.mark.parametrize("decoder", ["upernet", "vwformer"])
+def test_one_image_alone_gives_no_statistics(decoder):
+    with pytest.raises(linsight.LinsightError, match="2 images or more"):
+        segmenter(decoder)(torch.randn(1, 3, 64, 64))
+
+
 def test_without_an_auxiliary_head():
     model = segmenter()
     assert model(torch.randn(2, 3, 32, 32)).auxiliary is None and model.auxiliary_weight == 0
