@@ -35,11 +35,11 @@ CAPABILITIES = """
 and images of any size. *prefix*: class and register tokens. *causal*: a causal form. *rotary*: places by a rotary
 embedding, below. What a mechanism cannot do raises an error that names the ones that can.
 
-**`rotary=True`** tells a mechanism where tokens lie, without parameters and on any grid: each head of queries and keys is
-turned by the row and the column of its token, so products depend on differences of places alone. Half of its channels
-turn by rows and half by columns, at the speeds 100^(-j/m), j from 0 to m - 1, m a quarter of the width of a head. Prefix
-tokens are not turned; tiles, padded, packed and shared images, windows and another sequence of keys have places of their
-own. It adds nothing to checkpoints, and any model takes it:
+**`rotary=True`** tells a mechanism where tokens lie, without parameters and on any grid: each head of queries and
+keys is turned by the row and the column of its token, so products depend on differences of places alone. Half of its
+channels turn by rows and half by columns, at the speeds 100^(-j/m), j from 0 to m - 1, m a quarter of the width of a
+head. Prefix tokens are not turned; tiles, padded, packed and shared images, windows and another sequence of keys have
+places of their own. It adds nothing to checkpoints, and any model takes it:
 
 ```python
 import linsight
@@ -47,13 +47,14 @@ import linsight
 model = linsight.create_model("vit_tiny", attention="linear", attention_options={"rotary": True})
 ```
 
-Where the formula has the products of queries and keys alone, all of it sees turned ones. A mechanism with a feature map
-turns its features, in products with values; what normalises sees them as they are, as in RoFormer (Su et al., arXiv
-2104.09864, section 3.3), so it stays above 0. InLine divides by nothing: it turns them in all products, and its rows sum
-to 1 as before. A width of heads that 4 does not divide is refused, and so are keys of a reduced grid, which have no
-places among the tokens. `mlla`, `rala`, `mala`, `polaformerpp` and the `nalaformer`s have a published rotation of their
-own, always; `ttt` has its published one as the option. Mechanisms that read learned points or weights of places, hash, or
-norm over tokens channel by channel have none: what they compute would depend on where an image begins.
+Where the formula has the products of queries and keys alone, all of it sees turned ones. A mechanism with a feature
+map turns its features, in products with values; what normalises sees them as they are, as in RoFormer (Su et al.,
+arXiv 2104.09864, section 3.3), so it stays above 0. InLine divides by nothing: it turns them in all products, and its
+rows sum to 1 as before. A width of heads that 4 does not divide is refused, and so are keys of a reduced grid, which
+have no places among the tokens. `mlla`, `rala`, `mala`, `polaformerpp` and the `nalaformer`s have a published
+rotation of their own, always; `ttt` has its published one as the option. Mechanisms that read learned points or
+weights of places, hash, or norm over tokens channel by channel have none: what they compute would depend on where an
+image begins.
 """
 
 SNIPPET = """import torch

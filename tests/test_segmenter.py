@@ -26,10 +26,11 @@ _OWN = ("vit_tiny", "compact_pico", "pvt_tiny", "cswin_tiny")
 hosts = pytest.mark.parametrize(
     "host", [host if host in _OWN else pytest.param(host, marks=pytest.mark.full) for host in SMALL]
 )
-# At their own sizes, a fifth of them in the normal run.
+# At their own sizes: in the normal run one of each class, a fifth of all.
+FIRST = {host.model_cls: name for name, host in reversed(HOSTS.items())}.values()
 ALL = [*HOSTS, *(name for name, variant in VARIANTS.items() if variant.dense)]
 every = pytest.mark.parametrize(
-    "name", [name if i % 5 == 0 else pytest.param(name, marks=pytest.mark.full) for i, name in enumerate(ALL)]
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.full) for name in ALL]
 )
 
 
@@ -316,6 +317,29 @@ def test_training(decoder):
     assert not any(isinstance(part, nn.BatchNorm2d) for part in synced.decoder.modules())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"decoder": "upernett"}, "did you mean 'upernet'"),
+        ({"classes": 0}, "num_classes=0"),
+        ({"width": 0}, "width=0"),
+        ({"dropout": 2}, "dropout=2"),
+        ({"decoder_options": {"depth": 3}}, "depth"),
+        ({"decoder": "vwformer", "width": 100}, "a multiple of 64"),
+        ({"decoder": "vwformer", "decoder_options": {"ratios": (3,)}}, "2, 4, 6 or 8 windows"),
+    ],
+)
+def test_what_is_no_segmenter(arguments, told):
+    with pytest.raises(linsight.LinsightError, match=told):
+        segmenter(**arguments)
+
+
+@pytest.mark.parametrize("decoder", ["upernet", "vwformer"])
+def test_one_image_alone_gives_no_statistics(decoder):
+    with pytest.raises(linsight.LinsightError, match="2 images or more"):
+        segmenter(decoder)(torch.randn(1, 3, 64, 64))
+
+
 def test_without_an_auxiliary_head():
     model = segmenter()
     assert model(torch.randn(2, 3, 32, 32)).auxiliary is None and model.auxiliary_weight == 0
@@ -404,7 +428,7 @@ def test_our_checkpoints_fill_all():
 @pytest.mark.parametrize("host", ["vit_tiny", "swin_tiny"])
 def test_weights_of_a_classifier(host):
     """What makes maps of other strides of a ViT is new."""
-    model = linsight.create_model(host, attention="inline", **SMALL[host])
+    model = linsight.create_model(host, attention="inline", **{**SMALL[host], **NO_TOKEN.get(host, {})})
     backbone = small(host)
     report = linsight.load_published(backbone, linsight.export_published(model), head=False)
     assert all(key.startswith("up.") for key in report.kept)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from linsight.errors import CapabilityError, LinsightError
 
-from ..doors import checked
 from ..parts.dense import inside
 from ..steps import Decode, StreamPlan
 from .backbone import Backbone, pyramid
@@ -159,7 +158,8 @@ def create_segmenter(
     """
     row = decoder_row(decoder)
     checked_classes(num_classes)
-    checked(backbone, attention, attention_options, {"drop_rate": dropout})
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise LinsightError(f"dropout={dropout} must be a rate from 0 to below 1")
     maps = pyramid(
         backbone,
         attention=attention,

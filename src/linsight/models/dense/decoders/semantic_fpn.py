@@ -47,9 +47,9 @@ class SemanticFpn(Decoder):
         """`(B, width, H_0, W_0)`."""
         sizes = [x.shape[2:] for x in maps]
         found = list(self.pyramid({str(i): x for i, x in enumerate(maps)}).values())
+        steps: Any = self.steps
         total: Any = 0
-        convs: Any
-        for i, (x, convs) in enumerate(zip(found, self.steps, strict=True)):
+        for i, (x, convs) in enumerate(zip(found, steps, strict=True)):
             for j, conv in enumerate(convs, 1):
                 x = enlarged(conv(x), self.times(i - j + 1, i - j), sizes[i - j]) if i else conv(x)
             total = total + x
