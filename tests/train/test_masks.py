@@ -1,5 +1,7 @@
 """Masks beside images: how they are found, read and refused, and cropped with their images."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -221,3 +223,77 @@ def test_images_to_evaluate_are_whole_or_of_a_shorter_side(told):
     assert batch.bad == ["c: is damaged"] and not batch.images[0, :, :, 30:].any()
     write(told / "masks/val/b.png", np.zeros((60, 91), np.uint8))
     assert samples[0, 1] == "images/val/b.png: is 90x60 pixels, and its mask 91x60"
+
+
+def test_rows_of_parquet_have_a_column_of_masks(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rng = np.random.default_rng(0)
+    kinds = datasets.Features(
+        {"pixels": datasets.Image(), "annotation": datasets.Image(), "name": datasets.Value("string")}
+    )
+    for split, count in (("train", 3), ("validation", 2)):
+        images = [Image.fromarray(rng.integers(0, 255, (*SIZE, 3), dtype=np.uint8)) for _ in range(count)]
+        masks = [Image.fromarray(rng.integers(0, 3, SIZE, dtype=np.uint8)) for _ in range(count)]
+        rows = {"pixels": images, "annotation": masks, "name": ["a"] * count}
+        datasets.Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+        if split == "train":
+            first = np.asarray(masks[0])
+    data = open_masks(recipe(tmp_path))
+    assert (len(data.train), len(data.val), data.classes) == (3, 2, ("0", "1", "2"))
+    assert data.train.beside(0).tolist() == first.tolist()
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
+    assert open_masks(recipe(tmp_path, label_key="annotation")).classes == ("sky", "road", "car")
+    refused(tmp_path, "unknown column of masks", label_key="anotation")
+
+
+def panoptic(folder):
+    """Two splits of an image with the segments 5, 300 and 70000, of the classes sky, road, sky, and pixels of none."""
+    codes = np.kron(np.array([[5, 300], [70000, 0]]), np.ones((3, 4), int))
+    picture = np.stack([codes % 256, codes // 256 % 256, codes // 65536], -1).astype(np.uint8)
+    for split in ("train2017", "val2017"):
+        write(folder / split / "a.jpg", np.zeros((*SIZE, 3), np.uint8))
+        write(folder / f"annotations/panoptic_{split}/a.png", picture)
+        told = {
+            "images": [{"id": 7, "file_name": "a.jpg"}],
+            "categories": [{"id": 90, "name": "sky"}, {"id": 3, "name": "road"}],
+            "annotations": [
+                {
+                    "image_id": 7,
+                    "file_name": "a.png",
+                    "segments_info": [
+                        {"id": 5, "category_id": 90},
+                        {"id": 300, "category_id": 3},
+                        {"id": 70000, "category_id": 90},
+                    ],
+                }
+            ],
+        }
+        (folder / f"annotations/panoptic_{split}.json").write_text(json.dumps(told))
+    return told
+
+
+def test_segments_in_cocos_panoptic_form(tmp_path):
+    told = panoptic(tmp_path)
+    data = open_masks(recipe(tmp_path))
+    assert data.classes == ("road", "sky") and len(data.train) == len(data.val) == 1
+    mask = data.train.beside(0)
+    assert [mask[0, 0], mask[0, -1], mask[-1, 0], mask[-1, -1]] == [1, 0, 1, NONE]
+    path = tmp_path / "annotations/panoptic_train2017.json"
+    told["annotations"][0]["segments_info"][0]["category_id"] = 4
+    path.write_text(json.dumps(told))
+    refused(tmp_path, "has a segment of the category 4, which it does not list")
+    path.write_text(json.dumps(told)[:-20])
+    refused(tmp_path, "is no file of segments in COCO's panoptic form")
+    told["annotations"][0] |= {"segments_info": [], "file_name": "../a.png"}
+    path.write_text(json.dumps(told))
+    refused(tmp_path, "names a file outside of its folders")
+    told["annotations"][0]["file_name"] = "b.png"
+    path.write_text(json.dumps(told))
+    refused(tmp_path, "no file that .* names is there, as 'b.png'")
+
+
+def test_the_pixel_maps_of_cocos_stuff(tmp_path):
+    for split in ("train2017", "val2017"):
+        pair(tmp_path, f"{split}/a.jpg", f"stuff_{split}_pixelmaps/a.png")
+    data = open_masks(recipe(tmp_path))
+    assert len(data.train) == 1 and data.val.beside(0)[0, -1] == 1

@@ -20,6 +20,7 @@ from .sources import Reading, Source, first_line
 from .trees import shown, some
 
 _IMAGES = ("image", "img", "picture", "photo", "jpg", "png")
+_MASKS = ("mask", "annotation", "segmentation_mask", "segmentation", "semantic", "label", "labels", "gt")
 LABELS = ("label", "labels", "fine_label", "class", "target", "category", "class_name")
 _SHARD = re.compile(r"(.+?)-(\d{5})-of-(\d{5})")
 
@@ -208,18 +209,40 @@ def parquet(
     label_key: str | None,
 ) -> Source:
     """The rows of Parquet files as a source; `split` is `train`, or a part of it in Hugging Face's words."""
+    return _source(label, parquet_table(label, paths, cache, split), str(paths[0].parent), image_key, label_key)
+
+
+def parquet_table(label: str, paths: Sequence[pathlib.Path], cache: str | None, split: str) -> Any:
+    """The rows of Parquet files."""
     hf = import_datasets()
     files = [glob.escape(str(path.absolute())) for path in paths]
     name = split.partition("[")[0]
-    table = from_hub(label, lambda: hf.load_dataset("parquet", data_files={name: files}, split=split, cache_dir=cache))
-    return _source(label, table, str(paths[0].parent), image_key, label_key)
+    return from_hub(label, lambda: hf.load_dataset("parquet", data_files={name: files}, split=split, cache_dir=cache))
 
 
 def hugging_face(name: str, cache: str | None, split: str, image_key: str | None, label_key: str | None) -> Source:
     """A data set of Hugging Face as a source: the columns are found by their types."""
+    return _source(name, hub_table(name, cache, split), "", image_key, label_key)
+
+
+def hub_table(name: str, cache: str | None, split: str) -> Any:
+    """The rows of a data set of Hugging Face."""
     hf = import_datasets()
-    table = from_hub(name, lambda: hf.load_dataset(name, split=split, cache_dir=cache))
-    return _source(name, table, "", image_key, label_key)
+    return from_hub(name, lambda: hf.load_dataset(name, split=split, cache_dir=cache))
+
+
+def mask_rows(name: str, table: Any, folder: str, image_key: str | None, mask_key: str | None) -> tuple[Rows, Rows]:
+    """The images of a table, and their masks, which are images of another column."""
+    hf, kinds = import_datasets(), table.features
+    if image_key is None and not any(key in _IMAGES for key in kinds):
+        found = [key for key, kind in kinds.items() if isinstance(kind, hf.Image) and key not in (*_MASKS, mask_key)]
+        image_key = found[0] if len(found) == 1 else None
+    images = image_column(name, kinds, image_key or next((key for key in _IMAGES if key in kinds), None))
+    rest = {key: kind for key, kind in kinds.items() if key != images and _is_image(kind)}
+    masks = mask_key or _column(name, rest, _MASKS, "label_key", hf.Image, _is_bytes)
+    if masks not in rest:
+        raise UnknownNameError(f"column of masks of {shown(name)}", masks, rest)
+    return _undecoded(name, table, images, folder), _undecoded(name, table, masks, folder)
 
 
 def hugging_face_images(name: str, split: str, image_key: str | None) -> Rows:

@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from linsight.errors import LinsightError
 from linsight.recipe import Recipe
@@ -11,7 +11,16 @@ from linsight.recipe import Recipe
 from . import sources
 from ._archives import SUFFIXES, Archive
 from ._layout import body, role, splits, unwrapped
-from ._parquet import check_files, count_rows, hugging_face, hugging_face_splits, parquet, split_files
+from ._parquet import (
+    check_files,
+    count_rows,
+    hub_table,
+    hugging_face,
+    hugging_face_splits,
+    parquet,
+    parquet_table,
+    split_files,
+)
 from ._shards import Keys, class_names, is_shard, open_shards
 from ._streams import Streamed
 from .inputs import expanded
@@ -76,13 +85,17 @@ class Hub:
     notes: tuple[str, ...] = ()
 
     def __init__(self, name: str, recipe: Recipe) -> None:
-        self.name, self.recipe = name, recipe
+        self.name, self.label, self.recipe = name, name, recipe
         self.splits: Sequence[str] = hugging_face_splits(name)
 
     def open(self, split: str | None) -> Source:
         """See `Place`."""
         recipe = self.recipe
         return hugging_face(self.name, recipe.data_dir, split or "train", recipe.image_key, recipe.label_key)
+
+    def table(self, split: str | None) -> tuple[Any, str]:
+        """The rows of a split, and the folder of what they name."""
+        return hub_table(self.name, self.recipe.data_dir, split or "train"), ""
 
 
 class Parquet:
@@ -101,11 +114,17 @@ class Parquet:
 
     def open(self, split: str | None) -> Source:
         """See `Place`."""
+        split, recipe = split or "train", self.recipe
+        return parquet(self.label, self._paths(split), recipe.data_dir, split, recipe.image_key, recipe.label_key)
+
+    def table(self, split: str | None) -> tuple[Any, str]:
+        """The rows of a split, and the folder of what they name."""
         split = split or "train"
+        return parquet_table(self.label, self._paths(split), self.recipe.data_dir, split), str(self.folder)
+
+    def _paths(self, split: str) -> list[pathlib.Path]:
         names = self.files.get(split.partition("[")[0]) or self.files[""]
-        recipe = self.recipe
-        paths = [self.folder / name for name in names]
-        return parquet(self.label, paths, recipe.data_dir, split, recipe.image_key, recipe.label_key)
+        return [self.folder / name for name in names]
 
 
 class Pictures:

@@ -1,5 +1,7 @@
 """Images with what lies beside them, brought to what a model is given: both alike."""
 
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +15,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from linsight.errors import ImageError, LinsightError
 
+from ._places import locate
 from .datasets import Data, evaluated_split, picked_split
 from .images import Batch, Samples
-from .masks import MOST, NONE, Kind, MaskFolders
+from .masks import MOST, NONE, Kind, MaskFolders, MaskTables
+from .panoptic import panoptic_place
 from .random import hold_out
 from .sources import Part, Source
 from .trees import shown, some
@@ -148,7 +152,7 @@ def open_masks(recipe: Any) -> Data:
     Raises:
         LinsightError: nothing there, images without masks, or fewer than two classes.
     """
-    place, data = MaskFolders(recipe, recipe.ignore), shown(recipe.data)
+    place, data = _place(recipe), shown(recipe.data)
     train_split = picked_split(place, recipe.train_split, recipe)
     val_split = picked_split(place, recipe.val_split, recipe) if recipe.val_split else evaluated_split(place, recipe)
     notes = list(place.notes)
@@ -179,7 +183,7 @@ def open_masks(recipe: Any) -> Data:
 
 def open_evaluated_masks(recipe: Any, split: str | None, classes: tuple[str, ...]) -> Source:
     """The images to evaluate a model of `classes` on: a split, or all of a folder that has none."""
-    place = MaskFolders(recipe, recipe.ignore)
+    place = _place(recipe)
     wanted = split or recipe.val_split
     chosen = picked_split(place, wanted, recipe) if wanted else evaluated_split(place, recipe)
     if place.listed and tuple(kind.name for kind in place.listed) != classes:
@@ -188,6 +192,18 @@ def open_evaluated_masks(recipe: Any, split: str | None, classes: tuple[str, ...
         )
     place.listed = place.listed or [Kind(name) for name in classes]
     return place.open(chosen)
+
+
+def _place(recipe: Any) -> MaskFolders:
+    """The place of a recipe's images with masks: folders, Parquet files, or a data set of Hugging Face."""
+    folder = pathlib.Path(os.path.expanduser(recipe.data))
+    tables = folder.suffix.lower() == ".parquet" or next(folder.glob("**/*.parquet"), None) is not None
+    if not recipe.data.startswith("hfds/") and not tables:
+        return panoptic_place(recipe, folder) or MaskFolders(recipe, recipe.ignore)
+    place = locate(recipe)
+    if not hasattr(place, "table"):
+        raise LinsightError(f"{shown(recipe.data)} has no masks: give folders of images and masks, or rows with both")
+    return MaskTables(recipe, recipe.ignore, place)
 
 
 def _values(source: Any, recipe: Any) -> list[int]:

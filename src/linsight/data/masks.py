@@ -19,6 +19,7 @@ from linsight.errors import ImageError, LinsightError
 from linsight.recipe import Recipe
 
 from ._layout import role
+from ._parquet import mask_rows
 from .pictures import calmly
 from .sources import Files, Reading, Source
 from .trees import Tree, count, shown, some, walk
@@ -38,7 +39,8 @@ _BEHIND_MASK = (  # the first is taken, where an image has several masks
     *("_gtfine_labeltrainids", "_gtfine_labelids", "_labeltrainids", "_labelids", "_mask", "_masks", "_label"),
     *("_labels", "_segmentation", "_seg", "_gt", "_l"),
 )
-_BEHIND_FOLDER = re.compile(r"(.+?)[_-]?(?:annot|annotations?|masks?|labels?)")  # trainannot, val_masks
+# trainannot, val_masks, stuff_val2017_pixelmaps
+_BEHIND_FOLDER = re.compile(r"(?:stuff_)?(.+?)[_-]?(?:annot|annotations?|masks?|labels?|pixelmaps)")
 _LISTS = ("classes.txt", "classes.csv", "class_dict.csv", "labels.txt", "label_colors.txt", "codes.txt")
 
 
@@ -140,13 +142,13 @@ def decode_mask(stored: Any, name: str) -> Any:
 class Masks(Reading):
     """Images with a mask each.
 
-    reader, masks: of the files of the ones and the others, by place.  kinds: the classes.
+    reader, masks: of the `count` files of the ones and the others, by place.  kinds: the classes.
     """
 
     annotated = True
 
-    def __init__(self, reader: Any, masks: Any, classes: Classes, notes: tuple[str, ...] = ()) -> None:
-        super().__init__(reader, [0] * len(masks.names), classes.names, notes)
+    def __init__(self, reader: Any, masks: Any, count: int, classes: Classes, notes: tuple[str, ...] = ()) -> None:
+        super().__init__(reader, [0] * count, classes.names, notes)
         self.masks, self.kinds = masks, classes
 
     def beside(self, index: int) -> Any:
@@ -175,6 +177,8 @@ class MaskFolders:
     """
 
     exact = False
+    splits: Sequence[str]
+    notes: tuple[str, ...]
 
     def __init__(self, recipe: Recipe, ignored: int | None) -> None:
         path = pathlib.Path(os.path.expanduser(recipe.data))
@@ -183,17 +187,39 @@ class MaskFolders:
         self.folder, self.ignored = path, ignored
         tree = walk(path)
         self.pairs, notes = _paired(tree)
-        self.splits: Sequence[str] = sorted(filter(None, self.pairs))
-        self.notes: tuple[str, ...] = (*tree.notes, *notes)
+        self.splits = sorted(filter(None, self.pairs))
+        self.notes = (*tree.notes, *notes)
         self.listed = class_list(path)
         self.many = recipe.num_classes
 
     def open(self, split: str | None) -> Source:
         """The images of a split, or all where there are none; its classes are () where only its masks tell them."""
         pairs = self.pairs[split or ""]
-        images, masks = ([pair[side] for pair in pairs] for side in (0, 1))
-        kinds = self.listed or [Kind(f"class {place}") for place in range(self.many or 0)]
-        return Masks(Files(self.folder, images), Files(self.folder, masks), Classes(kinds, self.ignored))
+        images, masks = (Files(self.folder, [pair[side] for pair in pairs]) for side in (0, 1))
+        return Masks(images, masks, len(pairs), Classes(self.kinds(), self.ignored))
+
+    def kinds(self) -> list[Kind]:
+        """The classes, as far as they are told."""
+        return self.listed or [Kind(f"class {place}") for place in range(self.many or 0)]
+
+
+class MaskTables(MaskFolders):
+    """Rows with an image and a mask each: of Parquet files, or of Hugging Face.
+
+    place: that of a recipe whose rows have classes.
+    """
+
+    def __init__(self, recipe: Recipe, ignored: int | None, place: Any) -> None:
+        self.place, self.recipe, self.ignored = place, recipe, ignored
+        self.exact, self.splits, self.notes = place.exact, place.splits, place.notes
+        folder = getattr(place, "folder", None)
+        self.listed, self.many = class_list(folder) if folder else [], recipe.num_classes
+
+    def open(self, split: str | None) -> Source:
+        """See `MaskFolders`."""
+        recipe, (table, folder) = self.recipe, self.place.table(split)
+        images, masks = mask_rows(self.place.label, table, folder, recipe.image_key, recipe.label_key)
+        return Masks(images, masks, len(table), Classes(self.kinds(), self.ignored))
 
 
 def _paired(tree: Tree) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
@@ -246,7 +272,7 @@ def _side(folders: list[str]) -> tuple[str, list[str]]:
     for place, folder in enumerate(folders):
         behind = _BEHIND_FOLDER.fullmatch(folder.casefold())
         if behind:
-            return "mask", [*folders[:place], folder[: len(behind[1])], *folders[place + 1 :]]
+            return "mask", [*folders[:place], folder[behind.start(1) : behind.end(1)], *folders[place + 1 :]]
     return "image", folders
 
 
