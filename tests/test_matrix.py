@@ -42,6 +42,11 @@ def rest_is_full(subjects, checks, kind="sort"):
     return pairs
 
 
+def rest_is_full_but(name):
+    """All mechanisms, of which all but one are for `pytest -m full`."""
+    return [pytest.param(s, marks=[] if s.name == name else pytest.mark.full) for s in matrix.subjects()]
+
+
 def unmet(reason):
     return [pytest.mark.xfail(reason=reason)] if reason else []
 
@@ -53,6 +58,11 @@ def named(value):
 @pytest.mark.parametrize(("subject", "check"), rest_is_full(matrix.subjects(), matrix.SLOW_CHECKS), ids=named)
 def test_slowly(subject, check):
     check(subject)
+
+
+@pytest.mark.parametrize("subject", rest_is_full_but("inline"), ids=str)
+def test_a_million_tokens(subject):
+    matrix.precision.a_million_tokens(subject)
 
 
 FUSED = [

@@ -39,7 +39,8 @@ def test_list(run):
         "reduced,",
         "score_bias,",
         "prefix,",
-        "causal",
+        "causal,",
+        "rotary",
     ]
     assert "\x1b" not in out
 

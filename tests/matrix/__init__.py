@@ -41,9 +41,6 @@ CHECKS = (
 )
 
 # Once for the first mechanism of a kind; for all by `pytest -m full`.
-SLOW_CHECKS = (
-    precision.a_million_tokens,
-    *graphs.CHECKS.values(),
-)
+SLOW_CHECKS = tuple(graphs.CHECKS.values())
 
 __all__ = ["CHECKS", "SLOW_CHECKS", "VARIANT_CHECKS", "Subject", "subjects"]
