@@ -225,6 +225,7 @@ def _of_timm(name: str, attention: str, pretrained: bool, given: Mapping[str, An
         raise LinsightError(f"attention={attention}: '{name}' is a model of timm without a linsight host, leave it out")
     with building(name, given):
         model: Any = create_fetched(name, pretrained=pretrained, num_classes=0, **given)
+    model.in_chans = getattr(model, "in_chans", given["in_chans"])  # which not all classes of timm tell
     if model.pretrained_cfg.get("fixed_input_size"):
         raise LinsightError(f"'{name}' of timm takes images of one size alone: take a convnet of timm, or a host")
     return _around(model, name, STRIDES[-1])
