@@ -8,7 +8,7 @@ are left out, and counted in a note.
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -62,7 +62,7 @@ class Coco(Source):
         return self.found.objects(self.kept[index])
 
     def under(self, classes: tuple[str, ...]) -> "Coco":
-        """The same images under the classes of a model, which are found by name.
+        """These images under the classes of a model, which are found by name.
 
         Raises:
             LinsightError: objects of a class that the model does not know.
@@ -105,7 +105,7 @@ class CocoFolder:
                 f"{shown(place)} has no file of objects in COCO's form: annotations/train.json, "
                 f"annotations/instances_train2017.json or train/{_INSIDE}"
             )
-        self.splits = list(self.files)
+        self.splits: Sequence[str] = list(self.files)
 
     def open(self, split: str | None) -> Coco:
         """The images of a split.

@@ -27,7 +27,7 @@ _FIRST, _PARTS = (0.5, 0.625, 0.75), (0.48, 0.75)
 
 
 class Scene(NamedTuple):
-    """What is learned of an image, or asked of it.
+    """The truth about an image, which is learned or found.
 
     place: of the image in its source.
     own: height and width of the image as it is kept.  size: as the model is given it, before it is padded to others.
@@ -111,7 +111,7 @@ class RandomPart(v2.Transform):
         return {"top": top, "left": left, "height": part[0], "width": part[1]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """That part of an image, of boxes or of masks."""
+        """The part of an image, of boxes or of masks."""
         return v2.functional.crop(inpt, **params)
 
 
@@ -150,6 +150,7 @@ def open_objects(recipe: Any) -> Data:
     whole = place.open(train_split)
     notes = list(whole.notes)
     train: Source = whole
+    val: Source
     if val_split is None:
         kept, held = hold_out(whole.targets, recipe.val_fraction)
         train, val = Part(whole, kept), Part(whole, held)

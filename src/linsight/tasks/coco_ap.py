@@ -18,7 +18,7 @@ KINDS = {"bbox": "", "segm": "mask_"}  # of overlap, and what stands before the 
 
 
 class Detections(NamedTuple):
-    """What was found in an image, in its own pixels: boxes `(N, 4)` as x1, y1, x2, y2, scores and labels `(N,)`.
+    """Objects found in an image, in its own pixels: boxes `(N, 4)` as x1, y1, x2, y2, scores and labels `(N,)`.
 
     masks: as COCO's compressed run lengths; empty where there are none.
     """

@@ -184,7 +184,7 @@ class Detect(Task):
 
 
 def _told(scene: Scene, device: torch.device) -> dict[str, Tensor]:
-    """What a detector of torchvision learns of an image."""
+    """Boxes, labels and masks of an image, as a detector of torchvision learns them."""
     assert scene.objects is not None, "it trains on objects"
     told = {"boxes": scene.objects.boxes, "labels": scene.objects.labels}
     if scene.masks is not None:

@@ -53,7 +53,7 @@ class Unchanged(GeneralizedRCNNTransform):
 
 
 class Detector(nn.Module):
-    """What every detector has beside the forward of torchvision.
+    """The base of detectors: all that they have beside the forward of torchvision.
 
     In training it takes images and targets, and gives losses by name; in evaluation it gives for each image `boxes`
     `(N, 4)` as x1, y1, x2, y2 in pixels, `labels` `(N,)` of 0 .. K - 1, `scores` `(N,)`, best first, and `masks`
