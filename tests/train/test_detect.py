@@ -12,6 +12,7 @@ from linsight.data.coco import CocoFolder
 from linsight.data.detection import Scene
 from linsight.data.objects import Objects
 from linsight.errors import LinsightError
+from linsight.export.trained import ExportPlan
 from linsight.tasks import task_of
 from linsight.train import evaluate, load_trained, predict, resolve, train
 
@@ -123,6 +124,11 @@ def test_predictions_are_in_the_pixels_of_files(run, photos, tmp_path):
     with Image.open(photos / "val" / "1.png") as image:
         again = load_run(run[0]).predict(image)
     assert np.allclose(again[0].boxes, found[0].boxes, atol=1e-3)
+
+
+def test_detectors_are_not_exported(run):
+    with pytest.raises(LinsightError, match="a model of the task detect is not exported"):
+        ExportPlan(load_trained(run[0]))
 
 
 class Fixed:
