@@ -85,8 +85,8 @@ class ExportPlan:
     ) -> None:
         if not trained.task.exports:
             raise LinsightError(
-                f"a model of the task {trained.task.name} is not exported: it gives a list of objects for an image, and "
-                f"files hold graphs of tensors; linsight.load_run uses it"
+                f"a model of the task {trained.task.name} is not exported: it gives lists of objects, and files hold "
+                f"graphs of tensors; linsight.load_run uses it"
             )
         self.trained, self.half, self.opset = trained, half, opset or OPSET
         height, width = (sides * 2)[:2] or image_size(trained.recipe, trained.model)
