@@ -12,6 +12,7 @@ from linsight.data.coco import CocoFolder
 from linsight.data.detection import Scene
 from linsight.data.objects import Objects
 from linsight.errors import LinsightError
+from linsight.export.trained import ExportPlan
 from linsight.tasks import task_of
 from linsight.train import evaluate, load_trained, predict, resolve, train
 
@@ -36,7 +37,7 @@ RUN = {
     "figures": False,
     "report": False,
     "workers": 0,
-    "epochs": 6,
+    "epochs": 3,
     "batch_size": 4,
     "lr": 0.004,
 }
@@ -84,10 +85,11 @@ def run(photos, tmp_path_factory):
 def test_a_run_learns_and_is_shown(run):
     folder, summary = run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"] and summary["ap50"] > 30
     assert summary["ap"] == max(row["ap"] for row in rows)
     assert {"ap50", "ap75", "mask_ap", "mask_ap50"} <= rows[-1].keys()
-    assert Image.open(folder / "predictions.png").width > 400
+    with Image.open(folder / "predictions.png") as picture:
+        assert picture.width > 400
     page = (folder / "report.html").read_text()
     assert "Classes" in page and "1 objects" in page and "square" in page
 
@@ -119,8 +121,14 @@ def test_predictions_are_in_the_pixels_of_files(run, photos, tmp_path):
     assert [left, top, left + wide, top + high] == pytest.approx(found[first["image_id"] - 1].boxes[0])
     head, rows = trained.task.table(found)
     assert head[0] == "file" and len(rows) >= 4
-    again = load_run(run[0]).predict(Image.open(photos / "val" / "1.png"))
+    with Image.open(photos / "val" / "1.png") as image:
+        again = load_run(run[0]).predict(image)
     assert np.allclose(again[0].boxes, found[0].boxes, atol=1e-3)
+
+
+def test_detectors_are_not_exported(run):
+    with pytest.raises(LinsightError, match="a model of the task detect is not exported"):
+        ExportPlan(load_trained(run[0]))
 
 
 class Fixed:

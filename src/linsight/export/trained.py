@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linsight.data.images import statistics
-from linsight.errors import CheckpointError
+from linsight.errors import CheckpointError, LinsightError
 from linsight.runtime.files import require_place
 from linsight.tasks import ClassifyRecipe
 from linsight.tasks.building import image_size
@@ -68,6 +68,9 @@ class ExportPlan:
         preprocess: from pixels to probabilities.
         half: in float16.
         opset: of ONNX; None: the usual one.
+
+    Raises:
+        LinsightError: it is of a task whose models are not exported.
     """
 
     def __init__(
@@ -80,6 +83,11 @@ class ExportPlan:
         half: bool = False,
         opset: int | None = None,
     ) -> None:
+        if not trained.task.exports:
+            raise LinsightError(
+                f"a model of the task {trained.task.name} is not exported: it gives lists of objects, and files hold "
+                f"graphs of tensors; linsight.load_run uses it"
+            )
         self.trained, self.half, self.opset = trained, half, opset or OPSET
         height, width = (sides * 2)[:2] or image_size(trained.recipe, trained.model)
         self.facts = facts_of_trained(trained, (height, width), dynamic=not static)

@@ -53,6 +53,7 @@ class Detect(Task):
     record: ClassVar[type[Recipe]] = DetectRecipe
     best = "ap"
     writes = "objects"
+    exports = False
 
     # Images
 
