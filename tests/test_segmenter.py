@@ -448,11 +448,14 @@ SIZES = ((64, 64), (160, 96), (131, 97), (67, 149), (96, 96))
 
 
 def traceable(decoder):
-    """With the fewest layers that have all there is to trace, which is slow."""
-    options = {"width": 8, **OPTIONS.get(decoder, {})}
+    """With the fewest layers that have all there is to trace, which is slow.
+
+    Windows have several pixels a side at all sizes: a side of one is a graph of its own.
+    """
+    options, stem = {"width": 8, **OPTIONS.get(decoder, {})}, [(8, 4)]
     if decoder == "vwformer":
-        options = {"width": 8, "num_heads": 2, "ratios": (2,)}
-    backbone = pyramid("compact_pico", attention="efficient", stem=[(8, 4)], stages=[(8, 1, 2), (16, 1, 2)])
+        options, stem = {"width": 8, "num_heads": 2, "ratios": (2,)}, [(8, 1)]
+    backbone = pyramid("compact_pico", attention="efficient", stem=stem, stages=[(8, 1, 2), (16, 1, 2)])
     return Segmenter(backbone, create_decoder(decoder, backbone.channels, 5, **options)).eval()
 
 

@@ -7,7 +7,8 @@ map is a copy of what lies inside (copy-shift padding).
 
 The paper's maps divide by 8. Others are padded to it at the right and bottom by zeros, which contexts see, as they see
 the zeros around a map; the pooled map is of the image alone. Where a window has an odd side, the copies at its left are
-one pixel fewer than at its right.
+one pixel fewer than at its right. In a graph of any size windows have several pixels a side; a side of one, of a map of
+8 pixels or fewer, is a graph of its own.
 """
 
 from collections.abc import Sequence
