@@ -119,8 +119,8 @@ def long_sequences(subject: Subject) -> None:
 def a_million_tokens(subject: Subject, grid: Grid = MILLION) -> None:
     """Tokens around 100, of which a corner is read: float32 keeps five digits, halves hold what they can.
 
-    Of each mechanism whose cost is linear. Of a core without states that merge all outputs are read, and so are those of
-    a layer or a block, which see tokens around 0: norms of their own would turn the rounding of 100 into their result.
+    Of each mechanism whose cost is linear. Of a core without states that merge all outputs are read, and so are those
+    of a layer or a block, which see tokens around 0: a norm of their own would make the rounding of 100 their result.
     """
     streams = subject.entry.can("stream")
     if not streams and subject.entry.structure.cost is not Cost.LINEAR:
