@@ -44,7 +44,7 @@ own. It adds nothing to checkpoints, and any model takes it:
 ```python
 import linsight
 
-model = linsight.create_model("deit_tiny", attention="linear", attention_options={"rotary": True})
+model = linsight.create_model("vit_tiny", attention="linear", attention_options={"rotary": True})
 ```
 
 Where the formula has the products of queries and keys alone, all of it sees turned ones. A mechanism with a feature map
