@@ -119,7 +119,8 @@ def long_sequences(subject: Subject) -> None:
 def a_million_tokens(subject: Subject, grid: Grid = MILLION) -> None:
     """Tokens around 100, of which a corner is read: float32 keeps five digits, halves hold what they can.
 
-    Of each mechanism whose cost is linear: of a core without states that merge, and of a layer or a block, all outputs.
+    Of each mechanism whose cost is linear. Of a core without states that merge all outputs are read, and so are those
+    of a layer or a block, which see tokens around 0: a norm of their own would make the rounding of 100 their result.
     """
     streams = subject.entry.can("stream")
     if not streams and subject.entry.structure.cost is not Cost.LINEAR:
@@ -131,7 +132,7 @@ def a_million_tokens(subject: Subject, grid: Grid = MILLION) -> None:
         tokens = tokens._replace(k=tokens.k + 100, v=tokens.v + 100, x=tokens.x + 100)
         read = _read_corner if streams else _read_all
     else:
-        x = torch.randn(1, grid.tokens, 4, dtype=torch.float64) + 100
+        x = torch.randn(1, grid.tokens, 4, dtype=torch.float64)
         model, tokens, read = subject.layer(4, 1), Tokens(x, x, x), _of_layer
     with torch.no_grad():
         exact = read(copy.deepcopy(model).double(), tokens, grid)
