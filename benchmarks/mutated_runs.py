@@ -308,8 +308,9 @@ def resumed(case: pathlib.Path) -> None:
 
 def mutate_recipe(folder: pathlib.Path, draw: random.Random) -> Callable[[], Any]:
     """A recipe with odd values, or a damaged file of one; what reads it."""
-    name = draw.choice(["digits", "photos", "cifar10", "finetune"])
-    fields = list(known_fields())
+    name = draw.choice(["digits", "photos", "cifar10", "finetune", "masks", "objects"])
+    own, every = list(type(RECIPES[name].recipe).model_fields), list(known_fields())
+    fields = draw.choice([own, own, own, every])
     given = {field: odd(draw) for field in draw.sample(fields, draw.choice([1, 1, 2, 5]))}
     way = draw.choice(["values", "values", "record", "file", "file", "bytes", "bytes"])
     if way == "values":

@@ -456,7 +456,9 @@ def traceable(decoder):
     if decoder == "vwformer":
         options, stem = {"width": 8, "num_heads": 2, "ratios": (2,)}, [(8, 1)]
     backbone = pyramid("compact_pico", attention="efficient", stem=stem, stages=[(8, 1, 2), (16, 1, 2)])
-    return Segmenter(backbone, create_decoder(decoder, backbone.channels, 5, **options)).eval()
+    return Segmenter(
+        backbone, create_decoder(decoder, backbone.channels, 5, strides=backbone.strides, **options)
+    ).eval()
 
 
 def some_in_full(*normal):

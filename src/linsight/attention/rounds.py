@@ -118,9 +118,9 @@ def dense(core: Any, tokens: Tokens, layout: Layout, context_layout: Layout | No
         return [(asking, queries) if now.of == "queries" else (tokens, keys)]
 
     done = drive(core, parts, whole=not plain_is_asked())
-    if context_layout is not None:
-        tokens = core.lift(tokens, keys, queries)
-    return core.read(tokens, queries, done)
+    if context_layout is None:
+        return core.read(tokens, queries, done)
+    return core.read(core.lift(tokens, keys, queries), queries, done).to(tokens.v.dtype)
 
 
 def scan(core: Any, tokens: Tokens, cut: Sequence[Tile]) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from linsight.errors import LinsightError
-from linsight.runtime.files import read_json
+from linsight.runtime.files import read_json, to_json
 
 from .objects import Objects, whole_outline
 from .trees import count, shown, some
@@ -112,7 +112,7 @@ def read_annotations(path: pathlib.Path, masks: bool = False) -> Annotations:
         boxes.append(box)
         kept.append((image, number[category], bool(row.get("iscrowd")), area))
         if masks:
-            outlines.append(json.dumps(outline, separators=(",", ":")).encode())
+            outlines.append(to_json(outline).encode())
     notes = [
         f"{shown(path)} has {count(number_of, 'object', 'objects')} {line} (the first is {first[line]})"
         for line, number_of in told.items()

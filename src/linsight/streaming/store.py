@@ -74,7 +74,7 @@ class Memory:
     def keep(self, steps: Collection[int]) -> None:
         """The maps of these steps are needed to the end."""
 
-    def kept(self, step: int, shape: tuple[int, int, int]) -> Canvas:
+    def kept(self, step: int, shape: tuple[int, ...]) -> Canvas:
         """Such a map, of a step that is done: it is in nobody's memory."""
         raise AssertionError("nothing is done before a run in memory begins")
 
@@ -146,19 +146,17 @@ class Scratch:
             raise LinsightError(
                 f"'{self.folder}' holds the state of another run (of another {' and '.join(odd)}): give another folder"
             )
-        path = self._file(step)
-        if not path.exists() or path.stat().st_size != _bytes(shape, self.dtype):
-            raise LinsightError(f"'{path}' is missing or damaged: delete the folder and start again")
+        canvas, path = self.kept(step, shape), self._file(step)
         self._ours, self._last = True, path
         self._clear(path)
-        return step + 1, self._map(path, shape), prefix
+        return step + 1, canvas, prefix
 
     def keep(self, steps: Collection[int]) -> None:
         """The maps of these steps are needed to the end."""
         self._kept = frozenset(steps)
 
-    def kept(self, step: int, shape: tuple[int, int, int]) -> Canvas:
-        """Such a map, of a step that is done."""
+    def kept(self, step: int, shape: tuple[int, ...]) -> Canvas:
+        """The map of a step that is done."""
         path = self._file(step)
         if not path.exists() or path.stat().st_size != _bytes(shape, self.dtype):
             raise LinsightError(f"'{path}' is missing or damaged: delete the folder and start again")

@@ -44,6 +44,11 @@ class Segmenter(nn.Module):
                     f"a head for maps of {_listed(head.channels)} channels and {head.num_classes} classes does not go "
                     f"with maps of {_listed(backbone.channels)} and {decoder.num_classes} classes: make it for those"
                 )
+            if head.strides != backbone.strides:
+                raise LinsightError(
+                    f"a head for maps at strides {_listed(head.strides)} does not go with maps at "
+                    f"{_listed(backbone.strides)}: make it with strides=backbone.strides"
+                )
         self.num_classes, self.in_chans = decoder.num_classes, backbone.in_chans
         self.num_features = self.head_hidden_size = decoder.width
         heads = ("decoder.classifier", *(["auxiliary.classifier"] if auxiliary else []))
