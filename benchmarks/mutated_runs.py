@@ -320,7 +320,7 @@ def mutate_recipe(folder: pathlib.Path, draw: random.Random) -> Callable[[], Any
     path = folder / f"recipe{draw.choice(['.yaml', '.toml', '.json'])}"
     recipe = RECIPES[name].recipe
     if path.suffix == ".yaml":
-        text = written(recipe)
+        text = written(recipe, all_fields=way != "file")
     elif path.suffix == ".json":
         text = dumped({**recipe.differences(), **given} if way == "file" else recipe.values())
     else:

@@ -29,7 +29,7 @@ def base(mutated, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("state", 40), ("config", 25), ("metrics", 20), ("summary", 20), ("recipe", 60)]
+    ("kind", "count"), [("state", 40), ("config", 25), ("metrics", 20), ("summary", 20), ("recipe", 70)]
 )
 def test_no_traceback_and_nothing_executed(mutated, base, tmp_path, kind, count, monkeypatch):
     marker, ends = tmp_path / "executed", []

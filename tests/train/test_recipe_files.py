@@ -12,7 +12,16 @@ from linsight.tasks.files import read_values, schema, written
 from linsight.train import RECIPES, Interrupted, resolve, resume, train
 from linsight.train.progress import Silent
 
-SOME = ("digits", "cifar10", "finetune", "inline_swin_tiny", "dynp_resnet18_t128")
+SOME = (
+    "digits",
+    "cifar10",
+    "finetune",
+    "masks",
+    "objects",
+    "agent_swin_tiny_upernet",
+    "inline_swin_tiny",
+    "dynp_resnet18_t128",
+)
 
 
 def write(path, text):

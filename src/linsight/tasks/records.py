@@ -128,6 +128,7 @@ class DenseImageFields(Record):
         default="whole", description="such images are seen whole, or in overlapping windows of img_size"
     )
     eval_stride: Share = Field(default=0.667, description="step of these windows, as a share of their side")
+    smoothing: Share = Field(default=0.0, description="label smoothing")
 
 
 class SegmentFields(Record):
@@ -155,7 +156,6 @@ class SegmentLossFields(Record):
     auxiliary: NotNegative = Field(
         default=0.4, description="weight of the auxiliary head's loss, of decoders that have one"
     )
-    smoothing: Share = Field(default=0.0, description="label smoothing")
 
 
 class SegmentRecipe(Recipe, SegmentFields, MaskFields, DenseImageFields, SegmentLossFields):
