@@ -62,16 +62,6 @@ class Classify(Task):
         """See `Task`."""
         return under(open_data(self.recipe).val, self.classes, self.recipe.data)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(self.facts.get("classes", ()))
-
-    @property
-    def outputs(self) -> int:
-        """See `Task`."""
-        return len(self.classes)
-
     def begin(self, device: torch.device) -> None:
         """See `Task`."""
         super().begin(device)

@@ -69,16 +69,6 @@ class Detect(Task):
         return open_evaluated_objects(self.recipe, split, self.classes)
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(self.facts.get("classes", ()))
-
-    @property
-    def outputs(self) -> int:
-        """See `Task`."""
-        return len(self.classes)
-
-    @property
     def masks(self) -> bool:
         """True where masks are learned."""
         return "mask" in self.recipe.method

@@ -72,16 +72,6 @@ class Segment(Task):
         """See `Task`."""
         return open_evaluated_masks(self.recipe, split, self.classes)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(self.facts.get("classes", ()))
-
-    @property
-    def outputs(self) -> int:
-        """See `Task`."""
-        return len(self.classes)
-
     def samples(self, source: Source, size: tuple[int, int] | None, *, training: bool) -> MaskSamples:
         """See `Task`: images to evaluate are as large as `eval_side` says."""
         return MaskSamples(source, self.recipe, size if training else None)

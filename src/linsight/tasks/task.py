@@ -163,9 +163,14 @@ class Task(abc.ABC):
     # The model
 
     @property
-    @abc.abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """The names of its classes, in the order of the model's answers; none where it has none."""
+        return tuple(self.facts.get("classes", ()))
+
+    @property
     def outputs(self) -> int:
-        """How many numbers the model gives for an image, where the recipe does not say."""
+        """How many numbers the model gives for an image, or for what it answers in one, where the recipe is silent."""
+        return len(self.classes)
 
     def build(self) -> nn.Module:
         """The model, with fresh weights."""

@@ -57,11 +57,11 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
 
 
 def _of_task(base: Recipe, task: Any) -> Recipe:
-    """A recipe as one of another task, as far as that has the fields."""
+    """A recipe as one of another task, as far as that has the fields; what is by default is so there."""
     record = record_of(task)
     if type(base) is record:
         return base
-    shared = {name: value for name, value in base.values().items() if name in record.model_fields}
+    shared = {name: value for name, value in base.differences().items() if name in record.model_fields}
     return record(**{**shared, "task": task})
 
 
