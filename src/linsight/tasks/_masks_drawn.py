@@ -121,5 +121,5 @@ def _draw(path: pathlib.Path, rows: Sequence[Any], classes: Sequence[str]) -> No
         figure.axes[0].scatter([], [], marker="s", color=colours[place], label=folded(classes[place], 18, 1)[0])
         for place in there[there != NONE][:24]
     ]
-    figure.legend(handles=marks, loc="lower center", ncols=6, fontsize=8, frameon=False)
+    figure.legend(handles=marks, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     save_figure(figure, path)
