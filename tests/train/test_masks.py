@@ -279,6 +279,11 @@ def test_segments_in_cocos_panoptic_form(tmp_path):
     mask = data.train.beside(0)
     assert [mask[0, 0], mask[0, -1], mask[-1, 0], mask[-1, -1]] == [1, 0, 1, NONE]
     path = tmp_path / "annotations/panoptic_train2017.json"
+    with pytest.raises(LinsightError, match="has other classes than the model was trained on: it knows 'cat', 'dog'"):
+        open_evaluated_masks(recipe(tmp_path), None, ("cat", "dog"))
+    told["categories"][0]["name"] = "water"
+    path.write_text(json.dumps(told))
+    refused(tmp_path, "has other classes in val2017 than in train2017: list the same in both")
     told["annotations"][0]["segments_info"][0]["category_id"] = 4
     path.write_text(json.dumps(told))
     refused(tmp_path, "has a segment of the category 4, which it does not list")
@@ -297,3 +302,13 @@ def test_the_pixel_maps_of_cocos_stuff(tmp_path):
         pair(tmp_path, f"{split}/a.jpg", f"stuff_{split}_pixelmaps/a.png")
     data = open_masks(recipe(tmp_path))
     assert len(data.train) == 1 and data.val.beside(0)[0, -1] == 1
+
+
+def test_a_folder_with_a_split_to_train_on_alone(tmp_path):
+    for name in "abcd":
+        pair(tmp_path, f"images/train/{name}.jpg", f"masks/train/{name}.png")
+    data = open_masks(recipe(tmp_path, val_fraction=0.25))
+    assert (len(data.train), len(data.val)) == (3, 1)
+    assert len(open_evaluated_masks(recipe(tmp_path), "train", data.classes)) == 4
+    with pytest.raises(LinsightError, match=r"has the splits 'train', and none of these is asked for: name one"):
+        open_evaluated_masks(recipe(tmp_path), None, data.classes)

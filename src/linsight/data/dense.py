@@ -175,6 +175,8 @@ def open_masks(recipe: Any) -> Data:
         notes.append(f"{data} has no split to evaluate on: {len(val)} of its {len(whole)} images are held out")
     else:
         val = place.open(val_split)
+        if val.classes != whole.classes:
+            raise LinsightError(f"{data} has other classes in {val_split} than in {train_split}: list the same in both")
     for source, what in ((train, "to train on"), (val, "to evaluate on")):
         if not len(source):
             raise LinsightError(f"{data} has no image {what}")
@@ -186,12 +188,13 @@ def open_evaluated_masks(recipe: Any, split: str | None, classes: tuple[str, ...
     place = _place(recipe)
     wanted = split or recipe.val_split
     chosen = picked_split(place, wanted, recipe) if wanted else evaluated_split(place, recipe)
-    if place.listed and tuple(kind.name for kind in place.listed) != classes:
+    place.listed = place.listed or [Kind(name) for name in classes]
+    found = place.open(chosen)
+    if found.classes != classes:  # as the files say themselves, by a list or by categories
         raise LinsightError(
             f"{shown(recipe.data)} has other classes than the model was trained on: it knows {some(classes)}"
         )
-    place.listed = place.listed or [Kind(name) for name in classes]
-    return place.open(chosen)
+    return found
 
 
 def _place(recipe: Any) -> MaskFolders:

@@ -194,6 +194,11 @@ class MaskFolders:
 
     def open(self, split: str | None) -> Source:
         """The images of a split, or all where there are none; its classes are () where only its masks tell them."""
+        if (split or "") not in self.pairs:
+            raise LinsightError(
+                f"{shown(self.folder)} has the splits {some(self.splits)}, and none of these is asked for: name one "
+                "with val_split= (--split)"
+            )
         pairs = self.pairs[split or ""]
         images, masks = (Files(self.folder, [pair[side] for pair in pairs]) for side in (0, 1))
         return Masks(images, masks, len(pairs), Classes(self.kinds(), self.ignored))

@@ -116,7 +116,6 @@ class Segment(Task):
 
     def _judged(self, logits: Tensor, classes: Tensor) -> Tensor:
         recipe = self.recipe
-        logits = F.interpolate(logits, classes.shape[-2:], mode="bilinear")
         more = {"weights": self.weights, "hardest": recipe.ohem, "smoothing": recipe.smoothing}
         loss = cross_entropy(logits, classes, **more)
         return loss + recipe.dice * dice(logits, classes) if recipe.dice else loss
