@@ -268,3 +268,31 @@ def test_an_image_in_tiles_has_the_mask_of_the_whole(run, tmp_path, linsight, si
     assert (np.asarray(Image.open(tmp_path / "out" / "large.png")) == tiled.mask).all()
     code, _, err = linsight("predict", folder, path, "--stream", "--output", "map", "--out", tmp_path / "a.npy")
     assert code == 2 and "--out FOLDER writes masks" in err
+
+
+def test_a_page_shows_the_worst_and_the_best_of_all_images():
+    """Of image i the first i rows of 20 are right."""
+    task = task_of(resolve("digits", {"task": "segment"}), {"classes": ("a", "b")})
+    rights = [3, 19, 7, 0, 12, 5, 16, 9, 1, 14, 20, 2, 11, 18, 4, 8]
+
+    class Samples:
+        class source:
+            @staticmethod
+            def name(place):
+                return f"image of {rights[place]}"
+
+    truth = torch.zeros(20, 6, dtype=torch.int16)
+    marks = [Marked(place, (20, 6), (20, 6), truth) for place in range(len(rights))]
+    images = torch.zeros(4, 3, 20, 6, dtype=torch.uint8)
+    batches = [Batch(images, marks[start : start + 4], []) for start in range(0, len(rights), 4)]
+
+    def answers(batch):
+        guess = [(torch.arange(20) >= rights[mark.place])[:, None].expand(20, 6) for mark in batch.targets]
+        return [torch.stack([(~wrong).float(), wrong.float()]) for wrong in guess]
+
+    classes, worst, best = task.examine(Samples, batches, answers)
+    named = [[words.partition(":")[0] for _, words in part.pictures] for part in (worst, best)]
+    assert named[0] == [f"image of {right}" for right in sorted(rights)[:6]]
+    assert named[1] == [f"image of {right}" for right in sorted(rights)[:-7:-1]]
+    share = sum(rights) / (20 * len(rights))
+    assert [row[0] for row in classes.rows] == ["b", "a"] and classes.rows[1][1] == pytest.approx(share)
