@@ -25,6 +25,14 @@ class Rename(NamedTuple):
     ones: int = 0
 
 
+class Additive(nn.Module):
+    """A part whose output is added to what queries read, or to queries and keys."""
+
+    def add_nothing(self) -> None:
+        """Set its parameters to give zeros."""
+        raise NotImplementedError
+
+
 class Core(nn.Module):
     """A mechanism without projections: tokens in, tokens out.
 
@@ -63,6 +71,7 @@ class Core(nn.Module):
     steps: ClassVar[str] = ""  # by what outputs jump, as by hashes: tokens that are rounded otherwise may move them far
     layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do
     extra_dim: int = 0  # width of `tokens.extra`
+    open_gate: ClassVar[float | None] = None  # the value of `tokens.extra` at which it, a gate, changes nothing
     out_dim: int | None = None  # width of the outputs, heads merged, where it is not `dim`
     published: ClassVar[tuple[Rename, ...]] = ()  # key map of the layer, beyond qkv and proj
     unmet: ClassVar[Mapping[str, str]] = {}  # of `WAYS`, those in which no graph of it leaves, and why
@@ -120,6 +129,15 @@ class Core(nn.Module):
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample parameters that lie on a grid to another height and width."""
+
+    def start_neutral(self) -> None:
+        """Set what only adds to that which queries read, as convolutions of v, so that it adds nothing yet.
+
+        For weights that come from softmax attention, which has no such terms. They learn from there.
+        """
+        for part in self.modules():
+            if isinstance(part, Additive):
+                part.add_nothing()
 
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that an optimiser should not decay, beyond 1-d ones."""

@@ -138,6 +138,13 @@ class InLine(Core):
                 HeadLinear(dim, dim, num_heads, **factory), nn.GELU(), HeadLinear(dim, 9 * dim, num_heads, **factory)
             )
 
+    def start_neutral(self) -> None:
+        """See `Core`: the kernels are zero for every image."""
+        if self.generator is not None:
+            last = self.generator[-1]
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """mean(v) + s q Cov(k, v), and the local term on the grid."""
         state: InLineReader = done[0]

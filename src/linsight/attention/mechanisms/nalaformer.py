@@ -75,6 +75,7 @@ class NaLaFormer(GatedRotary):
 
     structure = Structure(stream=True)
     rounds = (DirectionMeans(),)
+    open_gate = 1.2784645427610738  # SiLU(x) = 1
     published = (
         Rename("qkvg.", "qkv."),
         Rename("out_proj.", "proj."),

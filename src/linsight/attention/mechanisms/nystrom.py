@@ -144,6 +144,11 @@ class Nystrom(Core):
         if conv or start == "original":
             self.capabilities = self.capabilities._replace(sizes=False, packed=start == "exact")
 
+    def start_neutral(self) -> None:
+        """See `Core`."""
+        if self.conv is not None:
+            nn.init.zeros_(self.conv.weight)
+
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """Means that queries read of the landmarks; with as many landmarks as tokens, those that their own gathered."""
         k, _, answers = done

@@ -57,6 +57,7 @@ class PolaFormer(PlacedKernel):
     turns = "features"
     alike = 2
     projections = "qkvx"
+    open_gate = 1.0
     reduced_projections = "qx_kv"
     published = (
         Rename("power", "core.power"),

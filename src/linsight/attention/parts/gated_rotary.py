@@ -31,6 +31,7 @@ class GatedRotary(Core):
     capabilities = Capabilities(keep=True, sizes=True, prefix=True)
     halo = 2
     projections = "qkvx"
+    open_gate = 1.0
     turned: ClassVar[int] = 1  # widths of a head that are rotated together
     published: ClassVar[tuple[Rename, ...]] = (
         Rename("qkvo.", "qkv.", ones=2),

@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from linsight.ops import Tile, accumulator, depthwise_conv, full_precision, mask_tokens, shifted_products, traced
 
+from ..core import Additive
 from ..tokens import Tokens, merge_heads, split_heads
 
 
-class TokenConv(nn.Conv2d):
+class TokenConv(nn.Conv2d, Additive):
     """A depthwise convolution of tokens that lie on a grid, of stride 1, with zeros around it.
 
     Args:
@@ -24,6 +25,12 @@ class TokenConv(nn.Conv2d):
         padding = kernel_size // 2
         super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, device=device, dtype=dtype)
         self.repeats = repeats
+
+    def add_nothing(self) -> None:
+        """See `Additive`."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(
         self, x: Tensor, size: tuple[int, int] | None = None, *, wide: bool = False, varies: bool = False

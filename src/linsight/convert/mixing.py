@@ -1,0 +1,130 @@
+"""A mechanism between the projections of somebody else's attention."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linsight.attention import PROJECTIONS as LAYOUTS
+from linsight.attention import Tokens, check_asked, check_beside, create_core, mechanism, merge_heads
+from linsight.errors import CapabilityError, LinsightError
+from linsight.ops import Grid, Layout, mask_tokens
+
+from ._place import check_prefix
+
+
+class Mixing(nn.Module):
+    """A mechanism that is given q, k and v: its core, and a linear map for what else its layer projects.
+
+    It starts as near to the bare formula as it can, see `Core.start_neutral`: what is added locally is zero, a gate is
+    open. So the first outputs show what the mechanism makes of the weights that were inherited.
+
+    Args:
+        attention: the mechanism.
+        dim: width of q, k and v, heads merged.
+        width: of the layer's input, which a gate is made of.
+        scale: the factor on q . k that the weights were trained with; d^(-1/2) if None.
+        neutral: see above. False: parameters start as the mechanism's own.
+        centred: the mean of all keys is taken off each before they are mixed. Softmax does not see it; most feature
+            maps do, and the keys of trained models lie off-centre.
+        options: of the mechanism.
+
+    Raises:
+        UnknownNameError: no such mechanism or option.
+        LinsightError: it is no attention between projections, or gives another number of channels than the old one.
+    """
+
+    def __init__(
+        self,
+        attention: str,
+        dim: int,
+        num_heads: int,
+        *,
+        width: int | None = None,
+        scale: float | None = None,
+        neutral: bool = True,
+        centred: bool = False,
+        place: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if mechanism(attention).kind != "core":
+            raise LinsightError(
+                f"'{attention}' is a whole {mechanism(attention).kind} with maps of its own, so it has no use for the "
+                f"queries, keys and values of a trained attention: 'linsight list' shows those that are a core"
+            )
+        core = create_core(attention, dim, num_heads, **(place or {}), **factory, **options)
+        if core.out_dim not in (None, dim):
+            raise CapabilityError(
+                f"'{attention}' gives {core.out_dim} channels where the trained projection takes {dim}: choose options "
+                f"without the part that adds some ('linsight info {attention}')"
+            )
+        self.attention, self.num_heads = attention, num_heads
+        self.options = dict(options)
+        self.centred, self.neutral = centred, neutral
+        self.inherit: Mapping[str, str] = {}  # what of the old attention was not simply copied
+        usual = (dim // num_heads) ** -0.5
+        self.factor = 1.0 if scale is None or abs(scale - usual) < 1e-6 * usual else scale / usual
+        self.core = core
+        self.extra = nn.Linear(width or dim, core.extra_dim, **factory) if core.extra_dim else None
+        if neutral:
+            core.start_neutral()
+            if self.extra is not None and core.open_gate is not None:
+                nn.init.zeros_(self.extra.weight)
+                nn.init.constant_(self.extra.bias, core.open_gate)
+        layout = LAYOUTS[core.projections]
+        self.query_is_key = not layout  # keys read
+        self.key_is_query = any("k" in projection.also for projection in layout)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        grid: Grid,
+        *,
+        keep: Tensor | None = None,
+        score_bias: Tensor | None = None,
+        context_grid: Grid | None = None,
+    ) -> Tensor:
+        """Outputs `(B, M, C)`, heads merged, in the dtype of v.
+
+        Args:
+            q, k, v: `(B, M, H, D)`, `(B, N, H, D)` and `(B, N, H, D)`, after all that the model does to them.
+            x: `(B, M, C)`, the layer's input.
+            grid: where queries lie; keys, too, unless there is a `context_grid`.
+            keep: `(B, N)`, False for keys that are not to be seen.
+            score_bias: `(B or 1, H or 1, M, N)`, added to the scores.
+
+        Raises:
+            CapabilityError: the formula does not define what is asked.
+        """
+        core, layout = self.core, Layout(grid)
+        check_prefix(type(core), grid.prefix)
+        check_asked(core, layout, keep=keep, score_bias=score_bias, context=None if context_grid is None else k)
+        check_beside(x, layout, keep=keep, score_bias=score_bias, heads=self.num_heads)
+        if self.key_is_query:
+            k = q
+        elif self.query_is_key:
+            q = k
+        if self.factor != 1:
+            q = q * self.factor
+        if keep is not None:  # 0 * NaN in a gradient is NaN
+            k, v = mask_tokens(k.flatten(2), keep).view_as(k), mask_tokens(v.flatten(2), keep).view_as(v)
+        if self.centred:
+            count = k.shape[1] if keep is None else keep.sum(1).clamp(min=1)[:, None, None, None]
+            k = k - k.sum(1, keepdim=True) / count
+        extra = None if self.extra is None else self.extra(x)
+        beside: dict[str, Any] = {} if context_grid is None else {"context_layout": Layout(context_grid)}
+        if score_bias is not None:
+            beside["score_bias"] = score_bias
+        return merge_heads(core(Tokens(q, k, v, x, keep, extra), layout, **beside)).to(v.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"'{self.attention}', num_heads={self.num_heads}"

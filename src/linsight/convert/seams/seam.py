@@ -1,0 +1,138 @@
+"""A `Seam`: how the attention of one library is found and handed to a mechanism."""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from linsight.attention import require
+from linsight.errors import CapabilityError, LinsightError
+from linsight.ops import traced
+
+from .._place import score_bias
+from ..mixing import Mixing
+from ..place import Locator, Place
+
+
+class Heads(NamedTuple):
+    """The sizes of an attention: its number of heads, the width of all of them, that of its input, and the factor on
+    q . k, None for d^(-1/2).
+    """
+
+    number: int
+    dim: int
+    width: int
+    scale: float | None = None
+
+
+class Part(NamedTuple):
+    """Rows of one tensor of an attention, by the name of the tensor in it; all of them without `rows`."""
+
+    tensor: str
+    rows: slice | None = None
+
+
+class Images(NamedTuple):
+    """A module that is given images, and how it cuts them: see `Locator`. prefix: of the tokens that it makes."""
+
+    owner: nn.Module
+    patch: tuple[int, int]
+    prefix: int
+    padded: bool = False
+
+
+class Seam(abc.ABC):
+    """One library's attention. What is found is a module, by its name; a mechanism is put inside it or in its place."""
+
+    library: ClassVar[str]
+
+    @abc.abstractmethod
+    def knows(self, module: nn.Module) -> bool:
+        """True for a module of self-attention of this library; whether it can be replaced is told by `heads`."""
+
+    @abc.abstractmethod
+    def heads(self, module: nn.Module) -> Heads:
+        """The sizes of a module.
+
+        Raises:
+            LinsightError: it does something that no mechanism can take over, and says what.
+        """
+
+    @abc.abstractmethod
+    def parts(self, module: nn.Module) -> Mapping[str, tuple[Part, ...]]:
+        """Its tensors by what they do: "q", "k", "v", "out", and where there are any "norm"."""
+
+    @abc.abstractmethod
+    def images(self, model: nn.Module, name: str) -> Images | None:
+        """The module around the one of this name that is given images; None where tokens are a sequence."""
+
+    @abc.abstractmethod
+    def put(self, model: nn.Module, name: str, mixing: Mixing, place: Place) -> None:
+        """Let the module of this name, which `knows` knows, average its values by `mixing`."""
+
+    def causal(self, module: nn.Module) -> bool:
+        """True where tokens see only those before them."""
+        return bool(getattr(module, "is_causal", False))
+
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most need nothing
+        """Do once for the whole model what `put` needs."""
+
+
+def around(model: nn.Module, name: str, fits: Callable[[Any], bool]) -> nn.Module | None:
+    """The innermost module around the one of this name that fits, the model itself included."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if fits(module):
+            return module
+    return None
+
+
+def keys_and_pairs(mixing: Mixing, mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A mask of `scaled_dot_product_attention` as `keep` `(B, N)` or `score_bias`; the other is None.
+
+    Args:
+        mixing: a mechanism with scores takes numbers to add and masks of pairs; any other only one of keys, the same
+            for all queries and heads.
+        mask: `(B, N)`, or with axes for heads and queries `(B or 1, H or 1, M or 1, N)`; True, or 0, for what is seen.
+        q: `(B, M, H, D)`.
+
+    Raises:
+        CapabilityError: it drops pairs, which the formula does not define.
+    """
+    if mask is None:
+        return None, None
+    core = type(mixing.core)
+    if mask.ndim in (2, 3):
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+    if core.capabilities.score_bias:
+        return None, score_bias(mask, ~mask if mask.dtype == torch.bool else mask, q)
+    row = mask[:, :1, :1]
+    if not traced() and not bool((mask == row).all()):
+        require(core, "score_bias", "a mask of pairs of tokens")
+        raise CapabilityError("a mask of pairs of tokens")
+    keep = row[:, 0, 0]
+    keep = keep if keep.dtype == torch.bool else keep > torch.finfo(keep.dtype).min / 2
+    return keep.expand(q.shape[0], -1), None
+
+
+def check_causal(causal: bool, mixing: Mixing) -> None:
+    """Raise a LinsightError where a causal attention is given a mechanism that is not, or the other way round."""
+    ours = bool(mixing.core.causal)
+    if causal and not ours:
+        require(type(mixing.core), "causal", "a causal attention")
+        raise CapabilityError(f"this attention is causal: pass causal=True to '{mixing.attention}'")
+    if ours and not causal:
+        raise LinsightError(
+            f"'{mixing.attention}' in its causal form would hide later tokens, which this attention sees: take another"
+        )
+
+
+def locate_images(found: Images, places: dict[nn.Module, Place]) -> Place:
+    """The place that the tokens of these images share; a hook of its owner keeps it up to date."""
+    if found.owner not in places:
+        place = places[found.owner] = Place((1, 1), found.prefix)
+        Locator(place, found.patch, padded=found.padded).on(found.owner)
+    return places[found.owner]
