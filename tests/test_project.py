@@ -30,7 +30,8 @@ FLOORS = (
     ("attention",),
     ("models",),
     ("fuse",),
-    ("checkpoints", "convert", "streaming"),
+    ("checkpoints", "streaming"),
+    ("convert",),
     ("parallel", "api"),
     ("",),  # linsight/__init__.py
     ("tasks",),

@@ -19,7 +19,7 @@ from linsight.errors import LinsightError, UnknownNameError
 from ._place import GridLike, table_grid
 from .mixing import Mixing
 from .place import Place
-from .seams import SEAMS, Part, Seam, check_causal, locate_images
+from .seams import SEAMS, Images, Part, Seam, check_causal, locate_images
 
 Layers: TypeAlias = "int | str | Iterable[int | str] | Callable[[str], bool] | None"
 Inherit: TypeAlias = Mapping[str, Literal["copy", "freeze", "skip"]]
@@ -30,17 +30,24 @@ _SHOWN = 6  # names in a message
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedLayer:
-    """What became of one attention.
+    """How an attention was converted.
 
-    new: parameters that the mechanism brought.  inherit: what was not simply copied, by its role.
+    Args:
+        attention, options: the mechanism and its options.
+        index: the layer's place among those converted, from 0.
+        neutral, centred: see `Mixing`.
+        inherit: what was not simply copied, by its role.
+        grid, prefix: where tokens lie, if it was said; else it is read from the model's images.
     """
 
     attention: str
-    options: Mapping[str, Any]
-    neutral: bool
-    centred: bool
-    inherit: Mapping[str, str]
-    new: int
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    index: int = 0
+    neutral: bool = True
+    centred: bool = False
+    inherit: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    grid: GridLike | None = None
+    prefix: int = 0
 
 
 def linearize(
@@ -81,52 +88,69 @@ def linearize(
         LinsightError: the model has no attention that can be replaced, or one of those chosen cannot.
     """
     ways = _checked(inherit or {})
-    found = attentions(model)
-    chosen = choose(list(found), layers)
+    chosen = choose(list(attentions(model)), layers)
     if not in_place:
         model = copy.deepcopy(model)
-        found = attentions(model)
+    convert(
+        model,
+        {
+            name: ConvertedLayer(attention, options, index, neutral, centred, ways, grid, prefix)
+            for index, name in enumerate(chosen)
+        },
+    )
+    return model
+
+
+def convert(model: nn.Module, rows: Mapping[str, ConvertedLayer]) -> None:
+    """Convert attentions of `model`, in place, each by its row. Nothing is changed unless all of them can be.
+
+    Raises:
+        LinsightError: see `linearize`.
+    """
+    found = attentions(model)
     places: dict[nn.Module, Place] = {}
-    made: dict[str, tuple[Seam, Mixing, Place]] = {}
-    for index, name in enumerate(chosen):
+    made: dict[str, tuple[Seam, Mixing, Images | None]] = {}
+    for name, row in rows.items():
+        if name not in found:
+            raise UnknownNameError("attention layer", name, list(found))
         module, seam = found[name]
         try:
-            images = seam.images(model, name) if grid is None else None
-            heads = seam.heads(module)
-            weight = next(module.parameters())
-            mixing = Mixing(
-                attention,
-                heads.dim,
-                heads.number,
-                width=heads.width,
-                scale=heads.scale,
-                neutral=neutral,
-                centred=centred,
-                place={"grid": table_grid(grid), "query_grid": table_grid(grid), "index": index},
-                device=weight.device,
-                dtype=weight.dtype,
-                **options,
-            )
-            check_causal(seam.causal(module), mixing)
-            mixing.inherit = {role: way for role, way in ways.items() if role in seam.parts(module)}
+            made[name] = seam, _mixing(seam, module, row), seam.images(model, name) if row.grid is None else None
+            check_causal(seam.causal(module), made[name][1])
         except UnknownNameError:
             raise
         except LinsightError as error:
             error.args = (f"{name}: {error}",)
             raise
-        made[name] = seam, mixing, Place(grid or "1d", prefix) if images is None else Place()
-        if images is not None:
-            made[name] = seam, mixing, locate_images(images, places)
-    _warn_of_dropout(attention, (found[name][0] for name in chosen))
+    _warn_of_dropout({found[name][1].dropout(found[name][0]) for name, row in rows.items()})
     for seam in {id(seam): seam for seam, *_ in made.values()}.values():
         seam.prepare(model)
-    for name, (seam, mixing, place) in made.items():
-        module = found[name][0]
-        for role, way in mixing.inherit.items():
-            for part in seam.parts(module)[role]:
+    for name, (seam, mixing, images) in made.items():
+        module, row = found[name][0], rows[name]
+        for role, way in row.inherit.items():
+            for part in seam.parts(module).get(role, ()):
                 _inherit(module, part, role, way)
+        place = Place(row.grid or "1d", row.prefix) if images is None else locate_images(images, places)
         seam.put(model, name, mixing, place)
-    return model
+
+
+def _mixing(seam: Seam, module: nn.Module, row: ConvertedLayer) -> Mixing:
+    heads, weight = seam.heads(module), next(module.parameters())
+    made = Mixing(
+        row.attention,
+        heads.dim,
+        heads.number,
+        width=heads.width,
+        scale=heads.scale,
+        neutral=row.neutral,
+        centred=row.centred,
+        place={"grid": table_grid(row.grid), "query_grid": table_grid(row.grid), "index": row.index},
+        device=weight.device,
+        dtype=weight.dtype,
+        **row.options,
+    )
+    made.row = row
+    return made
 
 
 def attentions(model: nn.Module) -> dict[str, tuple[nn.Module, Seam]]:
@@ -191,18 +215,8 @@ def mixings(model: nn.Module) -> dict[str, Mixing]:
 
 
 def converted_layers(model: nn.Module) -> dict[str, ConvertedLayer]:
-    """What became of the attentions of a model, by name; those that kept their softmax are not there."""
-    return {
-        name: ConvertedLayer(
-            mixing.attention,
-            mixing.options,
-            mixing.neutral,
-            mixing.centred,
-            mixing.inherit,
-            sum(parameter.numel() for parameter in mixing.parameters()),
-        )
-        for name, mixing in mixings(model).items()
-    }
+    """How the attentions of a model were converted, by name; those that kept their softmax are not there."""
+    return {name: mixing.row for name, mixing in mixings(model).items()}
 
 
 def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -243,16 +257,9 @@ def _inherit(module: nn.Module, part: Part, role: str, way: str) -> None:
             rows.fill_(float(role == "norm" and part.tensor.endswith("weight")))
 
 
-def _warn_of_dropout(attention: str, modules: Iterable[nn.Module]) -> None:
-    rates = {rate for module in modules for rate in _dropout(module) if rate}
-    if rates and attention != "softmax":
+def _warn_of_dropout(rates: set[float]) -> None:
+    if rates - {0.0}:
         warnings.warn(
-            f"attention dropout ({', '.join(map(str, sorted(rates)))}) is gone: '{attention}' is given no scores to "
-            f"drop",
-            stacklevel=3,
+            f"attention dropout ({', '.join(map(str, sorted(rates - {0.0})))}) is gone: there are no scores to drop",
+            stacklevel=4,
         )
-
-
-def _dropout(module: Any) -> Iterable[float]:
-    if isinstance(getattr(module, "attn_drop", None), nn.Dropout):
-        yield module.attn_drop.p

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from linsight.attention import PROJECTIONS as LAYOUTS
-from linsight.attention import Tokens, check_asked, check_beside, create_core, mechanism, merge_heads
+from linsight.attention import Tokens, check_asked, check_beside, create_core, mechanism, merge_heads, require
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, mask_tokens
 
@@ -64,9 +64,8 @@ class Mixing(nn.Module):
                 f"without the part that adds some ('linsight info {attention}')"
             )
         self.attention, self.num_heads = attention, num_heads
-        self.options = dict(options)
-        self.centred, self.neutral = centred, neutral
-        self.inherit: Mapping[str, str] = {}  # what of the old attention was not simply copied
+        self.centred = centred
+        self.row: Any = None  # how it came about, see `ConvertedLayer`
         usual = (dim // num_heads) ** -0.5
         self.factor = 1.0 if scale is None or abs(scale - usual) < 1e-6 * usual else scale / usual
         self.core = core
@@ -90,14 +89,14 @@ class Mixing(nn.Module):
         *,
         keep: Tensor | None = None,
         score_bias: Tensor | None = None,
-        context_grid: Grid | None = None,
+        key_grid: Grid | None = None,
     ) -> Tensor:
         """Outputs `(B, M, C)`, heads merged, in the dtype of v.
 
         Args:
             q, k, v: `(B, M, H, D)`, `(B, N, H, D)` and `(B, N, H, D)`, after all that the model does to them.
             x: `(B, M, C)`, the layer's input.
-            grid: where queries lie; keys, too, unless there is a `context_grid`.
+            grid: where queries lie; keys, too, unless they are of a coarser one, `key_grid`.
             keep: `(B, N)`, False for keys that are not to be seen.
             score_bias: `(B or 1, H or 1, M, N)`, added to the scores.
 
@@ -106,7 +105,9 @@ class Mixing(nn.Module):
         """
         core, layout = self.core, Layout(grid)
         check_prefix(type(core), grid.prefix)
-        check_asked(core, layout, keep=keep, score_bias=score_bias, context=None if context_grid is None else k)
+        check_asked(core, layout, keep=keep, score_bias=score_bias)
+        if key_grid is not None:
+            require(core, "reduced", "keys of a reduced grid")
         check_beside(x, layout, keep=keep, score_bias=score_bias, heads=self.num_heads)
         if self.key_is_query:
             k = q
@@ -120,7 +121,7 @@ class Mixing(nn.Module):
             count = k.shape[1] if keep is None else keep.sum(1).clamp(min=1)[:, None, None, None]
             k = k - k.sum(1, keepdim=True) / count
         extra = None if self.extra is None else self.extra(x)
-        beside: dict[str, Any] = {} if context_grid is None else {"context_layout": Layout(context_grid)}
+        beside: dict[str, Any] = {} if key_grid is None else {"context_layout": Layout(key_grid)}
         if score_bias is not None:
             beside["score_bias"] = score_bias
         return merge_heads(core(Tokens(q, k, v, x, keep, extra), layout, **beside)).to(v.dtype)

@@ -76,6 +76,18 @@ class Seam(abc.ABC):
         """True where tokens see only those before them."""
         return bool(getattr(module, "is_causal", False))
 
+    def dropout(self, module: nn.Module) -> float:
+        """The rate at which its scores are dropped in training."""
+        return 0.0
+
+    def describe(self, model: nn.Module) -> dict[str, Any] | None:
+        """All that `rebuild` needs, as JSON has it, of a whole model of this library; None where it is of none."""
+        return None
+
+    def rebuild(self, described: Mapping[str, Any]) -> nn.Module:
+        """The model that `describe` was called with, before it was converted and with fresh weights."""
+        raise NotImplementedError
+
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most need nothing
         """Do once for the whole model what `put` needs."""
 

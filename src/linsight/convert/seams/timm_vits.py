@@ -6,8 +6,10 @@ The replaced module gives its parts to the new one under their names: projection
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import timm
 import torch
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models import is_model
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
@@ -18,9 +20,18 @@ from linsight.errors import CapabilityError, LinsightError
 
 from ..mixing import Mixing
 from ..place import Place
+from .adopt import adopt
 from .seam import Heads, Images, Part, Seam, around, keys_and_pairs
 
-_OWN = frozenset(vars(nn.Module()))  # what a module has before anything is put on it
+_ROLES: dict[str, tuple[str, ...]] = {
+    "qkv": ("q", "k", "v"),
+    "kv": ("k", "v"),
+    **dict.fromkeys(("q", "q_proj", "q_bias"), ("q",)),
+    **dict.fromkeys(("k", "k_proj"), ("k",)),
+    **dict.fromkeys(("v", "v_proj", "v_bias"), ("v",)),
+    **dict.fromkeys(("proj", "gate"), ("out",)),
+    **dict.fromkeys(("q_norm", "k_norm", "norm"), ("norm",)),
+}
 
 
 class TimmAttention(nn.Module):
@@ -30,21 +41,12 @@ class TimmAttention(nn.Module):
 
     def __init__(self, source: nn.Module, mixing: Mixing, place: Place) -> None:
         super().__init__()
-        for name, value in vars(source).items():
-            if name not in _OWN:
-                setattr(self, name, value)
-        for name, parameter in source.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in source.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
-        for name, part in source.named_children():
-            self.add_module(name, part)
-        for name in ("q_bias", "gate", "qkv"):  # those that are None are no attributes of their own
-            if getattr(source, name, None) is None:
+        adopt(self, source)
+        for name in ("q_bias", "gate", "qkv"):
+            if not hasattr(self, name):
                 setattr(self, name, None)
         self.mixing = mixing
         self.place = place
-        self.train(source.training)
 
     def attend(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """Mix `x` `(B, N, C)`.
@@ -73,7 +75,7 @@ class TimmAttention(nn.Module):
         if mine.qkv is None:
             return mine.q_proj(x), mine.k_proj(x), mine.v_proj(x)
         if mine.q_bias is None:
-            return mine.qkv(x).chunk(3, dim=-1)  # type: ignore[no-any-return]
+            return mine.qkv(x).chunk(3, dim=-1)
         bias = torch.cat((mine.q_bias, mine.k_bias, mine.v_bias))
         return F.linear(x, mine.qkv.weight, bias).chunk(3, dim=-1)
 
@@ -127,20 +129,7 @@ class TimmViT(Seam):
 
     def parts(self, module: Any) -> Mapping[str, tuple[Part, ...]]:
         """See `Seam`."""
-        found: dict[str, list[Part]] = {"q": [], "k": [], "v": [], "out": [], "norm": []}
-        for name, _ in module.named_parameters():
-            top = name.partition(".")[0]
-            if top == "qkv":
-                dim = module.num_heads * module.head_dim
-                for place, role in enumerate("qkv"):
-                    found[role].append(Part(name, slice(place * dim, (place + 1) * dim)))
-            elif top in ("q_proj", "k_proj", "v_proj", "q_bias", "v_bias"):
-                found[top[0]].append(Part(name))
-            elif top in ("proj", "gate"):
-                found["out"].append(Part(name))
-            elif top in ("q_norm", "k_norm", "norm"):
-                found["norm"].append(Part(name))
-        return {role: tuple(parts) for role, parts in found.items() if parts}
+        return rows(module, module.num_heads * module.head_dim)
 
     def images(self, model: nn.Module, name: str) -> Images | None:
         """See `Seam`."""
@@ -157,8 +146,60 @@ class TimmViT(Seam):
             padded=bool(getattr(patches, "dynamic_img_pad", False)),
         )
 
+    def dropout(self, module: Any) -> float:
+        """See `Seam`."""
+        return float(module.attn_drop.p)
+
+    def describe(self, model: nn.Module) -> dict[str, Any] | None:
+        """See `Seam`."""
+        return described(model)
+
+    def rebuild(self, described: Mapping[str, Any]) -> nn.Module:
+        """See `Seam`."""
+        return rebuilt(described)
+
     def put(self, model: nn.Module, name: str, mixing: Mixing, place: Place) -> None:
         """See `Seam`."""
         source = model.get_submodule(name)
         make = next(make for kind, make in self.kinds.items() if isinstance(source, kind))
         model.set_submodule(name, make(source, mixing, place))
+
+
+def rows(module: nn.Module, dim: int, inside: str = "") -> dict[str, tuple[Part, ...]]:
+    """The tensors of an attention of timm's by what they do, see `Seam.parts`.
+
+    dim: of queries, keys and values each, where one map makes several.  inside: the attention's name in the module.
+    """
+    found: dict[str, list[Part]] = {"q": [], "k": [], "v": [], "out": [], "norm": []}
+    for name, _ in module.named_parameters():
+        top = name.removeprefix(inside).partition(".")[0]
+        if not name.startswith(inside) or top not in _ROLES:
+            continue
+        roles = _ROLES[top]
+        for place, role in enumerate(roles):
+            part = Part(name) if len(roles) == 1 else Part(name, slice(place * dim, (place + 1) * dim))
+            found[role].append(part)
+    return {role: tuple(parts) for role, parts in found.items() if parts}
+
+
+def described(model: Any) -> dict[str, Any] | None:
+    """What `timm.create_model` is to be given for a model of its; arguments that leave no trace in it are not told."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name, first = cfg.get("architecture"), cfg.get("first_conv")
+    if name is None or not is_model(name):
+        return None
+    found = {"model_name": name, "num_classes": model.num_classes}
+    if isinstance(first, str):
+        found["in_chans"] = model.get_submodule(first).in_channels
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        found["img_size"] = list(size)
+    if isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList):
+        found["depth"] = len(model.blocks)
+    pool = getattr(model, "global_pool", None)
+    return found | ({"global_pool": pool} if isinstance(pool, str) else {})
+
+
+def rebuilt(described: Mapping[str, Any]) -> nn.Module:
+    """The model that `described` tells of, with fresh weights."""
+    return timm.create_model(**described)

@@ -1,0 +1,124 @@
+"""Converted models on disk: a folder with their weights, and a table of what was replaced by what.
+
+The weights are a safetensors file with the names of the model's library, and those of the mechanisms beside them.
+Nothing in the folder is executed.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
+from torch import nn
+
+from linsight import __version__
+from linsight.errors import CheckpointError, LinsightError
+from linsight.runtime.files import read_json, replacing, write_json, writing
+
+from .linearize import ConvertedLayer, convert, converted_layers
+from .seams import SEAMS
+
+TABLE, WEIGHTS = "linearized.json", "model.safetensors"
+_FORMAT = 1
+_SHOWN = 3  # keys in a message
+
+
+def save_linearized(model: nn.Module, folder: str | pathlib.Path) -> None:
+    """Write a converted model to a folder, which is made if need be: its weights, and then the table.
+
+    Raises:
+        LinsightError: the model has no converted layer, or the folder cannot be written.
+    """
+    rows = converted_layers(model)
+    if not rows:
+        raise LinsightError("the model has no converted layer: save it as its own library does")
+    folder = pathlib.Path(folder).expanduser()
+    described: dict[str, Any] = {"library": None}
+    for seam in SEAMS:
+        found = seam.describe(model)
+        if found is not None:
+            described = {"library": seam.library, **found}
+            break
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / WEIGHTS) as path:
+            save_model(model, str(path))
+        write_json(
+            folder / TABLE,
+            {
+                "format": _FORMAT,
+                "linsight": __version__,
+                "source": described,
+                "layers": {name: _row(row) for name, row in rows.items()},
+            },
+        )
+
+
+def load_linearized(folder: str | pathlib.Path, model: nn.Module | None = None) -> nn.Module:
+    """The converted model that a folder holds, in evaluation mode.
+
+    Args:
+        model: one of the kind that was converted, not converted itself, with any weights; it is changed and given back.
+            Without it, it is built by its library, where the folder tells how.
+
+    Raises:
+        CheckpointError: the folder holds no converted model, is damaged, or another model was given.
+        LinsightError: it does not tell how its model is built.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    table = read_json(folder / TABLE)
+    rows = {name: _read_row(name, row, folder) for name, row in _mapping(table.get("layers"), folder).items()}
+    if not rows:
+        raise CheckpointError(f"'{folder / TABLE}' names no converted layer")
+    if model is None:
+        model = _built(_mapping(table.get("source"), folder), folder)
+    convert(model, rows)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"'{folder / WEIGHTS}' cannot be read: {error}") from error
+    own = model.state_dict()
+    held = {tensor.data_ptr() for key, tensor in own.items() if key in weights}  # tied tensors are saved once
+    wrong = [key for key, tensor in own.items() if key not in weights and tensor.data_ptr() not in held]
+    wrong += [key for key, tensor in weights.items() if key not in own or own[key].shape != tensor.shape]
+    if wrong:
+        shown = ", ".join(sorted(wrong)[:_SHOWN])
+        raise CheckpointError(
+            f"'{folder}' holds another model than this {type(model).__name__}: {len(wrong)} tensors differ, as {shown}"
+        )
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def _row(row: ConvertedLayer) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(row).items() if value not in ({}, None)}
+
+
+def _read_row(name: str, row: Any, folder: pathlib.Path) -> ConvertedLayer:
+    fields = {field.name for field in dataclasses.fields(ConvertedLayer)}
+    row = _mapping(row, folder)
+    if "attention" not in row or row.keys() - fields:
+        raise CheckpointError(f"'{folder / TABLE}': the row of {name} is none of a converted layer")
+    grid = row.get("grid")
+    return ConvertedLayer(**{**row, "grid": tuple(grid) if isinstance(grid, list) else grid})
+
+
+def _mapping(value: Any, folder: pathlib.Path) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"'{folder / TABLE}' is no table of a converted model")
+    return value
+
+
+def _built(described: Mapping[str, Any], folder: pathlib.Path) -> nn.Module:
+    library = described.get("library")
+    for seam in SEAMS:
+        if seam.library == library:
+            try:
+                return seam.rebuild({key: value for key, value in described.items() if key != "library"})
+            except LinsightError:
+                raise
+            except Exception as error:
+                raise CheckpointError(f"'{folder}': {library} cannot build its model: {error}") from error
+    raise LinsightError(f"'{folder}' does not tell how its model is built: pass one, load_linearized(folder, model)")
