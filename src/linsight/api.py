@@ -2,6 +2,7 @@
 
 from linsight.attention import create_attention, list_attentions
 from linsight.checkpoints import export_published, load_pretrained, load_published
+from linsight.convert import linearize
 from linsight.errors import LinsightError
 from linsight.fuse import fuse
 from linsight.models import create_detector, create_model, create_segmenter, load_pretrained_with
@@ -20,6 +21,7 @@ __all__ = [
     "create_segmenter",
     "export_published",
     "fuse",
+    "linearize",
     "list_attentions",
     "load_published",
     "stream",

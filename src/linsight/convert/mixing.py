@@ -109,22 +109,27 @@ class Mixing(nn.Module):
         if key_grid is not None:
             require(core, "reduced", "keys of a reduced grid")
         check_beside(x, layout, keep=keep, score_bias=score_bias, heads=self.num_heads)
+        if keep is not None:  # 0 * NaN in a gradient is NaN
+            k, v = mask_tokens(k, keep), mask_tokens(v, keep)
+        q, k = self.queries_and_keys(q, k, keep)
+        extra = None if self.extra is None else self.extra(x)
+        beside: dict[str, Any] = {} if key_grid is None else {"context_layout": Layout(key_grid)}
+        if score_bias is not None:
+            beside["score_bias"] = score_bias
+        return merge_heads(core(Tokens(q, k, v, x, keep, extra), layout, **beside)).to(v.dtype)
+
+    def queries_and_keys(self, q: Tensor, k: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """q and k `(B, N, H, D)` as the mechanism is to see them: scaled, centred, and one where it knows but one."""
         if self.key_is_query:
             k = q
         elif self.query_is_key:
             q = k
         if self.factor != 1:
             q = q * self.factor
-        if keep is not None:  # 0 * NaN in a gradient is NaN
-            k, v = mask_tokens(k.flatten(2), keep).view_as(k), mask_tokens(v.flatten(2), keep).view_as(v)
         if self.centred:
             count = k.shape[1] if keep is None else keep.sum(1).clamp(min=1)[:, None, None, None]
-            k = k - k.sum(1, keepdim=True) / count
-        extra = None if self.extra is None else self.extra(x)
-        beside: dict[str, Any] = {} if key_grid is None else {"context_layout": Layout(key_grid)}
-        if score_bias is not None:
-            beside["score_bias"] = score_bias
-        return merge_heads(core(Tokens(q, k, v, x, keep, extra), layout, **beside)).to(v.dtype)
+            k = k - mask_tokens(k, keep).sum(1, keepdim=True) / count
+        return q, k
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

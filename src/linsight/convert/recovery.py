@@ -171,14 +171,7 @@ def distil(
         inside = {id(parameter) for parameter in chosen}
         stack.enter_context(held(p for p in student.parameters() if id(p) not in inside))
         optimiser = torch.optim.AdamW(groups, how.lr, weight_decay=0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser,
-            [group["lr"] for group in groups],
-            total_steps=max(steps, 2),
-            pct_start=min(max(how.warmup, 1 / max(steps, 2)), 0.99),
-            cycle_momentum=False,
-            final_div_factor=1e4,
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps, how.warmup))
         stack.enter_context(evaluated(teacher))
         stack.enter_context(evaluated(student))
         theirs = stack.enter_context(hidden_states(teacher, names))
@@ -212,8 +205,16 @@ def distil(
     return found
 
 
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """The share of the largest rate in a step: a straight rise over `warmup` of the steps, then a cosine to 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return (1 + math.cos(math.pi * (step + 1 - rise) / max(1, steps - rise))) / 2
+
+
 def _groups(student: nn.Module, how: Recovery) -> list[dict[str, Any]]:
-    """What is trained, with its rate: what was inherited, and what is new."""
+    """The parameters that are trained, with their rates: inherited ones, and new ones."""
     new = {id(parameter) for parameter in new_parameters(student).values()}
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in student.named_parameters():

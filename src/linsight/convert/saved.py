@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import nn
 
-from linsight import __version__
 from linsight.errors import CheckpointError, LinsightError
 from linsight.runtime.files import read_json, replacing, write_json, writing
 
@@ -49,7 +48,6 @@ def save_linearized(model: nn.Module, folder: str | pathlib.Path) -> None:
             folder / TABLE,
             {
                 "format": _FORMAT,
-                "linsight": __version__,
                 "source": described,
                 "layers": {name: _row(row) for name, row in rows.items()},
             },

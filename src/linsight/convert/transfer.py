@@ -43,9 +43,7 @@ def forced(teacher: nn.Module, student: nn.Module, seen: Callable[[str, Tensor, 
     Raises:
         LinsightError: the teacher has no layer of such a name, or is converted as well.
     """
-    names = mixings(student)
-    if not names:
-        raise LinsightError("the student has no converted layer: make it by linsight.linearize")
+    names = require_converted(student)
     handles = []
     both = names.keys() & mixings(teacher).keys()
     if both:
@@ -76,8 +74,16 @@ def forced(teacher: nn.Module, student: nn.Module, seen: Callable[[str, Tensor, 
             handle.remove()
 
 
+def require_converted(student: nn.Module) -> dict[str, Mixing]:
+    """The mechanisms of a converted model, by name; a LinsightError where it has none."""
+    found = mixings(student)
+    if not found:
+        raise LinsightError("the student has no converted layer: make it by linsight.linearize")
+    return found
+
+
 def tensors(output: Any) -> list[Tensor]:
-    """What an attention gives that counts: its output, or its outputs, where it has several of three axes or more."""
+    """The outputs of an attention that count: the one that it has, or of several those of three axes."""
     if isinstance(output, Tensor):
         return [output]
     return [part for part in output if isinstance(part, Tensor) and part.ndim == 3]
@@ -128,10 +134,12 @@ def distil_layers(
     Raises:
         LinsightError: there is nothing to train, no batch, or the mechanism's weights are negative.
     """
+    names = sorted({mixing.attention for mixing in require_converted(student).values()})
     chosen = list(new_parameters(student).values() if parameters is None else parameters)
     if not chosen:
-        names = ", ".join(sorted({mixing.attention for mixing in mixings(student).values()}))
-        raise LinsightError(f"{names} brought no parameters that a layer could learn: train the whole model instead")
+        raise LinsightError(
+            f"{', '.join(names)} brought no parameters that a layer could learn: train the whole model instead"
+        )
     optimiser = torch.optim.AdamW(chosen, lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     found: dict[str, float] = {}

@@ -183,7 +183,7 @@ def rows(module: nn.Module, dim: int, inside: str = "") -> dict[str, tuple[Part,
 
 
 def described(model: Any) -> dict[str, Any] | None:
-    """What `timm.create_model` is to be given for a model of its; arguments that leave no trace in it are not told."""
+    """Arguments by which `timm.create_model` makes such a model; those that leave no trace in it are not told."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name, first = cfg.get("architecture"), cfg.get("first_conv")
     if name is None or not is_model(name):
