@@ -10,5 +10,15 @@ from ._attention import replace_attention
 from ._image import Attention2d
 from ._multihead import MultiheadAttention
 from ._timm import attention_class
+from .training_free import TokenMerging, agent_sd, merge_tokens, remove_merging
 
-__all__ = ["Attention2d", "MultiheadAttention", "attention_class", "replace_attention"]
+__all__ = [
+    "Attention2d",
+    "MultiheadAttention",
+    "TokenMerging",
+    "agent_sd",
+    "attention_class",
+    "merge_tokens",
+    "remove_merging",
+    "replace_attention",
+]
