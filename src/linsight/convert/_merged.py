@@ -167,7 +167,7 @@ class TokenMerging:
 
 
 class Plan(NamedTuple):
-    """What happens to the tokens `(B, N, C)` of a block: `shape` is B, N.
+    """How the tokens `(B, N, C)` of a block are merged; `shape` is B, N.
 
     merged, agents: R, and R_a where agents are made. match: None where both are of no use.
     """
