@@ -1,6 +1,7 @@
-"""Our mechanisms in other people's models: torch's and torchvision's, timm's, and convolutional networks.
+"""Our mechanisms in other people's models: torch's and torchvision's, timm's, transformers' and diffusers'.
 
-`linearize` makes a trained softmax model a linear one, and what follows it brings its quality back.
+`linearize` makes a trained softmax model a linear one, and what follows it brings its quality back; `merge_tokens` makes
+a diffusion network cheaper without training.
 
 >>> import torchvision
 >>> from linsight.convert import replace_attention
@@ -16,6 +17,7 @@ from .linearize import ConvertedLayer, converted_layers, linearize, new_paramete
 from .mixing import Mixing
 from .recovery import Recovery, distil
 from .saved import load_linearized, save_linearized
+from .training_free import TokenMerging, agent_sd, merge_tokens, remove_merging
 from .transfer import distil_layers, layer_errors
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "Mixing",
     "MultiheadAttention",
     "Recovery",
+    "TokenMerging",
+    "agent_sd",
     "attention_class",
     "converted_layers",
     "distil",
@@ -31,7 +35,9 @@ __all__ = [
     "layer_errors",
     "linearize",
     "load_linearized",
+    "merge_tokens",
     "new_parameters",
+    "remove_merging",
     "replace_attention",
     "save_linearized",
 ]
