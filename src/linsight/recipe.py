@@ -248,6 +248,7 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
     """One run. Every field is an option of `linsight train` and a key of the run's config.json."""
 
     kind = "recipe"
+    START: ClassVar[str] = "init"  # the field that names the weights a run starts from
     # Fields that may change when a run goes on: none that its result depends on.
     RESUMABLE: ClassVar[frozenset[str]] = frozenset(
         (

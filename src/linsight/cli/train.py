@@ -58,6 +58,18 @@ def _train(**options: Any) -> None:
         if folder is not None and not auto and value is not None:
             raise typer.BadParameter(f"{option} cannot go with --resume: the run has its own")
     overrides = {key: field_of(key).parse(key, value) for key, value in options.items() if value is not None}
+    run(name, overrides, out=out, folder=folder)
+
+
+def run(
+    name: str | None, overrides: dict[str, Any], *, out: str | None, folder: str | None = None, title: str | None = None
+) -> None:
+    """Train, or go on with the run in `folder`, and tell how it ended.
+
+    name: of the recipe.  overrides: fields of it, or of the run.  folder: "auto" is `out`, where a run is there.
+    title: of the run; none: that of the recipe.
+    """
+    auto = folder == "auto"
     report = Silent() if this_copy().rank else reporter(new_console())
     try:
         from linsight.train import resolve, resume, suggest, train
@@ -74,7 +86,8 @@ def _train(**options: Any) -> None:
             recipe = resolve(name, overrides)
             if told := told_channels(name, recipe):
                 report.note(told)
-            summary = train(recipe, out=out, name=pathlib.Path(name).stem, report=report, go_on=auto)
+            title = title or pathlib.Path(name).stem
+            summary = train(recipe, out=out, name=title, report=report, go_on=auto)
     finally:
         report.end()
     if this_copy().rank:

@@ -1,6 +1,6 @@
 """Our mechanisms in other people's models: torch's and torchvision's, timm's, transformers' and diffusers'.
 
-`linearize` makes a trained softmax model a linear one, and what follows it brings its quality back; `merge_tokens` makes
+`linearize` makes a trained softmax model a linear one, what follows it brings its quality back; `merge_tokens` makes
 a diffusion network cheaper without training.
 
 >>> import torchvision

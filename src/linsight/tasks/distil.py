@@ -17,7 +17,7 @@ from linsight.recipe import Recipe
 from .building import image_size
 from .classify import Classify, Criterion
 from .records import DistilRecipe
-from .task import Load, Student
+from .task import Load, Loaded, Student
 from .teacher import FEATURES, Seeing, Seen, Teacher, probe
 
 
@@ -43,12 +43,7 @@ class Distil(Classify):
             LinsightError: there is no such teacher, or it is none for this student.
         """
         recipe, kind = self.recipe, self.recipe.distil_kind
-        if recipe.teacher is None:
-            raise LinsightError("the task distil learns from a teacher: name it, as in teacher=runs/NAME")
-        try:
-            found = load(recipe.teacher, recipe.teacher_checkpoint)
-        except LinsightError as error:
-            raise LinsightError(f"the teacher cannot be used: {error}") from error
+        found = self.ask(load)
         teacher = self.teacher = Teacher(recipe.teacher, found, kind, self.inputs, recipe.teacher_size)
         self.facts["teacher"] = teacher.digest  # a resumed run has the same one
         if kind not in FEATURES:
@@ -58,19 +53,32 @@ class Distil(Classify):
         own = probe(model, kind, blank, f"the student '{recipe.model}'").features.shape[-1]
         return Seeing(model, kind, own, teacher.width).to(self.inputs.device)
 
+    def ask(self, load: Load) -> Loaded:
+        """The teacher, loaded.
+
+        Raises:
+            LinsightError: it is not named, or cannot be used.
+        """
+        recipe = self.recipe
+        if recipe.teacher is None:
+            raise LinsightError(f"the task {self.name} learns from a teacher: name it, as in teacher=runs/NAME")
+        try:
+            return load(recipe.teacher, recipe.teacher_checkpoint)
+        except LinsightError as error:
+            raise LinsightError(f"the teacher cannot be used: {error}") from error
+
     def judged(self, student: Student, outputs: Any, images: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:
         """See `Classify`: the teacher sees the images as they were augmented and mixed for the student."""
         recipe, teacher = self.recipe, self.teacher
         labels = super().judged(student, self.logits(outputs), images, targets, criterion)
-        told = student.asked(teacher.model, teacher.images(images))
+        told = self.heard = student.asked(teacher.model, teacher.images(images))
         if recipe.distil_kind in FEATURES:
             other = apart(outputs.features, told.features, recipe.distil_distance)
         else:
-            logits = told if self.order is None else told[:, self.order]
+            ours, logits = self.logits(outputs), self.logits(told)
+            logits = logits if self.order is None else logits[:, self.order]
             other = (
-                soft(outputs, logits, recipe.distil_temperature)
-                if recipe.distil_kind == "soft"
-                else hard(outputs, logits)
+                soft(ours, logits, recipe.distil_temperature) if recipe.distil_kind == "soft" else hard(ours, logits)
             )
         return (1 - recipe.distil_weight) * labels + recipe.distil_weight * other
 

@@ -98,6 +98,32 @@ class DistilRecipe(ClassifyRecipe, DistilFields):
     task: Literal["distil"] = Field(default="distil", description=TASK)  # type: ignore[assignment]
 
 
+class LinearizeFields(Record):
+    """A trained softmax model whose attention is replaced."""
+
+    group = "Optimisation"
+
+    layers: Text = Field(
+        default="", description="attentions to convert, by patterns with spaces between, as 'blocks.1?.*'; empty: all"
+    )
+    neutral: bool = Field(default=True, description="what a mechanism adds locally starts at zero, and its gate open")
+    transfer_steps: Count = Field(
+        default=200, description="batches by which each new layer first learns what the old one gave; 0: none"
+    )
+    transfer_lr: Positive = Field(default=1e-2, description="learning rate of that, of AdamW with a cosine")
+    hidden: NotNegative = Field(
+        default=1.0, description="weight of the relative distance to the teacher's hidden states, added to the loss"
+    )
+
+
+class LinearizeRecipe(DistilRecipe, LinearizeFields):
+    """A run of the task `linearize`."""
+
+    START = "teacher"
+
+    task: Literal["linearize"] = Field(default="linearize", description=TASK)  # type: ignore[assignment]
+
+
 class MaskFields(Record):
     """Masks, and how images with masks are cropped."""
 
@@ -237,6 +263,7 @@ RECORDS: dict[str, type[Recipe]] = {
     "classify": ClassifyRecipe,
     "budget": BudgetRecipe,
     "distil": DistilRecipe,
+    "linearize": LinearizeRecipe,
     "segment": SegmentRecipe,
     "detect": DetectRecipe,
 }

@@ -15,6 +15,7 @@ _OWN = {
     "classify": ("classify", "Classify"),
     "budget": ("budget", "Budget"),
     "distil": ("distil", "Distil"),
+    "linearize": ("linearize", "Linearize"),
     "segment": ("segment", "Segment"),
     "detect": ("detect", "Detect"),
 }

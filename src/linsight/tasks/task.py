@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -109,6 +109,7 @@ class Task(abc.ABC):
 
     facts: what the weights must tell, so that they can be used without the data: the names of classes, say. A task
     has them once `open` was called, or from the file of the weights.
+    known: the facts that the run began with, where it goes on; None where it begins.
     """
 
     name: ClassVar[str]
@@ -124,6 +125,7 @@ class Task(abc.ABC):
     def __init__(self, recipe: Recipe, facts: Mapping[str, Any] | None = None) -> None:
         self.recipe: Any = recipe
         self.facts: dict[str, Any] = dict(facts or {})
+        self.known: Mapping[str, Any] | None = None
 
     # Images
 
@@ -192,6 +194,10 @@ class Task(abc.ABC):
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 - most have nothing to say
         """Raise a LinsightError where the recipe asks for what this model cannot learn by."""
+
+    def new(self, model: nn.Module) -> Collection[str] | None:
+        """Names of the parameters that begin anew, where the task itself fills all others; None where it fills none."""
+        return None
 
     def usable(self, count: int) -> int:
         """How many of `count` images the loss takes."""

@@ -27,8 +27,8 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
     name: of a shipped recipe, or of a file (`linsight.tasks.files`), which may start from a shipped one.
 
     Changing `model` drops the recipe's `model_args`, and changing `attention` its `attention_options`,
-    which belong to what they replace. The recipe `finetune` keeps the model and the images of the run that `init`
-    is of; of its data, too, where there is no other.
+    which belong to what they replace. The recipe `finetune` keeps the model and the images of the run that it
+    starts from, by `init`, or `teacher` of `linearize`; of its data, too, where there is no other.
 
     Raises:
         UnknownNameError: no such recipe, field or choice; the nearest is offered.
@@ -45,8 +45,8 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
     base = _of_task(base, overrides.pop("task", base.task))
     _require_fields(base, overrides)
     given = base.parse_all(overrides)
-    if name == FINETUNE and given.get("init"):
-        base = base.changed(**_kept(given["init"], "data" not in given))
+    if name == FINETUNE and given.get(base.START):
+        base = base.changed(**_kept(given[base.START], "data" not in given))
     for head, dependent in (("model", "model_args"), ("attention", "attention_options")):
         if head in given and given[head] != getattr(base, head):
             given.setdefault(dependent, {})

@@ -67,9 +67,10 @@ class Trainer:
         seed_step(recipe.seed)
         if looks_large(recipe):
             require_bounded(recipe.model, task.build, told="as the recipe describes it")
+        task.known = None if state is None else (run.data or {})
         model = task.build()
         spread.check(recipe.batch_size, model)
-        new = state.get("new") if state and recipe.init else None
+        new = state.get("new") if state and recipe.init else task.new(model)
         if recipe.init and state is None:
             head = recipe.init_partial or not recipe.freeze  # a linear probe has a new one
             size = recipe.from_size

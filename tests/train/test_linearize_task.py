@@ -1,0 +1,134 @@
+"""The task `linearize`: a softmax run becomes one of a mechanism, in two stages, and is a run like any other."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from small import TINY
+from torch.nn import functional as F
+
+import linsight
+from linsight.convert import converted_layers, new_parameters
+from linsight.convert.transfer import relative_error
+from linsight.data.images import Batch
+from linsight.errors import LinsightError
+from linsight.runtime.signals import Interrupted
+from linsight.tasks import task_of
+from linsight.train import evaluate, load_run, load_trained, resolve, resume, train
+from linsight.train.learner import Learner
+from linsight.train.progress import Silent
+
+VIT = "patch_size=2,embed_dim=16,depth=2,num_heads=2,global_pool=avg,class_token=False"
+QUICK = {**TINY, "model_args": VIT, "batch_size": 256, "lr": "1e-2", "warmup_epochs": 0, "threads": 1}
+TASK = {**QUICK, "task": "linearize", "attention": "hedgehog", "epochs": 2, "transfer_steps": 6, "lr": "1e-3"}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A softmax run on digits."""
+    out = tmp_path_factory.mktemp("runs") / "teacher"
+    train(resolve("digits", {**QUICK, "attention": "softmax", "epochs": 6, "batch_size": 64}), out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory):
+    """A run that linearizes it."""
+    out = tmp_path_factory.mktemp("runs") / "student"
+    summary = train(resolve("digits", {**TASK, "teacher": str(teacher)}), out=out)
+    return out, summary
+
+
+def test_a_run_becomes_linear(teacher, student):
+    out, summary = student
+    before = json.loads((teacher / "summary.json").read_text())
+    assert summary["top1"] > before["top1"] - 5
+    trained = load_trained(out)
+    rows = converted_layers(trained.model)
+    assert list(rows) == ["blocks.0.attn", "blocks.1.attn"] and {row.attention for row in rows.values()} == {"hedgehog"}
+    layers = json.loads((out / "config.json").read_text())["data"]["layers"]
+    assert all(after < before for before, after in layers.values()) and list(layers) == list(rows)
+    assert evaluate(trained)["top1"] == pytest.approx(summary["top1"])
+    assert load_run(out).predict(Image.new("L", (8, 8)))
+
+
+def test_the_first_outputs_are_the_teachers_weights(teacher):
+    recipe = resolve("digits", {**TASK, "teacher": str(teacher), "transfer_steps": 0})
+    task = task_of(recipe)
+    task.open()
+    learner = Learner(task, task.build(), torch.device("cpu"), None, updates=5)
+    theirs, ours = load_trained(teacher).model.state_dict(), learner.model.state_dict()
+    new = set(new_parameters(learner.model))
+    assert new and all(torch.equal(ours[key], theirs[key]) for key in ours if key not in new)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (6, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(10, (6,), generator=generator)
+    loss, count = learner.loss(Batch(images, targets, []), 0)
+    kept = {}
+    for who, model in (("ours", learner.model), ("theirs", load_trained(teacher).model)):
+        kept[who] = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda module, args, out, kept=kept[who]: kept.append(out.detach()))
+    x = task.inputs(images)
+    logits, told = learner.model.train()(x).detach(), load_trained(teacher).model(x).detach()
+    model = load_trained(teacher).model
+    states = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: states.append(out.detach()))
+    told = model(x).detach()
+    labels = F.cross_entropy(logits, targets, label_smoothing=recipe.smoothing)
+    p = (told / 2).softmax(-1)
+    soft = 4 * (p * (p.log() - (logits / 2).log_softmax(-1))).sum(-1).mean()
+    hidden = torch.stack([relative_error(a, b) for a, b in zip(kept["ours"], states, strict=True)]).mean()
+    assert count == 6
+    assert float(loss.detach()) == pytest.approx(float(0.5 * labels + 0.5 * soft + hidden), rel=1e-3)
+
+
+class Stopping(Silent):
+    def __init__(self, steps):
+        self.left = steps
+
+    def step(self, *args):
+        self.left -= 1
+        if not self.left:
+            raise Interrupted("enough", 130)
+
+
+def test_a_stopped_run_goes_on_without_its_first_stage(teacher, student, tmp_path, monkeypatch):
+    out, summary = student
+    with pytest.raises(Interrupted):
+        train(
+            resolve("digits", {**TASK, "teacher": str(teacher), "save_every": 1}),
+            out=tmp_path / "run",
+            report=Stopping(3),
+        )
+    monkeypatch.setattr("linsight.tasks.linearize.distil_layers", None)
+    again = resume(tmp_path / "run")
+    assert again["top1"] == summary["top1"]
+    ends = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (out, tmp_path / "run")]
+    assert ends[0]["train_loss"] == pytest.approx(ends[1]["train_loss"], rel=1e-5)
+
+
+def test_it_streams_and_is_fused(student):
+    model = load_run(student[0]).model.eval()
+    image = torch.rand(1, 24, 40)
+    streamed = linsight.stream(model, image, tile=16, mean=(0,), std=(1,))
+    torch.testing.assert_close(streamed, model(image[None]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"attention": "softmax"}, "replaces softmax: name the mechanism"),
+        ({"teacher": "none"}, "the task linearize learns from a teacher"),
+        ({"layers": "blocks.7.*"}, "unknown attention layer 'blocks.7.*'"),
+        ({"model_args": VIT.replace("16", "24")}, "the teacher is not 'vit_tiny' with softmax: .* differ"),
+        ({"attention": "fnet"}, "'fnet' is a whole layer"),
+        ({"hidden": -1}, "hidden"),
+    ],
+)
+def test_bad_input_is_one_line(teacher, tmp_path, given, words):
+    with pytest.raises(LinsightError, match=words) as caught:
+        train(resolve("digits", {**TASK, "teacher": str(teacher), **given}), out=tmp_path / "run")
+    assert "\n" not in str(caught.value).split("\n\n")[0] and not (tmp_path / "run").exists()
