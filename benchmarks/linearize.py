@@ -1,0 +1,174 @@
+"""A softmax ViT trained on CIFAR-10, and what mechanisms win back of it within a twentieth of its training.
+
+    python benchmarks/linearize.py --data path/to/cifar10 --docs docs
+    python benchmarks/linearize.py --data path/to/cifar10 --epochs 4 --seeds 1 --only hedgehog,mean
+
+The teacher is trained by the recipe `cifar10`. Then each mechanism, for each seed, by the task `linearize`: the half of
+its budget for its layers one by one, the rest for the whole model. Beside them are the controls: `mean`, attention
+that is the mean of the values, and the same budget from scratch, of softmax and of `linear`. Runs in `--out` that are
+finished are taken as they are, and each result is a line of `--csv` at once, so it may be stopped at any time. --docs
+puts the table and the plot into linearize.md there.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from _script import exit_status
+
+from linsight.errors import LinsightError
+from linsight.runtime.console import new_console
+from linsight.runtime.device import list_devices
+from linsight.runtime.files import replacing, write_text
+from linsight.train import resolve, resume, train
+from linsight.train.progress import reporter
+from linsight.train.run import CONFIG
+
+MODEL = {
+    "model": "vit_tiny",
+    "model_args": "patch_size=4,embed_dim=192,depth=6,num_heads=6,global_pool=avg,class_token=False",
+}
+STUDENTS = {
+    "hedgehog": "",
+    "inline": "",
+    "t5": "",
+    "focused": "",
+    "mlla": "",
+    "rala": "",
+    "mean": "",
+}
+SCRATCH = ("softmax", "linear")
+SHARE = 0.05  # of the teacher's updates
+BATCH, IMAGES = 256, 50_000
+FIELDS = ("kind", "attention", "seed", "updates", "top1", "teacher", "seconds")
+BLOCK = re.compile(r"(<!-- results: vision -->\n).*?(?=\n<!-- end: vision -->)", re.DOTALL)
+
+
+def learn(folder: Path, recipe: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The summary of the finished run in a folder."""
+    report = reporter(new_console())
+    if (folder / CONFIG).exists():
+        return resume(folder, report=report)
+    return train(resolve(recipe, given), out=folder, name=folder.name, report=report)
+
+
+def runs(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """Kind, mechanism and seed of each run beside the teacher."""
+    for seed in range(options.seeds):
+        for kind, names in (("student", STUDENTS), ("scratch", SCRATCH)):
+            yield from ((kind, name, seed) for name in names if not options.only or name in options.only)
+
+
+def results(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row of `FIELDS` for each run, those in the file first."""
+    rows: list[dict[str, Any]] = []
+    if options.csv.exists():
+        with options.csv.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    shared = {"data": str(options.data), "device": options.device, "threads": options.threads, "batch_size": BATCH}
+    done = {(row["kind"], row["attention"], int(row["seed"])) for row in rows}
+    todo = [run for run in runs(options) if run not in done]
+    if not todo:
+        return rows
+    teacher = options.out / "teacher"
+    told = learn(teacher, "cifar10", {**shared, **MODEL, **augmented(options), "attention": "softmax"})
+    updates = int(SHARE * options.epochs * (IMAGES // BATCH))
+    for kind, name, seed in todo:
+        # one epoch of as many images as the budget has left
+        given: dict[str, Any] = {**shared, "seed": seed, "epochs": 1, "warmup_epochs": 0}
+        if kind == "student":
+            half = 0 if name == "mean" else updates // 2
+            given |= {"task": "linearize", "teacher": str(teacher), "attention": name, "transfer_steps": half}
+            given |= {"epoch_images": (updates - half) * BATCH, "lr": "5e-4", "opt": "adamw", "weight_decay": 0}
+            given |= {"new_lr_scale": 4}
+        else:
+            given |= {**MODEL, "attention": name, "epoch_images": updates * BATCH}
+        if STUDENTS.get(name):
+            given["attention_options"] = STUDENTS[name]
+        found = learn(options.out / f"{kind}-{name}-{seed}", "finetune" if kind == "student" else "cifar10", given)
+        rows.append(
+            {
+                "kind": kind,
+                "attention": name,
+                "seed": seed,
+                "updates": updates,
+                "top1": f"{found['last_top1']:.2f}",
+                "teacher": f"{told['last_top1']:.2f}",
+                "seconds": f"{found['seconds']:.0f}",
+            }
+        )
+        with replacing(options.csv) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
+
+
+def augmented(options: argparse.Namespace) -> dict[str, Any]:
+    """The teacher's fields beyond those of the recipe."""
+    return {"epochs": options.epochs, "mixup_prob": 0.5, "cutmix": 1.0}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """In Markdown: mean and spread of the seeds, and the share of the teacher."""
+    lines = ["| attention | top-1 % | of the teacher's |", "|---|---|---|"]
+    teacher = float(rows[0]["teacher"])
+    lines.append(f"| softmax, the teacher | {teacher:.1f} | |")
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["attention"]), []).append(float(row["top1"]))
+    for (kind, name), values in sorted(groups.items(), key=lambda item: -mean(item[1])):
+        spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+        label = f"{name}, from scratch" if kind == "scratch" else name + (", the control" if name == "mean" else "")
+        lines.append(f"| {label} | {mean(values):.1f}{spread} | {100 * mean(values) / teacher:.1f} % |")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("../shared/data/cifar10"), help="CIFAR-10, Parquet files or class folders")
+    add("--out", type=Path, default=Path("runs/linearize"), help="the folder of all runs")
+    add("--csv", type=Path, default=Path("runs/linearize.csv"), help="the results")
+    add("--epochs", type=int, default=40, help="of the teacher")
+    add("--seeds", type=int, default=3)
+    add("--only", type=lambda text: text.split(","), default=[], help="some of the mechanisms")
+    add("--device", default="cpu")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--docs", type=Path, help="the folder of linearize.md, the file to write the result into")
+    options = parser.parse_args(arguments)
+    if options.docs and not BLOCK.search((options.docs / "linearize.md").read_text(encoding="utf-8")):
+        raise LinsightError(
+            f"'{options.docs / 'linearize.md'}' has no place for the result: '<!-- results: vision -->'"
+        )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status."""
+
+    def work() -> None:
+        options = parse(arguments)
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        rows = results(options)
+        told = (
+            f"{rows[0]['updates']} updates of {BATCH} images each, a twentieth of the teacher's, {options.seeds} seeds; "
+            f"on {list_devices()[-1]['name']}."
+        )
+        text = f"{table(rows)}\n\n{told}\n"
+        print(text)
+        if options.docs:
+            page = options.docs / "linearize.md"
+            write_text(page, BLOCK.sub(lambda found: found[1] + text, page.read_text(encoding="utf-8")))
+
+    return exit_status(__file__, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
