@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from linsight.errors import LinsightError
 from linsight.ops import (
@@ -72,21 +73,19 @@ class Prefix(Round):
     """The prefix tokens, for all tiles, and the number of all tokens."""
 
     def absorb(self, core: "Clear", tokens: Tokens, tile: Tile, done: Done) -> Ahead:
-        """Those of the tile at the origin, else zeros."""
+        """The tokens of the tile at the origin, else zeros."""
         count, prefix = count_tokens(tokens.v, tokens.keep), tile.prefix
         keep = None if tokens.keep is None else tokens.keep[:, :prefix]
         q, k, v = (x[:, :prefix].to(count.dtype) for x in tokens[:3])
-        state = Ahead(q, mask_tokens(k, keep), mask_tokens(v, keep), q.new_ones(q.shape[:2]), count)
-        if keep is not None:
-            state = state._replace(kept=keep.to(q.dtype))
+        kept = q.new_ones(q.shape[:2]) if keep is None else keep.to(q.dtype)
         missing = tile.grid.prefix - prefix
-        if missing:
-            state = Ahead._make([*(x.new_zeros(x.shape[0], missing, *x.shape[2:]) for x in state[:-1]), count])
-        return state
+        # Zeros by padding: they belong to the graph, as on other ranks.
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, mask_tokens(k, keep), mask_tokens(v, keep)))
+        return Ahead(q, k, v, F.pad(kept, (0, missing)), count)
 
 
 class Overview(Round):
-    """What prefix tokens see: means of v under softmax over all keys, `(B, H, T, E)`, in the accumulator's dtype."""
+    """The means of v that prefix tokens see, under softmax over all keys: `(B, H, T, E)`."""
 
     def absorb(self, core: "Clear", tokens: Tokens, tile: Tile, done: Done) -> LogSumExp:
         """Sums of the tile's keys, relative to their largest score."""
@@ -114,8 +113,8 @@ class Overview(Round):
 @register(
     "clear",
     formula="o_i = sum_j softmax_j(d^(-1/2) q_i . k_j) v_j, j within a radius of i on the grid, or a prefix token",
-    latex=r"o_i = \sum_j \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j) v_j, \quad \lVert p_i - p_j \rVert < r \text{ or } "
-    r"i \text{ or } j \text{ a prefix token}",
+    latex=r"o_i = \sum_j \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j) v_j, \quad \lVert p_i - p_j \rVert \lt r \text{ or "
+    r"} i \text{ or } j \text{ a prefix token}",
     complexity="O(N r^2 d)",
     paper=Paper(
         "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", "2412.16112", "NeurIPS 2025"
