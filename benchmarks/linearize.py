@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         rows = results(options)
         told = (
-            f"{rows[0]['updates']} updates of {BATCH} images each, a twentieth of the teacher's, {options.seeds} seeds; "
+            f"{rows[0]['updates']} updates of {BATCH} images, a twentieth of the teacher's, {options.seeds} seeds, "
             f"on {list_devices()[-1]['name']}."
         )
         text = f"{table(rows)}\n\n{told}\n"

@@ -13,6 +13,7 @@ from ._attention import replace_attention
 from ._image import Attention2d
 from ._multihead import MultiheadAttention
 from ._timm import attention_class
+from .flux import FluxProcessor
 from .linearize import ConvertedLayer, converted_layers, linearize, new_parameters
 from .mixing import Mixing
 from .recovery import Recovery, distil
@@ -23,6 +24,7 @@ from .transfer import distil_layers, layer_errors
 __all__ = [
     "Attention2d",
     "ConvertedLayer",
+    "FluxProcessor",
     "Mixing",
     "MultiheadAttention",
     "Recovery",
