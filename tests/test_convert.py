@@ -24,7 +24,7 @@ def does_more(name):
     core = mechanism(name).factory
     parts = {part for projection in PROJECTIONS[core.projections] for part in projection.parts}
     around = core.layer or Attention
-    usual = around.tokens is Attention.tokens and around.conclude is Attention.conclude
+    usual = all(getattr(around, way) is getattr(Attention, way) for way in ("given", "tokens", "conclude"))
     return parts != {"q", "k", "v"} or not usual
 
 
