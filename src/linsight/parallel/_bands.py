@@ -123,4 +123,4 @@ class Bands:
         done = drive(core, lambda now: [part(band.tile(now.halo))], fold=self.ranks.fold)
         # Outputs that later convolutions see are read too; beyond their reach is zero.
         tile = band.tile(core.halo, band.reach - core.halo)
-        return band.outer(core.read(*part(tile), done), tile)
+        return band.outer(self.ranks.tied(core.read(*part(tile), done), done), tile)

@@ -93,6 +93,13 @@ class Ranks:
         """The merged state of all ranks, bit for bit the same on each."""
         return functools.reduce(merge, self.gather_states(state))
 
+    def tied(self, x: Tensor, states: Any) -> Tensor:
+        """`x`, of which all `states` are a part in the graph, with a gradient of 0 where this rank does not read them.
+
+        Others may, and in the backward pass a gather needs all ranks.
+        """
+        return _Tied.apply(x, *(part for part in _leaves(states) if part.requires_grad))
+
     def exchange(self, x: Tensor, dim: int, have: Sequence[int], want: Spans) -> Tensor:
         """The stretch `want[own]` along `dim` of what lies over the ranks, of which each has that from `have[own]`.
 
@@ -120,6 +127,18 @@ class _Gather(torch.autograd.Function):
         with ctx.ranks.speaking():
             dist.reduce_scatter_tensor(own, grad.flatten(), group=ctx.ranks.group)
         return own.view(grad.shape[1:]), None
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parts: Tensor) -> Tensor:
+        ctx.kinds = [(part.shape, {"dtype": part.dtype, "device": part.device}) for part in parts]
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros(shape, **kind) for shape, kind in ctx.kinds)
 
 
 class _Exchange(torch.autograd.Function):
@@ -171,7 +190,7 @@ def _common(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 def _leaves(state: State) -> Iterator[Tensor]:
     if isinstance(state, Tensor):
         yield state
-    else:
+    elif isinstance(state, tuple):
         for part in state:
             yield from _leaves(part)
 
