@@ -1,4 +1,4 @@
-"""Our mechanisms in other people's models: torch's and torchvision's, timm's, and convolutional networks.
+"""Our mechanisms in other people's models: torch's and torchvision's, timm's, diffusers', and convolutional networks.
 
 >>> import torchvision
 >>> from linsight.convert import replace_attention
@@ -10,5 +10,6 @@ from ._attention import replace_attention
 from ._image import Attention2d
 from ._multihead import MultiheadAttention
 from ._timm import attention_class
+from .flux import FluxProcessor
 
-__all__ = ["Attention2d", "MultiheadAttention", "attention_class", "replace_attention"]
+__all__ = ["Attention2d", "FluxProcessor", "MultiheadAttention", "attention_class", "replace_attention"]
