@@ -1,4 +1,4 @@
-"""The command line: `linsight train | report | eval | predict | merge | export | push | bench | advise | list | ...`.
+"""The command line: `linsight train | report | eval | predict | merge | export | prune | push | bench | list | ...`.
 
 Commands import what they need when they run. Anything a user can mend is a LinsightError: one line
 on standard error, exit code 2.
@@ -16,10 +16,10 @@ from linsight.runtime.launch import this_copy
 from linsight.runtime.signals import Interrupted, Stop, drop_output, exit_code
 from linsight.runtime.text import printable
 
-from . import bench, export, push, report, show, train
+from . import bench, export, prune, push, report, show, train
 
 app = typer.Typer(name="linsight", add_completion=False, pretty_exceptions_enable=False)
-for module in (train, report, export, push, bench, show):
+for module in (train, report, export, prune, push, bench, show):
     module.register(app)
 
 # typer's own copy of click has no public name for it
