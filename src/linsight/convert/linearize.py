@@ -116,7 +116,7 @@ def convert(model: nn.Module, rows: Mapping[str, ConvertedLayer]) -> None:
         module, seam = found[name]
         try:
             made[name] = seam, _mixing(seam, module, row), seam.images(model, name) if row.grid is None else None
-            check_causal(seam.causal(module), made[name][1])
+            check_causal(seam.causal(model, name), made[name][1])
         except UnknownNameError:
             raise
         except LinsightError as error:
@@ -129,7 +129,7 @@ def convert(model: nn.Module, rows: Mapping[str, ConvertedLayer]) -> None:
         module, row = found[name][0], rows[name]
         for role, way in row.inherit.items():
             for part in seam.parts(module).get(role, ()):
-                _inherit(module, part, role, way)
+                _inherit(model, name, part, role, way)
         place = Place(row.grid or "1d", row.prefix) if images is None else locate_images(images, places)
         seam.put(model, name, mixing, place)
 
@@ -234,13 +234,18 @@ def _checked(inherit: Inherit) -> dict[str, str]:
     return {role: way for role, way in inherit.items() if way != "copy"}
 
 
-def _inherit(module: nn.Module, part: Part, role: str, way: str) -> None:
+def _inherit(model: nn.Module, name: str, part: Part, role: str, way: str) -> None:
     """Freeze a part, or draw it anew.
 
     Raises:
-        LinsightError: rows of a tensor are to be frozen alone.
+        LinsightError: rows of a tensor are to be frozen alone, or the tensor is not there.
     """
-    tensor = module.get_parameter(part.tensor)
+    for _ in range(part.above):
+        name = name.rpartition(".")[0]
+    try:
+        tensor = model.get_submodule(name).get_parameter(part.tensor)
+    except AttributeError:
+        raise LinsightError(f"inherit: {role}='{way}', but {name or 'the model'} has no {part.tensor}") from None
     if way == "freeze":
         if part.rows is not None:
             raise LinsightError(

@@ -28,10 +28,14 @@ class Heads(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows of one tensor of an attention, by the name of the tensor in it; all of them without `rows`."""
+    """Rows of one tensor of an attention, by the name of the tensor in it; all of them without `rows`.
+
+    above: by so many levels up in the model the name counts from a module around the attention.
+    """
 
     tensor: str
     rows: slice | None = None
+    above: int = 0
 
 
 class Images(NamedTuple):
@@ -72,9 +76,9 @@ class Seam(abc.ABC):
     def put(self, model: nn.Module, name: str, mixing: Mixing, place: Place) -> None:
         """Let the module of this name, which `knows` knows, average its values by `mixing`."""
 
-    def causal(self, module: nn.Module) -> bool:
-        """True where tokens see only those before them."""
-        return bool(getattr(module, "is_causal", False))
+    def causal(self, model: nn.Module, name: str) -> bool:
+        """True where tokens of the module of this name see only those before them."""
+        return bool(getattr(model.get_submodule(name), "is_causal", False))
 
     def dropout(self, module: nn.Module) -> float:
         """The rate at which its scores are dropped in training."""
@@ -102,6 +106,9 @@ def around(model: nn.Module, name: str, fits: Callable[[Any], bool]) -> nn.Modul
     return None
 
 
+_DROPS = -9e3  # what is added to the score of a key to drop it: -1e4, rounded, or below
+
+
 def keys_and_pairs(mixing: Mixing, mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """A mask of `scaled_dot_product_attention` as `keep` `(B, N)` or `score_bias`; the other is None.
 
@@ -116,29 +123,34 @@ def keys_and_pairs(mixing: Mixing, mask: Tensor | None, q: Tensor) -> tuple[Tens
     """
     if mask is None:
         return None, None
-    core = type(mixing.core)
+    core, causal = type(mixing.core), mixing.core.causal
     if mask.ndim in (2, 3):
         mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     if core.capabilities.score_bias:
         return None, score_bias(mask, ~mask if mask.dtype == torch.bool else mask, q)
-    row = mask[:, :1, :1]
-    if not traced() and not bool((mask == row).all()):
-        require(core, "score_bias", "a mask of pairs of tokens")
-        raise CapabilityError("a mask of pairs of tokens")
-    keep = row[:, 0, 0]
-    keep = keep if keep.dtype == torch.bool else keep > torch.finfo(keep.dtype).min / 2
-    return keep.expand(q.shape[0], -1), None
+    seen = mask if mask.dtype == torch.bool else mask > _DROPS
+    row = seen[:, :1, -1:]  # the last query sees all keys that are not dropped, in causal attention, too
+    if not traced():
+        if mask.dtype != torch.bool and bool((mask[seen] != 0).any()):
+            require(core, "score_bias", "numbers to add to the scores")
+        expected = row.expand(-1, -1, mask.shape[-1], -1).tril() if causal else row
+        if not bool((seen == expected).all()):
+            require(core, "score_bias", "a mask of pairs of tokens")
+    return row[:, 0, 0].expand(q.shape[0], -1), None
 
 
 def check_causal(causal: bool, mixing: Mixing) -> None:
     """Raise a LinsightError where a causal attention is given a mechanism that is not, or the other way round."""
     ours = bool(mixing.core.causal)
     if causal and not ours:
-        require(type(mixing.core), "causal", "a causal attention")
-        raise CapabilityError(f"this attention is causal: pass causal=True to '{mixing.attention}'")
+        require(type(mixing.core), "causal", "a causal attention, which layers= can leave out")
+        raise CapabilityError(
+            f"this attention is causal: leave it out by layers=, or pass causal=True to '{mixing.attention}'"
+        )
     if ours and not causal:
         raise LinsightError(
-            f"'{mixing.attention}' in its causal form would hide later tokens, which this attention sees: take another"
+            f"'{mixing.attention}' in its causal form would hide later tokens, which this attention sees: leave it out "
+            f"by layers=, or causal=True"
         )
 
 
