@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linsight.convert.linearize import attentions, converted_layers, linearize, mixings, new_parameters
+from linsight.convert.conversion import attentions, converted_layers, linearize, mixings, new_parameters
 from linsight.convert.place import Place
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 
@@ -389,7 +389,7 @@ def test_dropout_that_is_gone_is_told():
 
 def test_transformers_is_imported_only_for_its_models():
     code = (
-        "import sys, timm, linsight.convert.linearize as room\n"
+        "import sys, timm, linsight.convert.conversion as room\n"
         "room.linearize(timm.create_model('vit_tiny_patch16_224'), 'linear', layers=0)\n"
         "assert 'transformers' not in sys.modules"
     )

@@ -13,8 +13,8 @@ from ._attention import replace_attention
 from ._image import Attention2d
 from ._multihead import MultiheadAttention
 from ._timm import attention_class
+from .conversion import ConvertedLayer, converted_layers, linearize, new_parameters
 from .flux import FluxProcessor
-from .linearize import ConvertedLayer, converted_layers, linearize, new_parameters
 from .mixing import Mixing
 from .recovery import Recovery, distil
 from .saved import load_linearized, save_linearized

@@ -70,7 +70,7 @@ class PrunedKind:
 
 @dataclasses.dataclass(frozen=True)
 class PruneReport:
-    """What became of a model.
+    """The outcome of pruning a model.
 
     macs: multiply-adds of matrix products and convolutions for one image, before.  saved: those of them whose weight is
     0 now. Both are None where no image size is known.
@@ -196,7 +196,7 @@ def _chosen(model: nn.Module, modules: Sequence[str]) -> dict[str, dict[str, Any
 
 
 def _kept(layers: Mapping[str, Any], ratio: float) -> list[Tensor]:
-    """Of each of the layers, which are ranked together, what stays."""
+    """The weights that stay, of each of the layers, which are ranked together."""
     each = [importance(layer.weight).flatten() for layer in layers.values()]
     ranked = torch.cat(each)
     count = round(ratio * ranked.numel())

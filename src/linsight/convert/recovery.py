@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from linsight.errors import LinsightError, UnknownNameError
 
-from .linearize import mixings, new_parameters
+from .conversion import mixings, new_parameters
 from .lora import low_rank
 from .transfer import Batch, Call, call, endless, evaluated, held, relative_error, tensors
 

@@ -16,7 +16,7 @@ from torch import nn
 from linsight.errors import CheckpointError, LinsightError
 from linsight.runtime.files import read_json, replacing, write_json, writing
 
-from .linearize import ConvertedLayer, convert, converted_layers
+from .conversion import ConvertedLayer, convert, converted_layers
 from .seams import SEAMS
 
 TABLE, WEIGHTS = "linearized.json", "model.safetensors"

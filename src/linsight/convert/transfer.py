@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linsight.errors import LinsightError
 
-from .linearize import mixings, new_parameters
+from .conversion import mixings, new_parameters
 from .mixing import Mixing
 from .place import Locator
 

@@ -29,7 +29,7 @@ _SCORED = {  # what is done to the scores, of which only the softmax of the libr
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What an attention was called with: the attention itself, its input `(B, N, C)`, and where its tokens lie."""
+    """The call of an attention: the attention itself, its input `(B, N, C)`, and where its tokens lie."""
 
     module: nn.Module
     x: Tensor
