@@ -1,6 +1,7 @@
 """`python ranks.py FOLDER CASE ...`: runs made by several processes, forked from one that has imported everything.
 
-FOLDER has `data`, a folder of class folders. It prints one JSON: by case, the exit code of each process.
+FOLDER has `data`, a folder of class folders, `masks` and `boxes`, squares to segment and to find.
+It prints one JSON: by case, the exit code of each process.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from small import TINY
+from small import MASKS, OBJECTS, TINY
 
 from linsight.errors import LinsightError
 from linsight.runtime.signals import Interrupted
@@ -29,6 +30,8 @@ NORMS = {**TINY, "model": "compact_pico", "model_args": ""}
 DROPS = {**TINY, "drop_path": 0.3}
 FULL = {"batch_size": 12, "lr": 2e-3, "mixup": 0.5, "cutmix": 0.5, "ema": 0.8, "clip_grad": 1.0, "weight_decay": 0.05}
 PLAIN = {**FULL, "mixup": 0.0, "cutmix": 0.0, "batch_size": 7}
+
+WHOLE = {"resize": "1,1", "img_size": "24,32", "model_args": MASKS["model_args"] + ",dropout=0"}
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
@@ -43,6 +46,10 @@ CASES = {
     "bands": ({**TINY, **FULL}, {2: {"image_ranks": 2}, 4: {"image_ranks": 2}}),
     "odd": ({**TINY, **PLAIN}, {2: {}, 4: {"parallel": "fsdp"}}),
     "distil": ({**TINY, **FULL, "task": "distil", "distil_kind": "features"}, {2: {}, 3: {"parallel": "fsdp"}}),
+    # Whole images, of as many pixels with a class each: the mean over pixels is of a process, that over images of all.
+    "masks": ({**MASKS, "epochs": 2, "batch_size": 5, "ema": 0.8, "opt": "sgd", **WHOLE}, {2: {}}),
+    # One stage: others draw regions to learn from, in each process its own.
+    "boxes": ({**OBJECTS, "epochs": 2, "batch_size": 5, "ema": 0.8, "method": "retinanet"}, {2: {}}),
     "muon": ({**TINY, **FULL, "opt": "muon"}, {2: {"parallel": "fsdp"}}),
 }
 
@@ -110,7 +117,8 @@ def after_a_loss(numbers, patience=10):
 
 def run(folder, name, world, values, **settings):
     """Train by `values`; the exit codes."""
-    recipe = {"data": str(folder / "data"), "seed": 5, **values, **settings}
+    data = {"segment": "masks", "detect": "boxes"}.get(values.get("task"), "data")
+    recipe = {"data": str(folder / data), "seed": 5, **values, **settings}
     act = lambda: train(resolve("digits", recipe), out=folder / name)  # noqa: E731
     return codes(fork(world, act, folder / f"{name}.err"))
 

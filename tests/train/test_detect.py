@@ -6,73 +6,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import OBJECTS, assert_same_end, boxed_squares
 
 from linsight import load_run
 from linsight.data.coco import CocoFolder
 from linsight.data.detection import Scene
 from linsight.data.objects import Objects
 from linsight.errors import LinsightError
-from linsight.export.trained import ExportPlan
 from linsight.tasks import task_of
-from linsight.train import evaluate, load_trained, predict, resolve, train
-
-RUN = {
-    "task": "detect",
-    "method": "mask_rcnn",
-    "model": "compact_nano",
-    "attention": "inline",
-    "model_args": "stem=((8,1),(12,2)),stages=((16,1,2),(24,1,2))",
-    "pyramid_width": 16,
-    "head_width": 32,
-    "sides": "48",
-    "eval_side": 48,
-    "longest": 64,
-    "least_score": 0.01,
-    "shown_score": 0.01,
-    "detections": 10,
-    "mean": "",
-    "std": "",
-    "device": "cpu",
-    "amp": "off",
-    "figures": False,
-    "report": False,
-    "workers": 0,
-    "epochs": 3,
-    "batch_size": 4,
-    "lr": 0.004,
-}
-
-
-def squares(folder, counts, size=(48, 60)):
-    """Images of a bright square on noise, each with its box and outline."""
-    rng = np.random.default_rng(0)
-    (folder / "annotations").mkdir(parents=True)
-    for split, count in counts.items():
-        (folder / split).mkdir()
-        images, rows = [], []
-        for number in range(1, count + 1):
-            height, width = size if number % 2 else size[::-1]
-            left, top = int(rng.integers(2, width - 26)), int(rng.integers(2, height - 26))
-            pixels = rng.integers(0, 60, (height, width, 3))
-            pixels[top : top + 24, left : left + 24] += 180
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / split / f"{number}.png")
-            images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
-            right, bottom = left + 24, top + 24
-            outline = [[left, top, right, top, right, bottom, left, bottom]]
-            row = {"id": number, "image_id": number, "category_id": 4, "bbox": [left, top, 24, 24], "iscrowd": 0}
-            rows.append({**row, "area": 576, "segmentation": outline})
-        said = {"images": images, "annotations": rows, "categories": [{"id": 4, "name": "square"}]}
-        (folder / "annotations" / f"{split}.json").write_text(json.dumps(said))
-    return folder
+from linsight.train import Interrupted, evaluate, load_trained, predict, resolve, resume, train
+from linsight.train.progress import Silent
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return squares(tmp_path_factory.mktemp("data") / "squares", {"train": 12, "val": 4})
+    return boxed_squares(tmp_path_factory.mktemp("data") / "squares", {"train": 12, "val": 4})
 
 
 def recipe(photos, **changes):
-    return resolve("digits", {**RUN, "data": str(photos), **changes})
+    return resolve("digits", {**OBJECTS, "data": str(photos), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +78,18 @@ def test_predictions_are_in_the_pixels_of_files(run, photos, tmp_path):
     assert np.allclose(again[0].boxes, found[0].boxes, atol=1e-3)
 
 
-def test_detectors_are_not_exported(run):
-    with pytest.raises(LinsightError, match="a model of the task detect is not exported"):
-        ExportPlan(load_trained(run[0]))
+def test_a_stopped_run_goes_on_to_the_same_end(photos, tmp_path):
+    class At(Silent):
+        def step(self, epoch, step, images, loss):
+            if (epoch, step) == (1, 2):
+                raise KeyboardInterrupt
+
+    small = recipe(photos, epochs=2, color_jitter=0.2, part=0.5, sides="40,48")
+    train(small, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(small.changed(save_every=1, workers=1), out=tmp_path / "run", report=At())
+    resume(tmp_path / "run")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 class Fixed:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import assert_same_end
+from small import MASKS, assert_same_end, masked_squares
 
 from linsight import load_run
 from linsight.data.dense import Marked
@@ -28,55 +28,14 @@ from linsight.train import (
 )
 from linsight.train.progress import Silent
 
-RUN = {
-    "task": "segment",
-    "model": "compact_nano",
-    "attention": "inline",
-    "model_args": "stem=((8,1),(12,2)),stages=((16,1,2),(24,1,2))",
-    "in_chans": 3,
-    "decoder_width": 16,
-    "img_size": 24,
-    "resize": "0.9,1.2",
-    "mean": "",
-    "std": "",
-    "device": "cpu",
-    "amp": "off",
-    "figures": False,
-    "report": False,
-    "workers": 0,
-    "epochs": 20,
-    "warmup_epochs": 1,
-    "batch_size": 4,
-    "lr": 0.01,
-}
-
-
-def squares(folder, counts, size=(24, 32)):
-    """Images of a red square on green, with a border of no class, and their masks."""
-    rng = np.random.default_rng(0)
-    for split, count in counts.items():
-        for kind in ("images", "masks"):
-            (folder / kind / split).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            height, width = size if number % 2 or split == "train" else size[::-1]
-            mask = np.zeros((height, width), np.uint8)
-            top, left = rng.integers(2, height - 12), rng.integers(2, width - 12)
-            mask[top : top + 10, left : left + 10] = 1
-            pixels = np.stack([mask * 180, (1 - mask) * 180, mask * 0], -1) + rng.integers(0, 60, (height, width, 3))
-            mask[:, 0] = 255
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / split / f"{number}.png")
-            Image.fromarray(mask).save(folder / "masks" / split / f"{number}.png")
-    (folder / "classes.txt").write_text("ground\nsquare\n")
-    return folder
-
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return squares(tmp_path_factory.mktemp("squares"), {"train": 12, "val": 4})
+    return masked_squares(tmp_path_factory.mktemp("squares"), {"train": 12, "val": 4})
 
 
 def recipe(photos, **changes):
-    return resolve("digits", {**RUN, "data": str(photos), **changes})
+    return resolve("digits", {**MASKS, "data": str(photos), **changes})
 
 
 @pytest.fixture(scope="module")

@@ -126,8 +126,13 @@ def resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
     """Height and width of an image whose shorter side is made `shorter`; 0 leaves it."""
     if not shorter:
         return size
-    scale = shorter / min(size)
-    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+    height, width = (max(scaled(side, shorter, min(size)), 1) for side in size)
+    return height, width
+
+
+def scaled(side: Any, new: Any, old: Any) -> Any:
+    """`side * new / old` to the nearest whole number, halves up: of whole numbers, so that exported graphs do alike."""
+    return (2 * side * new + old) // (2 * old)
 
 
 def collate(samples: list[Any]) -> Batch:

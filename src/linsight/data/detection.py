@@ -15,6 +15,7 @@ from linsight.runtime.places import located
 
 from .coco import CocoFolder
 from .datasets import Data, evaluated_split, picked_split
+from .dense import scaled
 from .images import Samples
 from .objects import Objects
 from .random import hold_out
@@ -134,8 +135,9 @@ def within(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int]
     """Height and width where the shorter side is made `shorter`, the longer one `longest` at most; 0 leaves them."""
     if not shorter:
         return size
-    scale = min(shorter / min(size), longest / max(size))
-    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+    low, high = min(size), max(size)
+    height, width = (max(min(scaled(side, shorter, low), scaled(side, longest, high)), 1) for side in size)
+    return height, width
 
 
 def open_objects(recipe: Any) -> Data:

@@ -34,7 +34,10 @@ _TEXTS = {
         r"torch\.ops\.(aten|prims|linsight|torchvision)\.(?!__[^aox])\w+\.(?!_)\w+|(_operator|math)\.[a-z]\w*|"
         r"torch\.ops\.higher_order\.wrap_with_(autocast|set_grad_enabled)|torch\._?sym_\w+"
     ),
-    "as_string": re.compile(r"[a-z_]{0,20}"),  # "tanh" of gelu, "floor" of a division: no file has such a name
+    # "tanh" of gelu, "floor" of a division, the message of an assertion: no file has such a name
+    "as_string": re.compile(
+        r"[a-z_]{0,20}|Runtime assertion failed for expression [\w<>=!&|()+* .,/-]{1,300} on node '\w+'"
+    ),
     "torch_version": re.compile(r"[\w.+<= -]*"),
 }
 _CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
@@ -44,6 +47,7 @@ _FUNCTIONS = re.compile(
     r"(Floor|Ceil|Trunc|Round)ToInt|Int(TrueDiv)|FloatTrueDiv|(Float)?Pow|PowByNatural|ToFloat|(Trunc)?To(Float|Int)|"
     r"Abs|Piecewise|(OpaqueUnary|Bitwise)Fn_\w+|[LR]Shift|min|max|abs|int|float|torch\._?sym_[a-z_]+|math\.[a-z]+"
 )
+_LONGEST = 50_000  # letters of an expression: a detector counts the anchors of all its levels
 _SYMBOL = re.compile(r"[a-z]{1,4}\d*|True|False|int_oo|L")
 _PLAIN = (
     *(ast.Expression, ast.Constant, ast.Load, ast.keyword, ast.List, ast.Tuple),
@@ -145,7 +149,7 @@ def _is_expression(text: str) -> bool:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return len(text) < 10_000 and _is_plain_node(tree)
+    return len(text) < _LONGEST and _is_plain_node(tree)
 
 
 def _is_plain_node(node: ast.AST) -> bool:

@@ -18,7 +18,9 @@ class Facts(NamedTuple):
 
     model: its name.  classes: their names, in the order of the outputs; () where unknown.
     input_size: channels, height and width.  mean, std: of each channel, in 0..1.
-    dynamic: batch, height and width are free.  pixels: the graph takes uint8 `(B, H, W, C)`, and gives probabilities.
+    task: by which its answers are read.
+    dynamic: batch, height and width are free.  single: the batch is not: it takes one image at a time.
+    pixels: the graph takes uint8 `(B, H, W, C)`, and gives what people read: probabilities, a mask, boxes.
     recipe: the fields by which a run rebuilds its model; {} of no run.
     titles: what to call the classes in a prediction, where that is not their name.
     run: the classes are those of a run's data, not the indices or WordNet ids of published weights.
@@ -32,7 +34,9 @@ class Facts(NamedTuple):
     input_size: tuple[int, int, int] = (3, 224, 224)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    task: str = "classify"
     dynamic: bool = True
+    single: bool = False
     pixels: bool = False
     recipe: Mapping[str, Any] = {}
     titles: tuple[str, ...] = ()
@@ -49,7 +53,8 @@ class Facts(NamedTuple):
     @property
     def layout(self) -> str:
         """The input in a word: its axes, as they lie."""
-        return "uint8 (B, H, W, C)" if self.pixels else f"{self.dtype} (B, C, H, W)"
+        batch = "1" if self.single else "B"
+        return f"uint8 ({batch}, H, W, C)" if self.pixels else f"{self.dtype} ({batch}, C, H, W)"
 
     def dumps(self) -> str:
         """The facts as JSON."""
@@ -85,13 +90,13 @@ def _tuples(value: Any) -> Any:
 
 def _sound(facts: Facts) -> bool:
     """True where each fact has a value that it can have: the file may be anybody's."""
-    texts = ("model", "interpolation", "crop_mode", "dtype", "version")
+    texts = ("model", "task", "interpolation", "crop_mode", "dtype", "version")
     lists = ("classes", "titles", "inputs", "outputs")
     channels = facts.input_size[0] if isinstance(facts.input_size, tuple) and facts.input_size else 0
     return (
         all(isinstance(getattr(facts, name), str) for name in texts)
         and facts.dtype in DTYPES
-        and all(isinstance(getattr(facts, name), bool) for name in ("dynamic", "pixels", "run"))
+        and all(isinstance(getattr(facts, name), bool) for name in ("dynamic", "single", "pixels", "run"))
         and all(_all(getattr(facts, name), str) for name in lists)
         and isinstance(facts.recipe, dict)
         and _all(facts.input_size, int)

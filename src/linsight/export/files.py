@@ -104,5 +104,7 @@ def program_model(program: torch.export.ExportedProgram, facts: Facts) -> Progra
     """A program with the check of its input that its facts ask for."""
     channels, *size = facts.input_size
     sides: list[int | None] = [None, None, None] if facts.dynamic else [1, *size]
+    if facts.single:
+        sides[0] = 1
     sides.insert(3 if facts.pixels else 1, channels)
     return ProgramModel(program, torch.uint8 if facts.pixels else getattr(torch, facts.dtype), sides)

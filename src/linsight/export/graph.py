@@ -58,11 +58,25 @@ def _scan_conv(x: Any, height: Any, width: Any, kernels: Any) -> Any:
     return op.Reshape(images, op.Constant(value_ints=[0, -1, channels]))
 
 
+def _whole_division(x: Any, by: Any, rounding_mode: str | None = None) -> Any:
+    """Whole numbers divided by whole ones, exactly: torch's form goes through float32, which ends at 16,777,216."""
+    from onnxscript import onnx_opset
+    from onnxscript.function_libs.torch_lib.ops.core import aten_div_mode
+
+    op: Any = onnx_opset.opset18
+    if rounding_mode != "floor" or not x.dtype.is_integer():
+        return aten_div_mode(x, by, rounding_mode)
+    return op.Div(op.Sub(x, op.Mod(x, by)), by)
+
+
 FORMS: dict[str, Callable[..., Any]] = {"dynamic_depthwise_conv": _leave_conv}
 
 
 def onnx_program(model: nn.Module, inputs: tuple[Tensor, ...], **how: Any) -> Any:
     """`torch.onnx.export`, with the forms of this file."""
-    table: dict[Any, Callable[..., Any]] = {torch.ops.linsight.conv_of_each.default: _scan_conv}
+    table: dict[Any, Callable[..., Any]] = {
+        torch.ops.linsight.conv_of_each.default: _scan_conv,
+        torch.ops.aten.div.Tensor_mode: _whole_division,
+    }
     with exported_forms(FORMS):
         return torch.onnx.export(model, inputs, dynamo=True, custom_translation_table=table, **how)

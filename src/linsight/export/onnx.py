@@ -69,10 +69,11 @@ def export_onnx(
             node.metadata_props.clear()  # lines of code, and where they are on this machine
         large = sum(value.const_value.nbytes for value in program.model.graph.initializers.values()) > LARGE
         with placing(path) as temporary:
-            _save(program, of.facts, temporary, large)
-            run = of.attempt("ONNX", lambda: OnnxModel(temporary))
-            checks = of.check(run, "the ONNX file")
-            del run  # some systems keep a file in its place while it is read
+            with of.telling():  # the program holds the tensors of the model
+                _save(program, of.facts, temporary, large)
+                run = of.attempt("ONNX", lambda: OnnxModel(temporary))
+                checks = of.check(run, "the ONNX file")
+                del run  # some systems keep a file in its place while it is read
             _save(program, of.told(checks), temporary, large)
             of.check(open_exported(temporary).model, "the ONNX file", first=True)
             wide = nodes_in_float32(temporary) if half else ()

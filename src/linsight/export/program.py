@@ -35,8 +35,9 @@ def export_program(
     with traced(model, facts, tolerance, half, "export") as of, quiet():
         program = _program(of)
         with placing(path) as temporary:
-            _save(program, of.facts, temporary)
-            checks = of.check(open_exported(temporary).model, "the package")
+            with of.telling():  # the program holds the tensors of the model
+                _save(program, of.facts, temporary)
+                checks = of.check(open_exported(temporary).model, "the package")
             _save(program, of.told(checks), temporary)
             of.check(open_exported(temporary).model, "the package", first=True)
     return Exported(path, "torch.export", checks, of.limit, facts=of.told(checks))

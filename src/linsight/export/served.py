@@ -1,6 +1,6 @@
 """A model from pixels to probabilities: what `eval` and `predict` do to an image, in the graph."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,52 @@ _MODES: dict[str, Literal["bilinear-antialias", "bicubic-antialias"]] = {
 }
 
 
-class Served(nn.Module):
+class Pixels(nn.Module):
+    """The base of models that take uint8 `(B, H, W, C)` of any height and width, and prepare them in the graph.
+
+    outputs: names of what they give, where that is no dict.
+
+    Args:
+        model: of normalised images `(B, C, H, W)`; its dtype may be half, pixels stay in float32.
+        mean, std: of each channel, in 0..1.
+        interpolation: "bilinear" or "bicubic".
+
+    Raises:
+        LinsightError: another interpolation.
+    """
+
+    outputs: ClassVar[tuple[str, ...]] = ()
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str) -> None:
+        super().__init__()
+        if interpolation not in _MODES:
+            raise LinsightError(
+                f"interpolation '{interpolation}' has no form in a graph, {' and '.join(_MODES)} have: export without "
+                f"--preprocess"
+            )
+        self.model, self.mode, self.interpolation = model, _MODES[interpolation], interpolation
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1) * 255, persistent=False)
+
+    def preparation(self) -> dict[str, Any]:
+        """The arguments by which images are prepared, by name."""
+        mean, std = ((values.flatten() / 255).tolist() for values in (self.mean, self.std))
+        return {"mean": tuple(mean), "std": tuple(std), "interpolation": self.interpolation}
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` of 0..255 as the model takes them."""
+        dtype = next((p.dtype for p in self.model.parameters()), images.dtype)
+        return ((images - self.mean) / self.std).to(dtype)
+
+    def by_matrices(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Images resized, rounded to whole numbers after either side, as Pillow does it."""
+        images = (images @ columns.T + 0.5).floor().clamp(0, 255)
+        return (rows @ images + 0.5).floor().clamp(0, 255)
+
+
+class Served(Pixels):
     """A classifier of whole images: resized, cropped and normalised in the graph, which ends in probabilities.
 
     Resizing is that of Pillow: a kernel that widens where the image shrinks, columns first, rounded to whole numbers
@@ -34,8 +79,7 @@ class Served(nn.Module):
         LinsightError: another interpolation or crop.
     """
 
-    mean: Tensor
-    std: Tensor
+    outputs = ("probabilities",)
 
     def __init__(
         self,
@@ -48,31 +92,19 @@ class Served(nn.Module):
         crop_pct: float = 0.875,
         crop_mode: str = "squash",
     ) -> None:
-        super().__init__()
-        if interpolation not in _MODES:
-            raise LinsightError(
-                f"interpolation '{interpolation}' has no form in a graph, {' and '.join(_MODES)} have: export without "
-                f"--preprocess"
-            )
+        super().__init__(model, mean, std, interpolation)
         if crop_mode not in CROPS:
             raise LinsightError(f"the crop '{crop_mode}' has no form in a graph: {', '.join(CROPS)} have")
-        self.model, self.size, self.mode = model, size, _MODES[interpolation]
-        self.interpolation, self.crop_pct, self.crop_mode = interpolation, crop_pct, crop_mode
+        self.size, self.crop_pct, self.crop_mode = size, crop_pct, crop_mode
         self.resized = tuple(int(side / crop_pct) for side in size)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1) * 255, persistent=False)
 
     def preparation(self) -> dict[str, Any]:
-        """The arguments by which images are prepared, by name."""
-        mean, std = ((values.flatten() / 255).tolist() for values in (self.mean, self.std))
-        kept = {name: getattr(self, name) for name in ("interpolation", "crop_pct", "crop_mode")}
-        return {"mean": tuple(mean), "std": tuple(std), **kept}
+        """See `Pixels`."""
+        return {**super().preparation(), "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 `(B, H, W, C)` of any height and width -> probabilities `(B, K)`."""
-        images = self.prepare(pixels)
-        dtype = next((p.dtype for p in self.model.parameters()), images.dtype)
-        return self.model(((images - self.mean) / self.std).to(dtype)).float().softmax(dim=-1)
+        return self.model(self.normalised(self.prepare(pixels))).float().softmax(dim=-1)
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """uint8 `(B, H, W, C)` -> `(B, C, *size)` of whole numbers in 0..255."""
@@ -109,8 +141,7 @@ class Served(nn.Module):
 
     def _resize(self, images: Tensor, axes: "list[_Axis]") -> Tensor:
         rows, columns = (axis.matrix(self.mode, self.crop_mode == "border", images.device) for axis in axes)
-        images = (images @ columns.T + 0.5).floor().clamp(0, 255)
-        return (rows @ images + 0.5).floor().clamp(0, 255)
+        return self.by_matrices(images, rows, columns)
 
 
 class _Axis:

@@ -14,10 +14,11 @@ from linsight.attention import check_way
 from linsight.errors import LinsightError
 from linsight.fuse import fused
 
+from .dense import Found, as_graph
 from .facts import Facts
 from .runs import one_line
-from .served import Served
-from .verify import PIXELS, TOLERANCE, Checked, Run, answers, compare, error_of, evaluation, unseen
+from .served import Pixels, Served
+from .verify import OBJECTS, PIXELS, TOLERANCE, Checked, Run, answers, compare, error_of, evaluation, unseen
 
 T = TypeVar("T")
 _BATCH = 2  # of the example: one image would be taken for a constant
@@ -58,7 +59,27 @@ class Traced(NamedTuple):
     def check(self, run: Run, form: str, first: bool = False) -> tuple[Checked, ...]:
         """The errors of an exported file, at all inputs, or at the first alone; see `compare`."""
         inputs = self.inputs[:1] if first else self.inputs
-        return compare(self.reference, run, inputs, self.limit, form, static=not self.dims)
+        return compare(self.reference, run, inputs, self.limit, form, static=not self.dims, measure=self.measure)
+
+    def measure(self, found: list[Tensor], wanted: list[Tensor]) -> float:
+        """The error of outputs."""
+        if not isinstance(self.reference, Found):
+            return error_of(found, wanted)
+        return self.reference.error_of(*(dict(zip(self.facts.outputs, of, strict=True)) for of in (found, wanted)))
+
+    @contextlib.contextmanager
+    def telling(self, *others: nn.Module) -> Iterator[None]:
+        """While entered, there are objects in the inputs to check with, for a detector and for others of its kind."""
+        kept = [(model, model.least) for model in (self.reference, self.model, *others) if isinstance(model, Found)]
+        try:
+            if kept:
+                least = kept[0][0].telling([x for x, _ in self.inputs])
+                for model, _ in kept:
+                    model.least = least
+            yield
+        finally:
+            for model, least in kept:
+                model.least = least
 
     def told(self, checks: tuple[Checked, ...]) -> Facts:
         """The facts with what was checked."""
@@ -81,11 +102,13 @@ def traced(
     """
     if not isinstance(model, nn.Module):
         raise LinsightError(f"a model is exported, a torch.nn.Module: a {type(model).__name__} came")
+    facts = facts or facts_of(model)
     check_way(model, way)
+    model = as_graph(model)
     if any(p.device.type != "cpu" for p in model.parameters()):
         model = copy.deepcopy(model).cpu()
-    facts = facts or facts_of(model)
-    facts = facts._replace(pixels=isinstance(model, Served), version=linsight.__version__)
+    single = isinstance(model, Found)
+    facts = facts._replace(pixels=isinstance(model, Pixels), single=single, version=linsight.__version__)
     with evaluation(model):
         reference = fused(model)
         given = _halved(reference) if half else reference
@@ -94,33 +117,39 @@ def traced(
             raise LinsightError(f"half precision is made of float32, and the model is {facts.dtype} already")
         size = facts.input_size
         names = {0: "batch", 1: "height", 2: "width"} if facts.pixels else {0: "batch", 2: "height", 3: "width"}
-        dims = names if facts.dynamic else {}
-        shapes = unseen(_BATCH, size[1:]) if facts.dynamic else [(1, *size[1:])] * 3
+        if single:
+            del names[0]
+        batch, dims = 1 if single else _BATCH, names if facts.dynamic else {}
+        shapes: list[tuple[int, ...]] = [(1, *size[1:])] * 3
+        if facts.dynamic:  # in small images there is little to find
+            shapes = [*unseen(batch, _large(size[1:]) if single else size[1:])]
+            shapes = [(1, *shape[1:]) for shape in shapes] if single else shapes
         examples = [_images(facts, number, *shape) for number, shape in enumerate(shapes)]
-        shape = (_BATCH, *_large(size[1:])) if facts.dynamic else (1, *size[1:])
+        shape = (batch, *_large(size[1:])) if facts.dynamic else (1, *size[1:])
         example = _cast(_images(facts, 0, *shape), dtype)
         pairs = tuple((_cast(x, _dtype(reference)), _cast(x, dtype)) for x in examples)
-        limit = (PIXELS if facts.pixels else TOLERANCE) if tolerance is None else tolerance
+        limit = (OBJECTS if single else PIXELS if facts.pixels else TOLERANCE) if tolerance is None else tolerance
         answers(given, example)  # which says in one line what is wrong with it
         with torch.no_grad():
-            outputs = tuple(_names(given(example), given, facts.pixels))
-        if half:
-            found = [error_of(answers(given, mine), answers(reference, x)) for x, mine in pairs]
-            limit = max(limit, 2 * max(found))
+            outputs = tuple(_names(given(example), given))
         facts = facts._replace(
             dtype=str(dtype).removeprefix("torch."),
             inputs=("pixels" if facts.pixels else "images",),
             outputs=outputs,
         )
-        yield Traced(given, reference, facts, example, dims, pairs, limit)
+        of = Traced(given, reference, facts, example, dims, pairs, limit)
+        if half:
+            found = [of.measure(answers(given, mine), answers(reference, x)) for x, mine in pairs]
+            of = of._replace(limit=max(limit, 2 * max(found)))
+        yield of
 
 
 def facts_of(model: nn.Module) -> Facts:
     """The facts of a model, by its `pretrained_cfg`."""
-    if isinstance(model, Served):
-        height, width = model.size
+    if isinstance(model, Pixels):
         inner = facts_of(model.model)
-        return inner._replace(input_size=(len(model.mean), height, width), **model.preparation())
+        sides = model.size if isinstance(model, Served) else inner.input_size[1:]
+        return inner._replace(input_size=(len(model.mean), *sides), **model.preparation())
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     known: dict[str, Any] = {name: cfg[name] for name in ("interpolation", "crop_pct", "crop_mode") if cfg.get(name)}
     known |= {name: tuple(cfg[name]) for name in ("input_size", "mean", "std") if cfg.get(name)}
@@ -142,7 +171,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _halved(model: nn.Module) -> nn.Module:
     """A copy in float16, but for the pixels that it prepares."""
     twin = copy.deepcopy(model)
-    (twin.model if isinstance(twin, Served) else twin).half()
+    (twin.model if isinstance(twin, Pixels) else twin).half()
     return twin
 
 
@@ -150,10 +179,10 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _names(given: Any, model: nn.Module, pixels: bool) -> list[str]:
+def _names(given: Any, model: nn.Module) -> list[str]:
     """Names of the outputs: their own, those of the layers that maps are of, or numbers."""
     if isinstance(given, Tensor):
-        return ["probabilities" if pixels else "output"]
+        return [*(model.outputs if isinstance(model, Pixels) else ("output",))]
     count = len(tree_leaves(given))
     info: Any = getattr(model, "feature_info", None)
     names = [*given] if isinstance(given, dict) else [*getattr(given, "_fields", ())]

@@ -4,25 +4,28 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linsight.data.images import statistics
 from linsight.errors import CheckpointError, LinsightError
+from linsight.recipe import Recipe
 from linsight.runtime.files import require_place
-from linsight.tasks import ClassifyRecipe
+from linsight.runtime.text import printable
+from linsight.tasks import record_of
 from linsight.tasks.building import image_size
 from linsight.train import Trained, load_trained
 from linsight.train.model import packed
 
+from .dense import ServedMasks, ServedObjects, as_graph
 from .facts import Facts
-from .files import SUFFIXES, Opened, data_of, open_exported
+from .files import SUFFIXES, data_of, open_exported
+from .loaded import KINDS
 from .onnx import OPSET, export_onnx
 from .placing import placing
 from .program import export_aoti, export_program
-from .served import Served
+from .served import Pixels, Served
 from .trace import traced
-from .verify import Exported, compare
+from .verify import Exported
 
 
 def facts_of_trained(trained: Trained, size: tuple[int, int], *, dynamic: bool = True) -> Facts:
@@ -31,6 +34,7 @@ def facts_of_trained(trained: Trained, size: tuple[int, int], *, dynamic: bool =
     mean, std = statistics(recipe)
     return Facts(
         model=recipe.model,
+        task=trained.task.exported,
         classes=trained.classes,
         titles=trained.titles,
         run=trained.run,
@@ -45,17 +49,35 @@ def facts_of_trained(trained: Trained, size: tuple[int, int], *, dynamic: bool =
     )
 
 
-def served(trained: Trained, size: tuple[int, int]) -> Served:
-    """A trained model with what it does to images, from pixels to probabilities."""
-    recipe = trained.recipe
-    return Served(
-        trained.model,
-        size,
-        *statistics(recipe),
-        interpolation=recipe.interpolation,
-        crop_pct=recipe.crop_pct,
-        crop_mode=recipe.eval_crop,
-    )
+def served(trained: Trained, size: tuple[int, int]) -> Pixels:
+    """A trained model with what it does to images, from pixels to what its task is about.
+
+    Raises:
+        LinsightError: it does what has no form in a graph.
+    """
+    task = trained.task.exported
+    if task not in SERVED:
+        raise LinsightError(f"a model of the task {trained.task.name} has no form from pixels: export it without")
+    return SERVED[task](trained.model, trained.recipe, size)
+
+
+def _classes(model: nn.Module, recipe: Any, size: tuple[int, int]) -> Served:
+    crop = {"crop_pct": recipe.crop_pct, "crop_mode": recipe.eval_crop}
+    return Served(model, size, *statistics(recipe), interpolation=recipe.interpolation, **crop)
+
+
+def _masks(model: nn.Module, recipe: Any, size: tuple[int, int]) -> ServedMasks:
+    if recipe.eval_mode != "whole":
+        raise LinsightError(f"eval_mode={recipe.eval_mode} has no form in a graph: export without --preprocess")
+    return ServedMasks(model, *statistics(recipe), interpolation=recipe.interpolation, side=recipe.eval_side)
+
+
+def _objects(model: nn.Module, recipe: Any, size: tuple[int, int]) -> ServedObjects:
+    sides = {"side": recipe.eval_side, "longest": recipe.longest}
+    return ServedObjects(model, *statistics(recipe), interpolation=recipe.interpolation, **sides)
+
+
+SERVED: dict[str, Callable[..., Pixels]] = {"classify": _classes, "segment": _masks, "detect": _objects}
 
 
 class ExportPlan:
@@ -70,7 +92,7 @@ class ExportPlan:
         opset: of ONNX; None: the usual one.
 
     Raises:
-        LinsightError: it is of a task whose models are not exported.
+        LinsightError: it has no such form.
     """
 
     def __init__(
@@ -83,11 +105,6 @@ class ExportPlan:
         half: bool = False,
         opset: int | None = None,
     ) -> None:
-        if not trained.task.exports:
-            raise LinsightError(
-                f"a model of the task {trained.task.name} is not exported: it gives lists of objects, and files hold "
-                f"graphs of tensors; linsight.load_run uses it"
-            )
         self.trained, self.half, self.opset = trained, half, opset or OPSET
         height, width = (sides * 2)[:2] or image_size(trained.recipe, trained.model)
         self.facts = facts_of_trained(trained, (height, width), dynamic=not static)
@@ -117,8 +134,9 @@ class ExportPlan:
             about = {"run": trained.run, "titles": trained.titles}
             recipe = trained.recipe.changed(img_size=self.facts.input_size[1:])
             temporary.write_bytes(packed(state, recipe, {**trained.task.facts, **about}))
-            again = load_trained(temporary).model
-            checks = compare(of.reference, again, [(x, x) for x, _ in of.inputs], of.limit, "the file of weights")
+            again = as_graph(load_trained(temporary).model)
+            with of.telling(again):
+                checks = of._replace(inputs=tuple((x, x) for x, _ in of.inputs)).check(again, "the file of weights")
         return Exported(path, "safetensors", checks, of.limit, facts=of.facts)
 
     def row(self, done: Exported) -> dict[str, Any]:
@@ -148,27 +166,17 @@ def load_exported(path: str | pathlib.Path) -> Trained:
     """An exported file as a trained model, for `predict` and `evaluate`: it runs on the CPU.
 
     Raises:
-        CheckpointError: as of `open_exported`; or the file gives no logits of its classes.
+        CheckpointError: as of `open_exported`; or the file does not give what its task is about.
     """
     opened = open_exported(path)
     facts = opened.facts
-    model = _Classifier(opened)
-    channels, *size = facts.input_size
-    count = _count(model, path)
+    if facts.task not in KINDS:
+        raise CheckpointError(f"'{path}' is of the task '{printable(facts.task)[:80]}': {', '.join(KINDS)} are known")
+    model = KINDS[facts.task](opened, path)
+    count = model.count()
     if len(facts.classes) not in (0, count):
         raise CheckpointError(f"'{path}' names {len(facts.classes)} classes and answers {count}: export it again")
-    told: dict[str, Any] = {
-        "model": facts.model,
-        "in_chans": channels,
-        "img_size": tuple(size),
-        "mean": facts.mean,
-        "std": facts.std,
-        "interpolation": facts.interpolation,
-        "crop_pct": facts.crop_pct,
-        "eval_crop": facts.crop_mode,
-        "fill": facts.recipe.get("fill"),
-    }
-    recipe = ClassifyRecipe(**told)
+    recipe = _recipe_of(facts)
     return Trained(
         model,
         recipe,
@@ -181,30 +189,22 @@ def load_exported(path: str | pathlib.Path) -> Trained:
     )
 
 
-class _Classifier(nn.Module):
-    """An exported file as a classifier, that takes what a trained model does: float32 `(B, C, H, W)`, and gives logits.
-
-    Pixels are uint8 `(B, C, H, W)` of whole images, one at a time; probabilities become logits by their logarithm.
-    """
-
-    def __init__(self, opened: Opened) -> None:
-        super().__init__()
-        self.opened: Callable[[], Opened] = lambda: opened  # no part of this module: it is not cast, nor moved
-
-    def forward(self, images: Tensor) -> Tensor:
-        model, facts = self.opened()
-        images = images.permute(0, 2, 3, 1) if facts.pixels else images.to(getattr(torch, facts.dtype))
-        parts = images.split(1) if not facts.dynamic else [images]
-        found: list[Any] = [model(part) for part in parts]
-        answers = torch.cat([answer[-1] if isinstance(answer, list | tuple) else answer for answer in found])
-        answers = answers.float().to(images.device)
-        return answers.clamp_min(torch.finfo(torch.float32).tiny).log() if facts.pixels else answers
-
-
-def _count(model: _Classifier, path: str | pathlib.Path) -> int:
-    """How many classes a file tells apart."""
-    facts = model.opened().facts
-    answer = model(torch.zeros(1, *facts.input_size, dtype=torch.uint8 if facts.pixels else torch.float32))
-    if answer.ndim != 2:
-        raise CheckpointError(f"'{path}' gives maps {tuple(answer.shape)} and no classes: open it by open_exported")
-    return answer.shape[1]
+def _recipe_of(facts: Facts) -> Recipe:
+    """The recipe by which images are prepared for a file, and its answers are read."""
+    channels, *size = facts.input_size
+    told: dict[str, Any] = {
+        "task": facts.task,
+        "model": facts.model,
+        "in_chans": channels,
+        "img_size": tuple(size),
+        "mean": facts.mean,
+        "std": facts.std,
+        "interpolation": facts.interpolation,
+        "crop_pct": facts.crop_pct,
+        "eval_crop": facts.crop_mode,
+    }
+    record = record_of(facts.task)
+    if facts.pixels and "eval_side" in record.model_fields:
+        told["eval_side"] = 0  # the graph resizes
+    kept = {name: value for name, value in facts.recipe.items() if name in record.model_fields}
+    return record(**{**kept, **told})

@@ -16,7 +16,9 @@ from .runs import one_line
 
 TOLERANCE = 1e-4  # of the largest number that the model answers
 PIXELS = 1e-3  # where the graph rounds to whole pixels, of which one may fall on the other side
+OBJECTS = 1e-3  # of a detector, whose boxes are exponentials, moved and pooled again
 Run = Callable[[Tensor], Any]
+Measure = Callable[[list[Tensor], list[Tensor]], float]  # of what was found and what was wanted
 
 
 class Checked(NamedTuple):
@@ -75,8 +77,29 @@ def answers(model: Run, x: Tensor) -> list[Tensor]:
     return found
 
 
+def error_of(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest error of some tensors, each as a share of the largest number of its own; of classes, of how many."""
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted]:
+        return float("inf")
+    errors = [_error(*pair) for pair in zip(found, wanted, strict=True) if pair[1].numel()]
+    return float(torch.tensor([0.0, *errors]).max())  # nan stays nan
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    if not wanted.is_floating_point():
+        return float((found != wanted).double().mean())
+    largest = wanted.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((found.double() - wanted.double()).abs().max() / largest)
+
+
 def compare(
-    model: Run, run: Run, inputs: Sequence[tuple[Tensor, Tensor]], tolerance: float, form: str, static: bool = False
+    model: Run,
+    run: Run,
+    inputs: Sequence[tuple[Tensor, Tensor]],
+    tolerance: float,
+    form: str,
+    static: bool = False,
+    measure: Measure = error_of,
 ) -> tuple[Checked, ...]:
     """The errors of `run` beside the model, at pairs of inputs: the model's, and the same in the dtype of the file.
 
@@ -93,7 +116,7 @@ def compare(
             raise LinsightError(
                 f"{form} fails on {_shape(x)}, which the model takes: {one_line(error)}{way}"
             ) from error
-        worst = error_of(found, wanted)
+        worst = measure(found, wanted)
         if not worst <= tolerance:
             raise LinsightError(
                 f"{form} answers {_shape(x)} otherwise than the model, off by {worst:.1e} of its largest number: "
@@ -101,19 +124,6 @@ def compare(
             )
         checks.append(Checked(tuple(x.shape), worst))
     return tuple(checks)
-
-
-def error_of(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest error of some tensors, each as a share of the largest number of its own."""
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted]:
-        return float("inf")
-    errors = [_error(*pair) for pair in zip(found, wanted, strict=True) if pair[1].numel()]
-    return float(torch.tensor([0.0, *errors]).max())  # nan stays nan
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    largest = wanted.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((found.double() - wanted.double()).abs().max() / largest)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops.misc import Conv2dNormActivation
 
+from linsight.models.dense.decoders.base import ConvNormReLU
 from linsight.models.parts.conv_pyramid import ConvMerge, ConvNorm
 from linsight.models.parts.convs import CPE
 from linsight.ops import LayoutLike, accumulator, as_layout, autocasts, depthwise_conv
@@ -22,14 +24,23 @@ def is_final(module: nn.Module) -> bool:
 
 def conv_norm_form(module: ConvNorm) -> nn.Module:
     """One convolution and the activation; in half precision, where its weights would be rounded again, both."""
-    conv: Any = module.conv
     norm: Any = module.bn
+    return _joined(module, module.conv, norm, norm.act)
+
+
+def conv_norm_row_form(module: nn.Sequential) -> nn.Module:
+    """The same of a convolution, a batch norm and what follows, in a row."""
+    conv, norm, *rest = [*module, None, None][: max(len(module), 2)]
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+        return form_of(module, type(module))
+    return _joined(module, conv, norm, *rest)
+
+
+def _joined(module: nn.Module, conv: Any, norm: Any, *rest: Any) -> nn.Module:
     if not (is_final(conv) and is_final(norm)) or norm.running_var is None:
         return form_of(module, type(module))
-    act = norm.act
-    if type(act) is nn.ReLU:
-        act = nn.ReLU(inplace=True)
-    joined = nn.Sequential(fuse_conv_bn_eval(conv.eval(), norm.eval()), act)
+    rest = tuple(nn.ReLU(inplace=True) if type(part) is nn.ReLU else part for part in rest)
+    joined = nn.Sequential(fuse_conv_bn_eval(conv.eval(), norm.eval()), *rest)
     return form_of(joined.requires_grad_(False), nn.Sequential)
 
 
@@ -69,6 +80,8 @@ def cpe_form(module: CPE) -> nn.Module:
 
 CONV_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     ConvNorm: conv_norm_form,
+    ConvNormReLU: conv_norm_row_form,
+    Conv2dNormActivation: conv_norm_row_form,  # of heads of torchvision's detectors
     ConvMerge: conv_merge_form,
     CPE: cpe_form,
 }

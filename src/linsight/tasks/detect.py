@@ -53,7 +53,7 @@ class Detect(Task):
     record: ClassVar[type[Recipe]] = DetectRecipe
     best = "ap"
     writes = "objects"
-    exports = False
+    exported = "detect"
 
     # Images
 

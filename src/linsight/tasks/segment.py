@@ -52,6 +52,7 @@ class Segment(Task):
     best = "miou"
     writes = "masks"
     streamed = "mask"
+    exported = "segment"
     columns = (
         Column("miou", "mIoU", ".2f", "%"),
         Column("macc", "mean accuracy of classes", ".2f", "%"),

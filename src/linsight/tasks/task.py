@@ -104,7 +104,7 @@ class Task(abc.ABC):
     best: the measure that decides which epoch is kept; smaller: whether a smaller one is better.
     writes: what `write` makes of predictions, as in "masks"; "": nothing.
     sorts: it sorts images into classes, of which a run's page has a table.
-    exports: its model gives tensors for images, so that it can leave for other programs.
+    exported: the task of an exported file of its model, which `predict` and `evaluate` take it for.
     streamed: the output of `linsight.stream` that its predictions are made of.
 
     facts: what the weights must tell, so that they can be used without the data: the names of classes, say. A task
@@ -119,7 +119,7 @@ class Task(abc.ABC):
     smaller: ClassVar[bool] = False
     writes: ClassVar[str] = ""
     sorts: ClassVar[bool] = False
-    exports: ClassVar[bool] = True
+    exported: ClassVar[str] = "classify"
     streamed: ClassVar[str] = "logits"
 
     def __init__(self, recipe: Recipe, facts: Mapping[str, Any] | None = None) -> None:

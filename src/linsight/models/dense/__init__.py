@@ -3,6 +3,7 @@
 from .backbone import Backbone, SimplePyramid, pyramid
 from .decoders import DECODERS, Auxiliary, Decoder, DecoderRow, add_decoders, create_decoder
 from .detector import METHODS, Detector, create_detector
+from .graph import ObjectGraph
 from .segmenter import Segmented, Segmenter, create_segmenter
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Decoder",
     "DecoderRow",
     "Detector",
+    "ObjectGraph",
     "Segmented",
     "Segmenter",
     "SimplePyramid",

@@ -54,7 +54,7 @@ class Stage(RoIHeads):
 
     def decoded(self, codes: Tensor, regions: list[Tensor]) -> Tensor:
         """The boxes that codes stand for, `(N, 1 + K, 4)` in pixels."""
-        return self.box_coder.decode(codes, regions).reshape(len(codes), codes.shape[1] // 4, 4)
+        return self.box_coder.decode(codes, regions)
 
     def losses(self, logits: Tensor, boxes: Tensor, labels: list[Tensor], objects: Tensor) -> dict[str, Tensor]:
         """The weighted losses of logits and decoded boxes. objects: the box of the object of each region, `(N, 4)`."""
@@ -129,7 +129,7 @@ class CascadeHeads(nn.Module):
 
     def _detections(self, features: Any, regions: list[Tensor], sizes: Any) -> list[Target]:
         stages: list[Any] = list(self.stages)
-        counts = [len(own) for own in regions]
+        counts = [own.shape[0] for own in regions]  # no len(): in a graph nobody knows how many
         logits, codes = stages[0].answer(features, regions, sizes)
         total = logits
         for before, stage in itertools.pairwise(stages):
@@ -159,7 +159,7 @@ def refined(logits: Tensor, boxes: Tensor, labels: Tensor | None = None) -> Tens
     classes = 1 + logits[:, 1:].argmax(1)
     if labels is not None:
         classes = torch.where(labels > 0, labels, classes)
-    return boxes.detach()[torch.arange(len(boxes), device=boxes.device), classes]
+    return boxes.detach()[torch.arange(boxes.shape[0], device=boxes.device), classes]
 
 
 def _chosen(boxes: Tensor, places: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -15,11 +16,14 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from linsight.errors import LinsightError, UnknownNameError
+from linsight.ops import traced
 
 from ..parts.dense import inside
+from ..parts.partition import to_multiple
 from .backbone import pyramid as backbone_of
 from .cascade import LEVELS, CascadeHeads, Stage
-from .levels import Anchors, Pyramid, Regions
+from .graph import ObjectGraph
+from .levels import Anchors, Codes, Pyramid, Regions
 
 Method = Literal["mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "cascade_rcnn", "retinanet"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -50,6 +54,14 @@ class Unchanged(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         """The image and its objects, resized if that was asked for."""
         return super().resize(image, target) if self.resizes else (image, target)
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """Images on one canvas; in a graph there is one."""
+        if not traced(*images):
+            return super().batch_images(images, size_divisible)
+        (image,) = images
+        height, width = (to_multiple(side, size_divisible) - side for side in image.shape[1:])
+        return F.pad(image, (0, width, 0, height))[None]
 
 
 class Detector(nn.Module):
@@ -92,6 +104,10 @@ class Detector(nn.Module):
         _check(self, images, targets)
         inside = [{**target, "labels": target["labels"] + self.first} for target in targets or ()]
         return super().forward(list(images), inside)
+
+    def as_graph(self) -> ObjectGraph:
+        """A copy that takes an image and gives tensors, for exporters."""
+        return ObjectGraph(self)
 
     # What timm's models have, of the backbone.
 
@@ -204,6 +220,9 @@ def create_detector(
         else:
             regions = RoIHeads(**heads(), fg_iou_thresh=0.5, bg_iou_thresh=0.5, bbox_reg_weights=None)
         model = TwoStage(pyramid, _proposals(pyramid), regions, Unchanged(min_size, max_size))
+        for part in model.modules():
+            if hasattr(part, "box_coder"):
+                part.box_coder = Codes(part.box_coder.weights)
     model.method, model.num_classes = method, num_classes
     return model
 

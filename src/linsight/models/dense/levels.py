@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_area
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_area, roi_align
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 _RATIOS = (0.5, 1.0, 2.0)
@@ -90,7 +91,7 @@ class LevelOf:
     def __call__(self, boxes: list[Tensor]) -> Tensor:
         """Boxes `(N, 4)` of each image -> the levels of all, `(sum N,)`."""
         sides = torch.cat([box_area(found) for found in boxes]).sqrt()
-        return torch.bucketize(sides, torch.tensor(self.sides, dtype=sides.dtype, device=sides.device), right=True)
+        return (sides[:, None] >= torch.tensor(self.sides, dtype=sides.dtype, device=sides.device)).sum(1)
 
 
 class Regions(MultiScaleRoIAlign):
@@ -105,3 +106,27 @@ class Regions(MultiScaleRoIAlign):
         super().__init__(pyramid.names, size, sampling_ratio=2)
         strides = pyramid.strides[: len(pyramid.names)]
         self.scales, self.map_levels = [1 / stride for stride in strides], LevelOf(strides)
+
+    def forward(self, x: Any, boxes: list[Tensor], image_shapes: Any) -> Tensor:
+        """Levels by name, and boxes `(N, 4)` of each image -> cells of all, `(sum N, C, size, size)`.
+
+        As torchvision pools them, but that it counts boxes, which a graph cannot.
+        """
+        levels = [x[name] for name in self.featmap_names]
+        images = [torch.full_like(own[:, :1], number) for number, own in enumerate(boxes)]
+        regions = torch.cat([torch.cat(images), torch.cat(boxes)], dim=1)  # (sum N, 5): image, x1, y1, x2, y2
+        found = regions.new_zeros(regions.shape[0], levels[0].shape[1], *self.output_size, dtype=levels[0].dtype)
+        of_level = self.map_levels(boxes)
+        for number, (level, scale) in enumerate(zip(levels, self.scales, strict=True)):
+            places = torch.where(of_level == number)[0]
+            cells = roi_align(level, regions[places], self.output_size, scale, self.sampling_ratio)
+            found = found.index_put((places,), cells.to(found.dtype))
+        return found
+
+
+class Codes(BoxCoder):
+    """Boxes as shifts of others: torchvision's, but that it counts boxes, which a graph cannot."""
+
+    def decode(self, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
+        """Codes `(sum N, 4 K)` and the boxes that they shift, `(N, 4)` of each image -> boxes `(sum N, K, 4)`."""
+        return self.decode_single(rel_codes, torch.cat(boxes)).unflatten(1, (-1, 4))
