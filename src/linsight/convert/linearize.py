@@ -7,6 +7,7 @@ model); what was replaced by what is told by `converted_layers`.
 import copy
 import dataclasses
 import fnmatch
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
@@ -17,7 +18,8 @@ from torch import nn
 from linsight.errors import LinsightError, UnknownNameError
 
 from ._place import GridLike, table_grid
-from .mixing import Mixing
+from .hybrid import Hybrid, HybridMixing
+from .mixing import Mixing, mixings
 from .place import Place
 from .seams import SEAMS, Part, Seam, check_causal, locate_images
 
@@ -32,7 +34,8 @@ _SHOWN = 6  # names in a message
 class ConvertedLayer:
     """What became of one attention.
 
-    new: parameters that the mechanism brought.  inherit: what was not simply copied, by its role.
+    new: parameters that the mechanism brought.  inherit: what was not simply copied, by its role.  hybrid: softmax that
+    stayed beside it.
     """
 
     attention: str
@@ -41,6 +44,7 @@ class ConvertedLayer:
     centred: bool
     inherit: Mapping[str, str]
     new: int
+    hybrid: Hybrid | None = None
 
 
 def linearize(
@@ -53,6 +57,7 @@ def linearize(
     prefix: int = 0,
     neutral: bool = True,
     centred: bool = False,
+    hybrid: Hybrid | None = None,
     in_place: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -72,6 +77,7 @@ def linearize(
             drawn anew ("skip"). What is not named is copied.
         grid, prefix: where tokens lie, as of `replace_attention`, for models that it cannot be read from.
         neutral, centred: see `Mixing`.
+        hybrid: softmax that stays beside the mechanism, in a window or to be selected; none, if None.
         in_place: change `model` itself.
         options: of the mechanism.
 
@@ -88,13 +94,14 @@ def linearize(
         found = attentions(model)
     places: dict[nn.Module, Place] = {}
     made: dict[str, tuple[Seam, Mixing, Place]] = {}
+    build: Callable[..., Mixing] = Mixing if hybrid is None else functools.partial(HybridMixing, hybrid=hybrid)
     for index, name in enumerate(chosen):
         module, seam = found[name]
         try:
             images = seam.images(model, name) if grid is None else None
             heads = seam.heads(module)
             weight = next(module.parameters())
-            mixing = Mixing(
+            mixing = build(
                 attention,
                 heads.dim,
                 heads.number,
@@ -181,15 +188,6 @@ def choose(names: list[str], layers: Layers) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def mixings(model: nn.Module) -> dict[str, Mixing]:
-    """The mechanisms of a converted model, by the name of the attention that each is in."""
-    return {
-        name.removesuffix("mixing").removesuffix(".").removesuffix(".processor"): module
-        for name, module in model.named_modules()
-        if isinstance(module, Mixing)
-    }
-
-
 def converted_layers(model: nn.Module) -> dict[str, ConvertedLayer]:
     """What became of the attentions of a model, by name; those that kept their softmax are not there."""
     return {
@@ -200,6 +198,7 @@ def converted_layers(model: nn.Module) -> dict[str, ConvertedLayer]:
             mixing.centred,
             mixing.inherit,
             sum(parameter.numel() for parameter in mixing.parameters()),
+            mixing.hybrid if isinstance(mixing, HybridMixing) else None,
         )
         for name, mixing in mixings(model).items()
     }
