@@ -56,7 +56,11 @@ def prune(
     from linsight.tasks.building import image_size
     from linsight.train.model import save
 
-    size = (trained.recipe.in_chans, *image_size(trained.recipe, trained.model)) if trained.task.exports else None
+    size = (
+        (trained.recipe.in_chans, *image_size(trained.recipe, trained.model))
+        if trained.task.exported != "detect"
+        else None
+    )
     kinds = [name.strip() for name in modules.split(",") if name.strip()]
     report = dimap(trained.model, ratio, modules=kinds, input_size=size)
     make_permanent(trained.model)

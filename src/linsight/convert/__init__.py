@@ -15,6 +15,7 @@ from ._multihead import MultiheadAttention
 from ._timm import attention_class
 from .conversion import ConvertedLayer, converted_layers, linearize, new_parameters
 from .flux import FluxProcessor
+from .hybrid import Hybrid, annealed, round_selection, selection_loss, without
 from .mixing import Mixing
 from .recovery import Recovery, distil
 from .saved import load_linearized, save_linearized
@@ -25,11 +26,13 @@ __all__ = [
     "Attention2d",
     "ConvertedLayer",
     "FluxProcessor",
+    "Hybrid",
     "Mixing",
     "MultiheadAttention",
     "Recovery",
     "TokenMerging",
     "agent_sd",
+    "annealed",
     "attention_class",
     "converted_layers",
     "distil",
@@ -41,5 +44,8 @@ __all__ = [
     "new_parameters",
     "remove_merging",
     "replace_attention",
+    "round_selection",
     "save_linearized",
+    "selection_loss",
+    "without",
 ]

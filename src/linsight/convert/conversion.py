@@ -7,6 +7,7 @@ model); what was replaced by what is told by `converted_layers`.
 import copy
 import dataclasses
 import fnmatch
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
@@ -17,7 +18,8 @@ from torch import nn
 from linsight.errors import LinsightError, UnknownNameError
 
 from ._place import GridLike, table_grid
-from .mixing import Mixing
+from .hybrid import Hybrid, HybridMixing
+from .mixing import Mixing, mixings
 from .place import Place
 from .seams import SEAMS, Images, Part, Seam, check_causal, locate_images
 
@@ -38,6 +40,7 @@ class ConvertedLayer:
         neutral, centred: see `Mixing`.
         inherit: what was not simply copied, by its role.
         grid, prefix: where tokens lie, if it was said; else it is read from the model's images.
+        hybrid: softmax that stayed beside the mechanism.
     """
 
     attention: str
@@ -48,6 +51,7 @@ class ConvertedLayer:
     inherit: Mapping[str, str] = dataclasses.field(default_factory=dict)
     grid: GridLike | None = None
     prefix: int = 0
+    hybrid: Hybrid | None = None
 
 
 def linearize(
@@ -60,6 +64,7 @@ def linearize(
     prefix: int = 0,
     neutral: bool = True,
     centred: bool = False,
+    hybrid: Hybrid | None = None,
     in_place: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -79,6 +84,7 @@ def linearize(
             drawn anew ("skip"). What is not named is copied.
         grid, prefix: where tokens lie, as of `replace_attention`, for models that it cannot be read from.
         neutral, centred: see `Mixing`.
+        hybrid: softmax that stays beside the mechanism.
         in_place: change `model` itself.
         options: of the mechanism.
 
@@ -94,7 +100,7 @@ def linearize(
     convert(
         model,
         {
-            name: ConvertedLayer(attention, options, index, neutral, centred, ways, grid, prefix)
+            name: ConvertedLayer(attention, options, index, neutral, centred, ways, grid, prefix, hybrid)
             for index, name in enumerate(chosen)
         },
     )
@@ -136,7 +142,10 @@ def convert(model: nn.Module, rows: Mapping[str, ConvertedLayer]) -> None:
 
 def _mixing(seam: Seam, module: nn.Module, row: ConvertedLayer) -> Mixing:
     heads, weight = seam.heads(module), next(module.parameters())
-    made = Mixing(
+    if row.hybrid is not None and not seam.calls:
+        raise LinsightError("layers of linsight hold one mechanism: a hybrid is for models of other libraries")
+    build = Mixing if row.hybrid is None else functools.partial(HybridMixing, hybrid=row.hybrid)
+    made = build(
         row.attention,
         heads.dim,
         heads.number,
@@ -203,15 +212,6 @@ def choose(names: list[str], layers: Layers) -> list[str]:
     if not chosen:
         raise LinsightError(f"layers={layers!r} chooses none of the {len(names)} attentions: {', '.join(names[:3])}...")
     return [name for name in names if name in chosen]
-
-
-def mixings(model: nn.Module) -> dict[str, Mixing]:
-    """The mechanisms of a converted model, by the name of the attention that each is in."""
-    return {
-        name.removesuffix("mixing").removesuffix(".").removesuffix(".processor"): module
-        for name, module in model.named_modules()
-        if isinstance(module, Mixing)
-    }
 
 
 def converted_layers(model: nn.Module) -> dict[str, ConvertedLayer]:

@@ -134,3 +134,12 @@ class Mixing(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"'{self.attention}', num_heads={self.num_heads}"
+
+
+def mixings(model: nn.Module) -> dict[str, Mixing]:
+    """The mechanisms of a converted model, by the name of the attention that each is in."""
+    return {
+        name.removesuffix("mixing").removesuffix(".").removesuffix(".processor"): module
+        for name, module in model.named_modules()
+        if isinstance(module, Mixing)
+    }

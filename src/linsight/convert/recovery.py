@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from linsight.errors import LinsightError, UnknownNameError
 
-from .conversion import mixings, new_parameters
+from .conversion import new_parameters
 from .lora import low_rank
+from .mixing import mixings
 from .transfer import Batch, Call, call, endless, evaluated, held, relative_error, tensors
 
 Distance = Literal["kl", "mse", "cosine"]

@@ -17,6 +17,7 @@ from linsight.errors import CheckpointError, LinsightError
 from linsight.runtime.files import read_json, replacing, write_json, writing
 
 from .conversion import ConvertedLayer, convert, converted_layers
+from .hybrid import Hybrid
 from .seams import SEAMS
 
 TABLE, WEIGHTS = "linearized.json", "model.safetensors"
@@ -100,7 +101,12 @@ def _read_row(name: str, row: Any, folder: pathlib.Path) -> ConvertedLayer:
     if "attention" not in row or row.keys() - fields:
         raise CheckpointError(f"'{folder / TABLE}': the row of {name} is none of a converted layer")
     grid = row.get("grid")
-    return ConvertedLayer(**{**row, "grid": tuple(grid) if isinstance(grid, list) else grid})
+    hybrid = row.get("hybrid")
+    try:
+        made = None if hybrid is None else Hybrid(**_mapping(hybrid, folder))
+    except TypeError as error:
+        raise CheckpointError(f"'{folder / TABLE}': the row of {name} has a hybrid that is none: {error}") from error
+    return ConvertedLayer(**{**row, "grid": tuple(grid) if isinstance(grid, list) else grid, "hybrid": made})
 
 
 def _mapping(value: Any, folder: pathlib.Path) -> Mapping[str, Any]:

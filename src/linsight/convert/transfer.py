@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from linsight.errors import LinsightError
 
-from .conversion import mixings, new_parameters
-from .mixing import Mixing
+from .conversion import new_parameters
+from .mixing import Mixing, mixings
 from .place import Locator
 
 Batch = Any

@@ -43,6 +43,7 @@ class Ours(Seam):
     """See the module."""
 
     library: ClassVar[str] = "linsight"
+    calls = False
 
     def knows(self, module: nn.Module) -> bool:
         """See `Seam`."""

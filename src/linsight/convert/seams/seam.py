@@ -51,6 +51,7 @@ class Seam(abc.ABC):
     """One library's attention. What is found is a module, by its name; a mechanism is put inside it or in its place."""
 
     library: ClassVar[str]
+    calls: ClassVar[bool] = True  # a converted module calls its `Mixing`, as it is
 
     @abc.abstractmethod
     def knows(self, module: nn.Module) -> bool:
