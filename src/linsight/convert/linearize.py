@@ -19,7 +19,7 @@ from linsight.errors import LinsightError, UnknownNameError
 from ._place import GridLike, table_grid
 from .mixing import Mixing
 from .place import Place
-from .seams import SEAMS, Images, Part, Seam, check_causal, locate_images
+from .seams import SEAMS, Images, Part, Seam, locate_images
 
 Layers: TypeAlias = "int | str | Iterable[int | str] | Callable[[str], bool] | None"
 Inherit: TypeAlias = Mapping[str, Literal["copy", "freeze", "skip"]]
@@ -116,7 +116,7 @@ def convert(model: nn.Module, rows: Mapping[str, ConvertedLayer]) -> None:
         module, seam = found[name]
         try:
             made[name] = seam, _mixing(seam, module, row), seam.images(model, name) if row.grid is None else None
-            check_causal(seam.causal(module), made[name][1])
+            seam.check(module, made[name][1])
         except UnknownNameError:
             raise
         except LinsightError as error:

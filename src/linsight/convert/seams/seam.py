@@ -15,6 +15,8 @@ from .._place import score_bias
 from ..mixing import Mixing
 from ..place import Locator, Place
 
+_DROPS = -9e3  # what is added to the score of a key to drop it: -1e4, rounded, or below
+
 
 class Heads(NamedTuple):
     """The sizes of an attention: its number of heads, the width of all of them, that of its input, and the factor on
@@ -35,12 +37,16 @@ class Part(NamedTuple):
 
 
 class Images(NamedTuple):
-    """A module that is given images, and how it cuts them: see `Locator`. prefix: of the tokens that it makes."""
+    """A module that is given images, and how it cuts them: see `Locator`.
+
+    prefix: of the tokens that it makes.  hook: the kind of locator that reads their size off what it is given.
+    """
 
     owner: nn.Module
     patch: tuple[int, int]
     prefix: int
     padded: bool = False
+    hook: type[Locator] = Locator
 
 
 class Seam(abc.ABC):
@@ -88,6 +94,15 @@ class Seam(abc.ABC):
         """The model that `describe` was called with, before it was converted and with fresh weights."""
         raise NotImplementedError
 
+    def check(self, module: nn.Module, mixing: Mixing) -> None:
+        """Raise where a mechanism cannot do what the module is asked for.
+
+        Raises:
+            LinsightError: one of them is causal and the other not.
+            CapabilityError: its formula does not define something else that calls of the module need.
+        """
+        check_causal(self.causal(module), mixing)
+
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most need nothing
         """Do once for the whole model what `put` needs."""
 
@@ -126,7 +141,11 @@ def keys_and_pairs(mixing: Mixing, mask: Tensor | None, q: Tensor) -> tuple[Tens
         require(core, "score_bias", "a mask of pairs of tokens")
         raise CapabilityError("a mask of pairs of tokens")
     keep = row[:, 0, 0]
-    keep = keep if keep.dtype == torch.bool else keep > torch.finfo(keep.dtype).min / 2
+    if keep.dtype != torch.bool:
+        added, keep = keep, keep > _DROPS
+        if not traced() and bool((added[keep] != 0).any()):
+            require(core, "score_bias", "numbers to add to the scores")
+            raise CapabilityError("numbers to add to the scores")
     return keep.expand(q.shape[0], -1), None
 
 
@@ -146,5 +165,5 @@ def locate_images(found: Images, places: dict[nn.Module, Place]) -> Place:
     """The place that the tokens of these images share; a hook of its owner keeps it up to date."""
     if found.owner not in places:
         place = places[found.owner] = Place((1, 1), found.prefix)
-        Locator(place, found.patch, padded=found.padded).on(found.owner)
+        found.hook(place, found.patch, padded=found.padded).on(found.owner)
     return places[found.owner]
