@@ -15,8 +15,8 @@ from linsight.convert.transfer import distil_layers, layer_errors
 from linsight.errors import CapabilityError, LinsightError
 
 diffusers = pytest.importorskip("diffusers")
-theirs = diffusers.models.attention_processor
-flux_of = diffusers.models.transformers.transformer_flux
+theirs = pytest.importorskip("diffusers.models.attention_processor")
+flux_of = pytest.importorskip("diffusers.models.transformers.transformer_flux")
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
 LATENTS = {"sample_size": 8, "in_channels": 4, "patch_size": 2}

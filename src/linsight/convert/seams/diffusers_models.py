@@ -341,10 +341,11 @@ class Diffusers(Seam):
             import diffusers
         except ImportError:
             raise LinsightError("its model is of diffusers: pip install 'linsight[ecosystem]'") from None
-        kind: Any = getattr(diffusers, str(described.get("class")), None)
+        kind = getattr(diffusers, str(described.get("class")), None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin)):
             raise LinsightError(f"diffusers {diffusers.__version__} has no model {described.get('class')!r}")
-        return kind.from_config(described["config"])
+        model: Any = kind
+        return model.from_config(described["config"])
 
 
 def _of_diffusers(module: nn.Module) -> bool:
