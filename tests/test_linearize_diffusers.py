@@ -10,8 +10,16 @@ from torch import nn
 
 import linsight
 from linsight import Grid
-from linsight.convert.linearize import attentions, converted_layers, linearize, mixings, new_parameters
-from linsight.convert.transfer import distil_layers, layer_errors
+from linsight.convert import (
+    converted_layers,
+    distil_layers,
+    layer_errors,
+    linearize,
+    load_linearized,
+    new_parameters,
+    save_linearized,
+)
+from linsight.convert.linearize import attentions, mixings
 from linsight.errors import CapabilityError, LinsightError
 
 diffusers = pytest.importorskip("diffusers")
@@ -199,6 +207,23 @@ def test_a_mechanism_runs_learns_and_is_kept(name):
     other = linearize(MODELS[name]().eval(), "hedgehog")
     other.load_state_dict(converted.state_dict())
     close(answer(other, given), out, 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_tells_how_its_model_is_built(name, tmp_path):
+    converted, given = linearize(made(name), "hedgehog"), batch(name)
+    save_linearized(converted, tmp_path)
+    loaded = load_linearized(tmp_path)
+    assert type(loaded) is type(converted) and converted_layers(loaded) == converted_layers(converted)
+    close(answer(loaded, given), answer(converted, given), 0)
+
+
+def test_a_folder_of_no_model_of_diffusers(tmp_path):
+    save_linearized(linearize(made("dit"), "linear"), tmp_path)
+    table = tmp_path / "linearized.json"
+    table.write_text(table.read_text().replace("DiTTransformer2DModel", "DiffusionPipeline"))
+    with pytest.raises(LinsightError, match="has no model 'DiffusionPipeline'"):
+        load_linearized(tmp_path)
 
 
 def test_processors_are_set_as_ever():
