@@ -222,7 +222,7 @@ def nothing_kept_is_finite(subject: Subject) -> None:
 
 
 def context_on_another_grid(subject: Subject) -> None:
-    """Keys of another sequence: each query alone sees all of it, and its padding is not seen.
+    """Keys of another sequence: each query sees all of it, whatever the others are, and its padding is not seen.
 
     Where a round sums up the queries, too, a query depends on the others, but not on padding among them.
     """
@@ -240,7 +240,8 @@ def context_on_another_grid(subject: Subject) -> None:
         alone = layer(x[:1, inside], Grid(2, 3), context=context[:1], context_layout=other)
         close(padded[0, inside], alone[0])
     else:
-        close(layer(x[:, 3:5], Grid(1, 2), context=context, context_layout=other), out[:, 3:5])
+        others = torch.cat([torch.randn_like(x[:, :3]), x[:, 3:5], torch.randn_like(x[:, 5:])], dim=1)
+        close(layer(others, Grid(2, 6), context=context, context_layout=other)[:, 3:5], out[:, 3:5])
     assert not torch.allclose(out, layer(x, grid, context=context.roll(1, dims=0), context_layout=other))
     if subject.can.keep:
         keep = torch.arange(10).expand(2, -1) < 6

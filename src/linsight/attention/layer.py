@@ -171,7 +171,7 @@ class Attention(Layer):
 
     def tokens(self, x: Tensor, source: Tensor, layout: Layout, keep: Tensor | None) -> Tokens:
         """The tokens for the core: queries of `x`, keys and values of `source`, which lies as `layout` says."""
-        parts = self._project(x, source)
+        parts = self._project(self.given(x, source))
         q, k, v = (split_heads(parts[name], self.num_heads) for name in "qkv")
         return Tokens(q, k, v, x, keep, parts.get("extra"))
 
@@ -194,16 +194,26 @@ class Attention(Layer):
         x, grid = reduction(x, layout.grid)
         return x, Layout(grid)
 
-    def _project(self, x: Tensor, source: Tensor) -> dict[str, Tensor]:
-        """q and extra from `x`, k and v from `source`, each `(B, N, width)`; what is not projected is its input."""
-        found = {"q": x, "k": source, "v": source}
+    def given(self, x: Tensor, source: Tensor) -> dict[str, Tensor]:
+        """The tokens that each part is projected from: queries and extra channels from `x`, keys and values `source`.
+
+        A layer with maps in front of its projections overrides this. A projection of several parts is called once for
+        each tensor that they are given.
+        """
+        return {part: x if part in OF_QUERIES else source for part in self.widths}
+
+    def _project(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of what each is `given`, `(B, N, width)`; what is not projected is its input."""
+        found = {part: given[part] for part in "qkv"}
         for projection in PROJECTIONS[self.layout_name]:
             linear = getattr(self, projection.name)
             widths = [self.widths[part] for part in projection.parts]
-            for tokens in (x,) if source is x else (x, source):  # called for each: hooks and parametrizations see it
-                wanted = {part: source is x or (part in OF_QUERIES) == (tokens is x) for part in projection.yields}
-                if any(wanted.values()):
-                    made = dict(zip(projection.parts, linear(tokens).split(widths, dim=-1), strict=True))
-                    made |= dict.fromkeys(projection.also, made[projection.parts[0]])
-                    found |= {part: out for part, out in made.items() if wanted[part]}
+            called: list[Tensor] = []
+            for tokens in (given[part] for part in projection.yields):
+                if any(tokens is other for other in called):
+                    continue
+                called.append(tokens)  # called for each: hooks and parametrizations see it
+                made = dict(zip(projection.parts, linear(tokens).split(widths, dim=-1), strict=True))
+                made |= dict.fromkeys(projection.also, made[projection.parts[0]])
+                found |= {part: out for part, out in made.items() if given[part] is tokens}
         return found

@@ -1,4 +1,4 @@
-"""Our mechanisms in other people's models: torch's and torchvision's, timm's, and convolutional networks.
+"""Our mechanisms in other people's models: torch's and torchvision's, timm's, diffusers', and convolutional networks.
 
 `linearize` makes a trained softmax model a linear one, and what follows it brings its quality back.
 
@@ -12,6 +12,7 @@ from ._attention import replace_attention
 from ._image import Attention2d
 from ._multihead import MultiheadAttention
 from ._timm import attention_class
+from .flux import FluxProcessor
 from .linearize import ConvertedLayer, converted_layers, linearize, new_parameters
 from .mixing import Mixing
 from .recovery import Recovery, distil
@@ -21,6 +22,7 @@ from .transfer import distil_layers, layer_errors
 __all__ = [
     "Attention2d",
     "ConvertedLayer",
+    "FluxProcessor",
     "Mixing",
     "MultiheadAttention",
     "Recovery",

@@ -85,7 +85,7 @@ class MultiheadAttention(nn.Module):
         core = create_core(attention, embed_dim, num_heads, **place, **factory, **options)
         parts = {part for projection in PROJECTIONS[core.projections] for part in projection.parts}
         around: Any = core.layer or Attention
-        usual = around.tokens is Attention.tokens and around.conclude is Attention.conclude
+        usual = all(getattr(around, way) is getattr(Attention, way) for way in ("given", "tokens", "conclude"))
         if parts != {"q", "k", "v"} or core.out_dim not in (None, embed_dim) or not usual:
             raise CapabilityError(
                 f"'{attention}' has projections of its own, which in_proj_weight does not hold: use create_attention"

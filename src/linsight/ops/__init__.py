@@ -10,6 +10,7 @@ from .conv import (
     dynamic_depthwise_conv,
     shifted_products,
 )
+from .disc import SharedKeys, disc_attention
 from .dispatch import FORMS, TRITON, ChosenForm, Form, exported_forms, forms, plain_is_asked, use_form
 from .features import Features, as_features, focus
 from .inner import (
@@ -78,6 +79,7 @@ __all__ = [
     "LogSumExp",
     "Mode",
     "Moments",
+    "SharedKeys",
     "State",
     "Tile",
     "Turn",
@@ -101,6 +103,7 @@ __all__ = [
     "copied",
     "count_tokens",
     "depthwise_conv",
+    "disc_attention",
     "divided",
     "dynamic_depthwise_conv",
     "each_grid",

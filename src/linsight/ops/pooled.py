@@ -76,9 +76,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return attend(q.transpose(1, 2).to(dtype), k.transpose(1, 2).to(dtype), v.to(dtype), bias)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, causal: bool = False) -> Tensor:
-    """torch's scaled dot-product attention, of heads `(B, H, N, D)`.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """torch's scaled dot-product attention, of heads `(B, H, N, D)`; `scale` in the place of D^(-1/2).
 
     How its output lies in memory is the kernel's, and another one in a graph that leaves: what views it goes by a copy.
     """
-    return copied(F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal))
+    return copied(F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale))
