@@ -21,7 +21,7 @@ from ._place import GridLike, table_grid
 from .hybrid import Hybrid, HybridMixing
 from .mixing import Mixing, mixings
 from .place import Place
-from .seams import SEAMS, Images, Part, Seam, check_causal, locate_images
+from .seams import SEAMS, Images, Part, Seam, locate_images
 
 Layers: TypeAlias = "int | str | Iterable[int | str] | Callable[[str], bool] | None"
 Inherit: TypeAlias = Mapping[str, Literal["copy", "freeze", "skip"]]
@@ -122,7 +122,7 @@ def convert(model: nn.Module, rows: Mapping[str, ConvertedLayer]) -> None:
         module, seam = found[name]
         try:
             made[name] = seam, _mixing(seam, module, row), seam.images(model, name) if row.grid is None else None
-            check_causal(seam.causal(model, name), made[name][1])
+            seam.check(model, name, made[name][1])
         except UnknownNameError:
             raise
         except LinsightError as error:

@@ -40,7 +40,7 @@ class Locator:
 
     place: Place
     patch: tuple[int, int]
-    names: tuple[str, ...] = ("x", "pixel_values")
+    names: tuple[str, ...] = ("x", "pixel_values", "hidden_states")
     padded: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -37,8 +37,10 @@ def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def forced(teacher: nn.Module, student: nn.Module, seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """While entered, each converted layer of `student` is run on what the teacher's gets; `seen(name, ours, theirs)`.
+def forced(teacher: nn.Module, student: nn.Module, seen: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
+    """While entered, each converted layer of `student` is run on what the teacher's gets.
+
+    Then `seen(name, errors)` is called with the `relative_error` of each of its outputs, as of an image and a text.
 
     Raises:
         LinsightError: the teacher has no layer of such a name, or is converted as well.
@@ -54,8 +56,8 @@ def forced(teacher: nn.Module, student: nn.Module, seen: Callable[[str, Tensor, 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             with torch.enable_grad():
                 ours = student.get_submodule(name)(*args, **kwargs)
-                for mine, other in zip(tensors(ours), tensors(output), strict=False):
-                    seen(name, mine, other)
+                pairs = zip(tensors(ours), tensors(output), strict=False)
+                seen(name, [relative_error(mine, other) for mine, other in pairs])
 
         return hook
 
@@ -98,8 +100,8 @@ def layer_errors(
     """
     total: dict[str, list[float]] = {}
 
-    def seen(name: str, ours: Tensor, theirs: Tensor) -> None:
-        total.setdefault(name, []).append(float(relative_error(ours.detach(), theirs).sqrt()))
+    def seen(name: str, errors: list[Tensor]) -> None:
+        total.setdefault(name, []).extend(float(error.detach().sqrt()) for error in errors)
 
     with evaluated(teacher), evaluated(student), torch.no_grad(), forced(teacher, student, seen):
         for batch in batches:
@@ -144,9 +146,9 @@ def distil_layers(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     found: dict[str, float] = {}
 
-    def seen(name: str, ours: Tensor, theirs: Tensor) -> None:
+    def seen(name: str, errors: list[Tensor]) -> None:
         if loss == "outputs":
-            error = relative_error(ours, theirs)
+            error = torch.stack(errors).sum()
             if error.requires_grad:
                 error.backward()
             found[name] = found.get(name, 0.0) + float(error.detach())

@@ -15,6 +15,8 @@ from .._place import score_bias
 from ..mixing import Mixing
 from ..place import Locator, Place
 
+_DROPS = -9e3  # what is added to the score of a key to drop it: -1e4, rounded, or below
+
 
 class Heads(NamedTuple):
     """The sizes of an attention: its number of heads, the width of all of them, that of its input, and the factor on
@@ -39,12 +41,16 @@ class Part(NamedTuple):
 
 
 class Images(NamedTuple):
-    """A module that is given images, and how it cuts them: see `Locator`. prefix: of the tokens that it makes."""
+    """A module that is given images, and how it cuts them: see `Locator`.
+
+    prefix: of the tokens that it makes.  hook: the kind of locator that reads their size off what it is given.
+    """
 
     owner: nn.Module
     patch: tuple[int, int]
     prefix: int
     padded: bool = False
+    hook: type[Locator] = Locator
 
 
 class Seam(abc.ABC):
@@ -93,6 +99,15 @@ class Seam(abc.ABC):
         """The model that `describe` was called with, before it was converted and with fresh weights."""
         raise NotImplementedError
 
+    def check(self, model: nn.Module, name: str, mixing: Mixing) -> None:
+        """Raise where a mechanism cannot do what the module of this name is asked for.
+
+        Raises:
+            LinsightError: one of them is causal and the other not.
+            CapabilityError: its formula does not define something else that calls of the module need.
+        """
+        check_causal(self.causal(model, name), mixing)
+
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most need nothing
         """Do once for the whole model what `put` needs."""
 
@@ -105,9 +120,6 @@ def around(model: nn.Module, name: str, fits: Callable[[Any], bool]) -> nn.Modul
         if fits(module):
             return module
     return None
-
-
-_DROPS = -9e3  # what is added to the score of a key to drop it: -1e4, rounded, or below
 
 
 def keys_and_pairs(mixing: Mixing, mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -159,5 +171,5 @@ def locate_images(found: Images, places: dict[nn.Module, Place]) -> Place:
     """The place that the tokens of these images share; a hook of its owner keeps it up to date."""
     if found.owner not in places:
         place = places[found.owner] = Place((1, 1), found.prefix)
-        Locator(place, found.patch, padded=found.padded).on(found.owner)
+        found.hook(place, found.patch, padded=found.padded).on(found.owner)
     return places[found.owner]
