@@ -89,7 +89,7 @@ class HybridMixing(Mixing):
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Those of `BRANCHES` that the layer has."""
+        """The layer's own, of `BRANCHES`."""
         if self.hybrid is None:
             return ("softmax",) if self.attention == "softmax" else ("mechanism",)
         has = {"mechanism": True, "window": bool(self.hybrid.window), "softmax": self.hybrid.selected}

@@ -29,7 +29,7 @@ def conv_norm_form(module: ConvNorm) -> nn.Module:
 
 
 def conv_norm_row_form(module: nn.Sequential) -> nn.Module:
-    """The same of a convolution, a batch norm and what follows, in a row."""
+    """A convolution and what follows in a row, with the batch norm between them folded into it."""
     conv, norm, *rest = [*module, None, None][: max(len(module), 2)]
     if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
         return form_of(module, type(module))
