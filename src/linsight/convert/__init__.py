@@ -17,6 +17,7 @@ from .conversion import ConvertedLayer, converted_layers, linearize, new_paramet
 from .flux import FluxProcessor
 from .hybrid import Hybrid, annealed, round_selection, selection_loss, without
 from .mixing import Mixing
+from .profiles import LayerProfile, profile
 from .recovery import Recovery, distil
 from .saved import load_linearized, save_linearized
 from .training_free import TokenMerging, agent_sd, merge_tokens, remove_merging
@@ -27,6 +28,7 @@ __all__ = [
     "ConvertedLayer",
     "FluxProcessor",
     "Hybrid",
+    "LayerProfile",
     "Mixing",
     "MultiheadAttention",
     "Recovery",
@@ -42,6 +44,7 @@ __all__ = [
     "load_linearized",
     "merge_tokens",
     "new_parameters",
+    "profile",
     "remove_merging",
     "replace_attention",
     "round_selection",
