@@ -398,3 +398,40 @@ def test_run_lengths_are_those_of_pycocotools():
     assert torch.equal(unpacked_masks(packed_masks(masks)), masks.to(torch.uint8)) and packed_masks(masks[:0]) == []
     with pytest.raises(ImageError, match="damaged run lengths"):
         unpacked_masks([{"size": [9, 7], "counts": b"garbage!!"}])
+
+
+STORED = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_objects_turn_with_an_image_that_is_stored_turned(tmp_path, orientation):
+    """Boxes and outlines that were told in pixels as they are stored, as their height and width say."""
+    pixels = np.zeros((*SIZE, 3), np.uint8)
+    pixels[6:14, 4:20] = 255  # upright
+    stored, exif = Image.fromarray(pixels).transpose(STORED[orientation]), Image.Exif()
+    exif[274] = orientation
+    rows, columns = np.where(np.asarray(stored)[..., 0])
+    left, top, right, bottom = (int(x) for x in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    box = {"bbox": [left, top, right - left, bottom - top], "image_id": 7, "category_id": 3, "iscrowd": 0}
+    polygon = [[left, top, right, top, right, bottom, left, bottom]]
+    runs = {"size": [32, 24], "counts": by_columns(np.asarray(stored)[..., 0] > 0)}
+    rows = [{"id": 1, **box, "segmentation": polygon}, {"id": 2, **box, "segmentation": runs}]
+    saved(tmp_path, about(**changed(0, "images", height=32, width=24), annotations=rows))
+    stored.save(tmp_path / "images" / "1.png", exif=exif)
+    source = CocoFolder(tmp_path, masks=True).open("train")
+    image, scene, _ = ObjectSamples(source, recipe(tmp_path, eval_side=0), training=False)[0, 0]
+    assert (
+        image.shape[1:] == scene.own == scene.objects.size == SIZE
+        and image[0].numpy().tolist() == pixels[..., 0].tolist()
+    )
+    assert scene.objects.boxes.tolist() == [[4, 6, 20, 14]] * 2
+    assert torch.equal(scene.objects.masks(), torch.from_numpy(pixels[None, ..., 0] // 255).expand(2, -1, -1))
+    asked = recipe(tmp_path, method="mask_rcnn", sides=(24,), hflip=0)
+    image, scene, _ = ObjectSamples(source, asked, training=True)[0, 0]
+    assert scene.objects.boxes.tolist() == [[4, 6, 20, 14]] * 2 and torch.equal(scene.masks[0], scene.masks[1])
+    assert ((image[0] > 127) == scene.masks[0].bool()).all()

@@ -11,7 +11,7 @@ from small import OBJECTS, assert_same_end, boxed_squares
 from linsight import load_run
 from linsight.data.coco import CocoFolder
 from linsight.data.detection import Scene
-from linsight.data.objects import Objects
+from linsight.data.objects import Objects, unpacked_masks
 from linsight.errors import LinsightError
 from linsight.tasks import task_of
 from linsight.train import Interrupted, evaluate, load_trained, predict, resolve, resume, train
@@ -73,9 +73,28 @@ def test_predictions_are_in_the_pixels_of_files(run, photos, tmp_path):
     assert [left, top, left + wide, top + high] == pytest.approx(found[first["image_id"] - 1].boxes[0])
     head, rows = trained.task.table(found)
     assert head[0] == "file" and len(rows) >= 4
-    with Image.open(photos / "val" / "1.png") as image:
-        again = load_run(run[0]).predict(image)
-    assert np.allclose(again[0].boxes, found[0].boxes, atol=1e-3)
+
+
+def test_a_loaded_run_finds_objects_in_images_of_any_kind(run, photos):
+    path = photos / "val" / "1.png"
+    (wanted,), _ = predict(load_trained(run[0]), [path], device="cpu", amp="off")
+    loaded = load_run(run[0])
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+        kinds = [path, image.copy(), pixels, torch.from_numpy(pixels).movedim(-1, 0)]
+    kinds.append(kinds[-1] / 255)
+    assert len(wanted.boxes) > 0
+    for found in loaded.predict(kinds):
+        assert found.size == wanted.size and found.classes == wanted.classes
+        assert np.allclose(found.boxes, wanted.boxes, atol=0.01) and np.allclose(found.scores, wanted.scores, atol=1e-4)
+        masks = unpacked_masks(found.masks)
+        assert masks.shape == (len(found.boxes), *found.size)
+        assert (masks == unpacked_masks(wanted.masks)).float().mean() > 0.999
+    image = loaded.transform(path)
+    assert image.shape == (3, *Image.open(path).size[::-1]), "in its own shape: its shorter side is eval_side already"
+    with torch.no_grad():
+        (answer,) = loaded([image])
+    assert {"boxes", "labels", "scores", "masks"} == answer.keys()
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(photos, tmp_path):

@@ -312,3 +312,21 @@ def test_a_folder_with_a_split_to_train_on_alone(tmp_path):
     assert len(open_evaluated_masks(recipe(tmp_path), "train", data.classes)) == 4
     with pytest.raises(LinsightError, match=r"has the splits 'train', and none of these is asked for: name one"):
         open_evaluated_masks(recipe(tmp_path), None, data.classes)
+
+
+@pytest.mark.parametrize("orientation, turns", [(6, 1), (8, 3)])
+def test_a_mask_turns_with_an_image_that_is_stored_turned(tmp_path, orientation, turns):
+    pixels = np.zeros((6, 9), np.uint8)
+    pixels[1:3, 4:8] = 1
+    stored, exif = np.ascontiguousarray(np.rot90(pixels, turns)), Image.Exif()
+    exif[274] = orientation
+    for split in ("train", "val"):
+        pair(tmp_path, f"images/{split}/a.png", f"masks/{split}/a.png")
+        Image.fromarray(stored * 255).save(tmp_path / f"images/{split}/a.png", exif=exif)
+        write(tmp_path / f"masks/{split}/a.png", stored)
+    samples = MaskSamples(open_masks(recipe(tmp_path)).val, recipe(tmp_path), None)
+    image, mark, _ = samples[0, 0]
+    assert mark.own == (6, 9) and (image[0].numpy() // 255).tolist() == mark.mask.tolist() == pixels.tolist()
+    Image.fromarray(stored * 255).save(tmp_path / "images/val/a.png")  # nothing says that it is turned
+    write(tmp_path / "masks/val/a.png", pixels)
+    assert samples[0, 0].endswith("a.png: is 6x9 pixels, and its mask 9x6")

@@ -164,7 +164,9 @@ def evaluate(
     data_dir: Annotated[str | None, typer.Option(help=Recipe.help("data_dir"))] = None,
     split: Annotated[str | None, typer.Option(help="the split; none: validation, else test, else all")] = None,
     img_size: Size = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="images at a time; none: 128, 4 with masks or objects")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=0, help=Recipe.help("workers"))] = None,
     device: Device = "auto",
     amp: Amp = "auto",
@@ -186,13 +188,13 @@ def evaluate(
         "data": data,
         "data_dir": data_dir,
         "split": split,
-        "batch_size": batch_size,
         "workers": workers,
         "device": device,
         "amp": amp,
         "on_bad_image": on_bad_image,
         "fill": fill,
     }
+    images |= {} if batch_size is None else {"batch_size": batch_size}
     check(images)
     if budget is not None:
         exits = load(source, checkpoint, from_size, option="--budget")

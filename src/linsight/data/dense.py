@@ -21,6 +21,7 @@ from .images import Batch, Samples
 from .masks import MOST, NONE, Kind, MaskFolders, MaskTables
 from .panoptic import panoptic_place
 from .random import hold_out
+from .readers import SIDEWAYS, upright
 from .sources import Part, Source
 from .trees import shown, some
 
@@ -71,6 +72,10 @@ class MaskSamples(Samples):
         """
         mask = source.beside(index)
         own = (image.height, image.width)
+        if mask is not None and mask.shape != own:
+            turned = source.orientation(index)
+            if mask.shape == own[::-1] and turned in SIDEWAYS:
+                mask = np.ascontiguousarray(upright(mask, turned))
         if mask is not None and mask.shape != own:
             raise ImageError(
                 f"{source.name(index)}: is {own[1]}x{own[0]} pixels, and its mask {mask.shape[1]}x{mask.shape[0]}"

@@ -19,6 +19,7 @@ from .dense import scaled
 from .images import Samples
 from .objects import Objects
 from .random import hold_out
+from .readers import SIDEWAYS
 from .sources import Part, Source
 from .trees import shown
 
@@ -62,8 +63,11 @@ class ObjectSamples(Samples):
         """
         own, found, name = (image.height, image.width), source.beside(index), source.name(index)
         if found is not None and found.size != own:
-            told = f"{found.size[1]}x{found.size[0]}"
-            raise ImageError(f"{name}: is {own[1]}x{own[0]} pixels, upright, and its boxes are for {told}")
+            turned = source.orientation(index)
+            if found.size != own[::-1] or turned not in SIDEWAYS:
+                told = f"{found.size[1]}x{found.size[0]}"
+                raise ImageError(f"{name}: is {own[1]}x{own[0]} pixels, upright, and its boxes are for {told}")
+            found = found.upright(turned)
         if self.augment is None:
             size = within(own, self.recipe.eval_side, self.recipe.longest)
             if size != own:

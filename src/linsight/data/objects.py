@@ -10,6 +10,8 @@ from torch import Tensor
 
 from linsight.errors import ImageError, MissingExtraError
 
+from .readers import TURNS, upright
+
 Outline = list[list[float]] | dict[str, Any]  # polygons, or COCO's run lengths
 
 
@@ -35,6 +37,18 @@ class Objects(NamedTuple):
         outlines = tuple(own for own, keep in zip(self.outlines, kept.tolist(), strict=bool(self.outlines)) if keep)
         return Objects(self.boxes[kept], self.labels[kept], self.crowds[kept], self.areas[kept], self.size, outlines)
 
+    def upright(self, orientation: int) -> "Objects":
+        """The objects in the pixels of the upright image, of those that were told in pixels as they are stored.
+
+        Raises:
+            MissingExtraError: there are run lengths, and pycocotools is not installed.
+        """
+        turn = _Turn(self.size, orientation)
+        corners = self.boxes.reshape(-1, 2, 2)
+        ends = turn.points(corners)
+        boxes = torch.cat([ends.amin(1), ends.amax(1)], dim=1)
+        return self._replace(boxes=boxes, size=turn.size, outlines=tuple(map(turn.outline, self.outlines)))
+
     def runs(self) -> list[dict[str, Any]]:
         """The masks as COCO's compressed run lengths, `size` and `counts`.
 
@@ -47,6 +61,29 @@ class Objects(NamedTuple):
     def masks(self) -> Tensor:
         """The masks, uint8 `(N, H, W)` of 0 and 1; raises as `runs` does."""
         return unpacked_masks(self.runs()) if self.outlines else torch.zeros((0, *self.size), dtype=torch.uint8)
+
+
+class _Turn:
+    """Places in an image of `size` that is stored by an orientation, in the upright one."""
+
+    def __init__(self, size: tuple[int, int], orientation: int) -> None:
+        self.stored, self.orientation = size, orientation
+        self.swapped, self.up, self.back = TURNS[orientation]
+        self.size = size[::-1] if self.swapped else size
+
+    def points(self, points: Tensor) -> Tensor:
+        """Points `(..., 2)`, x and y."""
+        x, y = points.flip(-1).unbind(-1) if self.swapped else points.unbind(-1)
+        height, width = self.size
+        return torch.stack([width - x if self.back else x, height - y if self.up else y], dim=-1)
+
+    def outline(self, outline: Outline) -> Outline:
+        if isinstance(outline, list):
+            parts = (torch.tensor(part, dtype=torch.float64).reshape(-1, 2) for part in outline)
+            return [self.points(part).flatten().tolist() for part in parts]
+        (mask,) = unpacked_masks([run_lengths(outline, self.stored)])
+        (run,) = packed_masks(torch.from_numpy(upright(mask.numpy(), self.orientation).copy())[None])
+        return {**run, "counts": run["counts"].decode("ascii")}
 
 
 def mask_tools() -> Any:

@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from linsight.errors import ImageError, LinsightError, MissingExtraError
 
 from .kinds import suffix_of
-from .pillow import Pillow
+from .pillow import Pillow, orientation_of
 from .readers import EXTRA, TURNS, Plain, Reader, Slide, Turned, Wanted
 from .values import check_fill, known_white, over_white, survey, white_of
 
@@ -106,7 +107,8 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
     """Decode a picture whole, in a mode of `MODES`.
 
     Args:
-        stored: a path, an open file or its bytes, an array `(H, W)` or `(H, W, channels)`, or an image of Pillow's.
+        stored: a path, an open file or its bytes, an array `(H, W)` or `(H, W, channels)`, a tensor `(H, W)` or
+            `(channels, H, W)`, or an image of Pillow's.
         mode: "L", "RGB", or "CMYK" for any four channels.
         name: of the picture, in messages.
         fill: the value of pixels that are no number, in the picture's units.
@@ -120,6 +122,8 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
     """
     most = None if Image.MAX_IMAGE_PIXELS is None else 2.0 * Image.MAX_IMAGE_PIXELS
     wanted = Wanted(MODES[mode], most=most, draft=draft)
+    if isinstance(stored, torch.Tensor):
+        stored = _array_of(stored)
     if isinstance(stored, np.ndarray) and stored.dtype == np.uint8 and stored.shape[2:] in ((), (3,)):
         stored = Image.fromarray(stored)
     with calmly(name):
@@ -135,12 +139,34 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
                 reader.close()
 
 
+def _array_of(pixels: torch.Tensor) -> Any:
+    """A tensor as an array, its channels last."""
+    pixels = pixels.detach().cpu()
+    pixels = pixels.float() if pixels.dtype in (torch.bfloat16, torch.float16) else pixels
+    return pixels.movedim(0, -1).numpy() if pixels.ndim == 3 else pixels.numpy()
+
+
 def _eight_bits(pixels: Any, white: float, mode: str) -> Image.Image:
     """Pixels `(h, w, channels)` as an image of Pillow's."""
     if pixels.dtype != np.uint8:
         pixels = np.rint(pixels.astype(np.float32) * (255 / white)).clip(0, 255).astype(np.uint8)
     height, width, _ = pixels.shape
     return Image.frombytes(mode, (width, height), np.ascontiguousarray(pixels).tobytes())
+
+
+def stored_orientation(stored: Any, name: str) -> int:
+    """How a picture is stored, as EXIF or TIFF have it: 1 for upright, and where nobody tells.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if isinstance(stored, np.ndarray | torch.Tensor):
+        return 1
+    with calmly(name):
+        if isinstance(stored, Image.Image):
+            return orientation_of(stored)
+        with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
+            return orientation_of(image)
 
 
 @contextlib.contextmanager

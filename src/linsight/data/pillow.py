@@ -62,7 +62,7 @@ class Pillow:
         several = getattr(image, "is_animated", False) and image.format not in _LAYERED
         self.notes: tuple[str, ...] = (FRAMES,) if several else ()
         kind, bits = image.format, _bits(image)
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         if wanted.draft:
             image.draft(None, (wanted.draft, wanted.draft))  # what is no JPEG takes no notice
         with _libtiff_silent() if kind == "TIFF" else contextlib.nullcontext():
@@ -124,7 +124,7 @@ def _plain(image: Image.Image) -> Image.Image:
     return image if mode in _CHANNELS else image.convert(_ALPHA.get(mode, "RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The orientation that the file tells, 1 where it is upright or what it tells cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))

@@ -147,6 +147,16 @@ TURNS = {
 }
 
 
+SIDEWAYS = tuple(orientation for orientation, (swapped, *_) in TURNS.items() if swapped)
+
+
+def upright(pixels: Any, orientation: int) -> Any:
+    """Pixels `(h, w, ...)` that are stored by an orientation, upright."""
+    swapped, up, back = TURNS.get(orientation, (False, False, False))
+    pixels = pixels.swapaxes(0, 1) if swapped else pixels
+    return pixels[:: -1 if up else 1, :: -1 if back else 1]
+
+
 class Turned:
     """A picture that is stored turned or mirrored, upright."""
 

@@ -14,7 +14,7 @@ from linsight.errors import ImageError, LinsightError, MissingExtraError
 from ._archives import Archive
 from ._layout import Body, plain
 from ._sections import digests
-from .pictures import Decoded, decode
+from .pictures import Decoded, decode, stored_orientation
 from .trees import shown, walk
 
 
@@ -59,6 +59,12 @@ class Source(Protocol):
     def beside(self, index: int) -> Any:
         """The mask or the boxes of the image, of a source that is `annotated`; an ImageError where they are damaged."""
         return None
+
+    def orientation(self, index: int) -> int:
+        """How the image is stored, as EXIF has it, 1 for upright; images themselves are given upright."""
+        stored = self.stored(index)
+        with stored if hasattr(stored, "read") else contextlib.nullcontext():
+            return stored_orientation(stored, self.name(index))
 
 
 class Arrays(Source):
@@ -195,6 +201,10 @@ class Part(Source):
         """See `Source`."""
         return self.whole.beside(self.indices[index])
 
+    def orientation(self, index: int) -> int:
+        """See `Source`."""
+        return self.whole.orientation(self.indices[index])
+
 
 class WithPixels(Source):
     """The images of `source` decoded already, as `pixels` has them; all else is as in `source`."""
@@ -220,6 +230,10 @@ class WithPixels(Source):
     def beside(self, index: int) -> Any:
         """See `Source`."""
         return self.source.beside(index)
+
+    def orientation(self, index: int) -> int:
+        """See `Source`."""
+        return self.source.orientation(index)
 
 
 def digits() -> Source:

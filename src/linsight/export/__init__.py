@@ -5,6 +5,7 @@
 >>> logits = open_exported("model.onnx").model(images)
 """
 
+from .dense import ServedMasks, ServedObjects
 from .facts import Facts
 from .files import Opened, open_exported
 from .hub import push_to_hub, save_for_hub
@@ -21,6 +22,8 @@ __all__ = [
     "Facts",
     "Opened",
     "Served",
+    "ServedMasks",
+    "ServedObjects",
     "export_aoti",
     "export_onnx",
     "export_program",

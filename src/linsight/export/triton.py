@@ -11,6 +11,7 @@ from linsight.runtime.files import replacing, to_json, write_text, writing
 from .files import open_exported
 
 _TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "DOUBLE": "TYPE_FP64", "UINT8": "TYPE_UINT8"}
+_TYPES |= {"INT16": "TYPE_INT16", "INT64": "TYPE_INT64", "BOOL": "TYPE_BOOL"}  # of masks and objects
 _LABELS = "labels.txt"
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 

@@ -54,6 +54,7 @@ class Detect(Task):
     best = "ap"
     writes = "objects"
     exported = "detect"
+    at_once = 4
 
     # Images
 

@@ -53,6 +53,7 @@ class Segment(Task):
     writes = "masks"
     streamed = "mask"
     exported = "segment"
+    at_once = 4  # their logits are of every pixel
     columns = (
         Column("miou", "mIoU", ".2f", "%"),
         Column("macc", "mean accuracy of classes", ".2f", "%"),

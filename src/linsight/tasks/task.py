@@ -105,6 +105,7 @@ class Task(abc.ABC):
     writes: what `write` makes of predictions, as in "masks"; "": nothing.
     sorts: it sorts images into classes, of which a run's page has a table.
     exported: the task of an exported file of its model, which `predict` and `evaluate` take it for.
+    at_once: images that are evaluated or predicted together, where nobody says how many.
     streamed: the output of `linsight.stream` that its predictions are made of.
 
     facts: what the weights must tell, so that they can be used without the data: the names of classes, say. A task
@@ -120,6 +121,7 @@ class Task(abc.ABC):
     writes: ClassVar[str] = ""
     sorts: ClassVar[bool] = False
     exported: ClassVar[str] = "classify"
+    at_once: ClassVar[int] = 128
     streamed: ClassVar[str] = "logits"
 
     def __init__(self, recipe: Recipe, facts: Mapping[str, Any] | None = None) -> None:

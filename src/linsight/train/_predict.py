@@ -31,7 +31,7 @@ def predict(
     paths: Sequence[str | pathlib.Path],
     *,
     top: int = 5,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: str = "auto",
     amp: str = "auto",
     on_bad_image: str = "skip",
@@ -44,6 +44,7 @@ def predict(
     Of a classifier they are `Prediction`s, of another task what its `predictions` gives.
 
     Args:
+        batch_size: images at a time; None: 64, or what the task takes at once.
         fill: the value of pixels that are no number; None: that of the training, if it had one.
         img_size: of the images, a side or height and width; by default, that of the run.
         note: called with a line about what was left out, or not read as it is.
@@ -52,7 +53,8 @@ def predict(
         LinsightError: a path that does not exist, a folder without images, no readable image at all, or a
             bad image where those are refused; or the model gives what is no number.
     """
-    settings = {"batch_size": batch_size, "device": device, "amp": amp, "on_bad_image": on_bad_image}
+    at_once = batch_size or min(trained.task.at_once, 64)
+    settings = {"batch_size": at_once, "device": device, "amp": amp, "on_bad_image": on_bad_image}
     settings["img_size"] = asked_size(trained, img_size)
     recipe = trained.recipe.changed(**settings)
     require_top(top)

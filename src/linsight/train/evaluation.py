@@ -36,7 +36,7 @@ def evaluate(
     *,
     data: str | None = None,
     split: str | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     device: str = "auto",
     amp: str = "auto",
     workers: int | None = None,
@@ -52,14 +52,24 @@ def evaluate(
 
     `notes` in it are lines about what was left out, or not read as it is. fill: the value of pixels that are no number;
     None: that of the training, if it had one. img_size: of the images, a side or height and width; by default, that of
-    the run. processes: that evaluate together, each its share of the images; the result is that of all.
+    the run. batch_size: by default, what the task takes at once.
+    processes: that evaluate together, each its share of the images; the result is that of all.
 
     Raises:
         LinsightError: no such data, classes that the model does not know, or a bad image where those are refused; or
             the model gives what is no number.
     """
     processes = processes or Processes()
-    settings = (batch_size, str(processes.device(device)), amp, workers, on_bad_image, data_dir, fill, img_size)
+    settings = (
+        batch_size or trained.task.at_once,
+        str(processes.device(device)),
+        amp,
+        workers,
+        on_bad_image,
+        data_dir,
+        fill,
+        img_size,
+    )
     given = prepare(trained, data, split, *settings, copy=processes.copy)
     recipe, notes = given.task.recipe, list[str]()
 

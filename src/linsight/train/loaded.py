@@ -3,15 +3,13 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from linsight.data import decode
-from linsight.data.images import MODE_OF, Normalise, eval_transform, statistics
+from linsight.data.images import MODE_OF, Normalise, statistics
 from linsight.data.sources import Given
 from linsight.errors import ImageError, LinsightError
 from linsight.fuse import fused
@@ -32,14 +30,15 @@ _CPU = torch.device("cpu")
 class Transform:
     """Makes of an image what a trained model takes: it is resized, cropped and normalised as in the run's evaluation.
 
-    It takes an image of Pillow's, an array `(H, W)` or `(H, W, 3)`, or the path of a file, and gives float32
-    `(C, H, W)` on the CPU. An ImageError says what cannot be read.
+    It takes an image of Pillow's, an array `(H, W)` or `(H, W, 3)`, a tensor `(H, W)` or `(3, H, W)`, or the path of a
+    file, and gives float32 `(C, H, W)` on the CPU; of dense tasks each in its own shape. An ImageError says what cannot
+    be read.
     """
 
     def __init__(self, recipe: Recipe, img_size: tuple[int, int]) -> None:
         self.mode = MODE_OF[recipe.in_chans]
         self._fill = recipe.fill
-        self._resize: Callable[[Image.Image], Tensor] = eval_transform(recipe, img_size)
+        self._samples = task_of(recipe).samples(Given([None], ["the image"]), img_size, training=False)
         self._normalise = Normalise(recipe, _CPU)
 
     def __call__(self, image: Any) -> Tensor:
@@ -48,7 +47,8 @@ class Transform:
 
     def pixels(self, image: Any) -> Tensor:
         """The image before it is normalised, uint8 `(C, H, W)`."""
-        return self._resize(decode(image, self.mode, _name(image), self._fill).image)
+        upright = decode(image, self.mode, _name(image), self._fill).image
+        return self._samples.prepared(self._samples.source, 0, upright)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +81,16 @@ class LoadedRun:
         """Output of the model for images that `transform` made, `(B, C, H, W)`: logits `(B, K)`, of a classifier."""
         return self.model(images)
 
-    def predict(self, images: Any, *, top: int = 5, batch_size: int = 64) -> list[Any]:
+    def predict(self, images: Any, *, top: int = 5, batch_size: int | None = None) -> list[Any]:
         """Predictions of images: of a classifier, a `Prediction` of its likeliest classes, best first.
+
+        Of a segmenter, `Segmented`, with a mask; of a detector, `Detected`, with boxes in the pixels of the image.
 
         Args:
             images: a list of what `transform` takes, or one such thing. Folders, and files that may be damaged, are
                 for `linsight.train.predict`.
             top: how many classes.
-            batch_size: how many images at a time.
+            batch_size: how many images at a time; None: 64, or what the task takes at once.
 
         Raises:
             ImageError: an image cannot be read.
@@ -99,6 +101,7 @@ class LoadedRun:
         given = list(images) if isinstance(images, list | tuple) else [images]
         task = task_of(self.recipe, {"classes": self.classes, "titles": self.titles})
         task.begin(next(self.model.parameters()).device)
+        batch_size = batch_size or min(task.at_once, 64)
         names = [_name(image, place) for place, image in enumerate(given)]
         samples = task.samples(Given(given, names, self.classes), self.img_size, training=False)
         found: list[Any] = []
