@@ -11,7 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linsight.convert.conversion import attentions, converted_layers, linearize, mixings, new_parameters
+from linsight.convert import (
+    Recovery,
+    converted_layers,
+    distil,
+    distil_layers,
+    layer_errors,
+    linearize,
+    load_linearized,
+    new_parameters,
+    save_linearized,
+)
+from linsight.convert.conversion import attentions, mixings
 from linsight.convert.place import Place
 from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 
@@ -316,6 +327,59 @@ def test_weights_are_saved_and_loaded(tmp_path):
     again = linearize(text("Bert"), "hedgehog", layers="*.1.*")
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     torch.testing.assert_close(states(again, **batch), states(ours, **batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DistilBert", "CLIPText"])
+def test_a_folder_tells_how_its_model_is_built(name, tmp_path):
+    model = vision(name) if name in VISION else text(name)
+    batch = {"pixel_values": pixels()} if name in VISION else padded()
+    causal = {"causal": True} if name == "CLIPText" else {}
+    ours = linearize(model, "linear", layers=1, **causal)
+    save_linearized(ours, tmp_path)
+    again = load_linearized(tmp_path)
+    assert type(again) is type(model) and converted_layers(again) == converted_layers(ours)
+    torch.testing.assert_close(states(again, **batch), states(ours, **batch), rtol=0, atol=0)
+
+
+def test_a_folder_keeps_the_dtype(tmp_path):
+    ours = linearize(vision("ViT").to(torch.bfloat16), "linear")
+    save_linearized(ours, tmp_path)
+    assert {p.dtype for p in load_linearized(tmp_path).parameters()} == {torch.bfloat16}
+
+
+def test_a_folder_of_an_unknown_class_is_refused(tmp_path):
+    save_linearized(linearize(vision("ViT"), "linear"), tmp_path)
+    table = tmp_path / "linearized.json"
+    table.write_text(table.read_text().replace('"ViTModel"', '"Trainer"'))
+    with pytest.raises(LinsightError, match=r"transformers has no model Trainer"):
+        load_linearized(tmp_path)
+
+
+# ---- learning
+
+
+def test_layers_learn_what_the_old_ones_gave():
+    teacher, batch = text("Bert"), padded()
+    ours = linearize(teacher, "hedgehog")
+    before = layer_errors(teacher, ours, [batch])
+    distil_layers(teacher, ours, [batch], steps=30)
+    after = layer_errors(teacher, ours, [batch])
+    assert list(after) == [f"encoder.layer.{place}.attention.self" for place in range(2)]
+    assert all(after[name] < 0.7 * before[name] for name in after)
+
+
+def test_a_model_of_images_learns_as_a_whole():
+    teacher, batches = vision("Dinov2WithRegisters"), [{"pixel_values": pixels()}]
+    ours, found = linearize(teacher, "inline"), []
+    distil(
+        teacher,
+        ours,
+        batches,
+        steps=20,
+        recovery=Recovery(distance="mse", lr=1e-3),
+        report=lambda *now: found.append(now[1]),
+    )
+    assert found[-1]["hidden"] < 0.7 * found[0]["hidden"]
 
 
 # ---- bad input

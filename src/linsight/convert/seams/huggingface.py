@@ -171,7 +171,9 @@ class Transformers(Seam):
         """See `Seam`: the name of the class, and the config."""
         if not hasattr(model, "set_attn_implementation") or not type(model).__module__.startswith("transformers."):
             return None
-        return {"class": type(model).__name__, "config": json.loads(model.config.to_json_string(use_diff=False))}
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        config["dtype"] = str(model.dtype).removeprefix("torch.")  # a config does not follow `model.to`
+        return {"class": type(model).__name__, "config": config}
 
     def rebuild(self, described: Mapping[str, Any]) -> nn.Module:
         """See `Seam`."""
