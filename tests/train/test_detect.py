@@ -80,7 +80,7 @@ def test_a_loaded_run_finds_objects_in_images_of_any_kind(run, photos):
     (wanted,), _ = predict(load_trained(run[0]), [path], device="cpu", amp="off")
     loaded = load_run(run[0])
     with Image.open(path) as image:
-        pixels = np.asarray(image)
+        pixels = np.array(image)
         kinds = [path, image.copy(), pixels, torch.from_numpy(pixels).movedim(-1, 0)]
     kinds.append(kinds[-1] / 255)
     assert len(wanted.boxes) > 0
