@@ -139,6 +139,10 @@ class Core(nn.Module):
             if isinstance(part, Additive):
                 part.add_nothing()
 
+    def maps(self, dim: int, **factory: Any) -> dict[str, nn.Module]:
+        """Maps of the tokens, `dim` wide, whose outputs are added to them before "q" or "k" is projected."""
+        return {}
+
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that an optimiser should not decay, beyond 1-d ones."""
         return set()

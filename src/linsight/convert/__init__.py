@@ -18,6 +18,7 @@ from .flux import FluxProcessor
 from .hybrid import Hybrid, annealed, round_selection, selection_loss, without
 from .mixing import Mixing
 from .profiles import LayerProfile, profile
+from .published import load_converted
 from .recovery import Recovery, distil
 from .saved import load_linearized, save_linearized
 from .training_free import TokenMerging, agent_sd, merge_tokens, remove_merging
@@ -41,6 +42,7 @@ __all__ = [
     "distil_layers",
     "layer_errors",
     "linearize",
+    "load_converted",
     "load_linearized",
     "merge_tokens",
     "new_parameters",

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from linsight.attention import PROJECTIONS as LAYOUTS
-from linsight.attention import Tokens, check_asked, check_beside, create_core, mechanism, merge_heads, require
+from linsight.attention import (
+    Additive,
+    Rename,
+    Tokens,
+    check_asked,
+    check_beside,
+    create_core,
+    mechanism,
+    merge_heads,
+    require,
+)
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, mask_tokens
 
@@ -15,7 +25,7 @@ from ._place import check_prefix
 
 
 class Mixing(nn.Module):
-    """A mechanism that is given q, k and v: its core, and a linear map for what else its layer projects.
+    """A mechanism that is given q, k and v: its core, and maps for what else its layer projects, or projects from.
 
     It starts as near to the bare formula as it can, see `Core.start_neutral`: what is added locally is zero, a gate is
     open. So the first outputs show what the mechanism makes of the weights that were inherited.
@@ -70,14 +80,29 @@ class Mixing(nn.Module):
         self.factor = 1.0 if scale is None or abs(scale - usual) < 1e-6 * usual else scale / usual
         self.core = core
         self.extra = nn.Linear(width or dim, core.extra_dim, **factory) if core.extra_dim else None
+        maps = core.maps(width or dim, **factory)
+        self.map_q, self.map_k = maps.get("q"), maps.get("k")
         if neutral:
             core.start_neutral()
+            for part in maps.values():
+                if isinstance(part, Additive):
+                    part.add_nothing()
             if self.extra is not None and core.open_gate is not None:
                 nn.init.zeros_(self.extra.weight)
                 nn.init.constant_(self.extra.bias, core.open_gate)
         layout = LAYOUTS[core.projections]
         self.query_is_key = not layout  # keys read
         self.key_is_query = any("k" in projection.also for projection in layout)
+
+    @property
+    def maps_first(self) -> bool:
+        """True where queries and keys are to be projected from `given`, not from the tokens themselves."""
+        return self.map_q is not None or self.map_k is not None
+
+    def given(self, part: str, x: Tensor) -> Tensor:
+        """The tokens `(B, N, C)` that "q", "k" or "v" is to be projected from, of those of the layer."""
+        mapping = {"q": self.map_q, "k": self.map_k}.get(part)
+        return x if mapping is None else x + mapping(x)
 
     def forward(
         self,
@@ -130,6 +155,12 @@ class Mixing(nn.Module):
             count = k.shape[1] if keep is None else keep.sum(1).clamp(min=1)[:, None, None, None]
             k = k - mask_tokens(k, keep).sum(1, keepdim=True) / count
         return q, k
+
+    def published_keys(self) -> tuple[Rename, ...]:
+        """The key map of the mechanism for the module that holds this one as `mixing`; the rest is the core's own."""
+        own = ("core.", "map_q.", "map_k.")
+        rules = (rule.published for rule in self.core.published if rule.ours.startswith(own))
+        return tuple(Rename(key, f"mixing.{key}") for key in rules)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

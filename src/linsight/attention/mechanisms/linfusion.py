@@ -25,7 +25,7 @@ from linsight.errors import LinsightError
 from linsight.ops import Features, Layout, Tile, accumulator, count_tokens
 
 from ..capabilities import Capabilities, Structure
-from ..core import Rename
+from ..core import Additive, Rename
 from ..layer import Attention
 from ..parts.kernel import KernelCore, KernelMeans
 from ..registry import Paper, register
@@ -33,17 +33,22 @@ from ..rounds import Done
 from ..tokens import Tokens
 
 
-def residual_map(dim: int, mid_dim: int, **factory: Any) -> nn.Module:
-    """F of `dim` channels, `mid_dim` of them inside; the identity where that is -1."""
-    if mid_dim < 0:
-        return nn.Identity()
-    inside = mid_dim or dim
-    return nn.Sequential(
-        nn.Linear(dim, inside, **factory),
-        nn.LayerNorm(inside, **factory),
-        nn.LeakyReLU(0.01),
-        nn.Linear(inside, dim, **factory),
-    )
+class ResidualMap(nn.Sequential, Additive):
+    """F of `dim` channels, `inside` of them inside."""
+
+    def __init__(self, dim: int, inside: int, **factory: Any) -> None:
+        super().__init__(
+            nn.Linear(dim, inside, **factory),
+            nn.LayerNorm(inside, **factory),
+            nn.LeakyReLU(0.01),
+            nn.Linear(inside, dim, **factory),
+        )
+
+    def add_nothing(self) -> None:
+        """The last linear map gives zeros."""
+        last: Any = self[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
 
 class MappedAttention(Attention):
@@ -59,7 +64,7 @@ class MappedAttention(Attention):
         **layer: Any,
     ) -> None:
         super().__init__(core, dim, device=device, dtype=dtype, **layer)
-        self.map_q, self.map_k = (residual_map(dim, core.mid_dim, device=device, dtype=dtype) for _ in "qk")
+        self.map_q, self.map_k = core.maps(dim, device=device, dtype=dtype).values()
 
     def given(self, x: Tensor, source: Tensor) -> dict[str, Tensor]:
         """Tokens with their maps."""
@@ -113,6 +118,12 @@ class LinFusion(KernelCore):
                 f"mid_dim={mid_dim} of 'linfusion' must be 1 or more, 0 for all channels, or -1 for none"
             )
         self.num_heads, self.mid_dim = num_heads, mid_dim
+
+    def maps(self, dim: int, **factory: Any) -> dict[str, nn.Module]:
+        """F_q and F_k."""
+        if self.mid_dim < 0:
+            return {"q": nn.Identity(), "k": nn.Identity()}
+        return {part: ResidualMap(dim, self.mid_dim or dim, **factory) for part in "qk"}
 
     def features(self, name: str, x: Tensor, tile: Tile, done: Done) -> Features:
         """phi, of queries and keys alike."""

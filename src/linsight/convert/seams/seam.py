@@ -107,6 +107,14 @@ class Seam(abc.ABC):
             CapabilityError: its formula does not define something else that calls of the module need.
         """
         check_causal(self.causal(model, name), mixing)
+        if mixing.maps_first and not self.maps_first(model, name):
+            raise CapabilityError(
+                f"'{mixing.attention}' maps tokens before queries and keys are projected, which has no place here"
+            )
+
+    def maps_first(self, model: nn.Module, name: str) -> bool:
+        """True where `put` lets queries and keys be projected from `Mixing.given`."""
+        return False
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most need nothing
         """Do once for the whole model what `put` needs."""

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import split_heads
+from linsight.attention import Rename, split_heads
 from linsight.errors import CapabilityError, LinsightError
 
 from ..mixing import Mixing
@@ -47,6 +47,11 @@ class TimmAttention(nn.Module):
                 setattr(self, name, None)
         self.mixing = mixing
         self.place = place
+
+    @property
+    def published(self) -> tuple[Rename, ...]:
+        """Key map: what the mechanism learns has published names among those of the attention."""
+        return self.mixing.published_keys()
 
     def attend(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """Mix `x` `(B, N, C)`.
