@@ -25,7 +25,8 @@ from linsight.checkpoints.unwrap import unwrap
 from linsight.errors import CheckpointError, LinsightError
 from linsight.runtime.files import read_json
 
-from .conversion import ConvertedLayer, attentions, convert, mixings, new_parameters
+from .conversion import ConvertedLayer, attentions, convert, new_parameters
+from .mixing import mixings
 
 CONFIG = "config.json"
 _NUMBERED = re.compile(r"(\d+)\.(.+)")
