@@ -49,8 +49,9 @@ class Mean(Core):
     """The mean value, for every token: the control that other mechanisms are to beat."""
 
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
-    structure = Structure(stream=True, reduced=True)
+    structure = Structure(stream=True)
     rounds = (MeanValue(),)
+    projections = "v"
 
     def __init__(
         self, dim: int, num_heads: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
