@@ -10,7 +10,9 @@ import linsight
 from golden.builders.clear import FluxAttention, rotary
 from linsight import create_attention
 from linsight.attention import Tokens, create_core, mechanism, run_rounds
-from linsight.convert import FluxProcessor
+from linsight.convert import Mixing
+from linsight.convert.place import Place
+from linsight.convert.seams.diffusers_processors import Flux
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, Tile, disc_attention, tiles
 from matrix.costs import Elements
@@ -231,7 +233,7 @@ def test_in_flux_a_disc_of_all_tokens_is_what_flux_computes(double, radius):
     """As is our softmax, at any length of text; text and image apart in a double block, together in a single one."""
     attn = FluxAttention(32, 2, double=double)
     options = {"radius": radius} if radius else {}
-    processor = FluxProcessor("clear" if radius else "softmax", 32, 2, grid=(5, 6), **options)
+    processor = Flux(Mixing("clear" if radius else "softmax", 32, 2, **options), Place((5, 6)))
     text, image, places = torch.randn(2, 7, 32), torch.randn(2, 30, 32), rotary(5, 6, 7, 10000, [4, 6, 6])
     if not double:
         given = torch.cat([text, image], dim=1)
@@ -239,75 +241,3 @@ def test_in_flux_a_disc_of_all_tokens_is_what_flux_computes(double, radius):
         return
     for ours, theirs in zip(processor(attn, image, text, None, places), flux(attn, image, text, places), strict=True):
         close(ours, theirs, 1e-5)
-    attn.fused_projections = True  # as `fuse_qkv_projections` of diffusers leaves it
-    for fused, names in (
-        ("to_qkv", ("to_q", "to_k", "to_v")),
-        ("to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
-    ):
-        made = nn.Linear(32, 96)
-        for leaf in ("weight", "bias"):
-            joined = torch.cat([getattr(attn.get_submodule(name), leaf) for name in names])
-            setattr(made, leaf, nn.Parameter(joined.detach()))
-        setattr(attn, fused, made)
-    close(processor(attn, image, text, None, places)[0], flux(attn, image, text, places)[0], 1e-5)
-
-
-def test_one_processor_serves_every_resolution():
-    """The grid is of the call, or of the processor: nothing is kept of images before."""
-    attn, processor = FluxAttention(32, 2, double=True), FluxProcessor("clear", 32, 2, radius=2)
-    text, small, large = torch.randn(1, 3, 32), torch.randn(1, 12, 32), torch.randn(1, 48, 32)
-    first = processor(attn, small, text, grid=(3, 4))[0]
-    processor(attn, large, text, grid=(8, 6))
-    close(processor(attn, small, text, grid=(3, 4))[0], first, 0.0)
-    processor.grid = (4, 3)
-    assert not torch.allclose(processor(attn, small, text)[0], first)
-
-
-def test_a_processor_refuses_what_it_cannot_do():
-    attn, x = FluxAttention(32, 2, double=False), torch.randn(1, 12, 32)
-    with pytest.raises(LinsightError, match="'clear' needs to know where"):
-        FluxProcessor("clear", 32, 2)(attn, x)
-    with pytest.raises(LinsightError, match="12 tokens came, but a grid of 5x5"):
-        FluxProcessor("clear", 32, 2, grid=(5, 5))(attn, x)
-    with pytest.raises(LinsightError, match="attention_mask"):
-        FluxProcessor("clear", 32, 2, grid=(3, 4))(attn, x, None, torch.ones(1, 12))
-    with pytest.raises(CapabilityError, match="'linfusion' is more than its core"):
-        FluxProcessor("linfusion", 32, 2)
-    with pytest.raises(CapabilityError, match="'nat' does not support prefix tokens"):
-        FluxProcessor("nat", 32, 2)
-
-
-def test_in_the_model_of_diffusers():
-    """Softmax of ours is theirs; CLEAR takes grids with the call, and its weights have the published names."""
-    diffusers = pytest.importorskip("diffusers")
-    sizes = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-    model = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6), **sizes
-    ).eval()
-    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
-    places = torch.stack([torch.zeros(24), rows.flatten(), columns.flatten()], dim=1)
-    given = {
-        "hidden_states": torch.randn(1, 24, 4),
-        "encoder_hidden_states": torch.randn(1, 5, 8),
-        "pooled_projections": torch.randn(1, 8),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": places,
-        "txt_ids": torch.zeros(5, 3),
-        "guidance": None,
-    }
-
-    def answer(attention, **call):
-        for module in list(model.modules()):
-            if attention and type(module).__name__ == "FluxAttention":
-                module.set_processor(
-                    FluxProcessor(attention, 32, 2, **({"down_factor": 2} if attention == "clear" else {}))
-                )
-        with torch.no_grad():
-            return model(**given, joint_attention_kwargs=call).sample
-
-    theirs = answer("")
-    close(answer("softmax", grid=(4, 6)), theirs, 1e-5)
-    assert not torch.allclose(answer("clear", grid=(4, 6)), theirs)
-    state = linsight.export_published(model)
-    names = [key for key in state if "spatial_weight" in key]
-    assert len(names) == 3 and "single_transformer_blocks.1.attn.processor.spatial_weight" in names

@@ -196,6 +196,21 @@ def test_text_and_image_see_each_other(name):
     assert not torch.allclose(answer(converted, other), out, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_what_a_mechanism_reads_beside_queries_lies_as_they_do(name):
+    """The layer's input of text and image, by which gates are made, has the text in front, as q, k and v have it."""
+    converted, seen = linearize(made(name), "linear"), {}
+    attn = converted.transformer_blocks[0].attn
+    attn.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    attn.processor.mixing.register_forward_hook(lambda module, args, out: seen.update(x=args[3], v=args[2]))
+    answer(converted, batch(name))
+    text, image = seen["encoder_hidden_states"], seen["hidden_states"]
+    assert torch.equal(seen["x"], torch.cat([text, image], dim=1))
+    with torch.no_grad():
+        v = torch.cat([attn.add_v_proj(text), attn.to_v(image)], dim=1)
+    close(seen["v"].flatten(2), v)
+
+
 def test_the_grid_can_be_said():
     """For places that are no grid, as of a reference image behind the picture, tokens may be a sequence."""
     model, given = made("flux"), batch("flux", 4, 6)

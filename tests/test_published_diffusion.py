@@ -109,6 +109,8 @@ def broken(tensors, table, what):
         tensors["0.gate.weight"] = torch.ones(1)
     elif what == "lacks":
         del tensors["1.to_k_.3.bias"]
+    elif what == "lacks more":
+        del tensors["1.to_q.weight"]
     elif what == "shape":
         tensors["2.to_v.weight"] = torch.ones(8, 9)
     elif what == "mid_dim":
@@ -121,6 +123,8 @@ def broken(tensors, table, what):
         tensors["to_q.weight"] = torch.ones(1)
     elif what == "table":
         table[0] = {"module_name": 3}
+    elif what == "inside":
+        table[2]["projection_mid_dim"] = "all"
     elif what == "name":
         table[0]["module_name"] += "x"
 
@@ -129,13 +133,15 @@ def broken(tensors, table, what):
     ("what", "kind", "match"),
     [
         ("strange", CheckpointError, r"has 1 tensors \(.*gate.weight\) that the model has no place for"),
-        ("lacks", CheckpointError, r"lacks 1 tensors \(.*map_k.3.bias\), which the converted model learns"),
+        ("lacks", CheckpointError, r"lacks 1 tensors \(.*map_k.3.bias\), which the converted model has"),
+        ("lacks more", CheckpointError, r"lacks 1 tensors \(.*attn1.to_q.weight\)"),
         ("shape", CheckpointError, r"1 tensors \(.*to_v.weight\) have other shapes, \(8, 9\) and here \(8, 8\)"),
         ("mid_dim", CheckpointError, "is of another model: .* have other shapes"),
         ("heads", CheckpointError, "has 8 heads, in the model 2"),
         ("rows", CheckpointError, "has an attention 3, but its table has 3 rows"),
         ("mixed", CheckpointError, "has numbered attentions, and beside them 'to_q.weight'"),
         ("table", CheckpointError, "pass modules="),
+        ("inside", CheckpointError, "pass modules="),
         ("name", UnknownNameError, "attention layer '.*attn1x'"),
     ],
 )

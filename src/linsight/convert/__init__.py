@@ -14,7 +14,6 @@ from ._image import Attention2d
 from ._multihead import MultiheadAttention
 from ._timm import attention_class
 from .conversion import ConvertedLayer, converted_layers, linearize, new_parameters
-from .flux import FluxProcessor
 from .hybrid import Hybrid, annealed, round_selection, selection_loss, without
 from .mixing import Mixing
 from .profiles import LayerProfile, profile
@@ -27,7 +26,6 @@ from .transfer import distil_layers, layer_errors
 __all__ = [
     "Attention2d",
     "ConvertedLayer",
-    "FluxProcessor",
     "Hybrid",
     "LayerProfile",
     "Mixing",

@@ -30,7 +30,7 @@ from .mixing import mixings
 
 CONFIG = "config.json"
 _NUMBERED = re.compile(r"(\d+)\.(.+)")
-_ROW = {"module_name": str, "heads": int}  # what a row of `modules_list` must tell
+_ROW = {"module_name": str, "heads": int, "projection_mid_dim": int | None}  # what a row of `modules_list` tells
 _ENDINGS = ("safetensors", "bin", "pth", "pt")
 _SHOWN = 3  # keys in a message
 
@@ -68,7 +68,7 @@ def load_converted(
         )
     rules = key_map(model)
     state = {to_ours(key, rules): tensor for key, tensor in tensors.items()}
-    _check(model, state, name)
+    _check(model, state, name, whole=any(numbered))
     model.load_state_dict(state, strict=False)
     return model
 
@@ -120,22 +120,27 @@ def _by_name(model: nn.Module, tensors: Mapping[str, Tensor], table: Any, name: 
     return renamed
 
 
-def _check(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Raise a CheckpointError unless `state` fills all mechanisms of a model, and nothing beside their attentions."""
+def _check(model: nn.Module, state: Mapping[str, Tensor], name: str, whole: bool) -> None:
+    """Raise a CheckpointError unless `state` fills all mechanisms of a model, and nothing beside their attentions.
+
+    whole: it is to fill these attentions, too.
+    """
     own, layers = model.state_dict(), mixings(model)
+    inside = tuple(f"{layer}." for layer in layers)
     strange = [key for key in state if key not in own]
     if strange:
         raise CheckpointError(
             f"{name} has {_some(strange)} that the model has no place for: was it converted with the options of the "
             f"file, as down_factor= of 'clear'?"
         )
-    outside = [key for key in state if not key.startswith(tuple(f"{layer}." for layer in layers))]
+    outside = [key for key in state if not key.startswith(inside)]
     if outside:
         raise CheckpointError(f"{name} has {_some(outside)} outside of the attentions that were converted")
-    lacking = [key for key in new_parameters(model) if key not in state]
+    wanted = [key for key in own if key.startswith(inside)] if whole else new_parameters(model)
+    lacking = [key for key in wanted if key not in state]
     lacking += [layer for layer in layers if not any(key.startswith(f"{layer}.") for key in state)]
     if lacking:
-        raise CheckpointError(f"{name} lacks {_some(lacking)}, which the converted model learns")
+        raise CheckpointError(f"{name} lacks {_some(lacking)}, which the converted model has")
     shapes = [key for key, tensor in state.items() if tensor.shape != own[key].shape]
     if shapes:
         key = shapes[0]

@@ -1,4 +1,4 @@
-"""CLEAR in the attention of FLUX, in double and in single blocks, by our processor."""
+"""CLEAR in the attention of FLUX, in double and in single blocks, by our processor for diffusers."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from golden.spec import Run, tensor
-from linsight.convert import FluxProcessor
+from linsight.convert import Mixing
+from linsight.convert.place import Place
+from linsight.convert.seams.diffusers_processors import Flux
 
 TRAINED = 64**2 + 512  # keys of FLUX.1 at 1024 x 1024 pixels
 
@@ -43,15 +45,15 @@ def attention(spec: dict[str, Any]) -> Run:
     """Text and image apart in a double block, together in a single one."""
     config, double = spec["config"], spec["config"]["double_stream"]
     dim, heads, grid = config["dim"], config["heads"], (config["height"], config["width"])
-    processor = FluxProcessor(
+    mixing = Mixing(
         "clear",
         dim,
         heads,
-        grid=grid,
         radius=config["window_size"],
         down_factor=config["down_factor"],
         proportional=TRAINED if config["proportional_attention"] else 0,
     )
+    processor = Flux(mixing, Place(grid))
     attn, rope = FluxAttention(dim, heads, double=double), config["rope"]
     places = rope and rotary(*grid, config["text_length"], rope["theta"], rope["axes_dim"])
     given = {entry["name"]: tensor(entry["shape"], entry["name"]) for entry in spec["inputs"]}

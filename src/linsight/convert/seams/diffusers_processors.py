@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from linsight.attention import Rename, split_heads
 from linsight.errors import LinsightError
-from linsight.ops import Grid
+from linsight.ops import Grid, accumulator
 
 from .._place import locate, table_grid
 from ..mixing import Mixing
@@ -149,26 +149,31 @@ class Flux(Processor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """See `forward`; diffusers asks this signature which arguments are taken."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
     def forward(
-        self, attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
+        self,
+        attn: Any,
+        image: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Mix tokens of an image `(B, N, C)` with those of a text `(B, T, C)`, or of both in one, the text in front.
+
+        rotary: cosines and sines `(T + N, D)`, each for a pair of channels twice.
 
         Raises:
             LinsightError: projections were fused after the model was converted.
         """
-        from diffusers.models.embeddings import apply_rotary_emb
-
         if getattr(attn, "fused_projections", False):
             raise LinsightError("fused_projections: a converted FLUX has them apart, so call unfuse_qkv_projections()")
         q, k, v, x = joined(attn, image, text)
         if rotary is not None:
-            q, k = (apply_rotary_emb(part, rotary, sequence_dim=1) for part in (q, k))
+            q, k = (turned(part, *rotary) for part in (q, k))
         out = self.mix(q, k, v, x, self._locate(x, text), mask)
         if text is None:
             return out
@@ -182,6 +187,14 @@ class Flux(Processor):
         else:  # what the grid does not hold
             ahead = self.place.prefix if sides is None else max(0, x.shape[1] - sides[0] * sides[1])
         return locate(sides or "1d", ahead, x)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` `(B, N, H, D)`, whose channels (2i, 2i + 1) turn as a pair, by cosines and sines `(N, D)`; in its dtype."""
+    wide = x.to(accumulator(x.dtype))
+    a, b = wide[..., ::2], wide[..., 1::2]
+    across = torch.stack([-b, a], dim=-1).flatten(-2)
+    return (wide * cos[:, None].to(wide) + across * sin[:, None].to(wide)).to(x.dtype)
 
 
 def _out(attn: Any, x: Tensor) -> Tensor:
