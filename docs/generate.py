@@ -1,9 +1,10 @@
-"""Write docs/mechanisms.md, models.md, ways-out.md and the table in README.md from the registries:
+"""Write docs/mechanisms.md, models.md, ways-out.md and the tables in README.md and linearize.md from the registries:
 `python docs/generate.py`.
 
 With `--check`, write nothing and exit with 1 where a file is not current.
 """
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from linsight import catalogue
 from linsight.attention import WAYS, Mechanism, mechanism
+from linsight.convert.presets import PRESETS, READ, Preset
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 from linsight.models.plan import names
 from linsight.models.registry import TIMM_HOSTS
@@ -20,7 +22,7 @@ from linsight.train import RECIPES
 
 ROOT = Path(__file__).parents[1]
 README, CATALOGUE, MODELS = ROOT / "README.md", ROOT / "docs" / "mechanisms.md", ROOT / "docs" / "models.md"
-WAYS_OUT = ROOT / "docs" / "ways-out.md"
+WAYS_OUT, LINEARIZE = ROOT / "docs" / "ways-out.md", ROOT / "docs" / "linearize.md"
 
 HEAD = """# The mechanisms
 
@@ -142,9 +144,67 @@ print(load_published(large, published, head=False))  # what was loaded; tables w
 
 def readme(text: str) -> str:
     """The README `text` with the current table of mechanisms."""
-    block = re.compile(r"(<!-- generated: mechanisms -->\n).*?(?=<!-- end -->)", re.DOTALL)
     table = summary("[`{0}`](docs/mechanisms.md#{0})", lambda row: _link(row["paper"]["venue"] or "arXiv", row))
-    return block.sub(lambda found: f"{found[1]}{table}\n", text)
+    return _with_block(text, "mechanisms", table)
+
+
+def linearize(text: str) -> str:
+    """The page `text` with the current tables of published conversions."""
+    return _with_block(text, "presets", presets())
+
+
+def _with_block(text: str, name: str, block: str) -> str:
+    """`text` with another block between its marks."""
+    marked = re.compile(rf"(<!-- generated: {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    return marked.sub(lambda found: f"{found[1]}{block}\n", text)
+
+
+def presets() -> str:
+    """Three tables: how published conversions are done, what they report, and what of them is not here."""
+    rows = PRESETS.values()
+    how = [
+        [
+            f"`{row.name}`",
+            _preset_paper(row),
+            row.models,
+            _mechanism(row),
+            row.new,
+            ", ".join(filter(None, [", ".join(row.inherits), row.beside])),
+            "; ".join(map(str, row.stages)),
+        ]
+        for row in rows
+    ]
+    told = [[f"`{row.name}`", one.what, one.before, one.after, one.read] for row in rows for one in row.figures]
+    gaps = [f"- `{row.name}`: {'; '.join(row.gaps)}." for row in rows]
+    return "\n\n".join(
+        [
+            _table(["preset", "paper", "converted", "mechanism here", "new", "inherited", "stages"], how),
+            f"What they report, as it was read {', '.join(f'{text} ({word})' for word, text in READ.items())}:",
+            _table(["preset", "figure", "before", "after", "read"], told),
+            "Not here, of each:",
+            "\n".join(gaps),
+        ]
+    )
+
+
+def _mechanism(row: Preset) -> str:
+    options = "".join(f", {name}={value!r}" for name, value in row.options.items())
+    hybrid = row.hybrid and ", ".join(f"{name}={value}" for name, value in _asked(row.hybrid).items())
+    return (f"`{row.attention}{options}`" if row.attention else "none") + (f" with Hybrid({hybrid})" if hybrid else "")
+
+
+def _asked(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not its defaults."""
+    return {
+        field.name: getattr(record, field.name)
+        for field in dataclasses.fields(record)
+        if getattr(record, field.name) != field.default
+    }
+
+
+def _preset_paper(row: Preset) -> str:
+    title = f"[{row.paper.title}](https://arxiv.org/abs/{row.paper.arxiv})"
+    return f"{title}, {row.paper.venue}" if row.paper.venue else title
 
 
 def summary(name: str, paper: Callable[[dict[str, Any]], str]) -> str:
@@ -342,6 +402,7 @@ def outputs() -> dict[Path, str]:
         CATALOGUE: mechanisms(),
         MODELS: models(),
         WAYS_OUT: ways_out(),
+        LINEARIZE: linearize(LINEARIZE.read_text(encoding="utf-8")),
     }
 
 
