@@ -2,8 +2,6 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,13 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from export.small_runs import write_run
 from linsight import create_model, load_run
 from linsight.convert.prune import importance, kind_of, make_permanent, prune
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models.parts.stages import StageSize
-
-sys.path.insert(0, str(Path(__file__).parent / "export"))
-from small_runs import write_run
 
 SMALL = {"embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4, "img_size": 32, "num_classes": 3}
 STAGES = (StageSize(16, 1, 1, mlp_ratio=2, reduction=2), StageSize(32, 1, 2, mlp_ratio=2, reduction=1))
