@@ -180,6 +180,12 @@ def test_windows_have_no_form_from_pixels(masks, tmp_path, linsight):
         ExportPlan(plan, preprocess=True)
 
 
+def test_half_precision_is_not_for_places(objects, tmp_path, linsight):
+    code, out, err = linsight("export", objects, "--onnx", tmp_path / "m.onnx", "--half")
+    assert (code, out) == (2, "") and "no form in half precision" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 class Graph:
     """A detector's own answer beside that of its graph."""
 

@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_no_part_of_an_onnx_file(small, facts, tmp_path, monk
 def test_a_signal_leaves_what_was_there(run, tmp_path, linsight, monkeypatch, number):
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"before")
-    monkeypatch.setattr("linsight.export.trained.compare", lambda *given, **more: signal.raise_signal(number))
+    monkeypatch.setattr("linsight.export.trace.compare", lambda *given, **more: signal.raise_signal(number))
     code, _, err = linsight("export", run, "--safetensors", path)
     assert (code, err) == (128 + number, "linsight: stopped\n")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

@@ -108,6 +108,11 @@ def traced(
     if any(p.device.type != "cpu" for p in model.parameters()):
         model = copy.deepcopy(model).cpu()
     single = isinstance(model, Found)
+    if single and half:
+        raise LinsightError(
+            f"'{facts.model}' has no form in half precision, whose numbers tell no places beyond a few hundred pixels: "
+            f"leave --half out"
+        )
     facts = facts._replace(pixels=isinstance(model, Pixels), single=single, version=linsight.__version__)
     with evaluation(model):
         reference = fused(model)
