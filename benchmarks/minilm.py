@@ -13,6 +13,7 @@ are to be held against it. One seed, one thread. A row in `--out` that is there 
 
 import argparse
 import importlib.util
+import random
 import re
 import sys
 import time
@@ -81,17 +82,20 @@ def embeddings(model: nn.Module, texts: Sequence[Batch]) -> Tensor:
 
 
 class Feed:
-    """Batches of texts in an order drawn anew each time, as often as they are gone through; the first has `SEED`."""
+    """Batches of passages of the texts, drawn anew each time that they are gone through."""
 
     def __init__(self, texts: list[str], tokenizer: Any, batch: int) -> None:
         self.texts, self.tokenizer, self.batch = texts, tokenizer, batch
-        self.random = torch.Generator().manual_seed(SEED)
+        self.random = random.Random(SEED)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = torch.randperm(len(self.texts), generator=self.random).tolist()
+        order = self.random.sample(self.texts, len(self.texts))
         for start in range(0, len(order) - self.batch + 1, self.batch):
-            chosen = [self.texts[place] for place in order[start : start + self.batch]]
-            yield tokens(self.tokenizer, chosen, TOKENS)
+            yield tokens(self.tokenizer, [self.passage(text) for text in order[start : start + self.batch]], TOKENS)
+
+    def passage(self, text: str) -> str:
+        words = text.split()
+        return " ".join(words[self.random.randrange(max(len(words) - TOKENS // 2, 1)) :])
 
 
 def tokens(tokenizer: Any, texts: list[str], most: int) -> Batch:
@@ -106,16 +110,18 @@ def folder_of(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def material(batch: int) -> tuple[nn.Module, Feed, Judge]:
-    """The teacher, texts to learn from, and texts to be judged on."""
+def material(batch: int, most: int | None = None) -> tuple[nn.Module, Feed, Judge]:
+    """The teacher, texts to learn from, and texts to be judged on, `most` of them."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model, texts = folder_of(MODEL) / "model", folder_of(TEXTS) / "test" / "test_data"
     teacher = AutoModel.from_pretrained(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    judged = [tokens(tokenizer, [text], LONGEST) for text in read(texts / "lee.cor")]
-    people = torch.tensor([[float(x) for x in row.split()] for row in read(texts / "similarities0-1.txt")])
-    judge = Judge(judged, embeddings(teacher, judged), people)
+    judged = [tokens(tokenizer, [text], LONGEST) for text in read(texts / "lee.cor")[:most]]
+    people = torch.tensor([[float(x) for x in row.split()] for row in read(texts / "similarities0-1.txt")])[
+        :most, :most
+    ]
+    judge = Judge(judged, embeddings(teacher, judged), people[:most, :most])
     return teacher, Feed(read(texts / "lee_background.cor"), tokenizer, batch), judge
 
 
@@ -126,16 +132,16 @@ def read(path: Path) -> list[str]:
 def row(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What became of one mechanism: by stage the three columns, seconds, and the least and largest layer error."""
     torch.manual_seed(SEED)
-    teacher, feed, judge = material(options.batch)
+    teacher, feed, judge = material(options.batch, options.judged)
     student = linearize(teacher, name, **ROWS[name])
     some = list(feed)[: options.batches]
     found: dict[str, Any] = {"mechanism": name, "people": judge.of(teacher)[-1], "cpu": list_devices()[-1]["name"]}
 
     def stage(title: str, learn: Callable[[], Any] | None) -> None:
-        begun = time.perf_counter()
+        begun = time.process_time()  # of a machine that others use, too
         if learn is not None:
             learn()
-        seconds = time.perf_counter() - begun
+        seconds = time.process_time() - begun
         errors = layer_errors(teacher, student, some).values()
         found[title] = {"columns": judge.of(student), "seconds": seconds, "errors": [min(errors), max(errors)]}
         print(f"{name}, {title}: {cells(found[title])}", file=sys.stderr, flush=True)
@@ -154,7 +160,7 @@ def cells(stage: dict[str, Any] | None) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """In Markdown."""
-    lines = [["mechanism", *STAGES, "seconds"], ["---"] * (len(STAGES) + 2)]
+    lines = [["mechanism", *STAGES, "CPU seconds"], ["---"] * (len(STAGES) + 2)]
     for found in rows:
         spent = " + ".join(f"{found[title]['seconds']:.0f}" for title in STAGES[1:] if title in found)
         lines.append([f"`{found['mechanism']}`", *(cells(found.get(title)) for title in STAGES), spent])
@@ -184,6 +190,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/minilm"), help="the folder of finished rows")
     add("--batch", type=int, default=BATCH, help="texts of a step")
     add("--batches", type=int, default=4, help="that errors of layers are measured on")
+    add("--judged", type=int, help="texts to be judged on; all, if not given")
     add("--layer-steps", type=int, default=60)
     add("--layer-lr", type=float, default=1e-2)
     add("--steps", type=int, default=80, help="end to end")
