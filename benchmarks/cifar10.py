@@ -29,7 +29,7 @@ from linsight.train import resolve, resume, train
 from linsight.train.progress import reporter
 from linsight.train.run import CONFIG
 
-OURS, SOFTMAX = "inline_compact_nano", "compact_nano"
+OURS, SOFTMAX = "inline_compact_tiny", "compact_tiny"
 TIMES = (("train", (32, 32, 256)), ("infer", (512, 512, 1)))  # step; height, width, images at a time
 BLOCK = re.compile(r"(<!-- results: cifar10 -->\n).*?(?=\n```bash)", re.DOTALL)
 HEADER = ("CIFAR-10, 32 pixels", "parameters", "top-1 %", "a step of training on 256", "one image of 512 pixels")
@@ -41,7 +41,7 @@ def learn(model: str, options: argparse.Namespace) -> dict[str, Any]:
     if (folder / CONFIG).exists():
         return resume(folder, report=report)
     given = {"model": model, "data": str(options.data), "threads": options.threads, "device": options.device}
-    given |= {"epochs": options.epochs, "amp": "off"}
+    given |= {"epochs": options.epochs}
     return train(resolve("cifar10", given), out=folder, name=model, report=report)
 
 

@@ -53,7 +53,7 @@ def predict(
         LinsightError: a path that does not exist, a folder without images, no readable image at all, or a
             bad image where those are refused; or the model gives what is no number.
     """
-    at_once = batch_size or min(trained.task.at_once, 64)
+    at_once = min(trained.task.at_once, 64) if batch_size is None else batch_size
     settings = {"batch_size": at_once, "device": device, "amp": amp, "on_bad_image": on_bad_image}
     settings["img_size"] = asked_size(trained, img_size)
     recipe = trained.recipe.changed(**settings)

@@ -61,7 +61,7 @@ def evaluate(
     """
     processes = processes or Processes()
     settings = (
-        batch_size or trained.task.at_once,
+        trained.task.at_once if batch_size is None else batch_size,
         str(processes.device(device)),
         amp,
         workers,

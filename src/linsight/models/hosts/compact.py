@@ -161,7 +161,7 @@ add_hosts(
     Host(
         "compact_tiny",
         Compact,
-        {"stem": ((64, 2), (64, 1), (64, 1)), "stages": (StageSize(128, 2, 4), StageSize(256, 2, 8))},
+        {"stem": ((32, 1), (64, 2), (64, 1)), "stages": (StageSize(128, 2, 4), StageSize(256, 2, 8))},
         {**_CFG, "input_size": (3, 32, 32)},
         _FEATURES,
         stride=8,

@@ -29,7 +29,7 @@ _DIGITS = ClassifyRecipe(
 )
 
 _CIFAR10 = ClassifyRecipe(
-    model="inline_compact_nano",
+    model="inline_compact_tiny",
     img_size=(32,),
     data="torch/cifar10",
     crop_mode="pad",
@@ -39,10 +39,14 @@ _CIFAR10 = ClassifyRecipe(
     std=(0.247, 0.2435, 0.2616),
     crop_pct=1.0,
     eval_crop="center",
+    cutmix=1.0,
+    mixup_prob=0.5,
+    re_prob=0.1,
+    re_mode="const",
     opt="nmuon",
     lr=4e-3,
     weight_decay=0.1,
-    epochs=16,
+    epochs=26,
     warmup_epochs=2,
     batch_size=256,
     smoothing=0.1,
