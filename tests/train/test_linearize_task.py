@@ -1,6 +1,8 @@
 """The task `linearize`: a softmax run becomes one of a mechanism, in two stages, and is a run like any other."""
 
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 import linsight
 from linsight.convert import converted_layers, new_parameters
+from linsight.convert.mixing import mixings
 from linsight.convert.transfer import relative_error
 from linsight.data.images import Batch
 from linsight.errors import LinsightError
@@ -36,7 +39,7 @@ def teacher(tmp_path_factory):
 def student(teacher, tmp_path_factory):
     """A run that linearizes it."""
     out = tmp_path_factory.mktemp("runs") / "student"
-    summary = train(resolve("digits", {**TASK, "teacher": str(teacher)}), out=out)
+    summary = train(resolve("digits", {**TASK, "teacher": str(teacher), "report": True}), out=out)
     return out, summary
 
 
@@ -51,6 +54,29 @@ def test_a_run_becomes_linear(teacher, student):
     assert all(after < before for before, after in layers.values()) and list(layers) == list(rows)
     assert evaluate(trained)["top1"] == pytest.approx(summary["top1"])
     assert load_run(out).predict(Image.new("L", (8, 8)))
+
+
+def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, student, linsight):
+    out, summary = student
+    stages = json.loads((out / "config.json").read_text())["data"]["stages"]
+    before = json.loads((teacher / "summary.json").read_text())
+    assert stages["teacher"] == pytest.approx(before["top1"], abs=0.01) and stages["layers"] > stages["replaced"]
+    trained = load_trained(out)
+    task = trained.task
+    task.begin(torch.device("cpu"))
+    (control,) = task.controls(trained.model).values()
+    images = torch.randn(3, 1, 8, 8)
+    by_hand = copy.deepcopy(trained.model)
+    for mixing in mixings(by_hand).values():
+        mixing.core.forward = lambda tokens, *_, **__: tokens.v.mean(1, keepdim=True).expand_as(tokens.q)
+    torch.testing.assert_close(control(images), by_hand(images))
+    page = (out / "report.html").read_text()
+    for words in ("the same weights, attention is the mean of the values", f"{stages['layers']:.2f} %", "blocks.1.attn"):
+        assert words in page
+    code, _, err = linsight("report", out, "--beside", teacher, "--speed", "--out", out / "more.html")
+    assert code == 0, err
+    more = (out / "more.html").read_text()
+    assert f"{before['top1']:.2f} %" in more and re.search(r"32 pixels</bdi></td>\s*<td[^>]*>[\d.]+ ms", more)
 
 
 def test_the_first_outputs_are_the_teachers_weights(teacher):

@@ -9,6 +9,7 @@
 from ._advise import Advice, Choice, Question, advise, known_results
 from ._curves import Estimate, at, crossings, pays_from
 from ._page import page, write_page
+from ._runs import run_speed
 from ._shortlist import Accuracies, Pick, Shortlist, check_needs, read_accuracies, shortlist
 from ._subjects import TIMM, Group, Subject, build, plan_groups, softmax_beside
 from ._worker import Worker
@@ -65,6 +66,7 @@ __all__ = [
     "read_rows",
     "results_folder",
     "run_facts",
+    "run_speed",
     "shortlist",
     "softmax_beside",
     "spread",

@@ -46,6 +46,7 @@ class Distil(Classify):
         found = self.ask(load)
         teacher = self.teacher = Teacher(recipe.teacher, found, kind, self.inputs, recipe.teacher_size)
         self.facts["teacher"] = teacher.digest  # a resumed run has the same one
+        self.order: Tensor | None = None
         if kind not in FEATURES:
             self.order = teacher.order(self.classes, recipe.num_classes or self.outputs)
             return model

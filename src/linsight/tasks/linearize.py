@@ -6,7 +6,7 @@ host of linsight; its teacher is the same host with softmax, and with the weight
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from linsight.checkpoints import load_published
 from linsight.convert import distil_layers, layer_errors, linearize, new_parameters
 from linsight.convert.recovery import blocks, hidden_states
 from linsight.convert.transfer import relative_error
+from linsight.data.feeds import default_workers
+from linsight.data.images import loader
+from linsight.data.random import Batches
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe
 
@@ -23,9 +26,16 @@ from .building import build, image_size
 from .classify import Criterion
 from .distil import Distil
 from .records import LinearizeRecipe
-from .task import Load, Loaded, Student
+from .task import Load, Loaded, Shown, Student
+from .teacher import Teacher
 
 _JUDGED = 4  # batches by which the error of layers is told
+_CONTROL = "mean"  # the mechanism that no token learns anything by
+_STAGES = {  # as the page of a run calls them
+    "teacher": "softmax, the teacher",
+    "replaced": "its attention replaced",
+    "layers": "each layer has learned what the old one gave",
+}
 
 
 class Heard(NamedTuple):
@@ -52,7 +62,11 @@ class Hearing(nn.Module):
 
 
 class Linearize(Distil):
-    """See the module. `facts["layers"]` are the errors of the layers after their stage, and before."""
+    """See the module.
+
+    `facts["layers"]` are the errors of the layers before their stage and after it; `facts["stages"]` are the top-1 of
+    the teacher, of the student as it inherited, and once its layers learned, on the images of the evaluation.
+    """
 
     name = "linearize"
     about = "one class for each image, by a trained softmax model whose attention is replaced"
@@ -63,14 +77,7 @@ class Linearize(Distil):
         recipe = self.recipe
         if recipe.attention in (None, "softmax"):
             raise LinsightError("the task linearize replaces softmax: name the mechanism, as in attention=hedgehog")
-        return linearize(
-            self._softmax(),
-            recipe.attention,
-            layers=recipe.layers.replace(",", " ").split() or None,
-            neutral=recipe.neutral,
-            in_place=True,
-            **recipe.attention_options,
-        )
+        return self._converted(recipe.attention, **recipe.attention_options)
 
     def around(self, model: nn.Module, load: Load) -> nn.Module:
         """See `Task`: the student inherits, and its layers learn one by one, unless the run did so before."""
@@ -81,7 +88,7 @@ class Linearize(Distil):
             self._inherit(model)
             self._transfer(model)
         else:
-            self.facts["layers"] = self.known.get("layers")
+            self.facts |= {name: self.known.get(name) for name in ("layers", "stages")}
         names = blocks(model)
         if not self.recipe.hidden:
             return whole
@@ -116,6 +123,52 @@ class Linearize(Distil):
             return outputs.logits
         return super().logits(outputs)
 
+    def controls(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """See `Task`: the same weights, where every token receives the mean of the values."""
+        if self.recipe.attention == _CONTROL:
+            return {}
+        control, trained = self._converted(_CONTROL), model.state_dict()
+        control.load_state_dict({key: trained[key] for key in control.state_dict()})
+        return {_CONTROL: control.to(self.inputs.device).to(memory_format=self.inputs.format).eval()}
+
+    def compared(self, measures: Mapping[str, Mapping[str, float]]) -> Sequence[Shown]:
+        """See `Task`."""
+        stages, layers = self.facts.get("stages"), self.facts.get("layers")
+        if not stages or not layers:  # weights of before these were kept
+            return ()
+        reached = {words: stages[name] for name, words in _STAGES.items() if name in stages}
+        reached["the whole model trained"] = measures[""][self.best]
+        if _CONTROL in measures:
+            reached["the same weights, attention is the mean of the values"] = measures[_CONTROL][self.best]
+        whole = max(stages["teacher"], 1e-9)
+        stage_rows = [(words, top1 / 100, f"{top1:.2f} %", f"{top1 / whole:.1%}") for words, top1 in reached.items()]
+        layer_rows = [
+            (name, min(1.0, after), f"{before:.3f}", f"{after:.3f}") for name, (before, after) in layers.items()
+        ]
+        return (
+            Shown(
+                "Conversion",
+                "How much the mean of the values keeps, the rest of the network does without attention. Whether the "
+                "teacher was needed, a run from scratch of as many epochs tells: linsight report RUN --beside OTHER.",
+                ("", "", "top-1", "of the teacher's"),
+                stage_rows,
+                shares=(1,),
+            ),
+            Shown(
+                "Layers",
+                "Squared error of each layer's output over the variance of the old one's, before the whole model was "
+                "trained. 0: as softmax gave it; 1: as its mean.",
+                ("layer", "", "replaced", "after its own stage"),
+                layer_rows,
+                shares=(1,),
+            ),
+        )
+
+    def _converted(self, attention: str, **options: Any) -> nn.Module:
+        recipe = self.recipe
+        layers = recipe.layers.replace(",", " ").split() or None
+        return linearize(self._softmax(), attention, layers=layers, neutral=recipe.neutral, in_place=True, **options)
+
     def _softmax(self) -> nn.Module:
         recipe = self.recipe.changed(attention="softmax", attention_options={}, drop_path=0.0)
         return build(recipe, self.outputs)
@@ -136,6 +189,7 @@ class Linearize(Distil):
     def _transfer(self, model: nn.Module) -> None:
         recipe, teacher = self.recipe, self.teacher
         images = list(self._images(_JUDGED, seed=1))
+        stages = {"teacher": self._reached(teacher.model, teacher), "replaced": self._reached(model)}
         before = layer_errors(teacher.model, model, images)
         if recipe.transfer_steps and new_parameters(model):
             distil_layers(
@@ -145,8 +199,28 @@ class Linearize(Distil):
                 steps=recipe.transfer_steps,
                 lr=recipe.transfer_lr,
             )
+            stages["layers"] = self._reached(model)
         after = layer_errors(teacher.model, model, images)
+        self.facts["stages"] = {name: round(top1, 3) for name, top1 in stages.items()}
         self.facts["layers"] = {name: [round(before[name], 4), round(after[name], 4)] for name in before}
+
+    @torch.inference_mode()
+    def _reached(self, model: nn.Module, teacher: Teacher | None = None) -> float:
+        """Top-1 in percent on the images to evaluate on; of the teacher, as that takes them."""
+        samples = self.samples(self.open_again(), image_size(self.recipe, self.student), training=False)
+        order = Batches(len(samples), self.at_once, shuffle=False)
+        workers = default_workers() if self.recipe.workers is None else self.recipe.workers
+        meter, training = self.measure(), model.training
+        model.eval()
+        for batch in loader(samples, order, workers=min(workers, len(order)), pin=False, collate=self.collate):
+            if len(batch.images):
+                images = self.inputs(batch.images)
+                answers = self.logits(self.answer(model, images if teacher is None else teacher.images(images)))
+                if teacher is not None and self.order is not None:
+                    answers = answers[:, self.order]
+                meter.update(answers.float().cpu(), batch)
+        model.train(training)
+        return float(meter.compute()[self.best])
 
     def _images(self, batches: int, seed: int) -> Iterator[Tensor]:
         """So many batches of training images as the teacher takes them, drawn by a seed of their own."""

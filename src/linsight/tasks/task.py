@@ -240,6 +240,17 @@ class Task(abc.ABC):
         """
         return ()
 
+    def controls(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Models that the page of a run judges beside `model`, by names; on its device, in evaluation mode."""
+        return {}
+
+    def compared(self, measures: Mapping[str, Mapping[str, float]]) -> Sequence[Shown]:
+        """Parts of a run's page on what it began with and what it is judged beside.
+
+        measures: of each of `controls`, and of the trained model under "".
+        """
+        return ()
+
     def places(self, batch: Batch) -> list[int]:
         """The places, in their source, of the images of a batch whose source has its places as classes."""
         return batch.targets.tolist()

@@ -101,7 +101,8 @@ class LoadedRun:
         given = list(images) if isinstance(images, list | tuple) else [images]
         task = task_of(self.recipe, {"classes": self.classes, "titles": self.titles})
         task.begin(next(self.model.parameters()).device)
-        batch_size = self.recipe.changed(batch_size=min(task.at_once, 64) if batch_size is None else batch_size).batch_size
+        batch_size = min(task.at_once, 64) if batch_size is None else batch_size
+        self.recipe.changed(batch_size=batch_size)  # refuses what is no number of images
         names = [_name(image, place) for place, image in enumerate(given)]
         samples = task.samples(Given(given, names, self.classes), self.img_size, training=False)
         found: list[Any] = []

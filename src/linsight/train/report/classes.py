@@ -83,18 +83,23 @@ def _mistakes(outcome: Outcome) -> Section:
 
 
 def class_findings(
-    rows: Sequence[Mapping[str, Any]], classes: Sequence[str], outcome: Outcome | None, notes: Sequence[str] = ()
+    rows: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    outcome: Outcome | None,
+    notes: Sequence[str] = (),
+    more: Sequence[Section] = (),
 ) -> Findings:
     """All that the page of a classifier tells.
 
     rows: of metrics.jsonl.  outcome: what its best weights see, None where that is not known, as `notes` then say.
+    more: sections that its task adds.
     """
     known = [row for row in rows if None not in map(number, (row.get("top1"), row.get("top5"), row.get("val_loss")))]
     metrics = {"top1": "top-1"}
     if len(classes) > 5:  # of five classes the five are all
         metrics["top5"] = "top-5"
     if not known:
-        return Findings("No epoch is done", {}, metrics, (), notes)
+        return Findings("No epoch is done", {}, metrics, more, notes)
     best = max(known, key=lambda row: row["top1"])
     words = f"{best['top1']:.2f} % of the images that it was not trained on are recognised"
     if len(classes) > 5:
@@ -103,4 +108,4 @@ def class_findings(
         words += ". Its epoch was chosen by the same images"
     figures = {label: f"{best[column]:.2f} %" for column, label in metrics.items()}
     figures |= {"loss": f"{best['val_loss']:.4f}", "epoch of these weights": f"{best['epoch']} of {rows[-1]['epoch']}"}
-    return Findings(words, figures, metrics, class_sections(outcome) if outcome else (), notes)
+    return Findings(words, figures, metrics, [*more, *(class_sections(outcome) if outcome else ())], notes)

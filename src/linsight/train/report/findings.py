@@ -25,7 +25,7 @@ def findings_of(
     """
     classes = task.facts.get("classes")
     if classes and task.sorts:
-        return class_findings(rows, tuple(map(str, classes)), outcome, notes)
+        return class_findings(rows, tuple(map(str, classes)), outcome, notes, [section(part) for part in shown])
     best, *_ = columns = task.columns
     metrics = {column.key: column.label for column in columns if column.unit == best.unit}
     known = [row for row in rows if number(row.get(best.key)) is not None]

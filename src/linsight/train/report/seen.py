@@ -14,7 +14,7 @@ from linsight.data.images import Batch, Samples, loader
 from linsight.data.random import Batches
 from linsight.tasks import Shown, Task
 
-from ..evaluation import answered
+from ..evaluation import answered, score
 from .look import Outcome, look, numbered
 from .page import Section, isolated, paragraph, table
 
@@ -47,7 +47,8 @@ def seen(
     pin = task.inputs.device.type == "cuda"
     if task.sorts:
         batches = watch.over(numbered(samples, batch_size, workers, pin))
-        return look(model, batches, samples.source, task.inputs, dtype, watch.after_batch), ()
+        outcome = look(model, batches, samples.source, task.inputs, dtype, watch.after_batch)
+        return outcome, _compared(task, model, outcome, samples, batch_size, workers, dtype, watch)
     order = Batches(len(samples), batch_size, shuffle=False)
     feed = loader(samples, order, workers=min(workers, len(order)), pin=pin, collate=task.collate)
 
@@ -57,6 +58,25 @@ def seen(
             yield batch
 
     return None, task.examine(samples, told(), lambda batch: answered(task, model, batch, dtype))
+
+
+def _compared(
+    task: Task,
+    model: nn.Module,
+    outcome: Outcome,
+    samples: Samples,
+    batch_size: int,
+    workers: int,
+    dtype: torch.dtype | None,
+    watch: Watch,
+) -> Sequence[Shown]:
+    """Parts of the page on the controls of a classifier, which see the same images."""
+    measures: dict[str, dict[str, float]] = {"": {"top1": 100 * float((outcome.truths == outcome.guesses).mean())}}
+    order = Batches(len(samples), batch_size, shuffle=False)
+    for name, control in task.controls(model).items():
+        feed = loader(samples, order, workers=min(workers, len(order)), pin=False, collate=task.collate)
+        measures[name] = score(task, control, watch.over(feed), dtype, watch.after_batch).measures
+    return task.compared(measures)
 
 
 def section(shown: Shown) -> Section:

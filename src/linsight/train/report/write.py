@@ -1,5 +1,6 @@
 """`write_report`: the page of a run made anew from its folder, whether the run has ended or was stopped."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -14,10 +15,11 @@ from linsight.tasks.building import image_size
 
 from ..model import load_trained
 from ..run import WEIGHTS, kept_recipe
+from .beside import beside as compared
 from .findings import findings_of
 from .look import Outcome
 from .run import PAGE, read_kept, write_page
-from .seen import Watch, seen
+from .seen import Watch, section, seen
 
 
 def write_report(
@@ -26,6 +28,8 @@ def write_report(
     out: str | pathlib.Path | None = None,
     device: str = "auto",
     workers: int | None = None,
+    beside: Sequence[str | pathlib.Path] = (),
+    more: Sequence[Shown] = (),
 ) -> pathlib.Path:
     """Write report.html, a page that tells all of a run in one file, and give its path.
 
@@ -36,12 +40,14 @@ def write_report(
         out: the file; None: report.html in that folder.
         device: where the model runs.
         workers: processes that read images; None: chosen by the number of cores.
+        beside: folders of other runs to put beside it, in a table.
+        more: parts to add.
 
     Raises:
         LinsightError: no run is there, its files are damaged, or the page cannot be written.
     """
     folder = located(run)
-    kept = read_kept(folder)
+    kept, others = read_kept(folder), [read_kept(located(other)) for other in beside]
     path = folder / PAGE if out is None else located(out)
     require_place(path)
     recipe = kept_recipe(folder)
@@ -66,4 +72,8 @@ def write_report(
             outcome, shown = seen(own, model, samples, recipe.batch_size, count, dtype, Watch(watched))
         except LinsightError as error:
             notes.append(f"Its images are not shown: {error}")
-    return write_page(kept, findings_of(task, kept.rows, outcome, shown, notes), path)
+    findings = findings_of(task, kept.rows, outcome, shown, notes)
+    sections = [section(part) for part in more]
+    if others:
+        sections.insert(0, compared(kept, others, task.columns[0]))
+    return write_page(kept, dataclasses.replace(findings, sections=[*sections, *findings.sections]), path)
