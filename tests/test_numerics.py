@@ -114,8 +114,15 @@ SHALLOW = {
 }
 
 
-@pytest.mark.parametrize("host", SHALLOW)
-@pytest.mark.parametrize("attention", MECHANISMS)
+# Each mechanism in one of the hosts, by turns; in all of them by `pytest -m full`.
+TURNS = [
+    pytest.param(host, attention, marks=[] if (turn - place) % len(SHALLOW) == 0 else pytest.mark.full)
+    for turn, attention in enumerate(MECHANISMS)
+    for place, host in enumerate(SHALLOW)
+]
+
+
+@pytest.mark.parametrize(("host", "attention"), TURNS)
 def test_models_in_half_precision(host, attention):
     """`.half()`, `.bfloat16()` and both autocasts: logits and every gradient are finite, for bright images too."""
     built, x = build(host, attention, **SHALLOW[host]), 100 * torch.randn(1, 3, *sizes(host)[0])

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from small import TINY
@@ -16,9 +17,10 @@ from linsight.convert.mixing import mixings
 from linsight.convert.transfer import relative_error
 from linsight.data.images import Batch
 from linsight.errors import LinsightError
+from linsight.export import open_exported
 from linsight.runtime.signals import Interrupted
 from linsight.tasks import task_of
-from linsight.train import evaluate, load_run, load_trained, resolve, resume, train
+from linsight.train import evaluate, from_pretrained, load_run, load_trained, resolve, resume, train
 from linsight.train.learner import Learner
 from linsight.train.progress import Silent
 
@@ -57,7 +59,7 @@ def test_a_run_becomes_linear(teacher, student):
 
 
 def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, student, linsight):
-    out, summary = student
+    out, _ = student
     stages = json.loads((out / "config.json").read_text())["data"]["stages"]
     before = json.loads((teacher / "summary.json").read_text())
     assert stages["teacher"] == pytest.approx(before["top1"], abs=0.01) and stages["layers"] > stages["replaced"]
@@ -71,12 +73,35 @@ def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, 
         mixing.core.forward = lambda tokens, *_, **__: tokens.v.mean(1, keepdim=True).expand_as(tokens.q)
     torch.testing.assert_close(control(images), by_hand(images))
     page = (out / "report.html").read_text()
-    for words in ("the same weights, attention is the mean of the values", f"{stages['layers']:.2f} %", "blocks.1.attn"):
+    for words in (
+        "the same weights, attention is the mean of the values",
+        f"{stages['layers']:.2f} %",
+        "blocks.1.attn",
+    ):
         assert words in page
     code, _, err = linsight("report", out, "--beside", teacher, "--speed", "--out", out / "more.html")
     assert code == 0, err
     more = (out / "more.html").read_text()
     assert f"{before['top1']:.2f} %" in more and re.search(r"32 pixels</bdi></td>\s*<td[^>]*>[\d.]+ ms", more)
+
+
+def test_it_is_pushed_and_exported_as_any_run(student, tmp_path, linsight):
+    model, images = load_trained(student[0]).model, torch.rand(2, 1, 8, 8)
+    code, _, err = linsight("push", student[0], "o/n", "--dry-run", "--out", tmp_path / "hub")
+    assert code == 0, err
+    for again in (
+        timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True),
+        from_pretrained(tmp_path / "hub").model,
+    ):
+        assert torch.equal(again.eval()(images), model(images))
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    config["model_args"]["linearized"]["blocks.7.attn"] = {"attention": "inline"}
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    code, _, err = linsight("eval", tmp_path / "hub")
+    assert code == 2 and "blocks.7.attn" in err and err.count("\n") == 1
+    code, _, err = linsight("export", student[0], "--program", tmp_path / "m.pt2")
+    assert code == 0, err
+    torch.testing.assert_close(open_exported(tmp_path / "m.pt2").model(images), model(images))
 
 
 def test_the_first_outputs_are_the_teachers_weights(teacher):

@@ -9,6 +9,8 @@ a diffusion network cheaper without training.
 >>> names = replace_attention(vit, "inline", grid=(14, 14), prefix=1)
 """
 
+from linsight.models.registry import add_argument
+
 from ._attention import replace_attention
 from ._image import Attention2d
 from ._multihead import MultiheadAttention
@@ -19,9 +21,11 @@ from .mixing import Mixing
 from .profiles import LayerProfile, profile
 from .published import load_converted
 from .recovery import Recovery, distil
-from .saved import load_linearized, save_linearized
+from .saved import convert_again, load_linearized, save_linearized
 from .training_free import TokenMerging, agent_sd, merge_tokens, remove_merging
 from .transfer import distil_layers, layer_errors
+
+add_argument("linearized", convert_again)  # of a saved model
 
 __all__ = [
     "Attention2d",

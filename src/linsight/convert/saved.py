@@ -50,7 +50,7 @@ def save_linearized(model: nn.Module, folder: str | pathlib.Path) -> None:
             {
                 "format": _FORMAT,
                 "source": described,
-                "layers": {name: _row(row) for name, row in rows.items()},
+                "layers": told_layers(model),
             },
         )
 
@@ -68,11 +68,9 @@ def load_linearized(folder: str | pathlib.Path, model: nn.Module | None = None) 
     """
     folder = pathlib.Path(folder).expanduser()
     table = read_json(folder / TABLE)
-    rows = {name: _read_row(name, row, folder) for name, row in _mapping(table.get("layers"), folder).items()}
-    if not rows:
-        raise CheckpointError(f"'{folder / TABLE}' names no converted layer")
+    rows = _read_rows(table.get("layers"), f"'{folder / TABLE}'")
     if model is None:
-        model = _built(_mapping(table.get("source"), folder), folder)
+        model = _built(_mapping(table.get("source"), f"'{folder / TABLE}'"), folder)
     convert(model, rows)
     try:
         weights = load_file(folder / WEIGHTS)
@@ -91,27 +89,49 @@ def load_linearized(folder: str | pathlib.Path, model: nn.Module | None = None) 
     return model.eval()
 
 
+def told_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The converted layers of a model by their names, as a file of JSON tells of them; `convert_again` reads that."""
+    return {name: _row(row) for name, row in converted_layers(model).items()}
+
+
+def convert_again(model: nn.Module, told: Any) -> None:
+    """Convert layers of a softmax model, in place, as `told_layers` told of one of its kind.
+
+    Raises:
+        CheckpointError: it is no such table.
+        LinsightError: see `convert`.
+    """
+    convert(model, _read_rows(told, "linearized"))
+
+
+def _read_rows(told: Any, where: str) -> dict[str, ConvertedLayer]:
+    rows = {name: _read_row(name, row, where) for name, row in _mapping(told, where).items()}
+    if not rows:
+        raise CheckpointError(f"{where} names no converted layer")
+    return rows
+
+
 def _row(row: ConvertedLayer) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(row).items() if value not in ({}, None)}
 
 
-def _read_row(name: str, row: Any, folder: pathlib.Path) -> ConvertedLayer:
+def _read_row(name: str, row: Any, where: str) -> ConvertedLayer:
     fields = {field.name for field in dataclasses.fields(ConvertedLayer)}
-    row = _mapping(row, folder)
+    row = _mapping(row, where)
     if "attention" not in row or row.keys() - fields:
-        raise CheckpointError(f"'{folder / TABLE}': the row of {name} is none of a converted layer")
+        raise CheckpointError(f"{where}: the row of {name} is none of a converted layer")
     grid = row.get("grid")
     hybrid = row.get("hybrid")
     try:
-        made = None if hybrid is None else Hybrid(**_mapping(hybrid, folder))
+        made = None if hybrid is None else Hybrid(**_mapping(hybrid, where))
     except TypeError as error:
-        raise CheckpointError(f"'{folder / TABLE}': the row of {name} has a hybrid that is none: {error}") from error
+        raise CheckpointError(f"{where}: the row of {name} has a hybrid that is none: {error}") from error
     return ConvertedLayer(**{**row, "grid": tuple(grid) if isinstance(grid, list) else grid, "hybrid": made})
 
 
-def _mapping(value: Any, folder: pathlib.Path) -> Mapping[str, Any]:
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"'{folder / TABLE}' is no table of a converted model")
+        raise CheckpointError(f"{where} is no table of a converted model")
     return value
 
 

@@ -13,6 +13,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import linsight
+from linsight.convert.saved import told_layers
 from linsight.errors import LinsightError
 from linsight.fuse import is_fused
 from linsight.models import HOSTS, VARIANTS, create_model, default_attention
@@ -108,6 +109,10 @@ def _write(
         raise LinsightError(f"'{type(model).__name__}' cannot be described for the Hub: {error}") from error
     written = read_config(folder)
     written.get("model_args", {}).pop("num_classes", None)  # told beside them; transformers would give it twice
+    if layers := told_layers(model):
+        if written["architecture"] not in {*VARIANTS, *HOSTS}:
+            raise LinsightError("a converted model of another library has no layout on the Hub: take save_linearized")
+        written.setdefault("model_args", {})["linearized"] = layers
     write_json(folder / CONFIG, written)
     _check_again(folder, model)
     recipe = run.recipe if run is not None else recipe_of(written, model)

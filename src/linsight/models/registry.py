@@ -117,6 +117,15 @@ def _refuse_taken(name: str, own: Mapping[str, Any]) -> None:
         raise LinsightError(f"timm has a model called '{name}' already")
 
 
+# Arguments of models that a room above this one carries out, once the model is built.
+_CARRIED_OUT: dict[str, Callable[[nn.Module, Any], None]] = {}
+
+
+def add_argument(name: str, carry_out: Callable[[nn.Module, Any], None]) -> None:
+    """Let all models of ours be made with the argument `name`: `carry_out(model, value)` changes the built model."""
+    _CARRIED_OUT[name] = carry_out
+
+
 def _register_variant(variant: Variant) -> None:
     about = f"{variant.name}: {variant.attention} in the host {variant.host}."
     register(variant.name, about, partial(build, variant), _config(variant))
@@ -168,12 +177,13 @@ def build(
     """The model of a row of a table, with weights where they are asked for: published ones, or those of its cfg."""
     kwargs = checked(entry.name, kwargs.get("attention"), kwargs.get("attention_options"), kwargs)
     asked, cfg = record(kwargs), _take_cfg(entry, kwargs)
+    later = {key: kwargs.pop(key) for key in _CARRIED_OUT if key in kwargs}
     published = cfg.get("url") == _config(entry).get("url") and not any(map(cfg.get, SOURCES))
     if pretrained and published:
         _check_fetched(entry, kwargs.get("attention"))
     found = find_weights(cfg, cache_dir) if pretrained and not published else None
     build_entry: Callable[..., nn.Module] = _build_variant if isinstance(entry, Variant) else _build_architecture
-    make = partial(build_entry, entry, cfg)
+    make = partial(_carried_out, partial(build_entry, entry, cfg), later)
     if cfg.get("source"):  # of a folder or a repository, which anyone may have made
         require_sane(entry.name, make, kwargs, found)
     with building(entry.name, asked):
@@ -184,6 +194,13 @@ def build(
     elif pretrained:
         load_from_cfg(model, cfg, found, cache_dir)
     model._model_args = asked  # type: ignore[assignment]
+    return model
+
+
+def _carried_out(make: Callable[..., nn.Module], later: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+    model = make(**kwargs)
+    for name, value in later.items():
+        _CARRIED_OUT[name](model, value)
     return model
 
 
