@@ -31,8 +31,8 @@ OTHERS = (
 )  # which a snippet may need, and warn of themselves
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def generator(name="generate"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -187,3 +187,16 @@ def test_the_mechanism_of_the_contributing_guide():
         assert model(torch.randn(1, 3, 40, 56)).shape == (1, 3)
     finally:
         unregister("average")
+
+
+def test_patterns_are_what_a_token_depends_on(tmp_path, capsys):
+    patterns = generator("patterns")
+    window, whole = patterns.pattern("nat"), patterns.pattern("softmax")
+    seen = torch.zeros(15, 15, dtype=torch.bool)
+    seen[4:11, 4:11] = True  # 7x7 around the middle
+    assert torch.equal(window > 0, seen) and (whole > 0).all() and whole[7, 7] == whole.max() == 1
+    patterns.main(["nat", "softmax", "--out", str(tmp_path / "p.png")])
+    assert Image.open(tmp_path / "p.png").width > 100
+    with pytest.raises(SystemExit):
+        patterns.main(["softmaxx"])
+    assert "'softmax'" in capsys.readouterr().err
