@@ -1,6 +1,6 @@
-"""Draw docs/patterns.png: which tokens the output of one token depends on, for every mechanism: `python docs/patterns.py`.
+"""Draw which tokens the output of one token depends on, for every mechanism: `python docs/patterns.py`.
 
-With other names than none, only those: `python docs/patterns.py inline nat --out some.png`.
+The picture is docs/patterns.png. With names, only those: `python docs/patterns.py inline nat --out some.png`.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def draw(names: Sequence[str], path: Path) -> None:
     for place, axis in enumerate(axes):
         axis.set_axis_off()
         if place < len(names):
-            axis.imshow(shade(pattern(names[place])), cmap="viridis", vmin=0, vmax=1)
+            axis.imshow(shade(pattern(names[place])).numpy(), cmap="viridis", vmin=0, vmax=1)
             axis.set_title(names[place], fontsize=7)
     figure.savefig(path, dpi=110)
 
