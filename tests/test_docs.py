@@ -196,7 +196,8 @@ def test_patterns_are_what_a_token_depends_on(tmp_path, capsys):
     seen[4:11, 4:11] = True  # 7x7 around the middle
     assert torch.equal(window > 0, seen) and (whole > 0).all() and whole[7, 7] == whole.max() == 1
     patterns.main(["nat", "softmax", "--out", str(tmp_path / "p.png")])
-    assert Image.open(tmp_path / "p.png").width > 100
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.width > 100
     with pytest.raises(SystemExit):
         patterns.main(["softmaxx"])
     assert "'softmax'" in capsys.readouterr().err
