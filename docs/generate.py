@@ -8,12 +8,12 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from linsight import catalogue
 from linsight.attention import WAYS, Mechanism, mechanism
+from linsight.attention.registry import FAMILIES
 from linsight.convert.presets import PRESETS, READ, Preset
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
 from linsight.models.plan import names
@@ -57,6 +57,13 @@ have no places among the tokens. `mlla`, `rala`, `mala`, `polaformerpp` and the 
 rotation of their own, always; `ttt` has its published one as the option. Mechanisms that read learned points or
 weights of places, hash, or norm over tokens channel by channel have none: what they compute would depend on where an
 image begins.
+"""
+
+PATTERNS = """`linsight list --family window --can keep,stream` searches this list. Here is which tokens the output of
+the token in the middle depends on, on 15x15 of them, with fresh weights: the brighter the more, by five powers of ten
+(made by `python docs/patterns.py`).
+
+![For each mechanism, a map of the tokens that one token depends on](patterns.png)
 """
 
 SNIPPET = """import torch
@@ -143,9 +150,8 @@ print(load_published(large, published, head=False))  # what was loaded; tables w
 
 
 def readme(text: str) -> str:
-    """The README `text` with the current table of mechanisms."""
-    table = summary("[`{0}`](docs/mechanisms.md#{0})", lambda row: _link(row["paper"]["venue"] or "arXiv", row))
-    return _with_block(text, "mechanisms", table)
+    """The README `text` with the current table of families."""
+    return _with_block(text, "mechanisms", families("docs/mechanisms.md"))
 
 
 def linearize(text: str) -> str:
@@ -207,20 +213,22 @@ def _preset_paper(row: Preset) -> str:
     return f"{title}, {row.paper.venue}" if row.paper.venue else title
 
 
-def summary(name: str, paper: Callable[[dict[str, Any]], str]) -> str:
-    """One row for each mechanism: `name`, a format, its cost, `paper` of its row, a mark for each capability."""
+def summary() -> str:
+    """A table of all mechanisms: family, year, cost, paper, and a mark for each capability."""
     rows = catalogue.list_mechanisms()
     capabilities = list(rows[0]["capabilities"])
     body = [
         [
-            name.format(row["name"]),
+            f"[`{row['name']}`](#{row['name']})",
+            row["family"],
+            str(row["year"] or ""),
             row["complexity"],
-            paper(row),
+            _paper(row),
             *(_mark(row["capabilities"][c]) for c in capabilities),
         ]
         for row in rows
     ]
-    return _table(["mechanism", "cost", "paper", *capabilities], body)
+    return _table(["mechanism", "family", "year", "cost", "paper", *capabilities], body)
 
 
 def mechanisms() -> str:
@@ -228,11 +236,21 @@ def mechanisms() -> str:
     return "\n".join(
         [
             HEAD,
-            summary("`{}`", _paper),
+            f"{families()}\n\n{PATTERNS}",
+            summary(),
             CAPABILITIES,
             *(_chapter(mechanism(row["name"])) for row in catalogue.list_mechanisms()),
         ]
     )
+
+
+def families(page: str = "") -> str:
+    """A table of the families: what makes one, and their mechanisms, with links to their chapters on a page."""
+    members: dict[str, list[str]] = {}
+    for row in catalogue.list_mechanisms():
+        members.setdefault(row["family"], []).append(f"[`{row['name']}`]({page}#{row['name']})")
+    rows = [[name, told, ", ".join(members[name])] for name, told in FAMILIES.items() if name in members]
+    return _table(["family", "what makes it", "mechanisms"], rows)
 
 
 def _chapter(entry: Mechanism) -> str:

@@ -128,8 +128,7 @@ def test_scripts_of_timm_know_our_models(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_is_one_page():
-    rows = [line for line in README.splitlines() if line.startswith("| [`")]  # one a mechanism
-    assert len(README.splitlines()) - len(rows) <= 180
+    assert len(README.splitlines()) <= 195
 
 
 @pytest.mark.parametrize("path", [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"])

@@ -18,6 +18,7 @@ from matrix.subject import random_tokens
 def test_entries_describe_themselves(entry):
     assert entry.formula and entry.complexity.startswith("O(") and entry.paper.title
     assert entry.factory.__doc__ and sys.modules[entry.factory.__module__].__doc__
+    assert entry.family != "other" and entry.paper.year, "register(..., family=), of FAMILIES; a venue with its year"
     assert all(option.help for option in entry.options), "an option without a line in the docstring"
     assert entry.name == entry.factory.__module__.rpartition(".")[2], "one mechanism, one file of its name"
 

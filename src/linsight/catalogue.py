@@ -1,7 +1,7 @@
 """The catalogue as plain data: mechanisms, models, and what they cost. The CLI and the documentation show it."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,9 +28,15 @@ from linsight.ops import Grid
 DIM, HEADS, GRIDS = 192, 6, (Grid(14, 14), Grid(64, 64))
 
 
-def list_mechanisms() -> list[dict[str, Any]]:
-    """One row for each mechanism: name, kind, complexity, paper, capabilities."""
-    return [_mechanism_row(entry) for entry in list_attentions()]
+def list_mechanisms(family: str | None = None, can: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """One row for each mechanism: name, kind, family, year, complexity, paper, capabilities.
+
+    family, can: those of a family alone, and that can do all of this.
+
+    Raises:
+        UnknownNameError: no such family or capability.
+    """
+    return [_mechanism_row(entry) for entry in list_attentions(family=family, **dict.fromkeys(can, True))]
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -103,6 +109,8 @@ def _mechanism_row(entry: Mechanism) -> dict[str, Any]:
     return {
         "name": entry.name,
         "kind": entry.kind,
+        "family": entry.family,
+        "year": entry.paper.year,
         "summary": (inspect.getdoc(entry.factory) or "").partition("\n")[0],
         "formula": entry.formula,
         "complexity": entry.complexity,

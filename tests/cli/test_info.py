@@ -30,6 +30,8 @@ def test_list(run):
     assert code == 0
     (row,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["softmax"])
     assert row[1:] == [
+        "scores",
+        "2017",
         "O(N^2",
         "d)",
         "keep,",
@@ -43,6 +45,17 @@ def test_list(run):
         "rotary",
     ]
     assert "\x1b" not in out
+
+
+def test_list_searches(run):
+    code, out, _ = run("list", "--family", "window", "--can", "keep, stream", "--json")
+    found = {row["name"]: row for row in json.loads(out)["mechanisms"]}
+    assert code == 0 and "models" not in json.loads(out) and "clear" in found
+    assert all(row["capabilities"]["keep"] and row["capabilities"]["stream"] for row in found.values())
+    assert {row["family"] for row in found.values()} == {"window"}
+    for case in (("--family", "windows"), ("--can", "keeps")):
+        code, _, err = run("list", *case)
+        assert code == 2 and err.count("\n") == 1 and case[1][:-1] in err
 
 
 def test_list_has_each_model_on_one_line(run):

@@ -6,6 +6,7 @@ constructor. Nothing else is edited to add one.
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,20 @@ from .ways import WAYS
 
 Kind = Literal["core", "layer", "block"]
 
+# Kinds of formulas, and what makes one.
+FAMILIES = {
+    "scores": "a weight for each pair of tokens, made of their query and key",
+    "feature map": "weights that are products of features of queries and of keys, so sums over keys are states",
+    "low rank": "a few tokens, or agents, between queries and keys",
+    "inner weights": "a small network whose weights are made of the tokens",
+    "window": "each token sees a part of the grid, as a neighbourhood or a window",
+    "convolution": "kernels that slide over the grid, fixed or made of the tokens",
+    "spectrum": "products in the frequencies of a Fourier transform",
+    "pooling": "one summary, or a few, that all tokens receive",
+    "hashing": "tokens that fall into the same buckets",
+    "other": "none of these",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
@@ -30,6 +45,12 @@ class Paper:
     title: str
     arxiv: str = ""
     venue: str = ""
+
+    @property
+    def year(self) -> int | None:
+        """Of the venue, or else of the preprint."""
+        found = re.search(r"\b(19|20)\d\d\b", self.venue)
+        return int(found[0]) if found else 2000 + int(self.arxiv[:2]) if self.arxiv else None
 
     def __str__(self) -> str:
         parts = [self.title, f"arXiv {self.arxiv}" if self.arxiv else "", self.venue]
@@ -60,6 +81,7 @@ class Mechanism:
     structure: Structure
     options: tuple[Option, ...]
     latex: str = ""  # the formula again, for the documentation; backslashes only before letters
+    family: str = "other"  # of `FAMILIES`
 
     @property
     def quadratic(self) -> bool:
@@ -111,14 +133,25 @@ M = TypeVar("M", bound=type[nn.Module])
 
 
 def register(
-    name: str, *, formula: str, complexity: str, paper: Paper, kind: Kind = "core", latex: str = ""
+    name: str,
+    *,
+    formula: str,
+    complexity: str,
+    paper: Paper,
+    kind: Kind = "core",
+    latex: str = "",
+    family: str = "other",
 ) -> Callable[[M], M]:
     """Register a mechanism under `name`. For use on its class, in its own file.
 
     Nobody declares `packed`: the layer around a core takes packed batches, and so does any `forward` with
     `@each_image`. Here this is written into the capabilities of the class, and into its structure whether it has a
     rotary option: one of its constructor, or the one that `Core.turns` gives.
+
+    family: of `FAMILIES`, by which people search.
     """
+    if family not in FAMILIES:
+        raise UnknownNameError("family", family, FAMILIES)
 
     def add(cls: M) -> M:
         if name in _REGISTRY and _REGISTRY[name].factory.__qualname__ != cls.__qualname__:
@@ -136,7 +169,7 @@ def register(
         rotary = any(option.name == "rotary" for option in options)
         structure = getattr(cls, "structure", Structure())._replace(rotary=rotary)
         cls.structure = structure  # type: ignore[attr-defined]
-        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, can, structure, options, latex)
+        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, can, structure, options, latex, family)
         return cls
 
     return add
@@ -154,15 +187,20 @@ def mechanism(name: str) -> Mechanism:
     return _REGISTRY[name]
 
 
-def list_attentions(**flags: bool) -> list[Mechanism]:
-    """All mechanisms, by name; those that can do what is asked, as in `list_attentions(stream=True)`."""
+def list_attentions(*, family: str | None = None, **flags: bool) -> list[Mechanism]:
+    """All mechanisms, by name; those that can do what is asked, as in `list_attentions(stream=True)`.
+
+    family: of `FAMILIES`; None for all.
+    """
+    if family is not None and family not in FAMILIES:
+        raise UnknownNameError("family", family, FAMILIES)
     for flag in flags:
         if flag not in FLAGS:
             raise UnknownNameError("capability", flag, FLAGS)
     return [
         entry
         for _, entry in sorted(_REGISTRY.items())
-        if all(entry.can(flag) == value for flag, value in flags.items())
+        if family in (None, entry.family) and all(entry.can(flag) == value for flag, value in flags.items())
     ]
 
 

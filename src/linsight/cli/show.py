@@ -57,15 +57,19 @@ def register(app: typer.Typer) -> None:
 def list_(
     mechanisms: Annotated[bool, typer.Option("--mechanisms", help="Mechanisms only.")] = False,
     models: Annotated[bool, typer.Option("--models", help="Models only.")] = False,
+    family: Annotated[str | None, typer.Option(help="Mechanisms of a family, as 'window', only.")] = None,
+    can: Annotated[str, typer.Option(metavar="A,B", help="Mechanisms that can do all of 'keep,stream', say.")] = "",
     as_json: Json = False,
 ) -> None:
     """List the attention mechanisms, with what each can do, and the models."""
     from linsight import catalogue
 
+    asked = [name.strip() for name in can.split(",") if name.strip()]
+    mechanisms = mechanisms or bool(family or asked)
     both = mechanisms == models
     found: dict[str, Any] = {}
     if mechanisms or both:
-        found["mechanisms"] = catalogue.list_mechanisms()
+        found["mechanisms"] = catalogue.list_mechanisms(family, asked)
     if models or both:
         found["models"] = catalogue.list_models()
     if as_json:
@@ -73,9 +77,12 @@ def list_(
         return
     tables = []
     if "mechanisms" in found:
-        rows = [[row["name"], row["complexity"], _able(row), ", ".join(_closed(row))] for row in found["mechanisms"]]
-        shown = 4 if any(row[3] for row in rows) else 3
-        columns = ["name", "complexity", "can do", "does not leave by"][:shown]
+        rows = [
+            [row["name"], row["family"], str(row["year"] or ""), row["complexity"], _able(row), ", ".join(_closed(row))]
+            for row in found["mechanisms"]
+        ]
+        shown = 6 if any(row[5] for row in rows) else 5
+        columns = ["name", "family", "year", "complexity", "can do", "does not leave by"][:shown]
         tables.append(make_table("mechanisms", columns, [row[:shown] for row in rows]))
     if "models" in found:
         columns = ["name", "attention", "image", "published top-1 %"]
@@ -138,6 +145,7 @@ def _mechanism(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Tabl
     lines = [
         ("mechanism", f"{found['name']}: {found['summary']}"),
         ("formula", found["formula"]),
+        ("family", found["family"]),
         ("complexity", found["complexity"]),
         ("paper", ", ".join(filter(None, paper.values()))),
         ("can do", _able(found)),

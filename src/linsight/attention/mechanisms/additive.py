@@ -59,6 +59,7 @@ class AdditiveQuery(Round):
     formula="o_n = W (g * k^_n) + b + q^_n, g = sum_n a_n q^_n / |a|, a_n = C^(-1/2) q^_n . w, q^ = q / |q|",
     latex=r"o_n = W (g \odot \hat k_n) + b + \hat q_n, \quad g = \sum_n \frac{a_n}{\lVert a \rVert} \hat q_n, \quad "
     r"a_n = C^{-1/2} \hat q_n \cdot w",
+    family="pooling",
     complexity="O(N d)",
     paper=Paper("SwiftFormer: Efficient Additive Attention", "2303.15446", "ICCV 2023"),
 )

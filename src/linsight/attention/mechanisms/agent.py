@@ -62,6 +62,7 @@ class AgentAttention(Attention):
     formula="o = softmax(d^(-1/2) q A^T + B2) softmax(d^(-1/2) A k^T + B1) v + conv3x3(v), A = pool(q)",
     latex=r"o = \mathrm{softmax}_{\mathrm{agents}}(s q A^\top + B_2) \mathrm{softmax}_{\mathrm{keys}}(s A k^\top + "
     r"B_1) v + \mathrm{conv}_{3 \times 3}(v), \quad A = \mathrm{pool}(q), \quad s = d^{-1/2}",
+    family="low rank",
     complexity="O(N n d)",
     paper=Paper("Agent Attention: On the Integration of Softmax and Linear Attention", "2312.08874", "ECCV 2024"),
 )

@@ -31,6 +31,7 @@ from ..tokens import Tokens, merge_heads, split_heads
     latex=r"\begin{aligned} a_c[s] &= N^{-1/2} \sum_p q_c[p] k_c[p + s] \cr "
     r"o_c[i] &= \sum_s \mathrm{softmax}_s(a_c) v_c[i + s] \cr "
     r"\mathrm{out} &= W_o (o \odot \mathrm{SiLU}(W_g x + b_g)) \end{aligned}",
+    family="spectrum",
     complexity="O(N log N d)",
     paper=Paper("Vision Transformers are Circulant Attention Learners", "2512.21542", "AAAI 2026"),
 )

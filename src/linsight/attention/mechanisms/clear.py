@@ -115,6 +115,7 @@ class Overview(Round):
     formula="o_i = sum_j softmax_j(d^(-1/2) q_i . k_j) v_j, j within a radius of i on the grid, or a prefix token",
     latex=r"o_i = \sum_j \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j) v_j, \quad \lVert p_i - p_j \rVert \lt r \text{ or "
     r"} i \text{ or } j \text{ a prefix token}",
+    family="window",
     complexity="O(N r^2 d)",
     paper=Paper(
         "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", "2412.16112", "NeurIPS 2025"

@@ -39,6 +39,7 @@ _LEAST = 1e-6  # of what is below the line
     formula="o_i = sum_j w_ij v_j / max(sum_j w_ij, eps), w_ij = relu(q_i) . relu(k_j) cos(pi/2 (i - j)/N)",
     latex=r"o_i = \frac{\sum_j w_{ij} v_j}{\max(\sum_j w_{ij}, 10^{-6})}, \quad w_{ij} = \mathrm{relu}(q_i) \cdot "
     r"\mathrm{relu}(k_j) \cos \left( \frac{\pi}{2} \cdot \frac{i - j}{N} \right)",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("cosFormer: Rethinking Softmax in Attention", "2202.08791", "ICLR 2022"),
 )

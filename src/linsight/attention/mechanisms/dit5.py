@@ -33,6 +33,7 @@ from .t5 import T5
     r"q' &= \hat q + \mathrm{conv}(\hat q), \quad \hat q = a_q \odot q + b_q \cr "
     r"k' &= n + \mathrm{conv}(n), \quad n = \frac{\hat k - \mathrm{mean}(\hat k)}{\sqrt{\mathrm{var}(\hat k) + "
     r"1}}, \quad \hat k = a_k \odot k + b_k \end{aligned}",
+    family="inner weights",
     complexity="O(N d^2)",
     paper=Paper("Linearizing Vision Transformer with Test-Time Training", "2605.02772", "ICML 2026"),
 )

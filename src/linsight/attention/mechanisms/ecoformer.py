@@ -86,6 +86,7 @@ class BitMeans(KernelMeans):
     latex=r"\begin{aligned} o_i &= \frac{y_i \sum_j y_j v_j^\top + c v_i}{y_i \cdot \sum_j y_j + N c}, \quad c = b + 1 "
     r"\cr y_n &= \mathrm{sign}(A \kappa_n), \quad \kappa_{nj} = \exp \left( - \frac{D_{nj}}{2 \bar D} \right) - \mu_j, "
     r"\quad D_{nj} = \left\lVert \frac{q_n}{\lVert q_n \rVert} - a_j \right\rVert^2 \end{aligned}",
+    family="feature map",
     complexity="O(N m d + N b d)",
     paper=Paper("EcoFormer: Energy-Saving Attention with Linear Complexity", "2209.09004", "NeurIPS 2022"),
 )

@@ -34,6 +34,7 @@ class ChannelMeans(Round):
     "efficient",
     formula="o_i = softmax_c(q_i) sum_j softmax_j(k_j) v_j^T",
     latex=r"o_i = \mathrm{softmax}_c(q_i) E, \quad E_c = \sum_j \mathrm{softmax}_j(k_{jc}) v_j^\top",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Efficient Attention: Attention with Linear Complexities", "1812.01243", "WACV 2021"),
 )

@@ -57,6 +57,7 @@ class KeySums(Round):
     r"\frac{(x - \bar x)^2}{\sum_c (x - \bar x)_c^2 + 10^{-7}} \cr "
     r"\hat q_i &= \frac{f(q_i)}{\lVert f(q_i) \rVert}, \quad \hat k_{jc} = \frac{f(k_j)_c}{\sqrt{\sum_m "
     r"f(k_m)_c^2}} \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("ESSAformer: Efficient Transformer for Hyperspectral Image Super-resolution", "", "ICCV 2023"),
 )

@@ -31,6 +31,7 @@ from ..rounds import Done
     formula="o_i = sum_j f(q^_i . k^_j) v_j / (sum_j f(q^_i . k^_j) + eps), f(x) = 1 + x + x^2 / 2, x^ = x / |x|",
     latex=r"o_i = \frac{\sum_j f(\hat q_i \cdot \hat k_j) v_j}{\sum_j f(\hat q_i \cdot \hat k_j) + \varepsilon}, "
     r"\quad f(x) = \sum_{l=0}^p \frac{x^l}{l!}, \quad \hat x = \frac{x}{\lVert x \rVert}",
+    family="feature map",
     complexity="O(N d^3)",
     paper=Paper("FAST: Factorizable Attention for Speeding up Transformers", "2402.07901"),
 )

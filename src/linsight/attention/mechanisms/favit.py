@@ -54,6 +54,7 @@ _CELLS = _SIDE * _SIDE
     "of windows with dilation r",
     latex=r"o = \left[ \mathrm{softmax}(s q_g K_g^\top) V_g, \mathrm{softmax}(s q_r K_r^\top) V_r, \ldots \right], "
     r"\quad K_g \text{ of a coarser grid}, K_r \text{ of } 7 \times 7 \text{ averages of dilated windows}",
+    family="window",
     complexity="O(N^2 d / (8 s^2) + 49 N d)",
     paper=Paper("Factorization Vision Transformer", "2312.08614", "IEEE TNNLS 2023"),
 )

@@ -131,6 +131,7 @@ class DeepAttention(Attention):
     formula="o_i = sum_a softmax_a(k_i . l_a) z_a, z_a = sum_j softmax_j(l_a . k_j) v_j, latents l learned",
     latex=r"o_i = \sum_a \mathrm{softmax}_a(k_i \cdot l_a) z_a, \quad z_a = \sum_j \mathrm{softmax}_j(l_a \cdot k_j) "
     r"v_j, \quad l \text{ learned}",
+    family="low rank",
     complexity="O(N M d)",
     paper=Paper("FLARE: Fast Low-rank Attention Routing Engine", "2508.12594"),
 )

@@ -104,6 +104,7 @@ class Compete(Side):
     r"I_i &= f(q_i) \cdot \textstyle\sum_j f(k_j), \quad O_j = f(k_j) \cdot \textstyle\sum_i f(q_i) \cr "
     r"\hat I_i &= f(q_i) \cdot \textstyle\sum_j \frac{f(k_j)}{O_j}, \quad \hat O_j = f(k_j) \cdot \textstyle\sum_i "
     r"\frac{f(q_i)}{I_i} \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Flowformer: Linearizing Transformers with Conservation Flows", "2202.06258", "ICML 2022"),
 )

@@ -39,6 +39,7 @@ _EPS = 1e-6
     r"I_t &= f(q_t) \cdot \textstyle\sum_{s \le t} f(k_s), \quad O_t = f(k_t) \cdot \textstyle\sum_{s \le t} f(q_s) "
     r"\cr \hat I_t &= \tfrac{1}{t} f(q_t) \cdot \textstyle\sum_{s \le t} \frac{s f(k_s)}{O_s}, \quad \hat O_t = "
     r"\tfrac{1}{t} f(k_t) \cdot \textstyle\sum_{s \le t} \frac{s f(q_s)}{I_s} \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Flowformer: Linearizing Transformers with Conservation Flows", "2202.06258", "ICML 2022"),
 )

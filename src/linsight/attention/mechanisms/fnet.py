@@ -95,6 +95,7 @@ def _waves(rows: Any, columns: Any, period: Any, **factory: Any) -> tuple[Tensor
     formula="y_nc = Re sum_mb x_mb exp(-2 pi i (n m / N + c b / C))",
     latex=r"y_{nc} = \mathrm{Re} \sum_{m, b} x_{mb} \exp \left( -2 \pi i \left( \frac{n m}{N} + \frac{c b}{C} "
     r"\right) \right)",
+    family="spectrum",
     complexity="O(N log N d)",
     paper=Paper("FNet: Mixing Tokens with Fourier Transforms", "2105.03824", "NAACL 2022"),
 )

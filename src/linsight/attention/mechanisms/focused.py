@@ -40,6 +40,7 @@ from ..tokens import split_heads
     r"\mathrm{mean}_j(\phi(k_j + P_j)) + e} + \mathrm{conv}(v)_i \cr "
     r"\phi(x) &= \lVert u \rVert \frac{u^p}{\lVert u^p \rVert}, \quad u = \frac{\mathrm{relu}(x) + "
     r"e}{\mathrm{softplus}(t)} \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("FLatten Transformer: Vision Transformer using Focused Linear Attention", "2308.00442", "ICCV 2023"),
 )

@@ -109,6 +109,7 @@ class Exponentials(Round):
     "phi(x) = softmax([2y | -2y]), y = W x + b",
     latex=r"o_i = \frac{\phi_q(q_i) \sum_j \phi_k(k_j) v_j^\top}{\phi_q(q_i) \cdot \sum_j \phi_k(k_j) + \varepsilon}, "
     r"\quad \phi(x) = \mathrm{softmax}([2y, -2y]), \quad y = W x + b",
+    family="feature map",
     complexity="O(N d f)",
     paper=Paper(
         "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry", "2402.04347", "ICLR 2024"

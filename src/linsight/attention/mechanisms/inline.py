@@ -99,6 +99,7 @@ class HeadLinear(nn.Conv1d):
     r"= d^{-1/2} \cr "
     r"\mathrm{Cov}(k, v) &= \frac{1}{N} \sum_j (k_j - \mathrm{mean}(k))^\top (v_j - \mathrm{mean}(v)) "
     r"\end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Bridging the Divide: Reconsidering Softmax and Linear Attention", "2412.06590", "NeurIPS 2024"),
 )

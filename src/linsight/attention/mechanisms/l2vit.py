@@ -31,6 +31,7 @@ _LEAST = 100.0  # of the sum of weights
     formula="o_i = t relu(q_i) sum_j relu(k_j) v_j^T / max(relu(q_i) . sum_j relu(k_j), 100)",
     latex=r"o_i = t \frac{\mathrm{relu}(q_i) \sum_j \mathrm{relu}(k_j) v_j^\top}{\max(\mathrm{relu}(q_i) \cdot \sum_j "
     r"\mathrm{relu}(k_j), 100)}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("The Linear Attention Resurrection in Vision Transformer", "2501.16182"),
 )

@@ -57,6 +57,7 @@ class LocalConcentration(nn.Module):
     latex=r"\begin{aligned} x &\leftarrow x + \mathrm{conv}_{3 \times 3}(x) \cr x &\leftarrow x + \mathrm{attention}("
     r"\mathrm{LN}(x)) \cr x &\leftarrow x + \mathrm{conv}_{7 \times 7}(\mathrm{BN}(\mathrm{GELU}("
     r"\mathrm{conv}_{7 \times 7}(\mathrm{LN}(x))))) \cr x &\leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)) \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("The Linear Attention Resurrection in Vision Transformer", "2501.16182"),
 )

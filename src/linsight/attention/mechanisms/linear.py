@@ -23,6 +23,7 @@ from ..rounds import Done
     formula="o_i = phi(q_i) sum_j phi(k_j) v_j^T / (phi(q_i) . sum_j phi(k_j) + eps)",
     latex=r"o_i = \frac{\phi(q_i) S}{\phi(q_i) \cdot z + \varepsilon}, \quad S = \sum_j \phi(k_j) v_j^\top, \quad z "
     r"= \sum_j \phi(k_j)",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Transformers are RNNs", "2006.16236", "ICML 2020"),
 )

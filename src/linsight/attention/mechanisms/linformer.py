@@ -103,6 +103,7 @@ class Projected(Round):
     "linformer",
     formula="o_i = sum_a softmax_a(d^(-1/2) q_i . (E K)_a) (E V)_a, E learned, k x N",
     latex=r"o_i = \sum_a \mathrm{softmax}_a(d^{-1/2} q_i \cdot (E K)_a) (E V)_a, \quad E \in \mathbb{R}^{k \times N}",
+    family="low rank",
     complexity="O(N k d)",
     paper=Paper("Linformer: Self-Attention with Linear Complexity", "2006.04768"),
 )

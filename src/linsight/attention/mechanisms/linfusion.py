@@ -79,6 +79,7 @@ class MappedAttention(Attention):
     r"\frac{1}{N} \sum_j \phi(k_j) + 10^{-4}}, \quad \phi = \mathrm{elu} + 1 \cr "
     r"q &= W_q (x + F_q(x)), \quad k = W_k (x + F_k(x)), \quad F(u) = W_2 \mathrm{LeakyReLU}(\mathrm{LN}(W_1 u)) "
     r"\end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("LinFusion: 1 GPU, 1 Minute, 16K Image", "2409.02097"),
 )

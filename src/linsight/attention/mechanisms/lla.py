@@ -37,6 +37,7 @@ from ..tokens import Tokens
     "under p_ij = softmax_j(d^(-1/2) q_i . k_j)",
     latex=r"o_i = \bar v_i + \mathrm{Cov}_i(v, k) (\mathrm{Cov}_i(k, k) + \lambda)^{-1} (q_i - \bar k_i), \quad "
     r"\text{weighted by } p_{ij} = \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j)",
+    family="scores",
     complexity="O(N^2 d^2 + N d^3)",
     paper=Paper("Local Linear Attention", "2510.01450", "ICLR 2026"),
 )

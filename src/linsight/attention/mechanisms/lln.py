@@ -123,6 +123,7 @@ class Exponentials(Round):
     latex=r"\begin{aligned} o_i &= \frac{Q_i \sum_j K_j v_j^\top}{Q_i \cdot \sum_j K_j + \varepsilon}, \quad Q_i = "
     r"\exp \left( \tfrac{t}{s_q} q_i - \max \right), \quad K_j = \exp \left( \tfrac{t}{s_k} k_j - \max \right) \cr "
     r"t &= \sqrt{\frac{s_q^2 s_k^2 - b}{2 a}}, \quad s_q = \mathrm{std}(q), \quad s_k = \mathrm{std}(k) \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Linear Log-Normal Attention with Unbiased Concentration", "2311.13541", "ICLR 2024"),
 )

@@ -66,6 +66,7 @@ class RotatedMoments(Round):
     r"\mathrm{rot}(f(k_j)) v_j^\top) - z_i \mathrm{mean}_j(v_j) \cr "
     r"z_i &= s f(q_i) \cdot \mathrm{mean}_j(f(k_j)), \quad s = d^{-1/2}, \quad f = \mathrm{elu} + 1 \cr "
     r"\mathrm{out} &= \mathrm{proj}((o + \mathrm{conv}_{5 \times 5}(v)) \odot x_o) \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Rectifying Magnitude Neglect in Linear Attention", "2507.00698", "ICCV 2025"),
 )

@@ -42,6 +42,7 @@ class MeanValue(Round):
     "mean",
     formula="o_i = (1/N) sum_j v_j",
     latex=r"o_i = \frac{1}{N} \sum_j v_j",
+    family="pooling",
     complexity="O(N d)",
     paper=Paper("MetaFormer Is Actually What You Need for Vision", "2111.11418", "CVPR 2022"),
 )

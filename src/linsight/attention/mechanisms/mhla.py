@@ -188,6 +188,7 @@ class NormedAttention(Attention):
     latex=r"\begin{aligned} o_i &= \frac{f(q_i) \sum_b W_{ab} S_b}{f(q_i) \cdot \sum_b W_{ab} z_b + 10^{-6}} + "
     r"\mathrm{conv}_{5 \times 5}(v)_i, \quad i \in a \cr S_b &= \sum_{t \in b} f(k_t) v_t^\top, \quad z_b = \sum_{t "
     r"\in b} f(k_t), \quad f = \mathrm{relu} + 10^{-6} \end{aligned}",
+    family="feature map",
     complexity="O(N d^2 + M^2 d^2)",
     paper=Paper(
         "MHLA: Restoring Expressivity of Linear Attention via Token-Level Multi-Head", "2601.07832", "ICLR 2026"

@@ -34,6 +34,7 @@ _EPS = 1e-6
     "H = prod_r (I - 2 u_r u_r^T / |u_r|^2)",
     latex=r"o_i = \frac{\phi(q_i) \sum_j \phi(k_j) v_j^\top}{\phi(q_i) \cdot \sum_j \phi(k_j) + \varepsilon}, \quad "
     r"\phi(x) = \mathrm{relu}(H x), \quad H = \prod_r \left( I - 2 \frac{u_r u_r^\top}{\lVert u_r \rVert^2} \right)",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("MirrorLA: Reflecting Feature Map for Vision Linear Attention", "2602.04346"),
 )

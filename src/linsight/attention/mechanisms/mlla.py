@@ -73,6 +73,7 @@ class GatedAttention(Attention):
     r"\mathrm{mean}(f(k)) + 10^{-6}} + \mathrm{conv}_{3 \times 3}(v)_i, \quad f = \mathrm{elu} + 1 \cr "
     r"y &= \mathrm{proj}(o(u) \odot \mathrm{SiLU}(\mathrm{act}(x))), \quad u = \mathrm{SiLU}(\mathrm{conv}_{3 "
     r"\times 3}(\mathrm{in}(x))) \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Demystify Mamba in Vision: A Linear Attention Perspective", "2405.16605", "NeurIPS 2024"),
 )

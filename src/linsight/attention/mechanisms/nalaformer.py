@@ -65,6 +65,7 @@ class DirectionMeans(KernelMeans):
     r"\quad r_i = \lVert q_i \rVert, \quad K_j = [k_j^+, k_j^-]^3 \cr "
     r"\mathrm{out} &= \mathrm{proj}(\mathrm{LN}(o + \mathrm{conv}_{5 \times 5}(v)) \odot \mathrm{SiLU}(g)) "
     r"\end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper(
         "Norm x Direction: Restoring the Missing Query Norm in Vision Linear Attention", "2506.21137", "ICML 2026"

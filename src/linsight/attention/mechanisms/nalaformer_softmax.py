@@ -27,6 +27,7 @@ from .nalaformer import NaLaFormer
     r"\cr "
     r"\mathrm{out} &= \mathrm{proj}(\mathrm{LN}(o + \mathrm{conv}_{5 \times 5}(v)) \odot \mathrm{SiLU}(g)) "
     r"\end{aligned}",
+    family="scores",
     complexity="O(N^2 d)",
     paper=Paper(
         "Norm x Direction: Restoring the Missing Query Norm in Vision Linear Attention", "2506.21137", "ICML 2026"

@@ -96,6 +96,7 @@ class GatherInverse(Gather):
     r"Z &\approx A^+, \quad A = \mathrm{softmax}(c \tilde Q \tilde K^\top) \cr "
     r"Z &\leftarrow \tfrac{1}{4} Z (13 - A Z (15 - A Z (7 - A Z))) \text{ six times, from } "
     r"\frac{A^\top}{\max_j \sum_i A_{ij}} \end{aligned}",
+    family="low rank",
     complexity="O(N m d + m^3)",
     paper=Paper("Nystromformer: A Nystrom-based Algorithm for Approximating Self-Attention", "2102.03902", "AAAI 2021"),
 )

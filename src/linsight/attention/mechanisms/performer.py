@@ -71,6 +71,7 @@ class PositiveSums(KernelSums):
     r"\quad z = \sum_j \phi_k(k_j) \cr "
     r"\phi(x) &= \exp \left( \Omega x' - \tfrac{1}{2} \lVert x' \rVert^2 - \mathrm{top} \right) + 10^{-4}, "
     r"\quad x' = d^{-1/4} x \end{aligned}",
+    family="feature map",
     complexity="O(N m d)",
     paper=Paper("Rethinking Attention with Performers", "2009.14794", "ICLR 2021"),
 )

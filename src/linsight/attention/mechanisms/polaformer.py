@@ -43,6 +43,7 @@ from ..tokens import Tokens, split_heads
     r"10^{-6}}, \quad o^o_i = \frac{Q^o_i \mathrm{mean}_j(K_j v_{2j}^\top)}{Q^o_i \cdot \mathrm{mean}_j(K_j) + "
     r"10^{-6}} \cr Q^s &= [q^+, q^-]^p, \quad Q^o = [q^-, q^+]^p, \quad K = [k^+, k^-]^p, \quad v = [v_1, v_2] \cr "
     r"\mathrm{out} &= \mathrm{proj}(([o^s, o^o] + \mathrm{conv}(v)) \odot g) \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("PolaFormer: Polarity-aware Linear Attention for Vision Transformers", "2501.15061", "ICLR 2025"),
 )

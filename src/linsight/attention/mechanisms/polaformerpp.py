@@ -80,6 +80,7 @@ class ExpMeans(Round):
     r"\cdot \mathrm{mean}_j(K_j) + 10^{-6}}, \quad o^o_i \text{ alike of } Q^o_i, v_2, \quad v = [v_1, v_2] \cr "
     r"Q^s &= e^{[q^+, q^-] \odot s_1} - 1, \quad Q^o = e^{[q^-, q^+] \odot s_2} - 1, \quad K = e^{[k^+, k^-]} - 1 \cr "
     r"\mathrm{out} &= \mathrm{proj}(([o^s, o^o] + \mathrm{conv}_{5 \times 5}(v)) \odot x_o) \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("PolaFormer: Polarity-aware Linear Attention for Vision Transformers", "2501.15061", "ICLR 2025"),
 )

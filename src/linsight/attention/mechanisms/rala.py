@@ -96,6 +96,7 @@ class WeightedSums(Round):
     r"\sum_j a_j f(k_j) + 10^{-6}}, \quad a_j = \mathrm{softmax}_j(d^{-1/2} g \cdot f(k_j)) \cr "
     r"\mathrm{out} &= \mathrm{proj}((o + \mathrm{conv}_{5 \times 5}(v)) \odot x_o), \quad f = \mathrm{elu} + "
     r"1, \quad g = \mathrm{mean}(f(q)) \end{aligned}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("Breaking the Low-Rank Dilemma of Linear Attention", "2411.07635", "CVPR 2025"),
 )

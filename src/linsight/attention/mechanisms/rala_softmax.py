@@ -24,6 +24,7 @@ from ..tokens import Tokens
     latex=r"\begin{aligned} o_i &= \sum_j \mathrm{softmax}_j(d^{-1/2} \mathrm{rot}(q_i) \cdot \mathrm{rot}(k_j)) v_j "
     r"\cr "
     r"\mathrm{out} &= \mathrm{proj}((o + \mathrm{conv}_{5 \times 5}(v)) \odot x_o) \end{aligned}",
+    family="scores",
     complexity="O(N^2 d)",
     paper=Paper("Breaking the Low-Rank Dilemma of Linear Attention", "2411.07635", "CVPR 2025"),
 )

@@ -28,6 +28,7 @@ from .softmax import Softmax
     formula="o_i = sum_j softmax_j(tau_i d^(-1/2) q_i . k_j) v_j, tau_i = 1 + exp(-exp(beta)) ln(n_i)",
     latex=r"o_i = \sum_j \mathrm{softmax}_j(\tau_i d^{-1/2} q_i \cdot k_j) v_j, \quad \tau_i = 1 + \exp(-e^\beta) "
     r"\ln n_i",
+    family="scores",
     complexity="O(N^2 d)",
     paper=Paper("Selective Attention: Enhancing Transformer through Principled Context Control", "", "NeurIPS 2024"),
 )

@@ -41,6 +41,7 @@ class ScoredMean(Round):
     "separable",
     formula="o_n = relu(v_n) * sum_m softmax_m(s_m) k_m",
     latex=r"o_n = \mathrm{relu}(v_n) \odot \sum_m \mathrm{softmax}_m(s_m) k_m",
+    family="pooling",
     complexity="O(N d)",
     paper=Paper("Separable Self-attention for Mobile Vision Transformers", "2206.02680", "TMLR 2023"),
 )

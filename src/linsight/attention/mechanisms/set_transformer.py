@@ -123,6 +123,7 @@ class InducedAttention(Attention):
     latex=r"\begin{aligned} \mathrm{ISAB}(X) &= \mathrm{MAB}(X, \mathrm{MAB}(I, X)), \quad I \text{ learned} \cr "
     r"\mathrm{MAB}(X, Y) &= U + \mathrm{relu}(W_o U), \quad U = Q + \mathrm{softmax}(C^{-1/2} Q K^\top) V "
     r"\end{aligned}",
+    family="low rank",
     complexity="O(N m d)",
     paper=Paper(
         "Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",

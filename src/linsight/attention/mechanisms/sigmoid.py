@@ -26,6 +26,7 @@ from ..tokens import Tokens
     "sigmoid",
     formula="o_i = sum_j sigmoid(d^(-1/2) q_i . k_j - ln N) v_j",
     latex=r"o_i = \sum_j \sigma(d^{-1/2} q_i \cdot k_j + b) v_j, \quad b = -\ln N",
+    family="scores",
     complexity="O(N^2 d)",
     paper=Paper("Theory, Analysis, and Best Practices for Sigmoid Self-Attention", "2409.04431", "2024"),
 )

@@ -50,6 +50,7 @@ _STEPS = 20
     latex=r"\begin{aligned} o &= \kappa(q, L) S \kappa(L, k) v + \mathrm{conv}(v), \quad S \approx (\kappa(L, L) + "
     r"0.01 I)^{-1}, \quad k = q \cr \kappa(a, b) &= e^{-\lVert a - b \rVert^2 / 2}, \quad L = "
     r"\mathrm{GELU}(\mathrm{LN}(\mathrm{conv}_{r \times r}(q))) \end{aligned}",
+    family="low rank",
     complexity="O(N^2 d / r^2 + N^3 / r^6)",
     paper=Paper("SOFT: Softmax-free Transformer with Linear Complexity", "2110.11945", "NeurIPS 2021"),
 )

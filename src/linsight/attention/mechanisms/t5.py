@@ -37,6 +37,7 @@ from ..registry import Paper, register
     r"W' &= W + \nabla_W \frac{s}{N} \sum_n f_W(k'_n) \cdot v_n, \quad s = d^{-1/2} \cr "
     r"q' &= q + \mathrm{conv}(q), \quad k' = n + \mathrm{conv}(n), \quad n = \frac{k - "
     r"\mathrm{mean}(k)}{\sqrt{\mathrm{var}(k) + 1}} \end{aligned}",
+    family="inner weights",
     complexity="O(N d^2)",
     paper=Paper("Linearizing Vision Transformer with Test-Time Training", "2605.02772", "ICML 2026"),
 )

@@ -72,6 +72,7 @@ class TaylorMeans(KernelMeans):
     formula="o_i = sum_j f(s_ij) v_j / sum_j f(s_ij), f(s) = s^2/2 + s + 1, s_ij = t q_i/|q_i| . k_j/|k_j|",
     latex=r"o_i = \frac{\sum_j f(s_{ij}) v_j}{\sum_j f(s_{ij})}, \quad f(s) = \frac{s^2}{2} + s + 1, \quad s_{ij} = t "
     r"\frac{q_i}{\lVert q_i \rVert} \cdot \frac{k_j}{\lVert k_j \rVert}",
+    family="feature map",
     complexity="O(N d^3)",
     paper=Paper(
         "TaylorShift: Shifting the Complexity of Self-Attention from Squared to Linear (and Back) using Taylor-Softmax",

@@ -58,6 +58,7 @@ class Sums(Round):
     formula="o_i = r(f(q_i) sum_j f(k_j) v_j^T), r(x) = x / (|x| C^(-1/2) + eps), f = elu",
     latex=r"o_i = r \left( f(q_i) \textstyle\sum_j f(k_j) v_j^\top \right), \quad r(x) = \frac{x}{C^{-1/2} \lVert x "
     r"\rVert + 10^{-8}}, \quad f = \mathrm{elu}",
+    family="feature map",
     complexity="O(N d^2)",
     paper=Paper("The Devil in Linear Transformer", "2210.10340", "EMNLP 2022"),
 )

@@ -32,6 +32,7 @@ from .transnormer import PUBLISHED, normed
     formula="o_i = sum_j softmax_j(d^(-1/2) q_i . k_j) v_j, or r(sum_j relu(d^(-1/2) q_i . k_j) v_j), j in i's chunk",
     latex=r"o_i = \sum_{j \in \mathrm{chunk}(i)} \mathrm{softmax}_j(s q_i \cdot k_j) v_j, \quad \text{or } r \left( "
     r"\textstyle\sum_j \mathrm{relu}(s q_i \cdot k_j) v_j \right), \quad s = d^{-1/2}",
+    family="window",
     complexity="O(N w d)",
     paper=Paper("The Devil in Linear Transformer", "2210.10340", "EMNLP 2022"),
 )

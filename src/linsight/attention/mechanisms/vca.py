@@ -75,6 +75,7 @@ class HeadNorm(nn.RMSNorm):
     r"\hat V &= (1 - l_0) \mathrm{RMSNorm}(V_+ - l_1 V_-), \quad V_\pm = \mathrm{softmax}_{\mathrm{keys}}(s "
     r"T_\pm k^\top) v \cr "
     r"T_\pm &= \mathrm{pool}(q) + e_\pm, \quad s = d^{-1/2} \end{aligned}",
+    family="low rank",
     complexity="O(N n d)",
     paper=Paper(
         "Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise Differentials",

@@ -58,6 +58,7 @@ class Tables(Round):
     formula="o_i = y_i / |y_i|, y_i = sum_j p_ij v_j, p_ij = (1 - arccos(q^_i . k^_j) / pi)^t by n hashes of t bits",
     latex=r"o_i = \frac{y_i}{\lVert y_i \rVert}, \quad y_i = \sum_j p_{ij} v_j, \quad p_{ij} = \left( 1 - "
     r"\tfrac{1}{\pi} \arccos \frac{q_i \cdot k_j}{\lVert q_i \rVert \lVert k_j \rVert} \right)^t",
+    family="hashing",
     complexity="O(N n t d)",
     paper=Paper(
         "You Only Sample (Almost) Once: Linear Cost Self-Attention Via Bernoulli Sampling", "2111.09714", "ICML 2021"
