@@ -17,6 +17,7 @@ from linsight.ops import (
     Tile,
     axis_window,
     flex,
+    forms,
     neighbourhood_attention,
     neighbourhood_attention_nd,
     tiles,
@@ -169,6 +170,14 @@ def test_flex_attention_skips_the_blocks_of_other_dilation_groups():
     """On 32 x 32 tokens, groups of 8 x 8: each block of 128 sees itself alone, of eight."""
     window = AxisWindow(3, dilation=4)
     assert flex.plan((32, 32), (window, window), torch.device("cpu")).blocks.sparsity() == 87.5
+
+
+def test_flex_attention_is_not_for_a_cpu():
+    """It would warn of the matrix that it makes there."""
+    with use_form("flex"):
+        neighbourhood_attention(*torch.randn(3, 1, 64, 1, 16), Tile.whole(Grid(8, 8)), 3)
+    (row,) = (row for row in forms("cpu") if row.operator == "neighbourhood_attention")
+    assert row.form == "plain PyTorch" and "use_form('flex')" in row.reason
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

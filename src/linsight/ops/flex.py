@@ -55,7 +55,7 @@ def neighbourhood_attention(
     found = plan(sides, windows, v.device)
     q, k, v = (x.to(v.dtype).index_select(1, found.order).transpose(1, 2) for x in (q, k, v))
     change = None if table is None else _biased(found.axes, table)
-    run: Callable[..., Any] = _compiled(flex_attention) if v.is_cuda else flex_attention
+    run: Any = _compiled(flex_attention) if v.is_cuda else flex_attention
     out = run(q, k, v, score_mod=change, block_mask=found.blocks, scale=q.shape[-1] ** -0.5)
     return out.transpose(1, 2).index_select(1, found.back)
 
@@ -106,7 +106,7 @@ def _sees(axis: Axis, i: Tensor, j: Tensor) -> Tensor:
 
 
 def _biased(axes: tuple[Axis, Axis], table: Tensor) -> Callable[..., Tensor]:
-    """What adds the bias of each distance to a score; that of a pair which is not seen is of any distance."""
+    """A function that adds the bias of its distance to a score; where a pair is not seen, that of any distance."""
 
     def distance(axis: Axis, i: Tensor, j: Tensor) -> Tensor:
         most = axis.kernel - 1

@@ -16,7 +16,6 @@ with `qkv_bias=False` and `layer.proj = torch.nn.Identity()`.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +79,9 @@ class Halo(Core):
             )
         self.num_heads = num_heads
         self.block_size, self.halo_size, self.scale_pos_embed = block_size, halo_size, scale_pos_embed
+        self.window = block_size + 2 * halo_size
         self.scale = (dim // num_heads) ** -0.5
-        shape = (2 * (block_size + 2 * halo_size) - 1, dim // num_heads)
+        shape = (2 * self.window - 1, dim // num_heads)
         self.height_rel = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.width_rel = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         for table in (self.height_rel, self.width_rel):
@@ -97,44 +97,47 @@ class Halo(Core):
         with full_precision(v):
             down, across = (self._of_places(table.to(dtype)) for table in (self.height_rel, self.width_rel))
             outs = [
-                self._attend(taken(q, mine), *(taken(x, theirs, there) for x in (k, v)), down, across)
+                self._attend(taken(q, mine), taken(k, theirs, there), taken(v, theirs, there), down, across)
                 for mine, theirs, there in self._cut(q, own, seen, inside)
             ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-        return out.flatten(1, 2).index_select(1, self._home(sides, q.device)).to(tokens.v.dtype)
+        return out.index_select(1, self._home(sides, q.device)).to(tokens.v.dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, down: Tensor, across: Tensor) -> Tensor:
-        """Outputs `(B, blocks, b*b, H, E)` of queries of that shape and windows `(B, blocks, w*w, H, D)`."""
-        side = self.block_size
-        q, k, v = (x.transpose(2, 3) for x in (q, k, v))  # (B, blocks, H, places, D)
-        square = unflatten(q, 3, (side, side))
+        """Outputs `(B, blocks*b*b, H, E)` of queries of that shape and windows `(B, blocks*w*w, H, D)`."""
+        side, batch = self.block_size, q.shape[0]
+        q, k, v = (
+            unflatten(x, 1, (-1, size**2)).flatten(0, 1).transpose(1, 2)  # (B*blocks, H, places, D)
+            for x, size in ((q, side), (k, self.window), (v, self.window))
+        )
+        square = unflatten(q, 2, (side, side))
         rows = square @ down.transpose(-1, -2)  # (..., y, x, m)
-        columns = (square.transpose(3, 4) @ across.transpose(-1, -2)).transpose(3, 4)  # (..., y, x, n)
-        far = (rows[..., None] + columns[..., None, :]).flatten(5).flatten(3, 4)
+        columns = (square.transpose(2, 3) @ across.transpose(-1, -2)).transpose(2, 3)  # (..., y, x, n)
+        far = (rows[..., None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         scores = (q * self.scale) @ k.transpose(-1, -2) + (far * self.scale if self.scale_pos_embed else far)
-        return (scores.softmax(dim=-1) @ v).transpose(2, 3)
+        out = scores.softmax(dim=-1) @ v
+        return unflatten(out.transpose(1, 2), 0, (batch, -1)).flatten(1, 2)
 
     def _of_places(self, table: Tensor) -> Tensor:
         """The vectors `(b, w, D)` of each place of a window's side, for each place of a block's side."""
-        side, window = self.block_size, self.block_size + 2 * self.halo_size
-        place = torch.arange(window, device=table.device) + (window - 1)
-        far = place - torch.arange(side, device=table.device)[:, None]
-        return table.index_select(0, far.flatten()).view(side, window, -1)
+        place = torch.arange(self.window, device=table.device) + (self.window - 1)
+        far = place - torch.arange(self.block_size, device=table.device)[:, None]
+        return table.index_select(0, far.flatten()).view(*far.shape, -1)
 
-    def _cut(self, q: Tensor, *blocks: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        """Tables of `blocks`, in so many parts that each makes few scores; whole where gradients are recorded."""
+    def _cut(self, q: Tensor, own: Tensor, *seen: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        """The tables, in so many parts of whole blocks that each makes few scores; whole with gradients recorded."""
         if torch.is_grad_enabled() or traced():
-            return [blocks]
-        window = self.block_size + 2 * self.halo_size
-        each = q.shape[0] * self.num_heads * (self.block_size * window) ** 2
-        return zip(*(table.split(max(1, _AT_ONCE // max(1, each))) for table in blocks), strict=True)
+            return [(own, *seen)]
+        block, window = self.block_size**2, self.window**2
+        each = max(1, _AT_ONCE // max(1, q.shape[0] * self.num_heads * block * window))
+        return zip(own.split(each * block), *(table.split(each * window) for table in seen), strict=True)
 
     def _home(self, sides: tuple[int, int], device: torch.device) -> Tensor:
         """Where each token of the grid is among those of the blocks."""
-        b = self.block_size
-        (block_y, y), (block_x, x) = (divided(torch.arange(side, device=device), b) for side in sides)
-        across = (sides[1] + b - 1) // b
-        return ((block_y * (across * b * b) + y * b)[:, None] + block_x * (b * b) + x).flatten()
+        b, across = self.block_size, (sides[1] + self.block_size - 1) // self.block_size
+        places = divided(torch.arange(sides[0] * sides[1], device=device), sides[1])
+        (down, y), (right, x) = (divided(place, b) for place in places)
+        return (down * across + right) * (b * b) + y * b + x
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""
@@ -142,19 +145,20 @@ class Halo(Core):
 
 
 def places(sides: tuple[int, int], block: int, halo: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tokens of each block and its halo, row by row: `(blocks, (block + 2 halo)^2)`, and whether there is one."""
-    found: list[Any] = []
-    for side in sides:
-        start = torch.arange((side + block - 1) // block, device=device) * block
-        place = start[:, None] + torch.arange(-halo, block + halo, device=device)  # (blocks along the side, window)
-        found.append((place, (place >= 0) & (place < side)))
-    (row, in_rows), (column, in_columns) = found
-    inside = in_rows[:, None, :, None] & in_columns[:, None, :]
-    at = (row[:, None, :, None] * sides[1] + column[:, None, :]).masked_fill(~inside, 0)
-    return at.flatten(2).flatten(0, 1), inside.flatten(2).flatten(0, 1)
+    """The tokens of each block and its halo, row by row, and whether there is one: `(blocks * (block + 2 halo)^2,)`.
+
+    In one axis: a graph must not ask whether there is one block only.
+    """
+    side = block + 2 * halo
+    down, across = ((length + block - 1) // block for length in sides)
+    cell, place = divided(torch.arange(down * across * (side * side), device=device), side * side)
+    corners, inner = divided(cell, across), divided(place, side)
+    row, column = (corner * block + part - halo for corner, part in zip(corners, inner, strict=True))
+    inside = (row >= 0) & (row < sides[0]) & (column >= 0) & (column < sides[1])
+    return (row * sides[1] + column).masked_fill(~inside, 0), inside
 
 
 def taken(x: Tensor, at: Tensor, inside: Tensor | None = None) -> Tensor:
-    """The tokens `(B, blocks, places, H, D)` of `x` `(B, N, H, D)`, zeros where there is none."""
-    found = unflatten(x.index_select(1, at.flatten()), 1, at.shape)
-    return found if inside is None else found.masked_fill(~inside[..., None, None], 0)
+    """The tokens `at` `(n,)` of `x` `(B, N, H, D)`, zeros where there is none."""
+    found = x.index_select(1, at)
+    return found if inside is None else found.masked_fill(~inside[:, None, None], 0)
