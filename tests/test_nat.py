@@ -249,3 +249,26 @@ def test_windows_that_are_none_are_refused(options):
     with pytest.raises(LinsightError, match=f"{next(iter(options))}=.* of 'nat'") as caught:
         create_attention("nat", 8, 2, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dilations"),
+    [
+        ("dinat_mini", [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1] * 5]),
+        ("dinat_s_large_384", [[1, 13], [1, 6], [1, 3] * 9, [1, 1]]),
+    ],
+)
+def test_dilations_take_turns_in_published_models(name, dilations):
+    model = linsight.create_model(name, device="meta")
+    stages = getattr(model, "stages", None) or model.layers
+    found = [[block.attn.core.window for block in stage.blocks] for stage in stages]
+    assert found == [[(AxisWindow(7, dilation),) * 2 for dilation in row] for row in dilations]
+
+
+@pytest.mark.parametrize("size", [(40, 24), (5, 130)], ids=str)
+def test_images_smaller_than_the_windows(size):
+    stages = [(8, 2, 2, 2.0), (8, 2, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0)]
+    model = linsight.create_model("dinat_mini", stages=stages, num_classes=3)
+    out = model(torch.randn(2, 3, *size))
+    out.square().sum().backward()
+    assert out.shape == (2, 3) and all(p.grad.isfinite().all() for p in model.parameters())
