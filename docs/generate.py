@@ -136,6 +136,8 @@ model = create_model("swin_tiny", attention="linear", num_classes=10)  # any mec
 create_model("swin_tiny", attention="inline,inline,focused,softmax", device="meta")  # one a stage
 create_model("swin_tiny", attention="inline:1/softmax", device="meta")  # in the first block of each stage
 create_model("swin_tiny", attention="softmax~inline", device="meta")  # in turn
+dilated = {"dilation": ["1~8", "1~4", "1~2", 1]}  # a value for each stage, and in it for blocks in turn
+create_model("swin_tiny", attention="nat", attention_options=dilated, device="meta")
 create_model("swin_tiny_patch4_window7_224", attention="inline", device="meta")  # a name of timm's
 
 logits = model(torch.randn(1, 3, 160, 96))  # any height and width

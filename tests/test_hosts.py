@@ -55,6 +55,12 @@ SMALL = {
         "window_size": 3,
         "num_classes": 7,
     },
+    "nat_pyramid_small": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "img_size": 64,
+        "init_values": 0.5,
+        "num_classes": 7,
+    },
     "flow_pyramid": {
         "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
         "img_size": 64,

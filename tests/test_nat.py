@@ -10,7 +10,19 @@ import linsight
 from linsight import create_attention
 from linsight.attention import Tokens, create_core, mechanism
 from linsight.errors import LinsightError
-from linsight.ops import AxisWindow, Grid, Layout, Tile, axis_window, neighbourhood_attention, tiles
+from linsight.ops import (
+    AxisWindow,
+    Grid,
+    Layout,
+    Tile,
+    axis_window,
+    flex,
+    forms,
+    neighbourhood_attention,
+    neighbourhood_attention_nd,
+    tiles,
+    use_form,
+)
 from matrix.costs import Elements
 from matrix.graphs import OnImages
 from matrix.subject import close, random_tokens
@@ -101,6 +113,26 @@ def test_equals_masked_softmax(grid, options):
     close(core(tokens, Layout(grid)), naive(tokens, grid, *core.window, core.rpb))
 
 
+def test_any_number_of_axes():
+    """Of three, each query sees the product of its windows, with the bias of each distance; of two, as `NAT` does."""
+    sides, windows = (3, 5, 4), (AxisWindow(2, causal=True), AxisWindow(3, stride=2), AxisWindow(2, dilation=2))
+    q, k, v = torch.randn(3, 2, *sides, 2, 4, dtype=F64)
+    table = torch.randn(2, 3, 5, 3, dtype=F64)
+    out = neighbourhood_attention_nd(q, k, v, windows, table)
+    for place in itertools.product(*map(range, sides)):
+        keys = list(itertools.product(*(window_of(x, n, *w) for x, n, w in zip(place, sides, windows, strict=True))))
+        at = (slice(None), *map(list, zip(*keys, strict=True)))
+        far = zip(zip(*keys, strict=True), place, windows, strict=True)
+        steps = [[(y - x) // w.dilation + w.kernel - 1 for y in axis] for axis, x, w in far]
+        scores = torch.einsum("bhd,bnhd->bhn", q[(slice(None), *place)], k[at]) / 2 + table[(slice(None), *steps)]
+        close(out[(slice(None), *place)], torch.einsum("bhn,bnhd->bhd", scores.softmax(-1), v[at]))
+    core = make_core(kernel_size=(3, 2), rpb=False)
+    flat = core(Tokens(*(x[:, 0].flatten(1, 2) for x in (q, k, v))), Layout(Grid(5, 4)))
+    close(neighbourhood_attention_nd(*(x[:, 0] for x in (q, k, v)), core.window).flatten(1, 2), flat)
+    with pytest.raises(LinsightError, match="3 axes, but there are 2 windows"):
+        neighbourhood_attention_nd(q, k, v, windows[:2])
+
+
 def test_a_window_of_the_whole_grid_is_softmax():
     grid = Grid(5, 8)
     core, softmax = make_core(kernel_size=(5, 8), rpb=False), create_core("softmax", 8, 2)
@@ -119,6 +151,33 @@ def test_each_image_of_a_padded_batch_has_its_own_rim_and_dilation(options):
     for i, size in enumerate(sizes):
         alone = Tokens(*(x[i, keep[i]][None] for x in tokens[:3]))
         close(out[i, keep[i]], core(alone, Layout(Grid(*size)))[0])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_flex_attention_is_told_the_same_windows(options):
+    """Run eagerly, as it is defined: its kernel is for CUDA, where alone it is chosen."""
+    core, sides = make_core(**options).float(), (9, 20)
+    q, k, v = torch.randn(3, 2, 180, 2, 4)
+    tile = Tile.whole(Grid(*sides))
+    with use_form("flex"), torch.no_grad():
+        plain = neighbourhood_attention(q, k, v, tile, core.window, core.rpb)
+        out = flex.neighbourhood_attention(q, k, v, sides, core.window, core.rpb)
+    torch.testing.assert_close(out, plain)
+
+
+def test_flex_attention_skips_the_blocks_of_other_dilation_groups():
+    """On 32 x 32 tokens, groups of 8 x 8: each block of 128 sees itself alone, of eight."""
+    window = AxisWindow(3, dilation=4)
+    assert flex.plan((32, 32), (window, window), torch.device("cpu")).blocks.sparsity() == 87.5
+
+
+def test_flex_attention_is_not_for_a_cpu():
+    """It would warn of the matrix that it makes there."""
+    with use_form("flex"):
+        neighbourhood_attention(*torch.randn(3, 1, 64, 1, 16), Tile.whole(Grid(8, 8)), 3)
+    (row,) = (row for row in forms("cpu") if row.operator == "neighbourhood_attention")
+    assert row.form == "plain PyTorch" and "use_form('flex')" in row.reason
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -190,3 +249,26 @@ def test_windows_that_are_none_are_refused(options):
     with pytest.raises(LinsightError, match=f"{next(iter(options))}=.* of 'nat'") as caught:
         create_attention("nat", 8, 2, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dilations"),
+    [
+        ("dinat_mini", [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1] * 5]),
+        ("dinat_s_large_384", [[1, 13], [1, 6], [1, 3] * 9, [1, 1]]),
+    ],
+)
+def test_dilations_take_turns_in_published_models(name, dilations):
+    model = linsight.create_model(name, device="meta")
+    stages = getattr(model, "stages", None) or model.layers
+    found = [[block.attn.core.window for block in stage.blocks] for stage in stages]
+    assert found == [[(AxisWindow(7, dilation),) * 2 for dilation in row] for row in dilations]
+
+
+@pytest.mark.parametrize("size", [(40, 24), (5, 130)], ids=str)
+def test_images_smaller_than_the_windows(size):
+    stages = [(8, 2, 2, 2.0), (8, 2, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0)]
+    model = linsight.create_model("dinat_mini", stages=stages, num_classes=3)
+    out = model(torch.randn(2, 3, *size))
+    out.square().sum().backward()
+    assert out.shape == (2, 3) and all(p.grad.isfinite().all() for p in model.parameters())

@@ -46,6 +46,19 @@ def test_a_list_gives_one_value_to_each_stage():
         plan("inline", [1, 1], {"feature_map": ["exp", "rely"]})
 
 
+def test_values_of_options_that_blocks_take_in_turn():
+    rows = plan("nat:3/softmax,softmax,nat", [4, 1, 3], {"dilation": ["1~8", 1, "[1, 2] ~ 2~3"], "rpb": "true~false"})
+    assert [[choice.options for choice in row] for row in rows] == [
+        [{"dilation": 1, "rpb": True}, {"dilation": 8, "rpb": False}, {"dilation": 1, "rpb": True}, {}],
+        [{}],
+        [{"dilation": (1, 2), "rpb": True}, {"dilation": 2, "rpb": False}, {"dilation": 3, "rpb": True}],
+    ]
+    ((first, second),) = plan("inline", [2], {"feature_map": "relu~exp"})
+    assert (first.options, second.options) == ({"feature_map": "relu"}, {"feature_map": "exp"})
+    with pytest.raises(LinsightError, match="dilation='wide' of 'nat' must be a whole number"):
+        plan("nat", [2], {"dilation": "1~wide"})
+
+
 def test_blocks_are_numbered_over_all_stages():
     rows = plan("inline:1/softmax", [2, 1, 3])
     assert [choice.index for row in rows for choice in row] == list(range(6))

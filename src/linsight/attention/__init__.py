@@ -15,7 +15,7 @@ from .nodes import Node, one_node
 from .on_grid import OnGrid
 from .packed import each_image
 from .parts.token_conv import TokenConv
-from .projections import PROJECTIONS, Projection
+from .projections import PROJECTIONS, PUBLISHED_PROJECTIONS, Projection
 from .registry import Mechanism, Option, Paper, list_attentions, mechanism, register, require, unregister
 from .rounds import Progress, Round, drive, scan
 from .tiled import run_rounds
@@ -29,6 +29,7 @@ __all__ = [
     "FLAGS",
     "INFERENCE_FORMS",
     "PROJECTIONS",
+    "PUBLISHED_PROJECTIONS",
     "WAYS",
     "Additive",
     "Attention",

@@ -7,11 +7,13 @@ class Projection(NamedTuple):
     """One linear map of a layer: its name in the state dict, and which of q, k, v it yields, in order.
 
     also: what is the first of these parts, too, as keys that are projected as queries are.
+    by_head: the rows of each head stand together, its parts in turn; else those of a part.
     """
 
     name: str
     parts: tuple[str, ...]
     also: tuple[str, ...] = ()
+    by_head: bool = False
 
     @property
     def yields(self) -> tuple[str, ...]:
@@ -34,4 +36,10 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "v": (Projection("v", ("v",)),),
     "none": (),  # for a layer that makes its tokens itself
     "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),
+}
+
+# With those that only published layers have: they are loaded into, and exported from, one of the above.
+PUBLISHED_PROJECTIONS = {
+    **PROJECTIONS,
+    "q_kvh": (Projection("q", ("q",)), Projection("kvh", ("k", "v"), by_head=True)),
 }

@@ -85,7 +85,8 @@ def convert(model: nn.Module, tensors: Mapping[str, Tensor], *, named: bool) -> 
             entries |= dict.fromkeys(keys, entries.pop(one))
     for path, layer in model.named_modules():
         if isinstance(layer, Attention):
-            regroup(entries, unwrapped_key(f"{path}.") if path else "", layer.layout_name)
+            prefix = unwrapped_key(f"{path}.") if path else ""
+            regroup(entries, prefix, layer.layout_name, layer.num_heads)
         for pattern in getattr(layer, "in_parts", ()):
             names = dict(layer.named_parameters()).keys()
             count = sum(pattern.format(i) in names for i in range(len(names)))

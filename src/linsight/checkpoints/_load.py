@@ -159,7 +159,8 @@ def export_published(model: nn.Module, path: str | Path | None = None) -> dict[s
     entries = {key: Entry(key, tensor) for key, tensor in own.items()}
     for name, layer in inner.named_modules():
         if isinstance(layer, Attention):
-            regroup(entries, unwrapped_key(f"{name}.") if name else "", published_projections(layer))
+            prefix = unwrapped_key(f"{name}.") if name else ""
+            regroup(entries, prefix, published_projections(layer), layer.num_heads)
     rules, grids = key_map(inner), Grids(inner, Made())
     state: OrderedDict[str, Tensor] = OrderedDict()
     tables = {}

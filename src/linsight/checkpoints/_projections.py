@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linsight.attention import PROJECTIONS, Attention, Projection
+from linsight.attention import PUBLISHED_PROJECTIONS, Attention, Projection
 
 
 class Entry(NamedTuple):
@@ -16,21 +16,21 @@ class Entry(NamedTuple):
     tensor: Tensor
 
 
-def regroup(entries: dict[str, Entry], prefix: str, layout: str) -> None:
-    """Join or split rows of the projections under `prefix` into those of `layout`, in place.
+def regroup(entries: dict[str, Entry], prefix: str, layout: str, heads: int) -> None:
+    """Join or split rows of the projections under `prefix`, of so many heads, into those of `layout`, in place.
 
     Rows that cannot be regrouped stay as they are; the comparison of shapes then tells.
     """
     for leaf in ("weight", "bias"):
-        for name, source in PROJECTIONS.items():
+        for name, source in PUBLISHED_PROJECTIONS.items():
             keys = [f"{prefix}{projection.name}.{leaf}" for projection in source]
             if name != layout and _parts(name) == _parts(layout) and all(key in entries for key in keys):
-                rows = _rows([entries[key] for key in keys], source)
+                rows = _rows([entries[key] for key in keys], source, heads)
                 if rows:
                     for key in keys:
                         del entries[key]
-                    for projection in PROJECTIONS[layout]:
-                        entries[f"{prefix}{projection.name}.{leaf}"] = _joined([rows[p] for p in projection.parts])
+                    for projection in PUBLISHED_PROJECTIONS[layout]:
+                        entries[f"{prefix}{projection.name}.{leaf}"] = _of_parts(rows, projection, heads)
                 break
 
 
@@ -51,15 +51,25 @@ def share(entries: dict[str, Entry], pattern: str, count: int) -> None:
             entries[pattern.format(i)] = Entry(whole.key, tensor)
 
 
-def _rows(entries: list[Entry], source: tuple[Projection, ...]) -> dict[str, Entry]:
+def _rows(entries: list[Entry], source: tuple[Projection, ...], heads: int) -> dict[str, Entry]:
     """The rows of each part; empty where the tensors are not of one kind."""
     rows: dict[str, Entry] = {}
-    for entry, projection in zip(entries, source, strict=True):
+    for (key, tensor), projection in zip(entries, source, strict=True):
         count = len(projection.parts)
-        if not entry.tensor.ndim or entry.tensor.shape[0] % count:
+        if not tensor.ndim or tensor.shape[0] % (count * heads if projection.by_head else count):
             return {}
-        rows |= {part: Entry(entry.key, t) for part, t in zip(projection.parts, entry.tensor.chunk(count), strict=True)}
+        if projection.by_head:
+            tensor = tensor.unflatten(0, (heads, count, -1)).transpose(0, 1).flatten(0, 2)
+        rows |= {part: Entry(key, t) for part, t in zip(projection.parts, tensor.chunk(count), strict=True)}
     return rows if len({entry.tensor.shape[1:] for entry in rows.values()}) == 1 else {}
+
+
+def _of_parts(rows: dict[str, Entry], projection: Projection, heads: int) -> Entry:
+    """The tensor of a projection, of the rows of its parts."""
+    whole = _joined([rows[part] for part in projection.parts])
+    if not projection.by_head or whole.tensor.shape[0] % (len(projection.parts) * heads):
+        return whole
+    return Entry(whole.key, whole.tensor.unflatten(0, (len(projection.parts), heads, -1)).transpose(0, 1).flatten(0, 2))
 
 
 def _joined(entries: list[Entry]) -> Entry:
@@ -74,12 +84,12 @@ def published_projections(layer: Attention) -> str:
     return next(
         (
             name
-            for name in (layer.layout_name, *PROJECTIONS)
-            if {p.name for p in PROJECTIONS[name]} <= named and _parts(name) == parts
+            for name in (layer.layout_name, *PUBLISHED_PROJECTIONS)
+            if {p.name for p in PUBLISHED_PROJECTIONS[name]} <= named and _parts(name) == parts
         ),
         layer.layout_name,
     )
 
 
 def _parts(layout: str) -> set[str]:
-    return {part for projection in PROJECTIONS[layout] for part in projection.parts}
+    return {part for projection in PUBLISHED_PROJECTIONS[layout] for part in projection.parts}

@@ -1,5 +1,6 @@
 """Which mechanism stands where: `attention="inline"`, or one a stage, or the first k blocks."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
         "inline:2/softmax" is inline in the first 2 blocks of the stage and softmax after them;
         "softmax~inline" is softmax in the first block, inline in the second, and so on in turn.
     options: keyword arguments of the first mechanism named; the others keep their defaults. A list as value
-        gives one to each stage.
+        gives one to each stage, and "1~8" in the place of a value 1 to its first block, 8 to the second, and so on in
+        turn.
 
     Raises:
         UnknownNameError: a mechanism that is not registered.
@@ -44,7 +46,8 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
     first = names(stages[0])[0]
     given = _by_stage(options or {}, len(depths), mechanism(first))
     for row in given:
-        mechanism(first).check_options(row)
+        for i in range(max(map(len, row.values()), default=0)):
+            mechanism(first).check_options(_at(row, i))
 
     table: list[list[Choice]] = []
     for stage, depth, row in zip(stages, depths, given, strict=True):
@@ -55,7 +58,9 @@ def plan(attention: str, depths: Sequence[int], options: Mapping[str, Any] | Non
         blocks = min(int(count), depth) if count else depth
         start = sum(map(len, table))
         turns = [*_in_turn(name, blocks), *_in_turn(tail, depth - blocks)]
-        table.append([Choice(mechanism(n).name, row if n == first else {}, start + i) for i, n in enumerate(turns)])
+        table.append(
+            [Choice(mechanism(n).name, _at(row, i) if n == first else {}, start + i) for i, n in enumerate(turns)]
+        )
     return table
 
 
@@ -79,14 +84,35 @@ def _in_turn(joined: str, blocks: int) -> list[str]:
     return [turns[i % len(turns)] for i in range(blocks)]
 
 
-def _by_stage(options: Mapping[str, Any], count: int, first: Mechanism) -> list[dict[str, Any]]:
-    """The options of each stage. JSON has no tuples: a list that is a value of the option is one."""
-    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+def _by_stage(options: Mapping[str, Any], count: int, first: Mechanism) -> list[dict[str, list[Any]]]:
+    """The options of each stage, as values that its blocks take in turn.
+
+    JSON has no tuples: a list that is a value of the option is one.
+    """
+    rows: list[dict[str, list[Any]]] = [{} for _ in range(count)]
     for name, value in options.items():
         if not isinstance(value, list) or first.takes(name, value):
             value = [value] * count
         if len(value) != count:
             raise LinsightError(f"{name}={value} lists {len(value)} values, but this host has {count} stages")
         for row, one in zip(rows, value, strict=True):
-            row[name] = tuple(one) if isinstance(one, list) else one
+            joined = isinstance(one, str) and "~" in one
+            row[name] = [_value(part) for part in one.split("~")] if joined else [_as_tuple(one)]
     return rows
+
+
+def _at(row: Mapping[str, Sequence[Any]], i: int) -> dict[str, Any]:
+    """The options of block `i` of a stage."""
+    return {name: values[i % len(values)] for name, values in row.items()}
+
+
+def _value(text: str) -> Any:
+    """A value written in JSON, or else a text."""
+    try:
+        return _as_tuple(json.loads(text))
+    except ValueError:
+        return text.strip()
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -359,7 +359,8 @@ def create_model(
     attention: a mechanism, one a stage (`"inline,inline,softmax,softmax"`), or the first k blocks
         of a stage (`"inline:4/softmax"`), or several in turn (`"softmax~inline"`). A variant has its
         own; otherwise softmax.
-    attention_options: keyword arguments of the mechanism.
+    attention_options: keyword arguments of the mechanism; a list gives a value to each stage, `"1~8"` values to blocks
+        in turn.
     kwargs: timm's: num_classes, in_chans, img_size, drop_path_rate, features_only ...
 
     Raises:

@@ -27,6 +27,7 @@ class Form(NamedTuple):
     lacks: what a device lacks to run it, in words; "" when it can.
     entry: where its function is, "module:name" in `ops`; "" where the operator itself chooses.
     widest: the largest head width it takes; 0 for any.  eager: whether it runs only uncompiled and without gradients.
+    asked: the name in `use_form` by which alone it is chosen; "" where it is chosen by itself.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Form(NamedTuple):
     entry: str = ""
     widest: int = 0
     eager: bool = False
+    asked: str = ""
 
 
 class ChosenForm(NamedTuple):
@@ -74,6 +76,10 @@ def _for_cpu(device: torch.device) -> str:
     return "" if device.type == "cpu" else "made for a CPU"
 
 
+def _for_flex(device: torch.device) -> str:
+    return "" if device.type == "cuda" else "compiled for CUDA only: elsewhere it makes the matrix of all scores"
+
+
 def _linear(name: str) -> tuple[Form, ...]:
     why = "run eagerly without gradients; else plain"
     tiled = Form("tiles that stay in the cache", why, _for_cpu, f"cpu.tiled:{name}", eager=True)
@@ -110,9 +116,18 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "rotate": (),
     "inner_gradient": (),
     "inner_forward": (),
-    "neighbourhood_attention": (),
+    "neighbourhood_attention": (
+        Form(
+            "FlexAttention",
+            "asked for; whole grids, one for the batch, uncompiled, below float64",
+            _for_flex,
+            "flex:neighbourhood_attention",
+            asked="flex",
+        ),
+    ),
 }
 
+_NAMES = ("plain", "triton", "flex")
 _forced = ""
 _chosen: dict[tuple[Any, ...], Callable[..., Any] | None] = {}  # earlier choices, by all that decides them
 _leaving: dict[str, Callable[..., Any]] = {}  # of graphs that leave, see `exported_forms`
@@ -121,17 +136,18 @@ _entries: dict[str, Callable[..., Any]] = {}  # functions of other forms importe
 
 @contextmanager
 def use_form(name: str) -> Iterator[None]:
-    """Inside, operators take the form "plain" or "triton" wherever they have it, on any device that can run it.
+    """Inside, operators take the form "plain", "triton" or "flex" wherever they have it, on any device that can run it.
 
-    Triton runs on a CPU under TRITON_INTERPRET=1, set before Triton is imported: slowly, to check it.
+    "flex", of neighbourhood attention on CUDA, is chosen by nothing else; other operators run as without it. Triton
+    runs on a CPU under TRITON_INTERPRET=1, set before Triton is imported: slowly, to check it.
 
     Raises:
         UnknownNameError: no such form.
         LinsightError: Triton is not installed.
     """
     global _forced
-    if name not in ("plain", "triton"):
-        raise UnknownNameError("form", name, ("plain", "triton"))
+    if name not in _NAMES:
+        raise UnknownNameError("form", name, _NAMES)
     if name == "triton" and importlib.util.find_spec("triton") is None:
         raise LinsightError("the form 'triton' needs Triton: pip install triton")
     before, _forced = _forced, name
@@ -181,13 +197,11 @@ def _choose_fused(operator: str, x: Tensor) -> Callable[..., Any] | None:
     if _forced == "plain" or x.is_meta or leaves():
         return None
     for form in FORMS[operator]:
-        if not form.entry or (form.widest and x.shape[-1] > form.widest):
+        if not form.entry or (form.widest and x.shape[-1] > form.widest) or (form.asked and form.asked != _forced):
             continue
         if _forced == "triton" and form.name == TRITON:
             _check_interpreter(x.device)
-        elif form.lacks(x.device) or (
-            form.name != TRITON and (torch.compiler.is_compiling() or torch.is_grad_enabled())
-        ):
+        elif form.lacks(x.device) or (form.eager and (torch.compiler.is_compiling() or torch.is_grad_enabled())):
             continue
         return _entries[_imported(form.entry, form.name)]
     return None
@@ -214,9 +228,10 @@ def forms(device: torch.device | str = "cpu") -> list[ChosenForm]:
 
 
 def _choose(operator: str, candidates: tuple[Form, ...], device: torch.device) -> ChosenForm:
-    lacking = [(form, form.lacks(device)) for form in candidates]
+    asked = [f"{form.name}: by use_form('{form.asked}') alone" for form in candidates if form.asked]
+    lacking = [(form, form.lacks(device)) for form in candidates if not form.asked]
     for form, lack in lacking:
         if not lack:
             return ChosenForm(operator, form.name, form.why)
-    reasons = [f"{form.name}: {lack}" for form, lack in lacking]
+    reasons = [f"{form.name}: {lack}" for form, lack in lacking] + asked
     return ChosenForm(operator, PLAIN, "; ".join(reasons) or f"no fused form exists for {device.type}")

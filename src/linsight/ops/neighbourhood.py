@@ -13,11 +13,16 @@ They refuse sides below K D. Here D becomes max(1, floor(L / K)) there, and a si
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from linsight.errors import LinsightError
+
+from .dispatch import fused_form
 from .layout import Tile
 from .sizes import divided, traced, unflatten
 from .states import accumulator, full_precision
@@ -63,14 +68,19 @@ def neighbourhood_attention(
     `q`, `k` `(B, n, H, D)`, `v` `(B, n, H, E)`, finite, are all grid tokens that `tile` sees, and its halo has to cover
     the windows: `K - 1` tokens where stride and dilation are 1. In a padded batch each image has a rim of its own.
     Computed in the accumulator's dtype; without gradients, so many queries at once that memory does not grow with
-    what is gathered.
+    what is gathered. Under `use_form("flex")` a whole grid on CUDA is computed by torch's FlexAttention, compiled for
+    each grid, in the dtype of v.
 
     Args:
         window: that of rows and that of columns; a number is the kernel of both.
         table: `(H, 2K - 1, 2K' - 1)`, the bias at each distance, key minus query in units of the dilation.
     """
     down, across = (AxisWindow(window), AxisWindow(window)) if isinstance(window, int) else window
-    dtype, own = accumulator(v.dtype), (tile.grid.height, tile.grid.width)
+    own = (tile.grid.height, tile.grid.width)
+    if tile.is_whole and tile.sizes is None and v.dtype != torch.float64 and not traced():
+        fused = fused_form("neighbourhood_attention", q)
+        if fused:
+            return fused(q, k, v, own, (down, across), table)
     lengths = (
         [torch.full((1, 1), side, dtype=torch.long, device=v.device) for side in own]
         if tile.sizes is None
@@ -78,15 +88,33 @@ def neighbourhood_attention(
     )
     rows = _side(tile.top, tile.height, lengths[0], down, tile.rows)
     columns = _side(tile.left, tile.width, lengths[1], across, tile.columns)
-    with full_precision(v):
-        q = tile.inner_grid(q).to(dtype) * q.shape[-1] ** -0.5
-        q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, n, D)
-        bias = None if table is None else table.to(dtype)
-        parts = []
-        for some in _cut(q, v, down.kernel * across.kernel):
-            y, x = divided(some, tile.width)
-            parts.append(_attend(q.index_select(2, some), k, v, rows.at(y), columns.at(x), tile.seen[1], bias))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+    return _of_windows(tile.inner_grid(q), k, v, (rows, columns), (tile.height, tile.width), tile.seen, table)
+
+
+def neighbourhood_attention_nd(
+    q: Tensor, k: Tensor, v: Tensor, windows: Sequence[AxisWindow], table: Tensor | None = None
+) -> Tensor:
+    """softmax(q.k / sqrt(D) + bias) v over windows of a grid of any number of axes, as of videos and volumes.
+
+    `q`, `k` `(B, *sides, H, D)`, `v` `(B, *sides, H, E)`, finite -> `(B, *sides, H, E)`; the rest as of
+    `neighbourhood_attention`.
+
+    Args:
+        windows: that of each axis.
+        table: `(H, 2K - 1, 2K' - 1, ...)`, the bias at each distance.
+
+    Raises:
+        LinsightError: there is not a window for each axis.
+    """
+    sides = tuple(v.shape[1:-2])
+    if len(windows) != len(sides) or not sides:
+        raise LinsightError(f"tokens lie on {len(sides)} axes, but there are {len(windows)} windows: give one for each")
+    lengths = (torch.full((1, 1), side, dtype=torch.long, device=v.device) for side in sides)
+    axes = [
+        _side(0, side, length, window, (0, side)) for side, length, window in zip(sides, lengths, windows, strict=True)
+    ]
+    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
+    return unflatten(_of_windows(q, k, v, axes, sides, sides, table), 1, sides)
 
 
 def axis_window(place: Tensor, length: Tensor, window: AxisWindow) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,23 +157,58 @@ def _cut(q: Tensor, v: Tensor, keys: int) -> tuple[Tensor, ...]:
     return places.split(max(1, _AT_ONCE // max(1, each)))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rows: _Side, columns: _Side, width: int, table: Tensor | None) -> Tensor:
+def _of_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axes: Sequence[_Side],
+    own: Sequence[int],
+    seen: Sequence[int],
+    table: Tensor | None,
+) -> Tensor:
+    """Outputs `(B, n, H, E)` of queries `(B, n, H, D)` that lie on sides `own`, whose keys lie on those `seen`."""
+    dtype = accumulator(v.dtype)
+    with full_precision(v):
+        q = q.to(dtype) * q.shape[-1] ** -0.5
+        q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, n, D)
+        bias = None if table is None else table.to(dtype)
+        parts = []
+        for some in _cut(q, v, math.prod([axis.index.shape[-1] for axis in axes])):
+            places = [some]
+            for side in reversed(own[1:]):
+                places[:1] = divided(places[0], side)
+            windows = [axis.at(place) for axis, place in zip(axes, places, strict=True)]
+            parts.append(_attend(q.index_select(2, some), k, v, windows, seen, bias))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, axes: Sequence[_Side], seen: Sequence[int], table: Tensor | None
+) -> Tensor:
     """Outputs `(B, H, n, E)` of queries `(B, H, n, D)`."""
     batch, heads, count, _ = k.shape
-    keys = int(rows.index.shape[-1]) * int(columns.index.shape[-1])
+    keys = math.prod([int(axis.index.shape[-1]) for axis in axes])
     some = [min(_KEYS, keys - first) for first in range(0, keys, _KEYS)]  # told one by one, for exporters
     first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * count
-    places = ((rows.index[..., None] * width + columns.index[..., None, :]).flatten(2)[:, None] + first).split(some, -1)
+    places = (_joined([axis.index for axis in axes], seen)[:, None] + first).split(some, -1)
     k, v = k.flatten(0, 2), v.flatten(0, 2)
     scores = torch.cat([(_gather(k, p) @ q[..., None])[..., 0] for p in places], dim=-1)
     if table is not None:
-        at = (rows.offset[..., None] * table.shape[-1] + columns.offset[..., None, :]).flatten(2)
+        at = _joined([axis.offset for axis in axes], table.shape[1:])
         scores = scores + unflatten(table.flatten(1).index_select(1, at.flatten()), 1, at.shape).transpose(0, 1)
-    inside = (rows.inside[..., None] & columns.inside[..., None, :]).flatten(2)
+    inside = functools.reduce(lambda a, b: (a[..., None] & b[..., None, :]).flatten(2), [axis.inside for axis in axes])
     scores = scores.masked_fill(~inside[:, None], torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).split(some, dim=-1)
     parts = [w[..., None, :] @ _gather(v, p) for w, p in zip(weights, places, strict=True)]
     return functools.reduce(torch.add, parts)[..., 0, :]
+
+
+def _joined(places: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
+    """Places on each axis `(B or 1, n, K)` as places `(B or 1, n, K K' ...)` in what has these sides, row by row."""
+    found = places[0]
+    for place, side in zip(places[1:], sides[1:], strict=True):
+        found = (found[..., None] * side + place[..., None, :]).flatten(2)
+    return found
 
 
 def _gather(x: Tensor, places: Tensor) -> Tensor:

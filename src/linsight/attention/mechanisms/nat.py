@@ -12,7 +12,8 @@ end at the query. K = H = W is softmax attention.
 
 The publications refuse a side below K D tokens; here its dilation shrinks to what fits, and a side shorter than K is
 seen whole. Prefix tokens are refused: they have no neighbours. Windows follow the grid, so a dropped token would leave
-a hole in them, not fewer keys; images of a padded batch have a rim each.
+a hole in them, not fewer keys; images of a padded batch have a rim each. Of a sequence, windows are (1, K); on grids
+of three axes, as of videos, it is `linsight.ops.neighbourhood_attention_nd`.
 """
 
 import torch

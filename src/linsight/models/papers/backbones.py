@@ -7,6 +7,7 @@ from ..hosts.flow import FlowTransformer
 from ..hosts.h_vit import HierarchicalViT
 from ..hosts.l2vit import L2ViTransformer
 from ..hosts.mlla import MLLATransformer
+from ..hosts.nat import NATransformer
 from ..hosts.pvt import PyramidVisionTransformer
 from ..hosts.pvt_v2 import PyramidVisionTransformerV2
 from ..hosts.ravlt import RAVLT, NaLaTransformer
@@ -60,6 +61,7 @@ credit_hosts(MLLATransformer, mechanism("mlla").paper, "LeapLabTHU/MLLA")
 credit_hosts(HierarchicalViT, mechanism("ttt").paper, "LeapLabTHU/ViTTT")
 credit_hosts(SoftTransformer, mechanism("soft").paper, "fudan-zvg/SOFT")
 credit_hosts(L2ViTransformer, mechanism("l2vit").paper, "ChuanyangZheng/L2ViT")
+credit_hosts(NATransformer, mechanism("nat").paper, "SHI-Labs/Neighborhood-Attention-Transformer")
 credit_hosts(FlowTransformer, mechanism("flowformer").paper, "thuml/Flowformer")
 credit_hosts(RAVLT, mechanism("rala").paper, "qhfan/RALA")
 credit_hosts(RAVLTLinear, mechanism("polaformerpp").paper, "ZacharyMeng/PolaFormerPP")

@@ -112,13 +112,14 @@ class ConvEmbed(nn.Module):
         padding: int = 0,
         *,
         norm: Literal["behind", "ahead", "none"] = "behind",
+        bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         # Not read off the convolution, in whose place others put modules of their own, as LoRA does.
         self.kernel, self.stride, self.padding = kernel, stride, padding
-        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, device=device, dtype=dtype)
+        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, bias=bias, device=device, dtype=dtype)
         self.ahead = norm == "ahead"
         width = in_dim if self.ahead else dim
         self.norm = nn.Identity() if norm == "none" else nn.LayerNorm(width, device=device, dtype=dtype)
