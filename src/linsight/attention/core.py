@@ -41,10 +41,10 @@ class Core(nn.Module):
 
     The constructor takes `(dim, num_heads, *, ..., device=None, dtype=None)`; its other keyword arguments are the
     mechanism's options. `dim` is the width of the values, heads merged; with an option `head_dim` other than 0 they
-    have a width of their own, `inner_dim`, and `num_heads` need not divide `dim`. One with parameters that lie on a grid, as a
-    position table, also takes `grid`, the height and width that its keys are built for; it works on any other, and
-    `set_grid` moves it there for good. `query_grid` is that of its queries, which a reduction makes another one. One
-    that differs from block to block also takes `index`, its block's place in the model, from 0.
+    have a width of their own, `inner_dim`, and `num_heads` need not divide `dim`. One with parameters that lie on a
+    grid, as a position table, also takes `grid`, the height and width that its keys are built for; it works on any
+    other, and `set_grid` moves it there for good. `query_grid` is that of its queries, which a reduction makes another
+    one. One that differs from block to block also takes `index`, its block's place in the model, from 0.
 
     With `turns`, a mechanism has the rotary option, which `create_core` sets. Each head of q and k is turned by the
     place of its token, prefix tokens are not: "tokens" where the formula knows them by their products alone, and all of

@@ -1,7 +1,7 @@
 """Activator: blocks of gated units in the place of attention, in which every token is by itself.
 
-Abdullah et al., "Activator: GLU Activation Function as the Core Component of a Vision Transformer" (arXiv 2405.15953), by
-its published code:
+Abdullah et al., "Activator: GLU Activation Function as the Core Component of a Vision Transformer" (arXiv 2405.15953),
+by its published code:
 
     unit(x) = W_3 (LN_h(GELU(W_1 x)) * LN_h(W_2 x)),   one LN_h for both
     x <- x + unit(LN(x))

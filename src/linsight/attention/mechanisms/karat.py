@@ -1,13 +1,13 @@
 """Kolmogorov-Arnold attention: a learned Fourier series of each row of scores in the place of softmax, at O(N^2).
 
-Maity et al., "Kolmogorov-Arnold Attention: Is Learnable Attention Better For Vision Transformers?" (arXiv 2503.10632), by
-its formula. Per head, for a row of scores a_q = d^(-1/2) q_i . k_q over the keys q,
+Maity et al., "Kolmogorov-Arnold Attention: Is Learnable Attention Better For Vision Transformers?" (arXiv 2503.10632),
+by its formula. Per head, for a row of scores a_q = d^(-1/2) q_i . k_q over the keys q,
 
     phi_p = sum_q sum_(m = 1..G) [alpha_pqm cos(m a_q) + beta_pqm sin(m a_q)],   p = 1..r
     o_i = sum_q (sum_p W_qp phi_p) v_q
 
-without any norm, as the publication leaves it off; outputs are linear in the values. Each layer and head has alpha, beta
-and W of its own. The product of W and v is made first, so that weights of a row are never written.
+without any norm, as the publication leaves it off; outputs are linear in the values. Each layer and head has alpha,
+beta and W of its own. The product of W and v is made first, so that weights of a row are never written.
 
 The publication has the tables for one number of tokens. Here they lie on a grid of images: on another grid they are
 resampled bilinearly, times the ratio of both numbers of tokens, so that sums over more keys stay as large. A key is

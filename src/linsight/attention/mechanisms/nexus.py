@@ -8,8 +8,9 @@ all levels. The form here has no further parameters. Per head, with s = d^(-1/2)
     o = softmax(s Q_(m-1) K_(m-1)^T) V
 
 with order m, of which 1 is plain attention. Averages of averages come ever closer to the mean of all tokens, and logits
-become flat; with `residual` both are added to what they are made of. A bias on the scores is that of each level, and in
-the causal form each level is causal. Everything is computed in float32 (float64 for float64).
+become flat; with `residual` both are added to what they are made of. A bias on the scores is that of each level. There
+is no causal form: inner attention of the past would have to forget it for each query anew, or be another function.
+Everything is computed in float32 (float64 for float64).
 """
 
 import torch
@@ -37,11 +38,10 @@ class Nexus(Softmax):
     Args:
         order: m; 1 is plain attention.
         residual: inner attention is added to the queries and keys that it is of.
-        causal: token i sees tokens j <= i only, at each level.
     """
 
     capabilities = Softmax.capabilities._replace(cross=False)
-    structure = Softmax.structure._replace(reduced=False)
+    structure = Softmax.structure._replace(reduced=False, causal=False)
     turns = ""
 
     def __init__(
@@ -51,11 +51,10 @@ class Nexus(Softmax):
         *,
         order: int = 2,
         residual: bool = False,
-        causal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_heads, causal=causal, device=device, dtype=dtype)
+        super().__init__(dim, num_heads, device=device, dtype=dtype)
         if order < 1:
             raise LinsightError(f"order={order} of 'nexus' must be 1, for plain attention, or more")
         self.order, self.residual = order, residual

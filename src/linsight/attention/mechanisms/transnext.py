@@ -1,8 +1,8 @@
 """TransNeXt: cosine attention with a temperature that grows with the number of keys, to a window and a pooled grid.
 
-Shi, "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", CVPR 2024 (arXiv 2311.17132), by the published
-code of MoH (Jin et al., arXiv 2410.11842), whose gates of heads are an option. Per head, with q^ = q / |q|, k^ = k / |k|,
-a learned vector e and temperature t, and a bias b that an MLP makes of the distance of query and key,
+Shi, "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", CVPR 2024 (arXiv 2311.17132), by the
+published code of MoH (Jin et al., arXiv 2410.11842), whose gates of heads are an option. Per head, with q^ = q / |q|,
+k^ = k / |k|, a learned vector e and temperature t, and a bias b that an MLP makes of the distance of query and key,
 
     q'_i = (q^_i + e) softplus(t) log(n_i),   n_i the number of keys of i
 

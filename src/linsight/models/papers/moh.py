@@ -1,8 +1,8 @@
 """MoH (arXiv 2410.11842) in TransNeXt: of the heads of a stage some are shared, of the others each token keeps some.
 
-Names tell the share of heads that are kept, in percent; all heads are computed, so two of a size cost the same. Multiply-
-adds are counted here, where sums over windows are no products of matrices: of the published code, small has 10.32. The
-accuracies are published as a picture only.
+Names tell the share of heads that are kept, in percent; all heads are computed, so two of a size cost the same.
+Multiply-adds are counted here, where sums over windows are no products of matrices: in the published code, the small
+one has 10.32. The accuracies are published as a picture only.
 """
 
 from typing import Any
