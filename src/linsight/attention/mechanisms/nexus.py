@@ -8,8 +8,8 @@ all levels. The form here has no further parameters. Per head, with s = d^(-1/2)
     o = softmax(s Q_(m-1) K_(m-1)^T) V
 
 with order m, of which 1 is plain attention. Averages of averages come ever closer to the mean of all tokens, and logits
-become flat; with `residual` both are added to what they are made of. A bias on the scores is that of each level. There
-is no causal form: inner attention of the past would have to forget it for each query anew, or be another function.
+become flat; with `residual` both are added to what they are made of. A bias on the scores is that of each level. A
+causal form would be another function, whose inner attention sees the past of each token and not that of the reader.
 Everything is computed in float32 (float64 for float64).
 """
 
