@@ -1,5 +1,7 @@
 """MoH's gates by their definition, the loss that balances heads on its way to the one who trains, and mistakes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -9,6 +11,7 @@ from linsight.attention import add_loss, collect_losses
 from linsight.attention.parts.head_gates import HeadGates
 from linsight.errors import LinsightError
 from linsight.ops import Grid
+from linsight.train.learner import Learner
 from matrix.subject import close
 
 F64 = torch.float64
@@ -84,6 +87,17 @@ def test_losses_are_a_mean_over_layers_and_a_sum_over_kinds():
     assert inner.added_to(torch.tensor(10.0)) == 10 + 1.5 + 2
     assert outer.added_to(torch.tensor(10.0)) == 11
     assert collect_losses().__enter__().added_to(torch.tensor(3.0)) == 3
+
+
+def test_training_adds_them():
+    class Told:
+        def loss(self, student, batch, epoch):
+            add_loss("a", torch.tensor(2.0), 0.5)
+            return (torch.tensor(1.0), 3) if epoch else None
+
+    learner = SimpleNamespace(task=Told())
+    assert Learner.loss(learner, None, 1) == (2, 3)
+    assert Learner.loss(learner, None, 0) is None
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "compile"])

@@ -127,7 +127,6 @@ class TransNeXt(Layer):
         self.gates: HeadGates | None = None
         if shared_heads is not None or routed_heads is not None:
             self.gates = HeadGates(dim, num_heads, shared_heads, routed_heads, owner="transnext", **factory)
-            self.steps = "which heads are kept"
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
