@@ -19,6 +19,7 @@ SMALL = {
     "h_vit_tiny": {"stages": _STAGES, "img_size": 64},
     "soft_pyramid_tiny": {"stages": _STAGES, "img_size": 64},
     "l2vit_pyramid_tiny": {"stages": _STAGES, "img_size": 64},
+    "transnext_small": {"stages": _STAGES, "img_size": 64},
     "flow_pyramid": {"stages": _STAGES, "img_size": 64},
     "ravlt_t": {"stages": _STAGES, "projection": 24, "img_size": 64},
     "nala_xt": {"stages": _STAGES, "projection": 24, "img_size": 64},
