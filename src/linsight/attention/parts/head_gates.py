@@ -10,8 +10,8 @@ first S of H heads are shared, of the other E = H - S each token keeps R. Of a t
 With all weights 0 the gates of heads that are kept are 1. In training with routed heads the layer tells a loss, by
 which they are used alike: E sum_e (mean_n p_e) (mean_n [e kept]), times 0.01.
 
-All heads are computed, as in the published code: what is saved are none but activations. Gates are computed in float32
-(float64 for float64).
+All heads are computed and then multiplied by their gates, as in the published code, so those that are not kept save
+neither time nor memory. Gates are computed in float32 (float64 for float64).
 """
 
 from typing import Any
