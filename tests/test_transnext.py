@@ -7,9 +7,11 @@ from torch.nn import functional as F
 from linsight import create_attention
 from linsight.attention.parts.log_distance import LogDistance
 from linsight.ops import Grid
+from matrix import Subject, contract, geometry, graphs, precision
 from matrix.subject import close
 
 F64 = torch.float64
+WINDOWS = Subject("transnext", (("sr_ratio", 2), ("routed_heads", 1)))  # its other form, which the matrix does not ask
 
 
 def bias(distance, query, key):
@@ -75,3 +77,28 @@ def test_gates_are_asked_for():
     assert create_attention("transnext", 8, 4).gates is None
     made = [create_attention("transnext", 8, 4, **{name: 1}).gates for name in ("shared_heads", "routed_heads")]
     assert [(gates.shared, gates.routed) for gates in made] == [(1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        contract.gradients_are_right,
+        contract.module_protocol,
+        geometry.any_grid_and_prefix,
+        geometry.packed_batch_is_each_image_alone,
+        precision.autocast_is_finite,
+        precision.half_models_are_finite,
+        precision.no_number_is_left_unwritten,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_windows_meet_the_contract(check):
+    check(WINDOWS)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings(*graphs.WARNINGS)
+@pytest.mark.parametrize("check", graphs.CHECKS.values(), ids=list(graphs.CHECKS))
+def test_windows_leave(check):
+    check(WINDOWS)

@@ -163,7 +163,7 @@ class TransNeXt(Layer):
     def read_window(self, x: Tensor, grid: Grid) -> Tensor:
         """Attention to the window and the pooled tokens: `(B, N, H, d)`, in the accumulator's dtype."""
         height, width, _ = grid
-        cells = tuple(at_least(side // self.sr_ratio, 1) for side in (height, width))
+        cells: tuple[Any, Any] = (at_least(height // self.sr_ratio, 1), at_least(width // self.sr_ratio, 1))
         q = unit(self.wide(self.q(x)))
         k, v = (self.wide(part) for part in self.kv(x).chunk(2, dim=-1))
         far_k, far_v = (self.wide(part) for part in self.kv(self.pooled(x, grid, cells)).chunk(2, dim=-1))

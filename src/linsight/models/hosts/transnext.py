@@ -36,7 +36,7 @@ class ConvGlu(GluMlp):
         super().__init__(dim, 2 * hidden, act_layer=nn.GELU, gate_last=False, **factory)
         self.dwconv = TokenConv(hidden, **factory)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """`(B, H*W, C)`; the shape is kept."""
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(self.act(self.dwconv(gate, (grid.height, grid.width))) * value)
