@@ -94,6 +94,7 @@ class ConvShare(Softmax):
 
     structure = Softmax.structure._replace(reduced=False)
     turns = ""
+    projections = "none"  # but those of its layer
     layer = SharedConvs
 
     def __init__(
