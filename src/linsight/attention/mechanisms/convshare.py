@@ -93,7 +93,7 @@ class ConvShare(Softmax):
     """
 
     structure = Softmax.structure._replace(reduced=False)
-    turns = ""
+    turns = ""  # type: ignore[assignment]
     projections = "none"  # but those of its layer
     layer = SharedConvs
 

@@ -42,7 +42,7 @@ class Nexus(Softmax):
 
     capabilities = Softmax.capabilities._replace(cross=False)
     structure = Softmax.structure._replace(reduced=False, causal=False)
-    turns = ""
+    turns = ""  # type: ignore[assignment]
 
     def __init__(
         self,

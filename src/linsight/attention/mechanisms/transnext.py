@@ -157,7 +157,7 @@ class TransNeXt(Layer):
         q = self.sharpened(unit(q), count_tokens(x, None)[:, None])
         bias = None if self.distance is None else self.distance(grid[:2])[None]
         with full_precision(x):
-            out = attend(*(part.transpose(1, 2) for part in (q, unit(k), v)), bias, scale=1.0)
+            out = attend(q.transpose(1, 2), unit(k).transpose(1, 2), v.transpose(1, 2), bias, scale=1.0)
         return out.transpose(1, 2)
 
     def read_window(self, x: Tensor, grid: Grid) -> Tensor:
