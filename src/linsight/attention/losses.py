@@ -24,7 +24,7 @@ class LayerLosses:
         self.told: list[tuple[str, Tensor, float]] = []
 
     def by_kind(self) -> dict[str, Tensor]:
-        """Of each kind the mean over the layers that told one, times its weight."""
+        """The mean of each kind over the layers that told one, times its weight."""
         kinds: dict[str, list[Tensor]] = {}
         for kind, value, weight in self.told:
             kinds.setdefault(kind, []).append(weight * value)

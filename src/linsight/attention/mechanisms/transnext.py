@@ -224,7 +224,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def neighbours(x: Tensor, grid: Grid) -> list[Tensor]:
-    """Of `x` `(B, N, H, d)` the tokens at each place of the window around, row by row; zeros outside of the grid."""
+    """The tokens of `x` `(B, N, H, d)` at each place of the window around, row by row; zeros outside of the grid."""
     height, width, _ = grid
     canvas = unflatten(x, 1, (height, width))
     canvas = F.pad(canvas, (0, 0, 0, 0, 1, 1, 1, 1))

@@ -82,7 +82,7 @@ class TransNeXtTransformer(PlainPyramid):
         self.apply(_init_conv)
 
     def make_norm(self, dim: int, **factory: Any) -> nn.Module:
-        """That of the last stage."""
+        """The norm of the last stage."""
         return nn.LayerNorm(dim, eps=_EPS, **factory)
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> NormedEmbed:
