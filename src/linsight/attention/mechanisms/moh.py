@@ -37,7 +37,7 @@ class MoH(Softmax):
     """Scaled dot-product attention with a gate for each token and head.
 
     Args:
-        shared_heads: S, heads that every token has; None for half of them.
+        shared_heads: S, heads that every token has; None for a quarter of them.
         routed_heads: R, those that a token keeps of the others; None for half of these.
         head_dim: the width of a head; 0 for that of the tokens over the number of heads.
         causal: token i sees tokens j <= i only.

@@ -71,7 +71,7 @@ class TransNeXt(Layer):
 
     Args:
         sr_ratio: s, by how much the grid of pooled keys is coarser; with 1 all tokens are keys, and there is no window.
-        shared_heads: S of MoH's gates, heads that every token has; None for half of them, or for no gates where
+        shared_heads: S of MoH's gates, heads that every token has; None for a quarter of them, or for no gates where
             `routed_heads` is None, too.
         routed_heads: R, heads that a token keeps of the others; None for half of these.
         qkv_bias: of what makes queries, keys and values.
@@ -155,7 +155,7 @@ class TransNeXt(Layer):
         """Attention to all tokens: `(B, N, H, d)`, in the accumulator's dtype."""
         q, k, v = (self.wide(part) for part in self.qkv(x).chunk(3, dim=-1))
         q = self.sharpened(unit(q), count_tokens(x, None)[:, None])
-        bias = None if self.distance is None else self.distance(grid[:2])[None]
+        bias = None if self.distance is None else self.distance(x, grid[:2])[None]
         with full_precision(x):
             out = attend(q.transpose(1, 2), unit(k).transpose(1, 2), v.transpose(1, 2), bias, scale=1.0)
         return out.transpose(1, 2)
@@ -178,7 +178,7 @@ class TransNeXt(Layer):
             near = (near + local).masked_fill(inside[:, None] == 0, float("-inf")).transpose(1, 2)  # (B, H, N, 9)
             far = sharp.transpose(1, 2) @ far_k.transpose(-2, -1)
             if self.distance is not None:
-                far = far + self.distance((height, width), cells)
+                far = far + self.distance(x, (height, width), cells)
             weights = torch.cat([near, far], dim=-1).softmax(dim=-1)
             near, far = weights[..., :_PLACES], weights[..., _PLACES:]
             near = (near + q.transpose(1, 2) @ tokens + single).transpose(1, 2)  # (B, N, H, 9)

@@ -23,6 +23,7 @@ from linsight.errors import LinsightError
 from linsight.ops import accumulator, count_tokens, full_precision, mask_tokens
 
 from ..losses import add_loss
+from .wide import WideLinear
 
 BALANCE = "head balance"  # the kind of the loss
 _WEIGHT = 0.01
@@ -32,7 +33,7 @@ class HeadGates(nn.Module):
     """The gates of `num_heads` heads.
 
     Args:
-        shared: S, heads that every token has; None for half of them.
+        shared: S, heads that every token has; None for a quarter of them. A single head is shared.
         routed: R, those that a token keeps of the others; None for half of these.
         owner: the mechanism, for errors.
     """
@@ -49,7 +50,8 @@ class HeadGates(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shared = (num_heads + 1) // 2 if shared is None else shared
+        if shared is None:
+            shared = num_heads // 4 if num_heads > 1 else 1
         experts = num_heads - shared
         routed = (experts + 1) // 2 if routed is None else routed
         if not 0 <= shared <= num_heads:
@@ -61,9 +63,9 @@ class HeadGates(nn.Module):
             )
         self.shared, self.experts, self.routed = shared, experts, routed
         factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
-        self.wg = nn.Linear(dim, experts, **factory) if routed else None
-        self.wg_0 = nn.Linear(dim, 2, **factory) if routed and shared else None
-        self.wg_1 = nn.Linear(dim, shared, **factory) if shared > 1 else None
+        self.wg = WideLinear(dim, experts, **factory) if routed else None
+        self.wg_0 = WideLinear(dim, 2, **factory) if routed and shared else None
+        self.wg_1 = WideLinear(dim, shared, **factory) if shared > 1 else None
 
     def forward(self, out: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """The outputs `(B, N, H, E)` of heads times their gates, of the tokens `x` `(B, N, C)` that they belong to.
@@ -100,11 +102,10 @@ class HeadGates(nn.Module):
         return f"shared={self.shared}, routed={self.routed} of {self.experts}"
 
 
-def chances(linear: nn.Linear, x: Tensor) -> Tensor:
+def chances(linear: nn.Module, x: Tensor) -> Tensor:
     """softmax(W x) `(B, N, n)`, in the accumulator's dtype."""
-    dtype = accumulator(x.dtype)
     with full_precision(x):
-        return nn.functional.linear(x.to(dtype), linear.weight.to(dtype)).softmax(dim=-1)
+        return linear(x.to(accumulator(x.dtype))).softmax(dim=-1)
 
 
 def one_each(x: Tensor) -> Tensor:

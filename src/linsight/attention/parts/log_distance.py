@@ -27,13 +27,13 @@ class LogDistance(nn.Module):
         self.fc1 = WideLinear(2, _HIDDEN, device=device, dtype=dtype)
         self.fc2 = WideLinear(_HIDDEN, num_heads, device=device, dtype=dtype)
 
-    def forward(self, queries: tuple[Any, Any], cells: tuple[Any, Any] | None = None) -> Tensor:
+    def forward(self, like: Tensor, queries: tuple[Any, Any], cells: tuple[Any, Any] | None = None) -> Tensor:
         """`(H, M, N)`, in the accumulator's dtype, for the tokens of a grid of height and width `queries`.
 
+        like: a tensor of their dtype and on their device.
         cells: height and width of the grid of keys, which lie in the middle of what adaptive pooling averages; None
             where these are the tokens themselves.
         """
-        like = self.fc1.weight
         dtype = accumulator(like.dtype)
         (down, rows), (across, columns) = (
             offsets(side, None if cells is None else cells[axis], like.device) for axis, side in enumerate(queries)
