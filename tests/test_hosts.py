@@ -61,6 +61,11 @@ SMALL = {
         "init_values": 0.5,
         "num_classes": 7,
     },
+    "transnext_small": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "img_size": 64,
+        "num_classes": 7,
+    },
     "flow_pyramid": {
         "stages": [(8, 1, 2, 2.0), (16, 2, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
         "img_size": 64,

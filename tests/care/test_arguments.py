@@ -127,6 +127,7 @@ HOSTS_OF = {
     "soft_pyramid_tiny": ("inline", "weightformer"),
     "l2vit_pyramid_tiny": ("softmax", "weightformer"),
     "flow_pyramid": ("inline", "weightformer"),
+    "transnext_small": ("inline", "weightformer"),
     "ravlt_t": ("rala", "weightformer"),
     "nala_xt": ("nalaformer", "weightformer"),
     "ravlt_linear_b0": ("polaformerpp", "weightformer"),
@@ -137,6 +138,7 @@ THEIRS = {
     "swin_tiny": swin_transformer.SwinTransformer,
     "pvt_v2_b0": pvt_v2.PyramidVisionTransformerV2,
     "ravlt_t": PlainPyramid,
+    "transnext_small": PlainPyramid,
     "nala_xt": PlainPyramid,
     "ravlt_linear_b0": PlainPyramid,
 }

@@ -27,6 +27,7 @@ TINY_PVT = {"img_size": 64, "stages": [(8, 1, 1, 2.0, 4), (16, 1, 2, 2.0, 2), (1
 TINY_PVT_V2 = {"embed_dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
 TINY = {"img_size": 64, "stages": [(8, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)]}
 TINY_RAVLT = {**TINY, "projection": 24}
+TINY_TRANSNEXT = {"img_size": 64, "stages": [(12, 1, 3, 2.0), (24, 1, 6, 2.0), (24, 1, 12, 2.0), (48, 1, 24, 2.0)]}
 TINY_CSWIN = {"img_size": 64, "stages": [(8, 1, 2, 2.0, 1), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 2)]}
 TINY_RESNET = {"stages": [[[8, 1]], [[16, 1]], [[8, 1], [16, 1]], [[16, 1]]]}
 # One of each class of model, and of each form that a class has, made small; pytest -m full takes all as they are.
@@ -46,6 +47,7 @@ SMALL = {
     "soft_tiny": TINY,
     "l2vit_tiny": TINY,
     "flowformer_cv": TINY,
+    "moh_transnext_small_75": TINY_TRANSNEXT,
     "rala_ravlt_t": TINY_RAVLT,
     "nalaformer_xt": TINY_RAVLT,
     "polaformerpp_b0": TINY_RAVLT,

@@ -27,6 +27,7 @@ LARGER = {
     "soft_pyramid_tiny": {"img_size": 96},
     "l2vit_pyramid_tiny": {"img_size": 96},
     "flow_pyramid": {"img_size": 96},
+    "transnext_small": {"img_size": 96},
     "ravlt_t": {"img_size": 96},
     "nala_xt": {"img_size": 96},
     "ravlt_linear_b0": {"img_size": 96},

@@ -89,10 +89,12 @@ def build(spec: dict[str, Any]) -> Run:
     return builder(spec["name"])(spec)
 
 
-def gradients(run: Run, out: Tensor) -> dict[str, Tensor]:
-    """Those of sum(output * cotangent), by the names of the npz."""
+def gradients(run: Run, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of sum(output * cotangent), plus the losses among the outputs `found`, by the names of the npz."""
     run.module.zero_grad()
-    (out * torch.from_numpy(unit_noise("cotangent", tuple(out.shape)))).sum().backward()
+    out = found["output"]
+    losses = [loss.sum() for name, loss in found.items() if name == "balance"]
+    sum(losses, (out * torch.from_numpy(unit_noise("cotangent", tuple(out.shape)))).sum()).backward()
     grads = copy.deepcopy(run.module)
     for parameter, source in zip(grads.parameters(), run.module.parameters(), strict=True):
         parameter.data = torch.zeros_like(source) if source.grad is None else source.grad

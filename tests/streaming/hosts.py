@@ -23,6 +23,7 @@ SMALL = {
     "ravlt_t": {"stages": _STAGES, "projection": 24, "img_size": 64},
     "nala_xt": {"stages": _STAGES, "projection": 24, "img_size": 64},
     "ravlt_linear_b0": {"stages": _STAGES, "projection": 24, "img_size": 64},
+    "transnext_small": {"stages": _STAGES, "img_size": 64},
 }
 _NO_TOKEN = {"vit_tiny": {"class_token": False, "global_pool": "avg"}, "pvt_tiny": {"global_pool": "avg"}}
 _NO_TOKEN["soft_pyramid_tiny"] = _NO_TOKEN["pvt_tiny"]

@@ -11,6 +11,7 @@ from .core import Additive, Core, Rename
 from .create import create_attention, create_block, create_core, is_block
 from .fusing import INFERENCE_FORMS, Fusable, recast
 from .layer import Attention, Layer
+from .losses import LayerLosses, add_loss, collect_losses
 from .nodes import Node, one_node
 from .on_grid import OnGrid
 from .packed import each_image
@@ -39,6 +40,7 @@ __all__ = [
     "Cost",
     "Fusable",
     "Layer",
+    "LayerLosses",
     "Mechanism",
     "Node",
     "OnGrid",
@@ -51,10 +53,12 @@ __all__ = [
     "Structure",
     "TokenConv",
     "Tokens",
+    "add_loss",
     "check_asked",
     "check_beside",
     "check_kind",
     "check_way",
+    "collect_losses",
     "create_attention",
     "create_block",
     "create_core",

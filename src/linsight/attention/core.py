@@ -40,10 +40,11 @@ class Core(nn.Module):
     states that merge defines `forward`, whose signature has what it uses: `score_bias` only where there are scores.
 
     The constructor takes `(dim, num_heads, *, ..., device=None, dtype=None)`; its other keyword arguments are the
-    mechanism's options. `dim` is the width of the values, heads merged. One with parameters that lie on a grid, as a
-    position table, also takes `grid`, the height and width that its keys are built for; it works on any other, and
-    `set_grid` moves it there for good. `query_grid` is that of its queries, which a reduction makes another one. One
-    that differs from block to block also takes `index`, its block's place in the model, from 0.
+    mechanism's options. `dim` is the width of the values, heads merged; with an option `head_dim` other than 0 they
+    have a width of their own, `inner_dim`, and `num_heads` need not divide `dim`. One with parameters that lie on a
+    grid, as a position table, also takes `grid`, the height and width that its keys are built for; it works on any
+    other, and `set_grid` moves it there for good. `query_grid` is that of its queries, which a reduction makes another
+    one. One that differs from block to block also takes `index`, its block's place in the model, from 0.
 
     With `turns`, a mechanism has the rotary option, which `create_core` sets. Each head of q and k is turned by the
     place of its token, prefix tokens are not: "tokens" where the formula knows them by their products alone, and all of
@@ -72,6 +73,7 @@ class Core(nn.Module):
     layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do
     extra_dim: int = 0  # width of `tokens.extra`
     open_gate: ClassVar[float | None] = None  # the value of `tokens.extra` at which it, a gate, changes nothing
+    inner_dim: int | None = None  # width of q, k and v, heads merged, where it is not `dim`
     out_dim: int | None = None  # width of the outputs, heads merged, where it is not `dim`
     published: ClassVar[tuple[Rename, ...]] = ()  # key map of the layer, beyond qkv and proj
     unmet: ClassVar[Mapping[str, str]] = {}  # of `WAYS`, those in which no graph of it leaves, and why

@@ -57,7 +57,7 @@ def create_attention(
     entry = mechanism(name)
     if entry.kind == "block":
         raise LinsightError(f"'{name}' is a whole block, not an attention layer: use it in a model")
-    check_size(dim, num_heads, grid)
+    check_size(dim, num_heads, grid, divides=not options.get("head_dim"))
     check_factory(device, dtype)
     layer = {key: options.pop(key) for key in _LAYER_OPTIONS if key in options}
     for key, value in layer.items():
@@ -116,7 +116,7 @@ def create_core(
     entry = mechanism(name)
     if entry.kind != "core":
         raise LinsightError(f"'{name}' is a whole {entry.kind}, without a core of its own")
-    check_size(dim, num_heads, grid, query_grid)
+    check_size(dim, num_heads, grid, query_grid, divides=not options.get("head_dim"))
     entry.check_options(options)
     place = entry.placed(grid, index, query_grid)
     rotary = bool(getattr(entry.factory, "turns", "")) and options.pop("rotary", False)
@@ -179,12 +179,15 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def check_size(dim: int, num_heads: int, *grids: tuple[int, int] | None) -> None:
-    """Raise a LinsightError unless `num_heads` divides `dim`, and grids are pairs, all whole numbers of 1 or more."""
+def check_size(dim: int, num_heads: int, *grids: tuple[int, int] | None, divides: bool = True) -> None:
+    """Raise a LinsightError unless `num_heads` divides `dim`, and grids are pairs, all whole numbers of 1 or more.
+
+    divides: False where heads have a width of their own.
+    """
     for name, value in (("dim", dim), ("num_heads", num_heads)):
         if not _is_whole(value, 1):
             raise LinsightError(f"{name}={value!r} must be a whole number, 1 or more")
-    if dim % num_heads:
+    if divides and dim % num_heads:
         raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}: choose a divisor of {dim}")
     for grid in grids:
         pair = isinstance(grid, tuple | list) and len(grid) >= 2

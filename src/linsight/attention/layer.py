@@ -80,7 +80,8 @@ class Attention(Layer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         reducing = reduction > 1 or pool > 0
         self.dim = dim
-        self.widths = {"q": dim, "k": dim, "v": dim, "extra": core.extra_dim}  # of the parts
+        inner = core.inner_dim or dim
+        self.widths = {"q": inner, "k": inner, "v": inner, "extra": core.extra_dim}  # of the parts
         self.num_heads: int = core.num_heads  # type: ignore[assignment]
         self.layout_name = projections or (core.reduced_projections if reducing else core.projections)
         layout = PROJECTIONS[self.layout_name]

@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from linsight.attention import collect_losses
 from linsight.data.images import Batch
 from linsight.errors import CheckpointError, LinsightError
 from linsight.recipe import Recipe
@@ -209,8 +210,13 @@ class Learner:
             return model.eval()(images)
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, int] | None:
-        """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read."""
-        return self.task.loss(self, batch, epoch)
+        """The mean loss of a batch in `epoch`, and the number of its images; None where none could be read.
+
+        With the losses that layers have of their own.
+        """
+        with collect_losses() as own:
+            found = self.task.loss(self, batch, epoch)
+        return found and (own.added_to(found[0]), found[1])
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """The parts that this process computes its share of a batch in; none where no process has an image."""

@@ -272,7 +272,8 @@ def _replacement(
         )
     entry, grid = mechanism(choice.name), theirs.input_resolution
     window: Any = theirs.window_size if entry.quadratic else attention_window and to_2tuple(attention_window)
-    biased = entry.kind == "core" and entry.quadratic and entry.capabilities.score_bias
+    own_layer = getattr(entry.factory, "layer", None)  # whose projections windows with a bias would not have
+    biased = entry.kind == "core" and entry.quadratic and entry.capabilities.score_bias and own_layer is None
     make = partial(make_layer, grid=within(window, grid) if window else grid)
     new = in_place_of(theirs, choice, grid, partial(_in_window, window=window) if biased else make, init_linear)
     if isinstance(new, Block):
