@@ -76,6 +76,7 @@ class SharedConvs(Attention):
     formula="o_i = b + sum_h conv_oh(sum_j softmax_j(C^(-1/2) q_ih . k_jh) v_jh), q_ih = conv_qh(x_i) of x_i as a map",
     latex=r"o_i = b + \sum_h \mathrm{conv}_{oh} \left( \sum_j \mathrm{softmax}_j(C^{-1/2} q_{ih} \cdot k_{jh}) v_{jh} "
     r"\right), \quad [q_{ih}, k_{ih}, v_{ih}] = \mathrm{conv}_{h}(x_i)",
+    family="convolution",
     complexity="O(N^2 H d)",
     paper=Paper(
         "ConvShareViT: Enhancing Vision Transformers with Convolutional Attention Mechanisms for Free-Space Optical "

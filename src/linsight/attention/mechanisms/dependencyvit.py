@@ -32,6 +32,7 @@ from ..tokens import Tokens, merge_heads
     formula="o_i = sum_j softmax_i(d^(-1/2) q_j . k_i) P_j M_j v_j, P_j = softmax over heads, M_j = sigmoid",
     latex=r"o_{ih} = \sum_j \mathrm{softmax}_i(d^{-1/2} q_{jh} \cdot k_{ih}) P_{jh} M_j v_{jh}, \quad "
     r"P_j = \mathrm{softmax}_h(W_P x_j), \quad M_j = \sigma(w_M \cdot x_j)",
+    family="scores",
     complexity="O(N^2 d)",
     paper=Paper("Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention", "2304.03282"),
 )

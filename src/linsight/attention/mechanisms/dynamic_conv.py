@@ -66,6 +66,7 @@ class MixedKernel(Round):
     formula="o = conv_K(v), K = sum_e r_e K_e, r = softmax(W_r mean_n x_n + b_r)",
     latex=r"o = \mathrm{conv}_K(v), \quad K = \sum_e r_e K_e, \quad r = \mathrm{softmax} \left( \frac{1}{N} W_r "
     r"\sum_n x_n + b_r \right)",
+    family="convolution",
     complexity="O(N k^2 d)",
     paper=Paper("Dynamic Convolution: Attention over Convolution Kernels", "1912.03458", "CVPR 2020"),
 )

@@ -52,6 +52,7 @@ _TABLES = ("alpha", "beta", "weight")
     "a_q = d^(-1/2) q_i . k_q",
     latex=r"o_i = \sum_q \left( \sum_p W_{qp} \phi_p \right) v_q, \quad \phi_p = \sum_q \sum_{m = 1}^G \left( "
     r"\alpha_{pqm} \cos(m a_q) + \beta_{pqm} \sin(m a_q) \right), \quad a_q = d^{-1/2} q_i \cdot k_q",
+    family="scores",
     complexity="O(N^2 (d + r G))",
     paper=Paper("Kolmogorov-Arnold Attention: Is Learnable Attention Better For Vision Transformers?", "2503.10632"),
 )

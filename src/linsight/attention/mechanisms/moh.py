@@ -30,6 +30,7 @@ PAPER = Paper("MoH: Multi-Head Attention as Mixture-of-Head Attention", "2410.11
     formula="o_i = [g_h(x_i) sum_j softmax_j(d^(-1/2) q_i . k_j) v_j] over heads h, g_h(x_i) = 0 of heads not kept",
     latex=r"o_i = \left[ g_h(x_i) \sum_j \mathrm{softmax}_j(d^{-1/2} q_{ih} \cdot k_{jh}) v_{jh} \right]_{h = 1}^{H}, "
     r"\quad g_h(x_i) = 0 \text{ of heads not kept}",
+    family="scores",
     complexity="O(N^2 d)",
     paper=PAPER,
 )

@@ -29,6 +29,7 @@ from .softmax import Softmax
     formula="o = softmax(s Q_(m-1) K_(m-1)^T) V, [Q_r, K_r] = softmax(s Q_(r-1) K_(r-1)^T) [Q_(r-1), K_(r-1)]",
     latex=r"o = \mathrm{softmax}(s Q_{m-1} K_{m-1}^\top) V, \quad [Q_r, K_r] = \mathrm{softmax}(s Q_{r-1} "
     r"K_{r-1}^\top) [Q_{r-1}, K_{r-1}]",
+    family="scores",
     complexity="O(m N^2 d)",
     paper=Paper("Nexus: Higher-Order Attention Mechanisms in Transformers", "2512.03377"),
 )

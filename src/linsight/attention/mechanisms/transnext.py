@@ -63,6 +63,7 @@ _TEMPERATURE = 1 / 0.24  # softplus(t) at the start
     "pooled tokens p of (q^_i + e) softplus(t) log(n_i) . k^ + b",
     latex=r"o_i = \sum_{j \in w(i)} (a_{ij} + \hat q_i \cdot t_j + c_j) v_j + \sum_p a_{ip} v_p, \quad "
     r"a_i = \mathrm{softmax} \left( (\hat q_i + e) \mathrm{softplus}(\tau) \log n_i \cdot \hat k + b \right)",
+    family="scores",
     complexity="O(N^2 d / s^2 + 9 N d)",
     paper=Paper("TransNeXt: Robust Foveal Visual Perception for Vision Transformers", "2311.17132", "CVPR 2024"),
 )
