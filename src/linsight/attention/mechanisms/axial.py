@@ -4,11 +4,11 @@ Wang et al., "Ultra-High-Definition Low-Light Image Enhancement: A Benchmark and
 (arXiv 2212.11548), from its formulas. Two layers of their own weights, the second on what the first gives, without a
 residual connection between them:
 
-    [q, k, v] = conv3x3(conv3x3(W x)),   o_i = W_o sum_j softmax_j(t q_i . k_j / (|q_i| |k_j|)) v_j,   j in the line of i
+    [q, k, v] = conv3x3(conv3x3(W x)),   o_i = W_o sum_j softmax_j(t q_i . k_j / (|q_i| |k_j|)) v_j,   j in the line
 
 with depthwise convolutions and one learnt number t, from 1, for all heads; norms are at least 1e-12. The second sees a
-transposed image, so its kernels lie transposed, too. Lines have any length. Images of a padded batch have a rim each. A dropped token would be a zero in the convolutions, not a place less,
-so that is refused; prefix tokens are in no line.
+transposed image, so its kernels lie transposed, too. Lines have any length. Images of a padded batch have a rim each. A
+dropped token would be a zero in the convolutions, not a place less, so that is refused; prefix tokens are in no line.
 """
 
 from typing import Any
@@ -114,9 +114,7 @@ class Axial(Layer):
         super().__init__()
         biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias}
         self.dim, self.num_heads = dim, num_heads
-        self.rows, self.columns = (
-            RowAttention(dim, num_heads, **biases, device=device, dtype=dtype) for _ in range(2)
-        )
+        self.rows, self.columns = (RowAttention(dim, num_heads, **biases, device=device, dtype=dtype) for _ in range(2))
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
     @each_image

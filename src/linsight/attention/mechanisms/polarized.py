@@ -186,8 +186,8 @@ class Polarized(Core):
         """x times its gates."""
         gate, sums = done
         scores, g = self.scored(tokens, gate)
-        weights = (scores - sums.top).clamp(max=0).exp()  # above it is what was dropped
-        weights = weights / sums.total.clamp(min=1)
+        scores = mask_tokens(scores - sums.top, tokens.keep)  # of dropped ones they may be far above it
+        weights = scores.exp() / sums.denominator
         x = wide(tokens)
         if self.form == "parallel":
             out = x * (gate.a + torch.sigmoid(weights))

@@ -3,13 +3,12 @@
 Zhang et al., "VSA: Learning Varied-Size Window Attention in Vision Transformers", ECCV 2022 (arXiv 2204.08446), by its
 published code. Windows have w x w tokens. For each head, with r of a window the mean of its tokens x,
 
-    t = W_t leaky_relu(r) + b_t,   s = W_s leaky_relu(r) + b_s          a move and a growth, of columns and of rows
-    p_i = c + (1 + s) (i - (w - 1) / 2) + t (L' - 1) / (2 floor(L / w))   where place i of the window reads, c its centre
-    o = softmax(d^(-1/2) q K^T + b) V                                    K and V bilinear at p, b as of Swin
+    t = W_t leaky_relu(r) + b_t,   s = W_s leaky_relu(r) + b_s            a move and a growth, of columns and of rows
+    p_i = c + (1 + s) (i - (w - 1) / 2) + t (L' - 1) / (2 floor(L / w))   where place i reads, c the window's centre
+    o = softmax(d^(-1/2) q K^T + b) V                                     K and V bilinear at p, b as of Swin
 
 with L the side and L' that padded to whole windows. Beyond the grid are zeros, that is keys and values of 0, which are
-seen, and which count in means. All channels move their window by the shares of a grid that shrinks with it: a published
-side below a window divides by 0, where here L counts as w.
+seen, and which count in means. A published side below a window divides by 0; here such an L counts as w.
 
 The published start of both maps is that of a convolution, not zero. Published layers are built for one image size; here
 any goes, and each image of a padded batch has its own rim. A dropped token would be a key of 0, so that is refused;

@@ -37,9 +37,7 @@ from ..tokens import Tokens
     latex=r"o_i = \sum_j \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j + b_{i - j}) v_j, \quad j \text{ in the window of } "
     r"i, \text{ shifted in every second block}",
     complexity="O(N w^2 d)",
-    paper=Paper(
-        "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", "2103.14030", "ICCV 2021"
-    ),
+    paper=Paper("Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", "2103.14030", "ICCV 2021"),
 )
 class Window(WindowTable, Core):
     """Attention in windows that cut the grid; the window may differ for height and width, as a pair.
