@@ -31,12 +31,13 @@ def test_a_move_is_a_share_of_the_grid_and_a_growth_one_of_the_window():
         torch.nn.init.zeros_(linear.weight)
         linear.bias.data = torch.tensor(bias, dtype=torch.float64)
     places = core.places(random_tokens(core, 1, grid, dim=8), Layout(grid), Partition(grid, core.window))
+    places = places.view(2, 6, 4, 2)  # heads, windows, tokens
     columns, rows = (((places[..., i] + 1) * side - 1) / 2 for i, side in enumerate((6, 4)))
     move = 0.5 * 5 / 2 / 3  # three windows a row
-    close(columns[0, 0, 0], torch.tensor([-1, 2, -1, 2], dtype=torch.float64) + move)
-    close(rows[0, 0, 0], torch.tensor([0, 0, 1, 1]).double())
-    close(rows[0, 1, 0], torch.tensor([0, 0, 1, 1], dtype=torch.float64) + 1.5 * 3 / 2 / 2)
-    close(columns[0, 1, 4], torch.tensor([2, 3, 2, 3]).double())
+    close(columns[0, 0], torch.tensor([-1, 2, -1, 2], dtype=torch.float64) + move)
+    close(rows[0, 0], torch.tensor([0, 0, 1, 1]).double())
+    close(rows[1, 0], torch.tensor([0, 0, 1, 1], dtype=torch.float64) + 1.5 * 3 / 2 / 2)
+    close(columns[1, 4], torch.tensor([2, 3, 2, 3]).double())
 
 
 def test_each_image_of_a_padded_batch_has_a_rim_and_shares_of_its_own():

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layout import Grid
-from .sizes import at_most, copied, divided, traced, unflatten
+from .sizes import at_most, copied, divided, in_example, leaves, traced, unflatten
 
 
 def to_multiple(side: int, size: int) -> int:
@@ -55,9 +55,15 @@ class Partition:
             for step, side, size in zip(shift, self.padded, self.inner[:2], strict=True)
         )
         self.shifted = any(type(step) is not int or step for step in self.shift)
+        # Where an example has a single rectangle along a side, a graph by views would be right for such grids only.
+        self.by_place = leaves() and any(type(n) is not int and in_example(n) == 1 for n in self.counts)
 
     def cut(self, x: Tensor) -> Tensor:
         """`(B, H*W, ...)` -> `(B * rectangles, h*w, ...)`, those of an image together."""
+        if self.by_place:
+            row, column, inside = self._places(x.device)
+            at = row.clamp(max=self.grid.height - 1) * self.grid.width + column.clamp(max=self.grid.width - 1)
+            return self._apiece(x.index_select(1, at).masked_fill(~inside.view(-1, *[1] * (x.ndim - 2)), 0))
         x = unflatten(x, 1, self.grid[:2])
         if any(self.padding):
             low, right = (padded - side for padded, side in zip(self.padded, self.grid[:2], strict=True))
@@ -66,6 +72,16 @@ class Partition:
 
     def join(self, x: Tensor) -> Tensor:
         """`(B * rectangles, h*w, C)` -> `(B, H*W, C)`, without the padding."""
+        if self.by_place:
+            each = self.inner.tokens
+            x = x.reshape(-1, self.counts[0] * self.counts[1] * each, *x.shape[2:])
+            pairs = divided(torch.arange(self.grid.height * self.grid.width, device=x.device), self.grid.width)
+            down, across = (
+                divided(divided(place + (side - step), side)[1], size)
+                for place, side, step, size in zip(pairs, self.padded, self.shift, self.inner, strict=False)
+            )
+            rectangle, cell = (a * n + b for a, b, n in zip(down, across, (self.counts[1], self.inner[1]), strict=True))
+            return x.index_select(1, rectangle * each + cell)
         x = unflatten(unflatten(x, 0, (-1, *self.counts)), 3, self.inner[:2])
         x = self._roll(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), 1)
         for axis, side, padding in zip((1, 2), self.grid[:2], self.padding, strict=True):
@@ -79,6 +95,8 @@ class Partition:
         """`(B * rectangles, h*w)` bool, False for padding, of the batch of `x`; None where there is none."""
         if not any(self.padding):
             return None
+        if self.by_place:
+            return self._apiece(copied(self._places(x.device)[2].expand(x.shape[0], -1)))
         rows, columns = (
             torch.arange(padded, device=x.device) < side
             for padded, side in zip(self.padded, self.grid[:2], strict=True)
@@ -92,6 +110,10 @@ class Partition:
         """`(B * rectangles, h*w)`, a number for each region of a rectangle; None without a shift."""
         if not self.shifted:
             return None
+        if self.by_place:
+            row, column, _ = self._places(x.device)
+            region = 2 * (row < self.shift[0]).long() + (column < self.shift[1])
+            return self._apiece(copied(region.expand(x.shape[0], -1)))
         region = self._regions(x.device)
         return region if self.images is not None else self._for_all(region, x)
 
@@ -99,9 +121,27 @@ class Partition:
         """`(B * rectangles, 1, h*w, h*w)`, -100 between tokens of different regions; None without a shift."""
         if not self.shifted:
             return None
-        region = self._regions(x.device)
+        region = self._regions(x.device) if not self.by_place else self.regions(x)
+        assert region is not None
         apart = -100.0 * (region[:, None, :, None] != region[:, None, None, :]).to(x.dtype)
-        return apart if self.images is not None else self._for_all(apart, x)
+        return apart if self.by_place or self.images is not None else self._for_all(apart, x)
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and column of each token of each rectangle, `(rectangles * h*w,)`, and whether it is on the grid."""
+        count = self.counts[0] * self.counts[1]
+        rectangle, cell = divided(torch.arange(count * self.inner.tokens, device=device), self.inner.tokens)
+        corners, cells = divided(rectangle, self.counts[1]), divided(cell, self.inner.width)
+        row, column = (
+            divided(corner * size + place + step, side)[1]
+            for corner, size, place, step, side in zip(
+                corners, self.inner, cells, self.shift, self.padded, strict=False
+            )
+        )
+        return row, column, (row < self.grid.height) & (column < self.grid.width)
+
+    def _apiece(self, x: Tensor) -> Tensor:
+        """`(B, rectangles * h*w, ...)` -> `(B * rectangles, h*w, ...)`, without an axis of rectangles alone."""
+        return x.reshape(-1, self.inner.tokens, *x.shape[2:])
 
     def _regions(self, device: torch.device) -> Tensor:
         """Those of the rectangles of one image, or, where images have sizes of their own, of all."""

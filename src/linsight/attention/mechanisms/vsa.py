@@ -40,7 +40,7 @@ from ..core import Core, Rename
 from ..parts.wide import WideLinear
 from ..parts.window_table import WindowTable
 from ..registry import Paper, register
-from ..tokens import Tokens, merge_heads
+from ..tokens import Tokens, merge_heads, split_heads
 
 
 @register(
@@ -94,37 +94,46 @@ class VSA(WindowTable, Core):
             k, v = (mask_tokens(t.to(dtype), tokens.keep) for t in tokens[1:3])
             both = torch.cat([k, v], dim=-1).permute(0, 2, 3, 1).flatten(0, 1)  # (B * H, 2 D, N)
             canvas = unflatten(both, 2, layout.grid[:2])
-            seen = F.grid_sample(canvas, self.places(tokens, layout, windows).flatten(0, 1), align_corners=False)
-            seen = unflatten(seen, 0, (-1, self.num_heads))  # (B, H, 2 D, windows, w * w)
-            k, v = seen.permute(0, 3, 1, 4, 2).flatten(0, 1).split([k.shape[-1], v.shape[-1]], dim=-1)
-            q = windows.cut(tokens.q.to(dtype)).transpose(1, 2)
+            seen = F.grid_sample(canvas, self.places(tokens, layout, windows), align_corners=False)
+            seen = unflatten(seen[:, :, 0], 0, (-1, self.num_heads)).permute(0, 3, 1, 2)
+            seen = seen.reshape(-1, self.window[0] ** 2, *seen.shape[2:]).transpose(
+                1, 2
+            )  # (B * windows, H, w * w, 2 D)
+            k, v = seen.split([k.shape[-1], v.shape[-1]], dim=-1)
+            # Heads merged: torch.compile does not know how the gradient of padding lies in memory with further axes.
+            q = split_heads(windows.cut(merge_heads(tokens.q.to(dtype))), self.num_heads).transpose(1, 2)
             out = attend(q, k, v, self.bias().to(dtype))
         return windows.join(out.transpose(1, 2)).to(tokens.v.dtype)
 
     def places(self, tokens: Tokens, layout: Layout, windows: Partition) -> Tensor:
-        """Where each token of each window reads, `(B, H, windows, w * w, 2)`: column and row, from -1 to 1."""
+        """Where each token of each window reads, `(B * H, 1, windows * w * w, 2)`: column and row, from -1 to 1.
+
+        There is no axis of windows alone, of which there may be one: a graph must not ask.
+        """
         x, size = merge_heads(tokens.v) if tokens.x is None else tokens.x, self.window[0]
         x = mask_tokens(x.to(accumulator(x.dtype)), tokens.keep)
         mean = F.leaky_relu(windows.cut(x).mean(dim=1))
-        count, factory = windows.counts[0] * windows.counts[1], {"device": x.device, "dtype": x.dtype}
         moves, scales = (
-            unflatten(unflatten(linear(mean), 1, (-1, 2)), 0, (-1, count)).transpose(1, 2)[..., None, :]
-            for linear in (self.sampling_offsets, self.sampling_scales)
-        )  # (B, H, windows, 1, 2)
-        rows = divided(torch.arange(count, device=x.device), windows.counts[1])
-        inner = divided(torch.arange(size * size, device=x.device), size)
-        sides: Any = layout.grid[:2] if layout.sizes is None else layout.sizes.to(**factory).unbind(1)
+            unflatten(linear(mean), 1, (1, -1, 2)) for linear in (self.sampling_offsets, self.sampling_scales)
+        )  # (B * windows, 1, H, 2)
+        count = windows.counts[0] * windows.counts[1]
+        _, number = divided(torch.arange(x.shape[0] * count, device=x.device), count)
+        corners = divided(number, windows.counts[1])
+        cells = divided(torch.arange(size * size, device=x.device), size)
         found = []
         for axis in (1, 0):  # columns first
-            side: Any = sides[axis] if layout.sizes is None else sides[axis].view(-1, 1, 1, 1)
-            whole = to_multiple(side, size)
-            shares = side // size
-            least = shares.clamp(min=1) if isinstance(shares, Tensor) else at_least(shares, 1)
-            step = inner[axis].to(x.dtype) - (size - 1) / 2
-            place = (rows[axis][:, None] * size).to(x.dtype) + (size - 1) / 2 + step * (1 + scales[..., 1 - axis])
-            place = place + moves[..., 1 - axis] * ((whole - 1) / (2 * least))
+            side: Any = layout.grid[axis]
+            if layout.sizes is not None:
+                side = layout.sizes[:, axis].to(x.device).repeat_interleave(count).view(-1, 1, 1)
+            least = (side // size).clamp(min=1) if isinstance(side, Tensor) else at_least(side // size, 1)
+            step = cells[axis].to(x.dtype)[:, None] - (size - 1) / 2
+            place = (corners[axis] * size).to(x.dtype)[:, None, None] + (size - 1) / 2
+            place = place + step * (1 + scales[..., 1 - axis])
+            place = place + moves[..., 1 - axis] * ((to_multiple(side, size) - 1) / (2 * least))
             found.append((2 * place + 1) / layout.grid[axis] - 1)
-        return torch.stack(found, dim=-1)
+        places = torch.stack(found, dim=-1)  # (B * windows, w * w, H, 2)
+        places = places.reshape(-1, count * size * size, self.num_heads, 2)
+        return places.transpose(1, 2).flatten(0, 1)[:, None]
 
     def no_weight_decay(self) -> set[str]:
         """The table, as published."""

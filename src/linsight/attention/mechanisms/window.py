@@ -27,7 +27,7 @@ from ..capabilities import Capabilities, Cost, Structure
 from ..core import Core, Rename
 from ..parts.window_table import WindowTable
 from ..registry import Paper, register
-from ..tokens import Tokens
+from ..tokens import Tokens, merge_heads, split_heads
 
 
 @register(
@@ -80,12 +80,14 @@ class Window(WindowTable, Core):
     def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
         """Attention in the window of each token."""
         windows, v = Partition(layout.grid, self.window, self.shift, images=layout.sizes), tokens.v
-        q, k, v = (windows.cut(mask_tokens(x, tokens.keep).to(v.dtype)).transpose(1, 2) for x in tokens[:3])
+        q, k, v = (mask_tokens(x, tokens.keep).to(v.dtype) for x in tokens[:3])
+        # Heads merged: torch.compile does not know how the gradient of padding lies in memory with further axes.
+        q, k, v = (split_heads(windows.cut(merge_heads(x)), self.num_heads).transpose(1, 2) for x in (q, k, v))
         bias = self.bias().to(v.dtype) if self.rpb else None
         seen = self.seen(windows, tokens)
         if seen is not None:
             # Each token sees itself, so that there is no row of minus infinity; of those that are kept all do.
-            seen = seen | torch.eye(v.shape[2], dtype=torch.bool, device=v.device)
+            seen = seen | torch.eye(windows.inner.tokens, dtype=torch.bool, device=v.device)
             bias = torch.where(seen, v.new_zeros(()) if bias is None else bias, float("-inf"))
         return windows.join(attend(q, k, v, bias).transpose(1, 2))
 
