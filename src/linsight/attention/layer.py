@@ -176,7 +176,7 @@ class Attention(Layer):
         return Tokens(q, k, v, x, keep, parts.get("extra"))
 
     def weight(self) -> Tensor | None:
-        """One of the layer's own, for the dtype and the device that tokens must have."""
+        """A parameter of the layer, for the dtype and the device that tokens must have."""
         return held(self.proj)
 
     def conclude(self, out: Tensor, x: Tensor) -> Tensor:

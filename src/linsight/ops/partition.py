@@ -144,7 +144,7 @@ class Partition:
         return x.reshape(-1, self.inner.tokens, *x.shape[2:])
 
     def _regions(self, device: torch.device) -> Tensor:
-        """Those of the rectangles of one image, or, where images have sizes of their own, of all."""
+        """Regions in the rectangles of one image, or, where images have sizes of their own, of all."""
         sides = []
         for axis, (padded, size, shift) in enumerate(zip(self.padded, self.inner[:2], self.shift, strict=True)):
             place = torch.arange(padded, device=device)

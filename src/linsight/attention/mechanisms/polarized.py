@@ -34,7 +34,7 @@ from ..tokens import Tokens, merge_heads, split_heads
 
 
 class Pooled(NamedTuple):
-    """What makes the gate of channels: means of x under softmax, and the sum of all x `(B, C)` with their count."""
+    """Sums for the gate of channels: x under softmax, and all x `(B, C)` with their count."""
 
     lse: LogSumExp
     total: Tensor

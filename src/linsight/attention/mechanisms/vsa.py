@@ -129,7 +129,9 @@ class VSA(WindowTable, Core):
             step = cells[axis].to(x.dtype)[:, None] - (size - 1) / 2
             place = (corners[axis] * size).to(x.dtype)[:, None, None] + (size - 1) / 2
             place = place + step * (1 + scales[..., 1 - axis])
-            place = place + moves[..., 1 - axis] * ((to_multiple(side, size) - 1) / (2 * least))
+            last = to_multiple(side, size) - 1
+            last = last.to(x.dtype) if isinstance(last, Tensor) else last  # whole numbers would be divided in float32
+            place = place + moves[..., 1 - axis] * (last / (2 * least))
             found.append((2 * place + 1) / layout.grid[axis] - 1)
         places = torch.stack(found, dim=-1)  # (B * windows, w * w, H, 2)
         places = places.reshape(-1, count * size * size, self.num_heads, 2)
