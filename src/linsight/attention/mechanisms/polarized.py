@@ -176,11 +176,8 @@ class Polarized(Core):
         if self.form == "sequential":
             x, mean = gate.a * x, gate.a * mean
         with full_precision(x):
-            g = self.place_query(mean)
-            if self.form == "sequential":
-                return self.place_value(x), g
-            weight = g @ self.place_value.weight.to(x.dtype)  # (B, 1, C): one product for each token, in place of c
-            return x @ weight.transpose(1, 2), g
+            g, scores = self.place_query(mean), self.place_value(x)
+            return (scores if self.form == "sequential" else scores @ g.transpose(1, 2)), g
 
     def read(self, tokens: Tokens, tile: Tile, done: Done) -> Tensor:
         """x times its gates."""
