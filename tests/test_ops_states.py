@@ -135,3 +135,14 @@ def test_full_precision_under_autocast():
         with full_precision(x):
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_mean_of_log_sum_exp_has_the_gradient_of_softmax(n):
+    """Of one token, too, whose weight is 1 whatever its score: at the rim of a clamp the gradient would be lost."""
+    scores, v = torch.randn(2, n, 1, 3, dtype=F64, requires_grad=True), torch.randn(2, n, 1, 2, dtype=F64)
+    mean = LogSumExp.absorb(scores, v).mean()
+    truth = torch.einsum("bnhd,bnhe->bhde", scores.softmax(dim=1), v)
+    torch.testing.assert_close(mean, truth)
+    ours, right = (torch.autograd.grad(out.square().sum(), scores)[0] for out in (mean, truth))
+    torch.testing.assert_close(ours, right)

@@ -9,6 +9,7 @@ class Cost(enum.StrEnum):
 
     LINEAR = "linear"
     N_LOG_N = "n log n"
+    N_ROOT_N = "n sqrt n"  # each token sees its row and its column
     WINDOWED = "windowed"  # each token sees a window: linear in N, quadratic in the window
     QUADRATIC = "quadratic"
 

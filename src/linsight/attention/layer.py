@@ -135,7 +135,7 @@ class Attention(Layer):
             CapabilityError: the formula of the mechanism does not define what is asked.
             LinsightError: tokens and layouts do not match, or what is given has another shape or dtype.
         """
-        layout = entered(x, layout, dim=self.dim, weight=held(self.proj))
+        layout = entered(x, layout, dim=self.dim, weight=self.weight())
         if self.reduction is not None:
             require(self.core, "reduced", "keys of a reduced grid")
         check_asked(self.core, layout, keep=keep, context=context, score_bias=score_bias)
@@ -148,7 +148,7 @@ class Attention(Layer):
             if context_layout is None:
                 raise LinsightError("context= needs context_layout=, the grid of its tokens")
             source = context
-            source_layout = entered(context, context_layout, dim=self.dim, weight=held(self.proj), name="context")
+            source_layout = entered(context, context_layout, dim=self.dim, weight=self.weight(), name="context")
             x = mask_tokens(x, layout.keep(x.device))  # padding of its own, which `keep` does not tell of
         elif context_layout is not None:
             raise LinsightError("context_layout= came without context=, the tokens that lie so")
@@ -175,6 +175,10 @@ class Attention(Layer):
         parts = self._project(self.given(x, source))
         q, k, v = (split_heads(parts[name], self.num_heads) for name in "qkv")
         return Tokens(q, k, v, x, keep, parts.get("extra"))
+
+    def weight(self) -> Tensor | None:
+        """A parameter of the layer, for the dtype and the device that tokens must have."""
+        return held(self.proj)
 
     def conclude(self, out: Tensor, x: Tensor) -> Tensor:
         """The output of the layer, of that of the core `(B, M, core.out_dim)`."""

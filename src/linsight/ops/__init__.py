@@ -38,6 +38,7 @@ from .linear import (
 from .maps import FEATURE_MAPS
 from .neighbourhood import AxisWindow, axis_window, neighbourhood_attention, neighbourhood_attention_nd
 from .packing import Groups, each_grid, pack, unpack
+from .partition import Partition, half_shift, to_multiple, within
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import HEAD_BASE, Turn, check_rotary, rotate
@@ -79,6 +80,7 @@ __all__ = [
     "LogSumExp",
     "Mode",
     "Moments",
+    "Partition",
     "SharedKeys",
     "State",
     "Tile",
@@ -115,6 +117,7 @@ __all__ = [
     "full_precision",
     "gather_pooled",
     "gather_state",
+    "half_shift",
     "in_example",
     "inner_forward",
     "inner_gradient",
@@ -143,10 +146,12 @@ __all__ = [
     "spread",
     "table_for",
     "tiles",
+    "to_multiple",
     "traced",
     "unflatten",
     "unpack",
     "use_form",
+    "within",
 ]
 
 # Names that another room took over, and that are still had from here, with a warning: filled by that room.

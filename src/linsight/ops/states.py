@@ -119,7 +119,15 @@ class LogSumExp(NamedTuple):
 
     def mean(self) -> Tensor:
         """The average of v under weights softmax(score), `(B, H, D, E)`; 0 where no token was absorbed."""
-        return self.value / self.total.clamp(min=1)[..., None]  # the maximum itself counts 1
+        return self.value / self.denominator[..., None]
+
+    @property
+    def denominator(self) -> Tensor:
+        """The total, 1 where no token was absorbed.
+
+        The maximum itself counts 1, and a single token's total is that: no clamp, which has no gradient there.
+        """
+        return torch.where(self.total > 0, self.total, 1)
 
 
 class Moments(NamedTuple):
