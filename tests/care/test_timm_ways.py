@@ -46,6 +46,8 @@ SMALL = {
     "soft_tiny": TINY,
     "l2vit_tiny": TINY,
     "flowformer_cv": TINY,
+    "van_b0": TINY,
+    "attnet_xxs": TINY,
     "rala_ravlt_t": TINY_RAVLT,
     "nalaformer_xt": TINY_RAVLT,
     "polaformerpp_b0": TINY_RAVLT,
