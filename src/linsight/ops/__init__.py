@@ -36,7 +36,7 @@ from .linear import (
     linear_read,
 )
 from .maps import FEATURE_MAPS
-from .neighbourhood import AxisWindow, axis_window, neighbourhood_attention
+from .neighbourhood import AxisWindow, axis_window, neighbourhood_attention, neighbourhood_mean
 from .packing import Groups, each_grid, pack, unpack
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
@@ -128,6 +128,7 @@ __all__ = [
     "mask_tokens",
     "merge",
     "neighbourhood_attention",
+    "neighbourhood_mean",
     "outer_sum",
     "pack",
     "pad_prefix",

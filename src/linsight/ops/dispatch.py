@@ -111,6 +111,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "inner_gradient": (),
     "inner_forward": (),
     "neighbourhood_attention": (),
+    "neighbourhood_mean": (),
 }
 
 _forced = ""

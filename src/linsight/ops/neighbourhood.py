@@ -69,23 +69,35 @@ def neighbourhood_attention(
         window: that of rows and that of columns; a number is the kernel of both.
         table: `(H, 2K - 1, 2K' - 1)`, the bias at each distance, key minus query in units of the dilation.
     """
-    down, across = (AxisWindow(window), AxisWindow(window)) if isinstance(window, int) else window
-    dtype, own = accumulator(v.dtype), (tile.grid.height, tile.grid.width)
-    lengths = (
-        [torch.full((1, 1), side, dtype=torch.long, device=v.device) for side in own]
-        if tile.sizes is None
-        else tile.sizes.to(v.device)[:, :, None].unbind(1)
-    )
-    rows = _side(tile.top, tile.height, lengths[0], down, tile.rows)
-    columns = _side(tile.left, tile.width, lengths[1], across, tile.columns)
+    dtype, (rows, columns) = accumulator(v.dtype), _sides(tile, window, v.device)
     with full_precision(v):
         q = tile.inner_grid(q).to(dtype) * q.shape[-1] ** -0.5
         q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, n, D)
         bias = None if table is None else table.to(dtype)
         parts = []
-        for some in _cut(q, v, down.kernel * across.kernel):
+        for some in _cut(q, max(q.shape[-1], v.shape[-1]), _count(rows, columns)):
             y, x = divided(some, tile.width)
             parts.append(_attend(q.index_select(2, some), k, v, rows.at(y), columns.at(x), tile.seen[1], bias))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+
+
+def neighbourhood_mean(
+    scores: Tensor, v: Tensor, tile: Tile, window: int | tuple[AxisWindow, AxisWindow], table: Tensor | None = None
+) -> Tensor:
+    """softmax(scores + bias) v over windows, with scores that are given: otherwise as `neighbourhood_attention`.
+
+    scores: `(B, n, H, K * K')`, for the keys of each window row by row.
+    """
+    dtype, (rows, columns) = accumulator(v.dtype), _sides(tile, window, v.device)
+    with full_precision(v):
+        scores, v = (x.to(dtype).transpose(1, 2) for x in (scores, v))  # (B, H, n, ...)
+        bias = None if table is None else table.to(dtype)
+        parts = []
+        for some in _cut(scores, v.shape[-1], _count(rows, columns)):
+            y, x = divided(some, tile.width)
+            sides = rows.at(y), columns.at(x)
+            places = _places(*sides, tile.seen[1], v)
+            parts.append(_mean(scores.index_select(2, some), v.flatten(0, 2), places, *sides, bias))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
 
 
@@ -112,6 +124,25 @@ def axis_window(place: Tensor, length: Tensor, window: AxisWindow) -> tuple[Tens
     return keys * step[..., None] + group[..., None], keys - place[..., None], seen
 
 
+def _sides(
+    tile: Tile, window: int | tuple[AxisWindow, AxisWindow], device: torch.device
+) -> tuple[_Side, _Side]:
+    """The keys of the rows and of the columns of `tile`."""
+    down, across = (AxisWindow(window), AxisWindow(window)) if isinstance(window, int) else window
+    lengths = (
+        [torch.full((1, 1), side, dtype=torch.long, device=device) for side in tile.grid[:2]]
+        if tile.sizes is None
+        else tile.sizes.to(device)[:, :, None].unbind(1)
+    )
+    rows = _side(tile.top, tile.height, lengths[0], down, tile.rows)
+    return rows, _side(tile.left, tile.width, lengths[1], across, tile.columns)
+
+
+def _count(rows: _Side, columns: _Side) -> int:
+    """The keys of a query."""
+    return int(rows.index.shape[-1]) * int(columns.index.shape[-1])
+
+
 def _side(start: int, count: int, length: Tensor, window: AxisWindow, seen: tuple[int, int]) -> _Side:
     """The keys of `count` places from `start` on, by their place in what is `seen`."""
     index, offset, inside = axis_window(torch.arange(count, device=length.device) + start, length, window)
@@ -120,30 +151,44 @@ def _side(start: int, count: int, length: Tensor, window: AxisWindow, seen: tupl
     return _Side(index, offset.clamp(-most, most) + most, inside)
 
 
-def _cut(q: Tensor, v: Tensor, keys: int) -> tuple[Tensor, ...]:
-    """The places of the queries `(B, H, n, D)`, in so many parts that each gathers little; one if it is recorded."""
+def _cut(q: Tensor, width: int, keys: int) -> tuple[Tensor, ...]:
+    """The places of the queries `(B, H, n, D)`, in so many parts that each gathers little; one if it is recorded.
+
+    width: the numbers of one key.
+    """
     places = torch.arange(q.shape[2], device=q.device)
     if torch.is_grad_enabled() or traced():
         return (places,)
-    each = q.shape[0] * q.shape[1] * min(keys, _KEYS) * max(q.shape[-1], v.shape[-1])
+    each = q.shape[0] * q.shape[1] * min(keys, _KEYS) * width
     return places.split(max(1, _AT_ONCE // max(1, each)))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: _Side, columns: _Side, width: int, table: Tensor | None) -> Tensor:
     """Outputs `(B, H, n, E)` of queries `(B, H, n, D)`."""
+    places, k, v = _places(rows, columns, width, k), k.flatten(0, 2), v.flatten(0, 2)
+    scores = torch.cat([(_gather(k, p) @ q[..., None])[..., 0] for p in places], dim=-1)
+    return _mean(scores, v, places, rows, columns, table)
+
+
+def _places(rows: _Side, columns: _Side, width: int, k: Tensor) -> tuple[Tensor, ...]:
+    """The rows of `k` `(B, H, n, D)`, flattened, that are the keys of each query, some at once."""
     batch, heads, count, _ = k.shape
-    keys = int(rows.index.shape[-1]) * int(columns.index.shape[-1])
+    keys = _count(rows, columns)
     some = [min(_KEYS, keys - first) for first in range(0, keys, _KEYS)]  # told one by one, for exporters
     first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * count
-    places = ((rows.index[..., None] * width + columns.index[..., None, :]).flatten(2)[:, None] + first).split(some, -1)
-    k, v = k.flatten(0, 2), v.flatten(0, 2)
-    scores = torch.cat([(_gather(k, p) @ q[..., None])[..., 0] for p in places], dim=-1)
+    return ((rows.index[..., None] * width + columns.index[..., None, :]).flatten(2)[:, None] + first).split(some, -1)
+
+
+def _mean(
+    scores: Tensor, v: Tensor, places: tuple[Tensor, ...], rows: _Side, columns: _Side, table: Tensor | None
+) -> Tensor:
+    """Means of the rows of `v` at these places, `(B, H, n, E)`, by scores `(B, H, n, K)`."""
     if table is not None:
         at = (rows.offset[..., None] * table.shape[-1] + columns.offset[..., None, :]).flatten(2)
         scores = scores + unflatten(table.flatten(1).index_select(1, at.flatten()), 1, at.shape).transpose(0, 1)
     inside = (rows.inside[..., None] & columns.inside[..., None, :]).flatten(2)
     scores = scores.masked_fill(~inside[:, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1).split(some, dim=-1)
+    weights = scores.softmax(dim=-1).split([int(p.shape[-1]) for p in places], dim=-1)
     parts = [w[..., None, :] @ _gather(v, p) for w, p in zip(weights, places, strict=True)]
     return functools.reduce(torch.add, parts)[..., 0, :]
 

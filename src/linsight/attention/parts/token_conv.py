@@ -29,11 +29,12 @@ class TokenConv(nn.Conv2d, Additive):
         *,
         dilation: int = 1,
         repeats: int = 1,
+        bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         shape: dict[str, Any] = {"padding": kernel_size // 2 * dilation, "dilation": dilation, "groups": dim}
-        super().__init__(dim, dim, kernel_size, **shape, device=device, dtype=dtype)
+        super().__init__(dim, dim, kernel_size, **shape, bias=bias, device=device, dtype=dtype)
         self.repeats = repeats
 
     def add_nothing(self) -> None:
@@ -53,16 +54,16 @@ class TokenConv(nn.Conv2d, Additive):
         if size is None:
             return super().forward(x)
         weight, bias, dilation = self.weight, self.bias, int(self.dilation[0])
-        assert bias is not None
         if self.repeats > 1:
-            weight, bias = weight.repeat(self.repeats, 1, 1, 1), bias.repeat(self.repeats)
-        if varies and traced() and dilation == 1:
+            weight, bias = weight.repeat(self.repeats, 1, 1, 1), None if bias is None else bias.repeat(self.repeats)
+        if varies and traced() and dilation == 1 and bias is not None:
             return (shifted_products(x, size, weight.transpose(0, 1)) + bias).to(x.dtype)
         if not wide:
             return depthwise_conv(x, size, weight, bias, dilation=dilation)
         dtype = accumulator(torch.promote_types(x.dtype, weight.dtype))
         with full_precision(x):
-            return depthwise_conv(x, size, weight.to(dtype), bias.to(dtype), dilation=dilation)
+            bias = None if bias is None else bias.to(dtype)
+            return depthwise_conv(x, size, weight.to(dtype), bias, dilation=dilation)
 
 
 def grid_values(tokens: Tokens, tile: Tile) -> Tensor:
