@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
+
 from golden.spec import Run, tensor
 from linsight import Grid
 from linsight.attention import Rename, create_block
 from linsight.attention.parts.context import RepConv
+from linsight.models.hosts.overlock import FocusBlock
 
 
 def contmix(spec: dict[str, Any]) -> Run:
@@ -22,6 +25,25 @@ def contmix(spec: dict[str, Any]) -> Run:
     return Run(block, call, inputs={"input": x})
 
 
+def focus(spec: dict[str, Any]) -> Run:
+    """A block of the closer look; the last one of a model gives map and context as one."""
+    told, given = spec["config"], spec["inputs"]
+    maps = {name: tensor(given[name]["shape"], name) for name in given}
+    size, first = maps["x"].shape[2:], "x_scale.weight" not in dict(spec["state_dict"])
+    tokens = {name: map_.flatten(2).transpose(1, 2) for name, map_ in maps.items()}
+    options = {"mlp_ratio": told["mlp_ratio"], "first": first}
+    block = FocusBlock(told["dim"], told["ctx_dim"] // 4, told["num_heads"], told["kernel_size"], **options)
+
+    def call():
+        outs = block(tokens["x"], tokens["h_x"], tokens.get("h_r", tokens["h_x"]), Grid(*size))
+        x, h = (out.transpose(1, 2).unflatten(2, size) for out in outs)
+        if spec["output_shape"][1] > told["dim"]:
+            return torch.cat([x, h], dim=1)
+        return {"output": x, "context": h}
+
+    return Run(block, call)
+
+
 def merged(spec: dict[str, Any]) -> Run:
     """The convolution and the one that it is merged to."""
     x = tensor(spec["input_shape"])
@@ -36,4 +58,4 @@ def merged(spec: dict[str, Any]) -> Run:
     return Run(conv, call, (Rename("rep.", ""),))
 
 
-BUILDERS = {"contmix_block": contmix, "rep_merge": merged}
+BUILDERS = {"dynconv_block": focus, "contmix_block": contmix, "rep_merge": merged}

@@ -101,13 +101,10 @@ class AttNet(PlainPyramid):
     @property
     def published(self) -> tuple[Rename, ...]:
         """Rules for each convolution and block: their published names begin as those of stages do here."""
-        convs = [(f"0.{2 * j}", 0, j) for j in range(2)] + [(f"{i}", i, 0) for i in range(1, len(self.stages))]
         return (
-            *(
-                Rename(f"downsample_layers.{old}.{place}.", f"stages.{i}.downsample.convs.{j}.{part}.")
-                for old, i, j in convs
-                for place, part in enumerate(("conv", "norm"))
-            ),
+            *(Rename(f"downsample_layers.{i}.", f"stages.{i}.downsample.proj.") for i in range(1, len(self.stages))),
+            Rename("downsample_layers.0.0.", "stages.0.downsample.proj."),
+            *(Rename(f"downsample_layers.0.2.{i}.", f"stages.0.downsample.proj.{3 + i}.") for i in range(2)),
             *(
                 Rename(f"stages.{i}.{j}.", f"stages.{i}.blocks.{j}.")
                 for i, stage in enumerate(self.stages)

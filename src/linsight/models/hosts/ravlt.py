@@ -102,10 +102,18 @@ class WideningHead(ClassifierHead):
     """timm's head on a map that is widened first: linear, batch norm, SiLU. Without pooling the map is left alone."""
 
     def __init__(
-        self, in_features: int, width: int, num_classes: int, pool_type: str, drop_rate: float, **factory: Any
+        self,
+        in_features: int,
+        width: int,
+        num_classes: int,
+        pool_type: str,
+        drop_rate: float,
+        *,
+        bias: bool = True,
+        **factory: Any,
     ) -> None:
         super().__init__(width, num_classes, pool_type, drop_rate=drop_rate, **factory)
-        self.proj: nn.Module = nn.Linear(in_features, width, **factory)
+        self.proj: nn.Module = nn.Linear(in_features, width, bias=bias, **factory)
         self.norm: nn.Module = nn.BatchNorm2d(width, **factory)
         self.act: nn.Module = nn.SiLU()
 
