@@ -21,6 +21,7 @@ from linsight.models.registry import ON_HOST, build
 OURS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("linsight")]
 DENSE = {name for name, variant in VARIANTS.items() if variant.dense}
 EXITS = {name for name in ARCHITECTURES if name.startswith("dynp")}
+TINY_OVERLOCK = {"overview": [(8, 1, 7), (8, 1, 7), (16, 1, 7), (16, 1, 5)], "focus": [(2, 1), (1, 1)]}
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TINY_SWIN = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
 TINY_PVT = {"img_size": 64, "stages": [(8, 1, 1, 2.0, 4), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 1)]}
@@ -53,6 +54,7 @@ SMALL = {
     "polaformerpp_b0": TINY_RAVLT,
     "steps_resnet18": TINY_RESNET,
     "dynp_resnet18_025_t32_cifar": {},
+    "overlock_xt": TINY_OVERLOCK,
     "agent_pvt_tiny_dense": TINY_PVT,
     "mlla_tiny_dense": TINY,
     ON_HOST: {"base": "deit_tiny_patch16_224", "attention": "inline", **TINY_VIT},

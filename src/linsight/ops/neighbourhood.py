@@ -124,9 +124,7 @@ def axis_window(place: Tensor, length: Tensor, window: AxisWindow) -> tuple[Tens
     return keys * step[..., None] + group[..., None], keys - place[..., None], seen
 
 
-def _sides(
-    tile: Tile, window: int | tuple[AxisWindow, AxisWindow], device: torch.device
-) -> tuple[_Side, _Side]:
+def _sides(tile: Tile, window: int | tuple[AxisWindow, AxisWindow], device: torch.device) -> tuple[_Side, _Side]:
     """The keys of the rows and of the columns of `tile`."""
     down, across = (AxisWindow(window), AxisWindow(window)) if isinstance(window, int) else window
     lengths = (

@@ -1,4 +1,4 @@
-"""The pieces of OverLoCK (arXiv 2502.20087) on tokens: a convolution by kernels of each token, and what stands around it.
+"""Pieces of OverLoCK (arXiv 2502.20087) on tokens: a convolution by kernels of each token, and what is around it.
 
 Batch norms are of tokens. A kernel is made of how much a token has in common with 7 x 7 means of the whole map, so it
 is global; softmax over its taps makes it a mean of the window around the token, as in neighbourhood attention.
@@ -148,7 +148,9 @@ class RepConv(nn.Module):
     def __init__(self, dim: int, kernel_size: int, **factory: Any) -> None:
         super().__init__()
         if kernel_size not in BRANCHES:
-            raise LinsightError(f"kernel_size={kernel_size}: no branches are published of it, take one of {[*BRANCHES]}")
+            raise LinsightError(
+                f"kernel_size={kernel_size}: no branches are published of it, take one of {[*BRANCHES]}"
+            )
         self.kernel_size = kernel_size
         self.lk_origin = TokenConv(dim, kernel_size, bias=False, **factory)
         self.origin_bn = nn.BatchNorm1d(dim, **factory)
@@ -200,6 +202,9 @@ class ContextMix(nn.Module):
         small_size: of the small window.
         values: with a linear layer and batch norm of the values.
     """
+
+    rpb1: nn.Parameter
+    rpb2: nn.Parameter
 
     def __init__(
         self,

@@ -153,7 +153,9 @@ def _host(
     size: str, depths: Sequence[int], dims: Sequence[int], heads: Sequence[int], scaled: bool, normed: bool
 ) -> Host:
     """Scales begin with 1e-6. Heads, of mechanisms that have some, are not published."""
-    stages = tuple(StageSize(*row, 8.0 if i < 2 else 4.0) for i, row in enumerate(zip(dims, depths, heads, strict=True)))
+    stages = tuple(
+        StageSize(*row, 8.0 if i < 2 else 4.0) for i, row in enumerate(zip(dims, depths, heads, strict=True))
+    )
     args = {"stages": stages, "init_values": 1e-6 if scaled else None, "mlp_norm": normed}
     return Host(f"attnet_pyramid_{size}", AttNet, args, _CFG, FOUR_MAPS)
 

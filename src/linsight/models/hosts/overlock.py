@@ -273,7 +273,9 @@ class OverLoCK(Pyramid):
         self.check_head(num_classes, global_pool)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dims, depths, kernels = zip(*overview, strict=True)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, [*depths, *(depth for depth, _ in focus)], stagewise=True))
+        rates = iter(
+            calculate_drop_path_rates(drop_path_rate, [*depths, *(depth for depth, _ in focus)], stagewise=True)
+        )
         context, last = dims[3] // 4, dims[3] + dims[3] // 4
         stages = [
             Stage(

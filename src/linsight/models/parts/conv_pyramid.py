@@ -44,7 +44,8 @@ class ConvNorm(ConvNormAct, Fusable):
 class ConvDown(Fusable):
     """3x3 convolutions with batch norm and ReLU, of `(width, stride)` each: a map to tokens. Sides round upwards.
 
-    last_act: also behind the last one.  bias: of the convolutions.  conv: further arguments of timm's `ConvNormAct`, as another `act_layer`.
+    last_act: also behind the last one.  bias: of the convolutions.
+    conv: further arguments of timm's `ConvNormAct`, as another `act_layer`.
     """
 
     published = tuple(
