@@ -18,6 +18,7 @@ from linsight.ops import (
     at_least,
     at_most,
     full_precision,
+    leaves,
     neighbourhood_mean,
     pool_matrix,
     pool_tokens,
@@ -319,16 +320,19 @@ def enlarged(size: tuple[int, int], least: int) -> tuple[int, int]:
     The published code divides first: of a map nine times as long as wide, or more, it may have one row less.
     """
     height, width = size
-    if not traced() and min(size) >= least:
+    if leaves():  # one graph for all sizes, which takes long to make
+        short = at_most(height, width)
+        most = at_least(short, least)
+        return height * most // short, width * most // short
+    if height >= least and width >= least:  # a compiled graph of its own
         return size
     short = at_most(height, width)
-    most = at_least(short, least)
-    return height * most // short, width * most // short
+    return height * least // short, width * least // short
 
 
 def resized(x: Tensor, size: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Tokens `(B, h*w, C)` of a map of `size`, bilinear to one of the size `new`."""
-    if not traced() and size == new:
+    if new is size or (not traced() and size == new):
         return x
     factory: dict[str, Any] = {"device": x.device, "dtype": accumulator(x.dtype)}
     rows, columns = (resize_matrix(a, b, "bilinear", **factory) for a, b in zip(size, new, strict=True))
@@ -337,7 +341,7 @@ def resized(x: Tensor, size: tuple[int, int], new: tuple[int, int]) -> Tensor:
 
 def averaged(x: Tensor, size: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """The same, by adaptive average pooling; in the dtype of `x`."""
-    if not traced() and size == new:
+    if new is size or (not traced() and size == new):
         return x
     rows, columns = (pool_matrix(a, b, device=x.device, dtype=x.dtype) for a, b in zip(size, new, strict=True))
     return separable(unflatten(x, 1, size), rows, columns).flatten(1, 2)
