@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import linsight
 from linsight import Grid
 from linsight.attention import create_block
-from linsight.attention.parts.context import enlarged
+from linsight.attention.parts.context import RepConv, enlarged
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import AxisWindow, Tile, neighbourhood_attention, neighbourhood_mean
 
@@ -31,7 +31,7 @@ def test_means_by_given_scores_are_neighbourhood_attention():
 
 
 def test_small_maps_are_enlarged_in_proportion():
-    assert enlarged((9, 12), 7) == (9, 12)
+    assert enlarged((9, 12), 7) is None
     assert enlarged((6, 8), 7) == (7, 9) and enlarged((8, 6), 7) == (9, 7)
     assert enlarged((5, 5), 7) == (7, 7) and enlarged((1, 3), 7) == (7, 21)
 
@@ -57,6 +57,19 @@ def test_two_heads():
     assert model.train()(x).overview.shape == (2, 5)
     model.reset_classifier(0)
     assert model(x).shape == (2, 1024) and model.aux_head is None
+
+
+def test_fused_it_has_one_convolution_for_all_branches():
+    model, x = linsight.create_model("overlock_xt", **SMALL).eval(), torch.randn(1, 3, 96, 64)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    fused = linsight.fuse(model)
+    assert any(isinstance(m, RepConv) for m in model.modules())
+    assert not any(isinstance(m, RepConv) for m in fused.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_it_does_not_stream():

@@ -29,6 +29,7 @@ from linsight.ops import (
 )
 
 from ..core import Rename
+from ..fusing import Fusable
 from ..tokens import merge_heads, split_heads
 from .token_conv import TokenConv
 from .wide import WideLinear
@@ -140,7 +141,7 @@ class GRNMlp(nn.Module):
         return self.fc2(self.grn(self.dwconv(F.gelu(self.fc1(x)), size)))
 
 
-class RepConv(nn.Module):
+class RepConv(Fusable):
     """A depthwise convolution with batch norm, and further ones, smaller or dilated, that are added to it.
 
     For inference they are one: see `merged`.
@@ -241,7 +242,7 @@ class ContextMix(nn.Module):
         """What queries, keys and values are made of, `(B, h*w, ...)`, to `(B, h*w, C)`."""
         wide = enlarged(size, max(self.sides))
         q, k, v = (resized(x, size, wide) for x in (query, key, value))
-        tile, dtype = Tile.whole(Grid(*wide)), v.dtype
+        tile, dtype = Tile.whole(Grid(*(size if wide is None else wide))), v.dtype
         q = split_heads(self.query(q), self.groups)
         k = split_heads(self.key(pool_tokens(k, tile, (_CELLS, _CELLS)).to(k.dtype)), self.groups)
         v = v if self.value is None else self.value(v)
@@ -253,7 +254,8 @@ class ContextMix(nn.Module):
             merge_heads(neighbourhood_mean(some, half, tile, side, table))
             for some, half, side, table in zip(scores, halves, self.sides, (self.rpb1, self.rpb2), strict=True)
         ]
-        return averaged(torch.cat(outs, dim=-1), wide, size).to(dtype)
+        out = torch.cat(outs, dim=-1)
+        return (out if wide is None else averaged(out, wide, size)).to(dtype)
 
 
 class ContextMixer(nn.Module):
@@ -314,8 +316,8 @@ def mlp_names(published: str, first: int) -> tuple[Rename, ...]:
     )
 
 
-def enlarged(size: tuple[int, int], least: int) -> tuple[int, int]:
-    """Height and width of a map whose shorter side is `least` or more, in proportion, rounded down.
+def enlarged(size: tuple[int, int], least: int) -> tuple[int, int] | None:
+    """Height and width of a map whose shorter side is to be `least`, in proportion, rounded down; None if none is.
 
     The published code divides first: of a map nine times as long as wide, or more, it may have one row less.
     """
@@ -325,14 +327,14 @@ def enlarged(size: tuple[int, int], least: int) -> tuple[int, int]:
         most = at_least(short, least)
         return height * most // short, width * most // short
     if height >= least and width >= least:  # a compiled graph of its own
-        return size
+        return None
     short = at_most(height, width)
     return height * least // short, width * least // short
 
 
-def resized(x: Tensor, size: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Tokens `(B, h*w, C)` of a map of `size`, bilinear to one of the size `new`."""
-    if new is size or (not traced() and size == new):
+def resized(x: Tensor, size: tuple[int, int], new: tuple[int, int] | None) -> Tensor:
+    """Tokens `(B, h*w, C)` of a map of `size`, bilinear to one of the size `new`, if there is one."""
+    if new is None or (not traced() and size == new):
         return x
     factory: dict[str, Any] = {"device": x.device, "dtype": accumulator(x.dtype)}
     rows, columns = (resize_matrix(a, b, "bilinear", **factory) for a, b in zip(size, new, strict=True))
@@ -340,8 +342,6 @@ def resized(x: Tensor, size: tuple[int, int], new: tuple[int, int]) -> Tensor:
 
 
 def averaged(x: Tensor, size: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """The same, by adaptive average pooling; in the dtype of `x`."""
-    if new is size or (not traced() and size == new):
-        return x
+    """Tokens `(B, h*w, C)` of a map of `size`, by adaptive average pooling to one of the size `new`."""
     rows, columns = (pool_matrix(a, b, device=x.device, dtype=x.dtype) for a, b in zip(size, new, strict=True))
     return separable(unflatten(x, 1, size), rows, columns).flatten(1, 2)
