@@ -214,7 +214,8 @@ def test_timm_lists_them_with_facts():
     assert {*VARIANTS, *ARCHITECTURES} <= {*OURS} and {*HOSTS} <= {*timm.list_models()}
     assert [name for name in timm.list_models("inline*") if name in VARIANTS] == timm.list_models("inline*")
     loaded = {name for name in timm.list_models(pretrained=True) if name in OURS}
-    assert loaded == {name for name, entry in VARIANTS.items() if entry.weights.startswith("https://")} != set()
+    known = {**VARIANTS, **ARCHITECTURES}.items()
+    assert loaded == {name for name, entry in known if entry.weights.startswith("https://")} != set()
     assert timm.models.is_model_pretrained("wfm_tiny") and not timm.models.is_model_pretrained("inline_swin_tiny")
     for name in OURS:
         assert timm.is_model(name) and timm.get_pretrained_cfg_value(name, "input_size")

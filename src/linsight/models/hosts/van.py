@@ -17,7 +17,8 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
 from linsight.attention import Node, Rename
-from linsight.ops import Grid, unflatten
+from linsight.attention.parts.context import normed
+from linsight.ops import Grid
 
 from ..parts.conv_pyramid import ConvNorm, as_tokens
 from ..parts.convs import with_dense_conv
@@ -74,11 +75,6 @@ class BatchNormBlock(Node):
         """`(B, H*W, C)`; the shape is kept."""
         x = x + self.drop_path(self.layer_scale_1 * self.attn(normed(self.norm1, x), grid))
         return x + self.drop_path(self.layer_scale_2 * self.mlp(normed(self.norm2, x), grid[:2]))
-
-
-def normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """A batch norm, of tokens `(B, N, C)`."""
-    return unflatten(norm(x.flatten(0, 1)), 0, x.shape[:2])
 
 
 class TokenNorm(nn.LayerNorm):
