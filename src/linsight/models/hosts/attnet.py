@@ -8,7 +8,7 @@ linear, sees the whole grid.
 Any image size: strides round upwards, and nothing is padded to a multiple.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from ..parts.conv_pyramid import ConvDown
 from ..parts.images import check_pool
 from ..parts.pyramid import PlainPyramid
 from ..parts.stages import PreNorm, StageSize, init_conv
-from ..plan import Choice
+from ..plan import Choice, named
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host
 from ..seams import make_layer
@@ -97,6 +97,16 @@ class AttNet(PlainPyramid):
         self.init_values, self.mlp_norm = init_values, mlp_norm
         super().__init__(**kwargs)
         self.apply(init_conv)
+
+    @staticmethod
+    def idle(attention: str, arguments: Mapping[str, Any]) -> dict[str, str]:
+        """Arguments that have no effect with these mechanisms, and why: for `create_model` to refuse."""
+        if all(kind.kind == "block" for kind in named(attention)):
+            return {
+                "init_values": f"'{attention}' brings whole blocks, without these scales",
+                "mlp_norm": f"'{attention}' brings whole blocks, with MLPs of their own",
+            }
+        return {}
 
     @property
     def published(self) -> tuple[Rename, ...]:
