@@ -9,7 +9,7 @@ The layers are its own: it takes no mechanism. Its block is to be had for other 
 strides round upwards. Norms and means over whole maps are no sums that merge, so it does not stream.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from linsight.attention import Rename
-from linsight.errors import CapabilityError
+from linsight.errors import CapabilityError, LinsightError
 
 from ...parts.images import check_format, check_images, in_format
 from ...parts.indices import Indices, in_order
@@ -30,6 +30,7 @@ from .blocks import FirstLook, FocusBlock, FocusStage, OverviewBlock, OverviewHe
 
 _AUX = 0.4  # weight of the loss of the second head
 _WIDTH = 1024  # of the head
+_SLOW = "a graph for all sizes takes too long to make, as maps smaller than a window are enlarged"
 
 
 class TwoLogits(NamedTuple):
@@ -52,6 +53,7 @@ class OverLoCK(Pyramid):
     """
 
     aux_head: OverviewHead | None
+    unmet: ClassVar[Mapping[str, str]] = {"export": _SLOW, "onnx": _SLOW}
     published: ClassVar[tuple[Rename, ...]] = (
         *(
             Rename(f"{old}.", f"{new}.proj.")
@@ -131,6 +133,9 @@ class OverLoCK(Pyramid):
 
     def walk(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The map behind each stage in turn, and the tokens of the overview where it was made."""
+        strict = torch.compiler.is_dynamo_compiling()  # which does not tell whether a size is a symbol
+        if torch.compiler.is_exporting() and (strict or isinstance(x.shape[2], torch.SymInt)):
+            raise LinsightError(f"no graph of OverLoCK for images of any size: {_SLOW}; export one of a fixed size")
         for stage in self.stages[:2]:
             x = stage(x)
             yield x, None
