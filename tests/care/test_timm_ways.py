@@ -21,6 +21,7 @@ from linsight.models.registry import ON_HOST, build
 OURS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("linsight")]
 DENSE = {name for name, variant in VARIANTS.items() if variant.dense}
 EXITS = {name for name in ARCHITECTURES if name.startswith("dynp")}
+TINY_OVERLOCK = {"overview": [(8, 1, 7), (8, 1, 7), (16, 1, 7), (16, 1, 5)], "focus": [(2, 1), (1, 1)]}
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TINY_SWIN = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
 TINY_PVT = {"img_size": 64, "stages": [(8, 1, 1, 2.0, 4), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 1)]}
@@ -48,11 +49,14 @@ SMALL = {
     "l2vit_tiny": TINY,
     "flowformer_cv": TINY,
     "moh_transnext_small_75": TINY_TRANSNEXT,
+    "van_b0": TINY,
+    "attnet_xxs": TINY,
     "rala_ravlt_t": TINY_RAVLT,
     "nalaformer_xt": TINY_RAVLT,
     "polaformerpp_b0": TINY_RAVLT,
     "steps_resnet18": TINY_RESNET,
     "dynp_resnet18_025_t32_cifar": {},
+    "overlock_xt": TINY_OVERLOCK,
     "agent_pvt_tiny_dense": TINY_PVT,
     "mlla_tiny_dense": TINY,
     ON_HOST: {"base": "deit_tiny_patch16_224", "attention": "inline", **TINY_VIT},
@@ -212,7 +216,8 @@ def test_timm_lists_them_with_facts():
     assert {*VARIANTS, *ARCHITECTURES} <= {*OURS} and {*HOSTS} <= {*timm.list_models()}
     assert [name for name in timm.list_models("inline*") if name in VARIANTS] == timm.list_models("inline*")
     loaded = {name for name in timm.list_models(pretrained=True) if name in OURS}
-    assert loaded == {name for name, entry in VARIANTS.items() if entry.weights.startswith("https://")} != set()
+    known = {**VARIANTS, **ARCHITECTURES}.items()
+    assert loaded == {name for name, entry in known if entry.weights.startswith("https://")} != set()
     assert timm.models.is_model_pretrained("wfm_tiny") and not timm.models.is_model_pretrained("inline_swin_tiny")
     for name in OURS:
         assert timm.is_model(name) and timm.get_pretrained_cfg_value(name, "input_size")

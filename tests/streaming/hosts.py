@@ -20,6 +20,8 @@ SMALL = {
     "soft_pyramid_tiny": {"stages": _STAGES, "img_size": 64},
     "l2vit_pyramid_tiny": {"stages": _STAGES, "img_size": 64},
     "flow_pyramid": {"stages": _STAGES, "img_size": 64},
+    "van_pyramid_b0": {"stages": _STAGES, "img_size": 64},
+    "attnet_pyramid_xxs": {"stages": _STAGES, "img_size": 64},
     "ravlt_t": {"stages": _STAGES, "projection": 24, "img_size": 64},
     "nala_xt": {"stages": _STAGES, "projection": 24, "img_size": 64},
     "ravlt_linear_b0": {"stages": _STAGES, "projection": 24, "img_size": 64},

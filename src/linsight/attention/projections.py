@@ -33,6 +33,7 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "xkv": (Projection("qkv", ("extra", "k", "v")),),
     "qx_kv": (Projection("qx", ("q", "extra")), Projection("kv", ("k", "v"))),
     "q_v": (Projection("q", ("q",), also=("k",)), Projection("v", ("v",))),
+    "k_v": (Projection("k", ("k",)), Projection("v", ("v",))),
     "v": (Projection("v", ("v",)),),
     "none": (),  # for a layer that makes its tokens itself
     "qkvx": (Projection("qkv", ("q", "k", "v", "extra")),),

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops.misc import Conv2dNormActivation
 
+from linsight.attention import TokenConv
+from linsight.attention.parts.context import RepConv
 from linsight.models.dense.decoders.base import ConvNormReLU
 from linsight.models.parts.conv_pyramid import ConvMerge, ConvNorm
 from linsight.models.parts.convs import CPE
@@ -78,10 +80,23 @@ def cpe_form(module: CPE) -> nn.Module:
     return twin
 
 
+def rep_conv_form(module: RepConv) -> nn.Module:
+    """All branches as one convolution, where its weights are not rounded to half precision."""
+    if not all(is_final(part) for branch in module.branches() for part in branch):
+        return form_of(module, type(module))
+    weight = module.lk_origin.weight
+    joined = TokenConv(weight.shape[0], module.kernel_size, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        for parameter, value in zip((joined.weight, joined.bias), module.merged(), strict=True):
+            parameter.copy_(value)  # type: ignore[union-attr]
+    return form_of(joined.requires_grad_(False), TokenConv)
+
+
 CONV_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     ConvNorm: conv_norm_form,
     ConvNormReLU: conv_norm_row_form,
     Conv2dNormActivation: conv_norm_row_form,  # of heads of torchvision's detectors
     ConvMerge: conv_merge_form,
     CPE: cpe_form,
+    RepConv: rep_conv_form,
 }

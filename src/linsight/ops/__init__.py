@@ -36,7 +36,13 @@ from .linear import (
     linear_read,
 )
 from .maps import FEATURE_MAPS
-from .neighbourhood import AxisWindow, axis_window, neighbourhood_attention, neighbourhood_attention_nd
+from .neighbourhood import (
+    AxisWindow,
+    axis_window,
+    neighbourhood_attention,
+    neighbourhood_attention_nd,
+    neighbourhood_mean,
+)
 from .packing import Groups, each_grid, pack, unpack
 from .partition import Partition, half_shift, to_multiple, within
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
@@ -132,6 +138,7 @@ __all__ = [
     "merge",
     "neighbourhood_attention",
     "neighbourhood_attention_nd",
+    "neighbourhood_mean",
     "outer_sum",
     "pack",
     "pad_prefix",

@@ -17,17 +17,19 @@ from .states import autocasts, full_precision
 _FEW = 2**17  # numbers: of more, one compiled convolution is quicker than nine products
 
 
-def depthwise_conv(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def depthwise_conv(
+    x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1
+) -> Tensor:
     """Convolve each channel by its kernel. `x` `(B, H*W, C)`; `size` (H, W); `weight` `(C, 1, k, k)`; `bias` `(C,)`.
 
-    Computed in the dtype of `weight`, or in autocast's.
+    Taps are `dilation` tokens apart. Computed in the dtype of `weight`, or in autocast's.
     """
-    fused = fused_form("depthwise_conv", x)
+    fused = fused_form("depthwise_conv", x) if dilation == 1 else None
     if fused is not None:
         return fused(x, size, weight, bias)
     if not autocasts(x):
         x = x.to(weight.dtype)
-    return _convolve(x, size, weight, bias)
+    return _convolve(x, size, weight, bias, dilation)
 
 
 def dynamic_depthwise_conv(x: Tensor, size: tuple[int, int], kernels: Tensor) -> Tensor:
@@ -101,12 +103,14 @@ def made(add: Convolved | Tensor | None) -> Tensor | None:
     return add.whole() if isinstance(add, Convolved) else add
 
 
-def _convolve(x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _convolve(
+    x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor | None = None, dilation: int = 1
+) -> Tensor:
     """torch's convolution of a dense copy: it would bring any other view to (B, C, H, W) order in memory."""
     batch, _, channels = x.shape
     canvas = copied(x.contiguous().view(batch, *size, channels).permute(0, 3, 1, 2))
-    pad = int(weight.shape[-1]) // 2  # which torch.jit.trace has as a tensor
-    out = F.conv2d(canvas, weight, bias, padding=pad, groups=channels)
+    pad = int(weight.shape[-1]) // 2 * dilation  # which torch.jit.trace has as a tensor
+    out = F.conv2d(canvas, weight, bias, padding=pad, dilation=dilation, groups=channels)
     return out.permute(0, 2, 3, 1).flatten(1, 2)
 
 

@@ -125,6 +125,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
             asked="flex",
         ),
     ),
+    "neighbourhood_mean": (),
 }
 
 _NAMES = ("plain", "triton", "flex")

@@ -14,7 +14,7 @@ They refuse sides below K D. Here D becomes max(1, floor(L / K)) there, and a si
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,20 +75,13 @@ def neighbourhood_attention(
         window: that of rows and that of columns; a number is the kernel of both.
         table: `(H, 2K - 1, 2K' - 1)`, the bias at each distance, key minus query in units of the dilation.
     """
-    down, across = (AxisWindow(window), AxisWindow(window)) if isinstance(window, int) else window
-    own = (tile.grid.height, tile.grid.width)
+    windows = _both(window)
     if tile.is_whole and tile.sizes is None and v.dtype != torch.float64 and not traced():
         fused = fused_form("neighbourhood_attention", q)
         if fused:
-            return fused(q, k, v, own, (down, across), table)
-    lengths = (
-        [torch.full((1, 1), side, dtype=torch.long, device=v.device) for side in own]
-        if tile.sizes is None
-        else tile.sizes.to(v.device)[:, :, None].unbind(1)
-    )
-    rows = _side(tile.top, tile.height, lengths[0], down, tile.rows)
-    columns = _side(tile.left, tile.width, lengths[1], across, tile.columns)
-    return _of_windows(tile.inner_grid(q), k, v, (rows, columns), (tile.height, tile.width), tile.seen, table)
+            return fused(q, k, v, (tile.grid.height, tile.grid.width), windows, table)
+    axes = _sides(tile, windows, v.device)
+    return _of_windows(tile.inner_grid(q), k, v, axes, (tile.height, tile.width), tile.seen, table)
 
 
 def neighbourhood_attention_nd(
@@ -117,6 +110,24 @@ def neighbourhood_attention_nd(
     return unflatten(_of_windows(q, k, v, axes, sides, sides, table), 1, sides)
 
 
+def neighbourhood_mean(
+    scores: Tensor, v: Tensor, tile: Tile, window: int | tuple[AxisWindow, AxisWindow], table: Tensor | None = None
+) -> Tensor:
+    """softmax(scores + bias) v over windows, with scores that are given: otherwise as `neighbourhood_attention`.
+
+    scores: `(B, n, H, K * K')`, for the keys of each window row by row.
+    """
+    dtype, axes = accumulator(v.dtype), _sides(tile, _both(window), v.device)
+    with full_precision(v):
+        scores, v = (x.to(dtype).transpose(1, 2) for x in (scores, v))  # (B, H, n, ...)
+        bias = None if table is None else table.to(dtype)
+        parts = []
+        for some, sides in _cut(scores, v.shape[-1], axes, (tile.height, tile.width)):
+            places = _places(sides, tile.seen, v)
+            parts.append(_mean(scores.index_select(2, some), v.flatten(0, 2), places, sides, bias))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
+
+
 def axis_window(place: Tensor, length: Tensor, window: AxisWindow) -> tuple[Tensor, Tensor, Tensor]:
     """The keys of each place of a side, as this module defines them.
 
@@ -140,6 +151,27 @@ def axis_window(place: Tensor, length: Tensor, window: AxisWindow) -> tuple[Tens
     return keys * step[..., None] + group[..., None], keys - place[..., None], seen
 
 
+def _both(window: int | tuple[AxisWindow, AxisWindow]) -> tuple[AxisWindow, AxisWindow]:
+    return (AxisWindow(window), AxisWindow(window)) if isinstance(window, int) else window
+
+
+def _sides(tile: Tile, windows: tuple[AxisWindow, AxisWindow], device: torch.device) -> tuple[_Side, _Side]:
+    """The keys of the rows and of the columns of `tile`."""
+    down, across = windows
+    lengths = (
+        [torch.full((1, 1), side, dtype=torch.long, device=device) for side in tile.grid[:2]]
+        if tile.sizes is None
+        else tile.sizes.to(device)[:, :, None].unbind(1)
+    )
+    rows = _side(tile.top, tile.height, lengths[0], down, tile.rows)
+    return rows, _side(tile.left, tile.width, lengths[1], across, tile.columns)
+
+
+def _count(axes: Sequence[_Side]) -> int:
+    """The keys of a query."""
+    return math.prod([int(axis.index.shape[-1]) for axis in axes])
+
+
 def _side(start: int, count: int, length: Tensor, window: AxisWindow, seen: tuple[int, int]) -> _Side:
     """The keys of `count` places from `start` on, by their place in what is `seen`."""
     index, offset, inside = axis_window(torch.arange(count, device=length.device) + start, length, window)
@@ -148,13 +180,20 @@ def _side(start: int, count: int, length: Tensor, window: AxisWindow, seen: tupl
     return _Side(index, offset.clamp(-most, most) + most, inside)
 
 
-def _cut(q: Tensor, v: Tensor, keys: int) -> tuple[Tensor, ...]:
-    """The places of the queries `(B, H, n, D)`, in so many parts that each gathers little; one if it is recorded."""
-    places = torch.arange(q.shape[2], device=q.device)
-    if torch.is_grad_enabled() or traced():
-        return (places,)
-    each = q.shape[0] * q.shape[1] * min(keys, _KEYS) * max(q.shape[-1], v.shape[-1])
-    return places.split(max(1, _AT_ONCE // max(1, each)))
+def _cut(q: Tensor, width: int, axes: Sequence[_Side], own: Sequence[int]) -> Iterator[tuple[Tensor, Sequence[_Side]]]:
+    """The places of the queries `(B, H, n, D)`, in so many parts that each gathers little; one if it is recorded.
+
+    With the keys of each part, on each axis.  width: the numbers of one key.  own: the sides that queries lie on.
+    """
+    places: Sequence[Tensor] = (torch.arange(q.shape[2], device=q.device),)
+    if not (torch.is_grad_enabled() or traced()):
+        each = q.shape[0] * q.shape[1] * min(_count(axes), _KEYS) * width
+        places = places[0].split(max(1, _AT_ONCE // max(1, each)))
+    for some in places:
+        on_axes = [some]
+        for side in reversed(own[1:]):
+            on_axes[:1] = divided(on_axes[0], side)
+        yield some, [axis.at(place) for axis, place in zip(axes, on_axes, strict=True)]
 
 
 def _of_windows(
@@ -173,12 +212,8 @@ def _of_windows(
         q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, n, D)
         bias = None if table is None else table.to(dtype)
         parts = []
-        for some in _cut(q, v, math.prod([axis.index.shape[-1] for axis in axes])):
-            places = [some]
-            for side in reversed(own[1:]):
-                places[:1] = divided(places[0], side)
-            windows = [axis.at(place) for axis, place in zip(axes, places, strict=True)]
-            parts.append(_attend(q.index_select(2, some), k, v, windows, seen, bias))
+        for some, sides in _cut(q, max(q.shape[-1], v.shape[-1]), axes, own):
+            parts.append(_attend(q.index_select(2, some), k, v, sides, seen, bias))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
 
 
@@ -186,19 +221,28 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, axes: Sequence[_Side], seen: Sequence[int], table: Tensor | None
 ) -> Tensor:
     """Outputs `(B, H, n, E)` of queries `(B, H, n, D)`."""
+    places, k, v = _places(axes, seen, k), k.flatten(0, 2), v.flatten(0, 2)
+    scores = torch.cat([(_gather(k, p) @ q[..., None])[..., 0] for p in places], dim=-1)
+    return _mean(scores, v, places, axes, table)
+
+
+def _places(axes: Sequence[_Side], seen: Sequence[int], k: Tensor) -> tuple[Tensor, ...]:
+    """The rows of `k` `(B, H, n, D)`, flattened, that are the keys of each query, some at once."""
     batch, heads, count, _ = k.shape
-    keys = math.prod([int(axis.index.shape[-1]) for axis in axes])
+    keys = _count(axes)
     some = [min(_KEYS, keys - first) for first in range(0, keys, _KEYS)]  # told one by one, for exporters
     first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * count
-    places = (_joined([axis.index for axis in axes], seen)[:, None] + first).split(some, -1)
-    k, v = k.flatten(0, 2), v.flatten(0, 2)
-    scores = torch.cat([(_gather(k, p) @ q[..., None])[..., 0] for p in places], dim=-1)
+    return (_joined([axis.index for axis in axes], seen)[:, None] + first).split(some, -1)
+
+
+def _mean(scores: Tensor, v: Tensor, places: tuple[Tensor, ...], axes: Sequence[_Side], table: Tensor | None) -> Tensor:
+    """Means of the rows of `v` at these places, `(B, H, n, E)`, by scores `(B, H, n, K)`."""
     if table is not None:
         at = _joined([axis.offset for axis in axes], table.shape[1:])
         scores = scores + unflatten(table.flatten(1).index_select(1, at.flatten()), 1, at.shape).transpose(0, 1)
     inside = functools.reduce(lambda a, b: (a[..., None] & b[..., None, :]).flatten(2), [axis.inside for axis in axes])
     scores = scores.masked_fill(~inside[:, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1).split(some, dim=-1)
+    weights = scores.softmax(dim=-1).split([int(p.shape[-1]) for p in places], dim=-1)
     parts = [w[..., None, :] @ _gather(v, p) for w, p in zip(weights, places, strict=True)]
     return functools.reduce(torch.add, parts)[..., 0, :]
 

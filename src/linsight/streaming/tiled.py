@@ -141,7 +141,7 @@ def check_streams(block: nn.Module) -> None:
 def reach(block: nn.Module) -> int:
     """How many tokens a token sees beyond its place, other than through states."""
     if isinstance(block, Core):
-        return max(block.halo, *(now.halo for now in block.rounds))
+        return max([block.halo, *(now.halo for now in block.rounds)])
     if isinstance(block, nn.Conv2d):
         if max(block.stride) > 1:
             raise CapabilityError("a block that makes its grid coarser does not stream: that is a step of its own")

@@ -18,12 +18,23 @@ class TokenConv(nn.Conv2d, Additive):
     Args:
         dim: channels of its kernels.
         kernel_size: their side, odd.
+        dilation: how many tokens their taps lie apart.
         repeats: so many times `dim` channels come, and share them: one kernel for all heads.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 3, *, repeats: int = 1, device: Any = None, dtype: Any = None):
-        padding = kernel_size // 2
-        super().__init__(dim, dim, kernel_size, padding=padding, groups=dim, device=device, dtype=dtype)
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        *,
+        dilation: int = 1,
+        repeats: int = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        shape: dict[str, Any] = {"padding": kernel_size // 2 * dilation, "dilation": dilation, "groups": dim}
+        super().__init__(dim, dim, kernel_size, **shape, bias=bias, device=device, dtype=dtype)
         self.repeats = repeats
 
     def add_nothing(self) -> None:
@@ -42,17 +53,17 @@ class TokenConv(nn.Conv2d, Additive):
         """
         if size is None:
             return super().forward(x)
-        weight, bias = self.weight, self.bias
-        assert bias is not None
+        weight, bias, dilation = self.weight, self.bias, int(self.dilation[0])
         if self.repeats > 1:
-            weight, bias = weight.repeat(self.repeats, 1, 1, 1), bias.repeat(self.repeats)
-        if varies and traced():
+            weight, bias = weight.repeat(self.repeats, 1, 1, 1), None if bias is None else bias.repeat(self.repeats)
+        if varies and traced() and dilation == 1 and bias is not None:
             return (shifted_products(x, size, weight.transpose(0, 1)) + bias).to(x.dtype)
         if not wide:
-            return depthwise_conv(x, size, weight, bias)
+            return depthwise_conv(x, size, weight, bias, dilation=dilation)
         dtype = accumulator(torch.promote_types(x.dtype, weight.dtype))
         with full_precision(x):
-            return depthwise_conv(x, size, weight.to(dtype), bias.to(dtype))
+            bias = None if bias is None else bias.to(dtype)
+            return depthwise_conv(x, size, weight.to(dtype), bias, dilation=dilation)
 
 
 def grid_values(tokens: Tokens, tile: Tile) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, trunc_normal_
+from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from linsight.attention import Rename
@@ -25,7 +25,7 @@ from linsight.ops import Grid
 from ..parts.conv_pyramid import ConvDown
 from ..parts.convs import CPE, ConvMlp
 from ..parts.pyramid import PlainPyramid
-from ..parts.stages import PreNorm, Stage, StageSize
+from ..parts.stages import PreNorm, Stage, StageSize, init_conv
 from ..plan import Choice, named
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host
@@ -102,10 +102,18 @@ class WideningHead(ClassifierHead):
     """timm's head on a map that is widened first: linear, batch norm, SiLU. Without pooling the map is left alone."""
 
     def __init__(
-        self, in_features: int, width: int, num_classes: int, pool_type: str, drop_rate: float, **factory: Any
+        self,
+        in_features: int,
+        width: int,
+        num_classes: int,
+        pool_type: str,
+        drop_rate: float,
+        *,
+        bias: bool = True,
+        **factory: Any,
     ) -> None:
         super().__init__(width, num_classes, pool_type, drop_rate=drop_rate, **factory)
-        self.proj: nn.Module = nn.Linear(in_features, width, **factory)
+        self.proj: nn.Module = nn.Linear(in_features, width, bias=bias, **factory)
         self.norm: nn.Module = nn.BatchNorm2d(width, **factory)
         self.act: nn.Module = nn.SiLU()
 
@@ -160,7 +168,7 @@ class RAVLT(PlainPyramid):
     def __init__(self, *, init_values: float | Sequence[float] = 1.0, projection: int = 1024, **kwargs: Any) -> None:
         self.projection = projection
         super().__init__(**kwargs)
-        self.apply(_init_conv)
+        self.apply(init_conv)
         count = len(self.stages)
         values = [init_values] * count if isinstance(init_values, int | float) else list(init_values)
         if len(values) != count:
@@ -223,14 +231,6 @@ class NaLaTransformer(RAVLT):
 
     block_cls = NaLaBlock
     published = tuple(rule._replace(ones=0) if rule.published == "proj." else rule for rule in RAVLT.published)
-
-
-def _init_conv(module: nn.Module) -> None:
-    """The published initial weights of a convolution; nothing to any other module."""
-    if isinstance(module, nn.Conv2d):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _CFG = {"first_conv": "stages.0.downsample.convs.0.conv", "classifier": "head.fc"}

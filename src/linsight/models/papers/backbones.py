@@ -2,6 +2,7 @@
 
 from linsight.attention import Paper, mechanism
 
+from ..hosts.attnet import AttNet
 from ..hosts.cswin import CSwinTransformer
 from ..hosts.flow import FlowTransformer
 from ..hosts.h_vit import HierarchicalViT
@@ -14,6 +15,7 @@ from ..hosts.ravlt import RAVLT, NaLaTransformer
 from ..hosts.ravlt_linear import RAVLTLinear
 from ..hosts.soft import SoftTransformer
 from ..hosts.swin import SwinTransformer
+from ..hosts.van import VisualAttentionNetwork
 from ..hosts.vit import VisionTransformer
 from ..registry import credit_hosts
 
@@ -66,3 +68,5 @@ credit_hosts(FlowTransformer, mechanism("flowformer").paper, "thuml/Flowformer")
 credit_hosts(RAVLT, mechanism("rala").paper, "qhfan/RALA")
 credit_hosts(RAVLTLinear, mechanism("polaformerpp").paper, "ZacharyMeng/PolaFormerPP")
 credit_hosts(NaLaTransformer, mechanism("nalaformer").paper, "ZacharyMeng/NaLaFormer")
+credit_hosts(VisualAttentionNetwork, mechanism("lka").paper, "Visual-Attention-Network/VAN-Classification")
+credit_hosts(AttNet, mechanism("atconv").paper, "price112/Attentive-Convolution")

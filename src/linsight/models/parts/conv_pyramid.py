@@ -44,7 +44,8 @@ class ConvNorm(ConvNormAct, Fusable):
 class ConvDown(Fusable):
     """3x3 convolutions with batch norm and ReLU, of `(width, stride)` each: a map to tokens. Sides round upwards.
 
-    last_act: also behind the last one.  conv: further arguments of timm's `ConvNormAct`, as another `act_layer`.
+    last_act: also behind the last one.  bias: of the convolutions.
+    conv: further arguments of timm's `ConvNormAct`, as another `act_layer`.
     """
 
     published = tuple(
@@ -53,7 +54,9 @@ class ConvDown(Fusable):
         for place, part in enumerate(("conv", "norm"))
     )
 
-    def __init__(self, in_dim: int, sizes: Sequence[tuple[int, int]], *, last_act: bool = True, **conv: Any) -> None:
+    def __init__(
+        self, in_dim: int, sizes: Sequence[tuple[int, int]], *, last_act: bool = True, bias: bool = True, **conv: Any
+    ) -> None:
         super().__init__()
         self.strides = [stride for _, stride in sizes]
         self.stride = math.prod(self.strides)
@@ -61,7 +64,7 @@ class ConvDown(Fusable):
         acts = [True] * (len(sizes) - 1) + [last_act]
         self.convs = nn.Sequential(
             *(
-                ConvNorm(before, width, 3, stride=stride, bias=True, apply_act=act, **conv)
+                ConvNorm(before, width, 3, stride=stride, bias=bias, apply_act=act, **conv)
                 for before, (width, stride), act in zip(widths, sizes, acts, strict=False)
             )
         )

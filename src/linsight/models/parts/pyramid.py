@@ -167,7 +167,7 @@ class Pyramid(AnyKeys, nn.Module):
                     prefix=stage.prefix_tokens(),  # type: ignore[operator]
                 )
             )
-            steps += [Mix(block, width) for block in stage.blocks]  # type: ignore[union-attr]
+            steps += [Mix(block, width) for block in stage.mixes()]  # type: ignore[operator]
             maps.append(MapEnd(len(steps)))
         head = self.head_of_mean if self.pools_mean() else None
         return StreamPlan(tuple(steps), self.norm_tokens, head, maps=tuple(maps))

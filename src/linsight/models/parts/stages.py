@@ -35,6 +35,14 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def init_conv(module: nn.Module) -> None:
+    """The published initial weights of a convolution, where they are drawn as those of a linear layer."""
+    if isinstance(module, nn.Conv2d):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class PreNorm(Node):
     """x + attn(LN(x)), then x + mlp(LN(x)), on tokens. `mlp` is given the grid too where it has a convolution."""
 
@@ -89,6 +97,10 @@ class Stage(nn.Module):
     def prefix_tokens(self) -> Tensor | None:
         """`(1, P, C)`, tokens in front of those of the map."""
         return None
+
+    def mixes(self) -> list[nn.Module]:
+        """What `run` does, as modules in their order, each called with tokens and their grid."""
+        return list(self.blocks)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
         """A map to tokens `(B, P + H*W, C)` after all blocks, and their grid."""
