@@ -80,6 +80,7 @@ def _renames(published: str, ours: str) -> tuple[Rename, ...]:
     formula="o_i = W_o sum_j softmax_j(t q_i . k_j / (|q_i| |k_j|)) v_j, j in the row of i; then the same of columns",
     latex=r"o_i = W_o \sum_j \mathrm{softmax}_j \left( t \frac{q_i \cdot k_j}{\lVert q_i \rVert \lVert k_j \rVert} "
     r"\right) v_j, \quad j \text{ in the row of } i; \text{ then columns}",
+    family="window",
     complexity="O(N (H + W) d)",
     paper=Paper(
         "Ultra-High-Definition Low-Light Image Enhancement: A Benchmark and Transformer-Based Method",

@@ -49,6 +49,7 @@ from ..tokens import Tokens, merge_heads, split_heads
     "and window moves and scales by its mean",
     latex=r"o_i = \sum_j \mathrm{softmax}_j(d^{-1/2} q_i \cdot k(p_j) + b_{i - j}) v(p_j), \quad p_j = c + (1 + s) "
     r"(j - \bar j) + t, \quad s, t \text{ of the mean of the window}",
+    family="window",
     complexity="O(N w^2 d)",
     paper=Paper("VSA: Learning Varied-Size Window Attention in Vision Transformers", "2204.08446", "ECCV 2022"),
 )
