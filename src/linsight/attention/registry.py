@@ -209,7 +209,7 @@ def require(owner: nn.Module | type[nn.Module], flag: str, asked: str) -> None:
     if _flag(owner, flag):
         return
     cls = owner if isinstance(owner, type) else type(owner)
-    able = [entry.name for entry in list_attentions(**{flag: True})]
+    able = [entry.name for entry in list_attentions() if entry.can(flag)]
     name = next((n for n, entry in _REGISTRY.items() if entry.factory is cls), cls.__name__)
     raise CapabilityError(f"'{name}' does not support {asked} ({flag}); these do: {', '.join(able) or 'none yet'}")
 
