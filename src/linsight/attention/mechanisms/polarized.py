@@ -150,7 +150,7 @@ class Polarized(Core):
         self.channel_query, self.channel_value, self.place_query, self.place_value = (
             WideLinear(dim, out, bias=False, **factory) for out in (1, hidden, hidden, hidden)
         )
-        self.up: nn.Module
+        self.up: Any
         if form == "parallel":
             self.up = WideLinear(hidden, dim, bias=False, **factory)
         else:
@@ -168,7 +168,7 @@ class Polarized(Core):
         """up of `z` `(B, 1, c)`: `(B, 1, C)`."""
         if self.form == "parallel":
             return self.up(z)
-        first, norm, act, last = self.up  # type: ignore[misc]
+        first, norm, act, last = self.up
         return last(act(norm(first(z)[..., None, None])[..., 0, 0]))
 
     def scored(self, tokens: Tokens, gate: Gate) -> tuple[Tensor, Tensor]:
