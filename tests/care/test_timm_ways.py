@@ -46,6 +46,7 @@ SMALL = {
     "soft_tiny": TINY,
     "l2vit_tiny": TINY,
     "flowformer_cv": TINY,
+    "litv2_small": TINY,
     "rala_ravlt_t": TINY_RAVLT,
     "nalaformer_xt": TINY_RAVLT,
     "polaformerpp_b0": TINY_RAVLT,

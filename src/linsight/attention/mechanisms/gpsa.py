@@ -10,8 +10,8 @@ in tokens. A head starts as one place of a convolution: W is a bell around a tok
 of a layer alone start as its input (hosts draw all projections themselves). Rows of A sum to 1 as they are, so the
 published division by that sum is left out. b, the same for all j, has no effect: it is there for published weights.
 
-The grid needs not be square. The bell is a product of one along rows and one along columns, so this half is
-O(N (H + W)) and makes no N x N scores. The publication has no prefix tokens in these layers. Here, as they have no place,
+The grid need not be square. The bell is a product of one along rows and one along columns, so this half takes
+O(N (H + W)) and no N x N scores. The publication has no prefix tokens in these layers. Here, as they have no place,
 they attend by content alone, and tokens of the grid see them by content alone.
 """
 
@@ -73,7 +73,7 @@ class LocalAttention(Attention):
 @register(
     "gpsa",
     formula="o_i = sum_j [(1 - s) softmax_j(d^(-1/2) q_i . k_j) + s softmax_j(w . r_ij)] v_j, s = sigmoid(g)",
-    latex=r"o_i = \sum_j \left[ (1 - \sigma(g)) \, \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j) + \sigma(g) \, "
+    latex=r"o_i = \sum_j \left[ (1 - \sigma(g)) \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j) + \sigma(g) "
     r"\mathrm{softmax}_j(w \cdot r_{ij}) \right] v_j, \quad r_{ij} = (\Delta x, \Delta y, \Delta x^2 + \Delta y^2)",
     complexity="O(N^2 d)",
     paper=Paper(

@@ -1,8 +1,8 @@
 """HiLo: some heads attend inside small windows, for high frequencies, the others to averages of windows, for low ones.
 
 Pan et al., "Fast Vision Transformers with HiLo Attention", NeurIPS 2022 (arXiv 2205.13213), by its published code. Of h
-heads, floor(alpha h) are low. On a grid cut into windows of s x s tokens, of all channels x of which each group of heads
-projects its own queries, keys and values,
+heads, floor(alpha h) are low. On a grid cut into windows of s x s tokens, with queries, keys and values that each group
+of heads projects from all channels of x,
 
     high    o_i = W_h [sum_j softmax_j(d^(-1/2) q_i . k_j) v_j],   j in the window of i
     low     o_i = W_l [sum_a softmax_a(d^(-1/2) q_i . k_a) v_a],   k_a, v_a of the mean of x over the window a
@@ -11,9 +11,9 @@ and the outputs of the high heads, then those of the low ones, are the channels;
 s = 1 all heads are low and nothing is averaged, whatever alpha is: softmax attention. With no low heads no token sees
 beyond its window. Few heads are cut roughly: with alpha = 0.9 two heads are one and one, and one head is a high one.
 
-The cost of the low heads is O(N^2 / s^2), quadratic with a small factor. The published layer takes grids that s divides,
-and the published backbones for dense tasks pad others with zeros, which are seen and averaged. Here the windows at the
-right and bottom are cut: a window holds the tokens that there are, and their mean is over these. Dropped tokens and
+The cost of the low heads is O(N^2 / s^2), quadratic with a small factor. The published layer takes grids that s
+divides, and the published backbones for dense tasks pad others with zeros, which are seen and averaged. Here windows at
+the right and bottom are cut: a window holds the tokens that there are, and its mean is over these. Dropped tokens and
 padding are left out alike, and each image of a padded batch has windows of its own. Prefix tokens, which are in no
 window, are refused.
 """
@@ -86,8 +86,8 @@ class Windows:
 @register(
     "hilo",
     kind="layer",
-    formula="o = [W_h softmax(q_h K_w^T) V_w, W_l softmax(q_l K_m^T) V_m], w the window of a token, m the means of windows",
-    latex=r"o = \left[ W_h \, \mathrm{softmax}(s q_h K_w^\top) V_w, W_l \, \mathrm{softmax}(s q_l K_m^\top) V_m \right], "
+    formula="o = [W_h softmax(q_h K_w^T) V_w, W_l softmax(q_l K_m^T) V_m], w the window of a token, m the means of all",
+    latex=r"o = \left[ W_h \mathrm{softmax}(s q_h K_w^\top) V_w, W_l \mathrm{softmax}(s q_l K_m^\top) V_m \right], "
     r"\quad K_w \text{ of the window}, K_m \text{ of the means of windows}",
     complexity="O(N s^2 d + N^2 d / s^2)",
     paper=Paper("Fast Vision Transformers with HiLo Attention", "2205.13213", "NeurIPS 2022"),
@@ -121,7 +121,7 @@ class HiLo(Layer):
     ) -> None:
         super().__init__()
         if window_size < 1:
-            raise LinsightError(f"window_size={window_size} of 'hilo' must be 1 or more, in tokens; published are 1 and 2")
+            raise LinsightError(f"window_size={window_size} of 'hilo' is a side in tokens: 1 or more, published 1, 2")
         if not 0 <= alpha <= 1:
             raise LinsightError(f"alpha={alpha} of 'hilo' is a share of the heads: it must be from 0 to 1")
         self.dim, self.num_heads, self.window_size = dim, num_heads, window_size
