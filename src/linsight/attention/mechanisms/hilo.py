@@ -50,9 +50,11 @@ class Windows:
 
     def __init__(self, grid: Grid, side: int) -> None:
         self.grid, self.side = grid, side
-        self.counts = tuple((n + side - 1) // side for n in grid[:2])
-        # In a graph, whether they reach beyond must not be asked: an answer would hold for some sizes only.
+        # In a graph, whether they reach beyond must not be asked: an answer would hold for some sizes only. It holds
+        # one window more a side, which is empty: it would ask whether there is only one.
         self.graph = traced(*grid)
+        more = 2 * side - 1 if self.graph else side - 1  # of this form, multiples are known to be some
+        self.counts = tuple((n + more) // side for n in grid[:2])
         self.beyond = self.graph or any(n % side for n in grid[:2])
 
     def cut(self, x: Tensor) -> Tensor:
@@ -62,12 +64,12 @@ class Windows:
             low, right = (count * self.side - n for count, n in zip(self.counts, self.grid, strict=False))
             x = F.pad(x, (*[0, 0] * (x.ndim - 3), 0, right, 0, low))
         x = unflatten(unflatten(x, 2, (self.counts[1], self.side)), 1, (self.counts[0], self.side))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return _laid_out(x.transpose(2, 3)).flatten(3, 4).flatten(1, 2)
 
     def join(self, x: Tensor) -> Tensor:
         """`(B, windows, side * side, C)` -> `(B, H*W, C)`."""
         x = unflatten(unflatten(x, 1, self.counts), 3, (self.side, self.side))
-        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, rows, columns, C)
+        x = _laid_out(x.transpose(2, 3)).flatten(3, 4).flatten(1, 2)  # (B, rows, columns, C)
         for axis, n in zip((1, 2), self.grid[:2], strict=True):
             if self.graph:  # not by a slice: a graph would ask whether it is all there is
                 x = x.index_select(axis, torch.arange(n, device=x.device))
@@ -81,6 +83,11 @@ class Windows:
             return None
         inside = x.new_ones(1, x.shape[1]) if keep is None else keep.to(x.dtype)
         return self.cut(inside[..., None])[..., 0] > 0  # in floating point: exporters pad no bool
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """A dense copy, as flattening would make one; how it lies then does not depend on whether there was padding."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @register(
