@@ -48,7 +48,7 @@ def test_it_is_its_weights(dropping):
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, 14, 8, dtype=torch.float64)
     keep = torch.rand(1, 14) < 0.6 if dropping else torch.ones(1, 14, dtype=torch.bool)
-    keep[0, 6:10] = False if dropping else True  # a whole row, too
+    keep[0, 6:10] = not dropping  # a whole row, too
     keep[0, 2] = True
     q, k = layer.qk(x)[0].unflatten(-1, (2, 2, 4)).unbind(1)
     v = layer.v(x)[0].unflatten(-1, (2, 4))

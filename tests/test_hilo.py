@@ -85,7 +85,7 @@ def test_stages_without_heads_have_no_attention():
     model = linsight.create_model("litv2_pyramid_small", attention="hilo", **small)
     kinds = [type(stage.blocks[0]) is MlpBlock for stage in model.stages]
     assert kinds == [True, True, False, False]
-    linsight.create_model("litv2_pyramid_small", attention="weightformer,l2vit_block,inline,weightformer", **small)
+    linsight.create_model("litv2_pyramid_small", attention="l2vit_block,l2vit_block,inline,l2vit_block", **small)
     with pytest.raises(LinsightError, match="'inline' stands only where there is no attention"):
         linsight.create_model("litv2_pyramid_small", attention="inline,softmax,softmax,softmax", **small)
     with pytest.raises(LinsightError, match="num_heads"):

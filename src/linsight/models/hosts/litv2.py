@@ -165,9 +165,7 @@ _CFG = {"first_conv": "stages.0.downsample.proj", "classifier": "head.fc"}
 
 def _host(size: str, width: int, third: int) -> Host:
     """Heads are 32 wide, in the stages that have some."""
-    stages = tuple(
-        StageSize(width << i, third if i == 2 else 2, (width << i) // 32 if i > 1 else 0) for i in range(4)
-    )
+    stages = tuple(StageSize(width << i, third if i == 2 else 2, (width << i) // 32 if i > 1 else 0) for i in range(4))
     return Host(f"litv2_pyramid_{size}", LITv2, {"stages": stages}, _CFG, FOUR_MAPS)
 
 
