@@ -58,13 +58,13 @@ def test_what_is_no_window_and_no_share(options):
 def test_merging_is_torchvisions_deformable_convolution():
     """Also where places lie beyond the map, and on odd sides, whose last row or column is read by offsets alone."""
     merge = DeformableMerge(6, 12).double().eval()
-    torch.nn.init.normal_(merge.offset.weight, std=0.5)
-    torch.nn.init.normal_(merge.offset.bias, std=2)
+    torch.nn.init.normal_(merge.read.offset.weight, std=0.5)
+    torch.nn.init.normal_(merge.read.offset.bias, std=2)
     merge.norm = merge.act = torch.nn.Identity()
     for height, width in ((6, 8), (5, 7), (2, 3)):
         x = torch.randn(2, 6, height, width, dtype=torch.float64)
         tokens, grid = merge(x)
-        truth = deform_conv2d(x, merge.offset(x), merge.proj.weight, merge.proj.bias, stride=2)
+        truth = deform_conv2d(x, merge.read.offset(x), merge.proj.weight, merge.proj.bias, stride=2)
         assert (grid.height, grid.width) == truth.shape[2:] == merge.grid((height, width))
         close(tokens, truth.flatten(2).transpose(1, 2))
     tokens, grid = merge(torch.randn(1, 6, 1, 4, dtype=torch.float64))
@@ -74,7 +74,7 @@ def test_merging_is_torchvisions_deformable_convolution():
 def test_places_are_not_rounded_in_half_precision():
     """At 200 tokens bfloat16 has no numbers between whole places."""
     merge = DeformableMerge(4, 8).eval()
-    torch.nn.init.constant_(merge.offset.bias, 0.5)
+    torch.nn.init.constant_(merge.read.offset.bias, 0.5)
     x = torch.randn(1, 4, 2, 256)
     exact, found = merge(x)[0], merge.bfloat16()(x.bfloat16())[0]
     assert (found - exact).abs().max() <= 0.03 * exact.abs().max()

@@ -35,15 +35,42 @@ from ..seams import make_layer
 _DWCONV = Rename("mlp.dwconv.dwconv.", "mlp.dwconv.")
 
 
-class DeformableMerge(nn.Module):
-    """Deformable token merging: a 2x2 convolution of stride 2 of a map read at told places, batch norm, GELU.
+class MovedReads(Node):
+    """A map read at other places, as a 2x2 convolution of stride 2 will take it.
 
-    The place of each of the four numbers that an output reads is its usual one plus an offset, in tokens, which a
-    convolution tells (zero at the start); between tokens and at the rim a map is linear, and zero beyond.
+    The place of each of the four numbers that an output of that takes is its usual one plus an offset, in tokens, which
+    another such convolution tells (zero at the start). Between tokens and at the rim a map is linear, and zero beyond.
     """
 
+    def __init__(self, dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(dim, 8, 2, 2, **factory)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)`, sides of 2 or more, to `(B, C, 2h, 2w)`, h and w the halves of the sides."""
+        x = copied(x)
+        dtype = accumulator(x.dtype)  # of places, too: in half precision they would be rounded to whole tokens
+        size = (x.shape[2], x.shape[3])
+        # Of the four places of a kernel, row by row, how far down and how far right.
+        moved = unflatten(unflatten(self.offset(x).to(dtype), 1, (2, 4)), 2, (2, 2))  # (B, row, column, 2, h, w)
+        moved = moved.permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2)  # (B, 2h, 2w, 2)
+        places = []
+        for axis in (1, 0):  # the sampler has columns first, from -1 to 1 over the sides of all tokens
+            at = torch.arange(moved.shape[1 + axis], device=x.device).to(dtype)
+            at = (at if axis else at[:, None]) + moved[..., axis]
+            places.append((2 * at + 1) / size[axis] - 1)
+        with full_precision(x):
+            out = F.grid_sample(x.to(dtype), torch.stack(places, dim=-1), align_corners=False)
+        return out.to(x.dtype)
+
+
+class DeformableMerge(nn.Module):
+    """Deformable token merging: a 2x2 convolution of stride 2 of a map read at told places, batch norm, GELU."""
+
     published = (
-        Rename("dconv.conv_offset.", "offset."),
+        Rename("dconv.conv_offset.", "read.offset."),
         Rename("dconv.", "proj."),
         Rename("norm_layer.", "norm."),
     )
@@ -51,9 +78,7 @@ class DeformableMerge(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **factory: Any) -> None:
         super().__init__()
-        self.offset = nn.Conv2d(in_dim, 8, 2, 2, **factory)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
+        self.read = MovedReads(in_dim, **factory)
         self.proj = nn.Conv2d(in_dim, dim, 2, 2, **factory)
         self.norm = nn.BatchNorm2d(dim, **factory)
         self.act = nn.GELU()
@@ -67,27 +92,7 @@ class DeformableMerge(nn.Module):
         low, wide = 2 - x.shape[2], 2 - x.shape[3]
         if traced(low) or low > 0 or wide > 0:
             x = F.pad(x, (0, at_least(wide, 0), 0, at_least(low, 0)))
-        x = copied(x)
-        return as_tokens(self.act(self.norm(self.proj(deformed(x, self.offset(x))))))
-
-
-def deformed(x: Tensor, offset: Tensor) -> Tensor:
-    """A map `(B, C, H, W)` read at other places: `(B, C, 2h, 2w)`, which a 2x2 convolution of stride 2 then takes.
-
-    offset: `(B, 8, h, w)`, of each of the four places of a kernel, row by row, how far down and how far right.
-    """
-    dtype = accumulator(x.dtype)  # of places, too: in half precision they would be rounded to whole tokens
-    size = (x.shape[2], x.shape[3])
-    moved = unflatten(unflatten(offset.to(dtype), 1, (2, 4)), 2, (2, 2))  # (B, row, column, 2, h, w)
-    moved = moved.permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2)  # (B, 2h, 2w, 2)
-    places = []
-    for axis in (1, 0):  # the sampler has columns first, from -1 to 1 over the sides of all tokens
-        at = torch.arange(moved.shape[1 + axis], device=x.device).to(dtype)
-        at = (at[:, None] if axis == 0 else at) + moved[..., axis]
-        places.append((2 * at + 1) / size[axis] - 1)
-    with full_precision(x):
-        out = F.grid_sample(x.to(dtype), torch.stack(places, dim=-1), align_corners=False)
-    return out.to(x.dtype)
+        return as_tokens(self.act(self.norm(self.proj(self.read(x)))))
 
 
 class MlpBlock(Node):
@@ -128,7 +133,7 @@ class LITv2(PlainPyramid):
         rows = plan(attention, [size.depth for size in sizes])
         used = {choice.name for size, row in zip(sizes, rows, strict=True) for choice in row if size.num_heads}
         for choice in (choice for row in rows for choice in row):
-            if choice.name not in used:
+            if "," in attention and choice.name not in used:
                 raise LinsightError(
                     f"attention='{attention}': '{choice.name}' stands only where there is no attention; give these "
                     f"stages heads (stages=), or name it where there are"
