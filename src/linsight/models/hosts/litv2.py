@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from linsight.attention import Node, Rename
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import Grid, accumulator, at_least, copied, full_precision, traced, unflatten
+from linsight.ops import Grid, accumulator, copied, full_precision, unflatten
 
 from ..parts.conv_pyramid import as_tokens
 from ..parts.convs import ConvEmbed, with_dense_conv
@@ -66,7 +66,7 @@ class MovedReads(Node):
         return out.to(x.dtype)
 
 
-class DeformableMerge(nn.Module):
+class DeformableMerge(ConvEmbed):
     """Deformable token merging: a 2x2 convolution of stride 2 of a map read at told places, batch norm, GELU."""
 
     published = (
@@ -74,25 +74,16 @@ class DeformableMerge(nn.Module):
         Rename("dconv.", "proj."),
         Rename("norm_layer.", "norm."),
     )
-    stride = 2
 
     def __init__(self, in_dim: int, dim: int, **factory: Any) -> None:
-        super().__init__()
+        super().__init__(in_dim, dim, 2, 2, norm="none", **factory)
         self.read = MovedReads(in_dim, **factory)
-        self.proj = nn.Conv2d(in_dim, dim, 2, 2, **factory)
         self.norm = nn.BatchNorm2d(dim, **factory)
         self.act = nn.GELU()
 
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the tokens of a map of `size`."""
-        return max(1, size[0] // 2), max(1, size[1] // 2)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         """`(B, in_dim, H, W)` to tokens `(B, h*w, C)` and their grid."""
-        low, wide = 2 - x.shape[2], 2 - x.shape[3]
-        if traced(low) or low > 0 or wide > 0:
-            x = F.pad(x, (0, at_least(wide, 0), 0, at_least(low, 0)))
-        return as_tokens(self.act(self.norm(self.proj(self.read(x)))))
+        return as_tokens(self.act(self.norm(self.proj(self.read(self.padded(x))))))
 
 
 class MlpBlock(Node):
