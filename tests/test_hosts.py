@@ -99,6 +99,11 @@ SMALL = {
         "img_size": 64,
         "num_classes": 7,
     },
+    "litv2_pyramid_small": {
+        "stages": [(8, 1, 2, 2.0), (16, 2, 0, 2.0), (16, 1, 2, 2.0), (16, 1, 2, 2.0)],
+        "img_size": 64,
+        "num_classes": 7,
+    },
     "cswin_tiny": {
         "stages": [(8, 1, 2, 2.0, 1), (16, 2, 2, 2.0, 2), (16, 2, 2, 2.0, 2), (16, 1, 2, 2.0, 2)],
         "img_size": 64,

@@ -51,6 +51,7 @@ SMALL = {
     "moh_transnext_small_75": TINY_TRANSNEXT,
     "van_b0": TINY,
     "attnet_xxs": TINY,
+    "litv2_small": TINY,
     "rala_ravlt_t": TINY_RAVLT,
     "nalaformer_xt": TINY_RAVLT,
     "polaformerpp_b0": TINY_RAVLT,

@@ -41,8 +41,8 @@ class Subject(NamedTuple):
 
     @property
     def local(self) -> bool:
-        """Whether a token's output depends on its neighbours on the grid."""
-        return self.entry.kind != "core" or self.core().halo > 0
+        """Whether a token's output depends on where others are on the grid."""
+        return self.entry.kind != "core" or self.core().halo > 0 or self.core().placed
 
     def need(self, *capabilities: str) -> None:
         """Skip unless the mechanism declares these."""

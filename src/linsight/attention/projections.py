@@ -29,6 +29,7 @@ PROJECTIONS: dict[str, tuple[Projection, ...]] = {
     "q_kv": (Projection("q", ("q",)), Projection("kv", ("k", "v"))),
     "q_k_v": (Projection("q", ("q",)), Projection("k", ("k",)), Projection("v", ("v",))),
     "qk": (Projection("qk", ("q", "k")),),
+    "qk_v": (Projection("qk", ("q", "k")), Projection("v", ("v",))),
     "q_k": (Projection("q", ("q",)), Projection("k", ("k",))),
     "xkv": (Projection("qkv", ("extra", "k", "v")),),
     "qx_kv": (Projection("qx", ("q", "extra")), Projection("kv", ("k", "v"))),

@@ -135,15 +135,19 @@ class ConvEmbed(nn.Module):
         """`(B, H*W, C)` and its grid."""
         if self.ahead:
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.proj(self.padded(x))
+        tokens = x.flatten(2).transpose(1, 2)
+        return tokens if self.ahead else self.norm(tokens), Grid(x.shape[2], x.shape[3])
+
+    def padded(self, x: Tensor) -> Tensor:
+        """A map with the zeros at the right and bottom that the convolution is to see."""
         least = self.kernel - 2 * self.padding
         low, wide = least - x.shape[2], least - x.shape[3]
         if self.whole:
             low, wide = (to_multiple(side, self.stride) - side for side in x.shape[2:])
         if traced(low) or low > 0 or wide > 0:
             x = F.pad(x, (0, at_least(wide, 0), 0, at_least(low, 0)))
-        x = self.proj(x)
-        tokens = x.flatten(2).transpose(1, 2)
-        return tokens if self.ahead else self.norm(tokens), Grid(x.shape[2], x.shape[3])
+        return x
 
 
 class ConvMlp(Mlp):

@@ -29,6 +29,7 @@ class Pyramid(AnyKeys, nn.Module):
 
     output_fmt = "NCHW"
     reduces = False  # the `reduction` of a stage is of use
+    attends = True  # every stage does; else not one without heads
     stem: nn.Module
     stages: nn.ModuleList
     norm: nn.Module
@@ -76,7 +77,9 @@ class Pyramid(AnyKeys, nn.Module):
             blocks: list[nn.Module] = []
             for choice, rate in zip(row, drop_paths, strict=True):
                 shared = {"drop_path": rate, "grid": grid, **factory}
-                whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=size.mlp_ratio, **shared)
+                whole = None
+                if size.num_heads or self.attends:
+                    whole = make_block(choice, size.dim, size.num_heads, mlp_ratio=size.mlp_ratio, **shared)
                 blocks.append(self.make_block(size, choice, last=last, **shared) if whole is None else whole)
             self.stages.append(self.make_stage(downsample, blocks, width, grid, last=last, **factory))
             self.feature_info.append({"num_chs": width, "reduction": reduction, "module": f"stages.{i}"})

@@ -17,7 +17,8 @@ from .convs import ConvMlp
 
 class StageSize(NamedTuple):
     """A stage of a host: its width, blocks and heads, and where the host has them, how much wider the hidden layer
-    of an MLP is, and by what keys are reduced (or how wide stripes are).
+    of an MLP is, and by what keys are reduced (or how wide stripes are). No heads, in a host that has such stages: no
+    attention.
     """
 
     dim: int
