@@ -89,10 +89,11 @@ def build(spec: dict[str, Any]) -> Run:
     return builder(spec["name"])(spec)
 
 
-def gradients(run: Run, out: Tensor) -> dict[str, Tensor]:
-    """Those of sum(output * cotangent), by the names of the npz."""
+def gradients(run: Run, out: Tensor, rule: str) -> dict[str, Tensor]:
+    """Those of sum(output * cotangent), by the names of the npz; of the output itself where the rule has none."""
     run.module.zero_grad()
-    (out * torch.from_numpy(unit_noise("cotangent", tuple(out.shape)))).sum().backward()
+    cotangent = unit_noise("cotangent", tuple(out.shape)) if "cotangent" in rule else np.ones(out.shape, np.float32)
+    (out * torch.from_numpy(cotangent)).sum().backward()
     grads = copy.deepcopy(run.module)
     for parameter, source in zip(grads.parameters(), run.module.parameters(), strict=True):
         parameter.data = torch.zeros_like(source) if source.grad is None else source.grad
