@@ -41,6 +41,7 @@ from .packing import Groups, each_grid, pack, unpack
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import HEAD_BASE, Turn, check_rotary, rotate
+from .scan import linear_scan, selective_scan
 from .sizes import at_least, at_most, copied, divided, in_example, is_proxy, leaves, spread, traced, unflatten
 from .states import (
     LogSumExp,
@@ -125,6 +126,7 @@ __all__ = [
     "linear_absorb",
     "linear_attention",
     "linear_read",
+    "linear_scan",
     "mask_tokens",
     "merge",
     "neighbourhood_attention",
@@ -137,6 +139,7 @@ __all__ = [
     "read_pooled",
     "resize_matrix",
     "rotate",
+    "selective_scan",
     "separable",
     "shifted_products",
     "spread",
