@@ -1,5 +1,6 @@
 """VideoMamba's mixer on tokens, and whole models, of images and of videos."""
 
+import re
 from typing import Any
 
 import linsight
@@ -17,9 +18,12 @@ def bimamba(spec: dict[str, Any]) -> Run:
 
 
 def videomamba(spec: dict[str, Any]) -> Run:
-    """The model of clips (B, 3, T, H, W), made for their size."""
-    clips, config = tensor(spec["input_shape"]), spec["config"]
+    """The model of clips (B, 3, T, H, W), made for their size, or that of images, by its name."""
+    clips, config = tensor(spec["input_shape"]), spec.get("config", {})
     shapes = dict(spec["state_dict"])
+    if clips.ndim == 4:
+        images = linsight.create_model(re.split(r"_img\d", spec["name"])[0], img_size=clips.shape[-1])
+        return Run(images, lambda: images(clips))
     depth = sum(key.endswith("mixer.A_log") for key in shapes)
     made = {"frames": config["num_frames"], "tubelet": config["kernel_size"], "img_size": config["img_size"]}
     width = {"embed_dim": shapes["cls_token"][2], "depth": depth, "num_classes": config["num_classes"]}
