@@ -75,7 +75,8 @@ def test_an_answer_and_its_picture(slide, backbone):
     weights = torch.zeros(len(bag.places))
     weights[3] = 1.0
     shown = attention_map(bag, weights)
-    assert shown[tuple(bag.places[3].tolist())] == 1 and sorted(shown.isnan().nonzero().tolist()) == [[*g] for g in GLASS]
+    assert shown[tuple(bag.places[3].tolist())] == 1
+    assert sorted(shown.isnan().nonzero().tolist()) == [[*place] for place in GLASS]
     drawn = np.asarray(attention_picture(bag, weights, strength=1.0))
     side = bag.picture.shape[1] // bag.grid[0]
     assert drawn.shape[:2] == (64, 80) and side == 16

@@ -28,7 +28,9 @@ def slide(
     classes: Annotated[str, typer.Option(metavar="A,B,...", help="names of its classes; none: their numbers")] = "",
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a backbone given by name")] = None,
     from_size: From = None,
-    tile: Annotated[int | None, typer.Option(min=1, help="side of a tile in pixels; none: that of the backbone")] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="side of a tile in pixels; none: that of the backbone")
+    ] = None,
     tissue: Annotated[float, typer.Option(min=0, max=1, help="least share of a tile that is tissue; 0: all")] = 0.05,
     level: Annotated[int | None, typer.Option(min=0, help="of the pyramid; none: 0, the full size")] = None,
     mpp: Annotated[float | None, typer.Option(help="or the level near so many microns a pixel")] = None,

@@ -3,8 +3,8 @@
 A sequence is cut into about sqrt(N) stretches, which are walked side by side; then each is given the state before it.
 Products of decays are made forwards only, so nothing is divided and nothing overflows where decays are up to 1.
 
-A graph that leaves has torch's own operators in place of the walk: 20 rounds, each of which joins stretches of twice the
-length, O(N log N), for sequences of up to 2^20 tokens.
+A graph that leaves has torch's own operators in place of the walk: 20 rounds, each of which joins stretches of twice
+the length, O(N log N), for sequences of up to 2^20 tokens.
 """
 
 import math
@@ -16,8 +16,9 @@ from torch import Tensor
 from .sizes import leaves
 from .states import accumulator
 
-_BLOCK = 128  # tokens whose states are there at a time
+LEAST = 128  # tokens whose states are there at a time
 _ROUNDS = 20
+NUMBERS = 2**19  # or more of them, whose states are so many numbers
 
 
 def linear_scan(decay: Tensor, value: Tensor, *, reverse: bool = False) -> Tensor:
@@ -135,8 +136,8 @@ linear_scan_op.register_autograd(_linear_backward, setup_context=_keep_states)
 def selective_scan_op(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
     """`selective_scan`, and the states `(B, blocks, D, S)` that its blocks begin with."""
     out, state = torch.zeros_like(x), x.new_zeros(x.shape[0], *rate.shape)
-    starts = x.new_zeros(x.shape[0], -(-x.shape[1] // _BLOCK), *rate.shape)
-    for i, own in enumerate(_blocks(x.shape[1])):
+    starts = x.new_zeros(x.shape[0], -(-x.shape[1] // _block(rate)), *rate.shape)
+    for i, own in enumerate(_blocks(x.shape[1], rate)):
         starts[:, i] = state
         states = _walk(*_terms(x[:, own], step[:, own], rate, write[:, own]), state)
         out[:, own] = (states @ read[:, own, :, None]).squeeze(-1)
@@ -146,7 +147,8 @@ def selective_scan_op(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read
 
 @selective_scan_op.register_fake
 def _(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], (x.shape[1] + _BLOCK - 1) // _BLOCK, *rate.shape)
+    size = _block(rate)
+    return torch.empty_like(x), x.new_empty(x.shape[0], (x.shape[1] + size - 1) // size, *rate.shape)
 
 
 @torch.library.custom_op("linsight::selective_scan_backward", mutates_args=())
@@ -156,7 +158,7 @@ def selective_scan_backward(
     """Gradients by x, step, rate, write and read, of that by the output."""
     of_x, of_step, of_write, of_read = (torch.zeros_like(t) for t in (x, step, write, read))
     of_rate, after = torch.zeros_like(rate), x.new_zeros(x.shape[0], *rate.shape)
-    for i, own in reversed([*enumerate(_blocks(x.shape[1]))]):
+    for i, own in reversed([*enumerate(_blocks(x.shape[1], rate))]):
         asked, given, moved, writing = grad[:, own], x[:, own], step[:, own], write[:, own]
         decay, value = _terms(given, moved, rate, writing)
         states = _walk(decay, value, starts[:, i])
@@ -194,5 +196,11 @@ def _selective_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
 selective_scan_op.register_autograd(_selective_backward, setup_context=_keep_starts)
 
 
-def _blocks(count: int) -> list[slice]:
-    return [slice(first, min(first + _BLOCK, count)) for first in range(0, count, _BLOCK)]
+def _block(rate: Tensor) -> int:
+    """The tokens whose states `(D, S)` are there at a time, of each sequence: about half a million numbers."""
+    return max(LEAST, NUMBERS // max(rate.shape[0] * rate.shape[1], 1))
+
+
+def _blocks(count: int, rate: Tensor) -> list[slice]:
+    size = _block(rate)
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]

@@ -26,7 +26,7 @@ def attention_picture(bag: Bag, weights: Tensor, *, strength: float = 0.6) -> Im
 
     strength: how opaque colours are, 0 to 1.
     """
-    values, inverse, counts = weights.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = weights.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0)
     middle = (ends - (counts - 1) / 2 - 1) / max(len(weights) - 1, 1)
     shares = attention_map(bag, middle[inverse]).numpy()

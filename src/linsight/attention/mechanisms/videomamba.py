@@ -1,8 +1,8 @@
 """VideoMamba's block: x + mixer(RMSNorm(x)), without an MLP.
 
 Li et al., "VideoMamba: State Space Model for Efficient Video Understanding", ECCV 2024 (arXiv 2403.06977), by its
-published code, whose mixer is `bimamba`. The code adds a block's output to the residual stream in the next block, before
-the norm of that, which is the same function.
+published code, whose mixer is `bimamba`. The code adds a block's output to the residual stream in the next block,
+before the norm of that, which is the same function.
 """
 
 from typing import Any

@@ -1,14 +1,12 @@
 """VideoMamba (arXiv 2403.06977): its models of images, in the ViT host, and of videos.
 
-Top-1 of videos are of 3 crops and 4 clips (Kinetics-400) at 224 pixels, by frames; not those of masked pre-training.
-The published start divides the last map of each mixer by the root of the depth, which is not done here. The models m and
-b were distilled from s and, of videos, the training of t and m is known: 70 and 50 epochs of AdamW at 2e-4, weight decay
-0.1 and 0.05, stochastic depth 0.1 and 0.8.
+Top-1 of videos are of 3 crops and 4 clips (Kinetics-400) at 224 pixels, by frames, and not of masked pre-training. The
+published start divides the last map of each mixer by the root of the depth, which is not done here. The middle and the
+base model were distilled from the small one. Of the training on videos, that of the tiny and the middle model is known:
+70 and 50 epochs of AdamW at 2e-4, weight decay 0.1 and 0.05, stochastic depth 0.1 and 0.8.
 """
 
 from functools import partial
-from typing import Any
-
 from torch import nn
 
 from linsight.attention import mechanism

@@ -1,7 +1,8 @@
 """Models of videos `(B, C, T, H, W)`: backbones with a published way through time, and any mechanism in space."""
 
 from .create import VIDEO_MODELS, VideoModel, add_video_models, create_video_model
-from .trecvit import RGLRU, TemporalBlock, TRecViT
+from .recurrent import RGLRU, TemporalBlock
+from .trecvit import TRecViT
 from .videomamba import VideoMamba
 
 __all__ = [

@@ -44,9 +44,7 @@ def grid_of(img_size: tuple[int, int], patch: int) -> tuple[int, int]:
     return -(-img_size[0] // patch), -(-img_size[1] // patch)
 
 
-def fitted(
-    table: Tensor, old: tuple[int, int] | None, new: tuple[int, int], prefix: int = 0
-) -> FittedTable | None:
+def fitted(table: Tensor, old: tuple[int, int] | None, new: tuple[int, int], prefix: int = 0) -> FittedTable | None:
     """A table of places `(1, prefix + h*w, C)` of the grid `old`, of a square one where that is None, for `new`."""
     if table.ndim != 3 or table.shape[1] <= prefix:
         return None

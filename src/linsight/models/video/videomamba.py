@@ -1,12 +1,12 @@
 """VideoMamba: all tokens of all frames in one sequence behind a class token, and blocks without an MLP.
 
 Li et al., "VideoMamba: State Space Model for Efficient Video Understanding", ECCV 2024 (arXiv 2403.06977), by its
-published code. Clips are cut into patches of `tubelet` frames; a table of places in the frame is added to each frame and
-one of places in time to all tokens of a frame, the class token has a place of its own. A block is x + mixer(RMSNorm(x)),
-the head reads the class token. Frames stand in the order of time, each row by row: a mechanism
-sees them as the grid of one tall image, where frames lie below each other. `bimamba` is the published one.
+published code. Clips are cut into patches of `tubelet` frames; a table of places in the frame is added to each frame,
+and one of places in time to all tokens of a frame; the class token has a place of its own. A block is
+x + mixer(RMSNorm(x)), and the head reads the class token. Frames stand in the order of time, each row by row: a
+mechanism sees them as the grid of one tall image, where frames lie below each other. `bimamba` is the published one.
 
-Images are filled up to whole patches with zeros at the right and bottom, the tables are resampled to any size and length.
+Clips are filled up to whole patches with zeros at their ends, the tables are resampled to any size and length.
 """
 
 from collections.abc import Mapping
