@@ -140,7 +140,7 @@ def test_mistakes_are_told(slide, backbone, tmp_path):
         (lambda: embed_slide(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)).eval(), slide, tile=16), "one vector each"),
         (lambda: load_bag(tmp_path / "none.safetensors"), "no such bag"),
         (lambda: load_bag(slide), "no bag of tiles"),
-        (lambda: Acmil(12, 2, kind="mean"), "gated"),
+        (lambda: Acmil(12, 2, kind="gate"), "gated"),
         (lambda: Acmil(12, 2, kind="multihead", inner_dim=12), "does not divide"),
         (lambda: Acmil(12, 2)(torch.zeros(1, 3, 4)), "batch, patches, 12"),
         (lambda: Acmil(12, 2)(torch.zeros(1, 3, 12), torch.zeros(1, 3, dtype=torch.bool)), "a patch in each bag"),

@@ -1,12 +1,14 @@
 """VideoMamba (arXiv 2403.06977): its models of images, in the ViT host, and of videos.
 
-Top-1 of videos are of 3 crops and 4 clips (Kinetics-400) at 224 pixels, by frames, and not of masked pre-training. The
-published start divides the last map of each mixer by the root of the depth, which is not done here. The middle and the
-base model were distilled from the small one. Of the training on videos, that of the tiny and the middle model is known:
-70 and 50 epochs of AdamW at 2e-4, weight decay 0.1 and 0.05, stochastic depth 0.1 and 0.8.
+GMACs are counted here, the paper says 1.1, 4.3, 12.7 and 16.9. Top-1 of videos are of 3 crops and 4 clips (Kinetics-400)
+at 224 pixels, by frames, and not of masked pre-training. The published start divides the last map of each mixer by the
+root of the depth, which is not done here. The middle and the base model were distilled from the small one. Of the
+training on videos, that of the tiny and the middle model is known: 70 and 50 epochs of AdamW at 2e-4, weight decay 0.1
+and 0.05, stochastic depth 0.1 and 0.8.
 """
 
 from functools import partial
+
 from torch import nn
 
 from linsight.attention import mechanism
@@ -21,10 +23,10 @@ _HUB = f"https://huggingface.co/{_CODE}/resolve/main/videomamba_"
 _PAPER = mechanism("bimamba").paper
 # Width, depth, parameters in millions, GMACs and top-1 of images at 224 pixels; top-1 of Kinetics-400 by frames.
 _SIZES: dict[str, tuple[int, int, float, float, float, dict[int, float]]] = {
-    "tiny": (192, 24, 7.148, 1.1, 76.9, {8: 76.9, 16: 78.1, 32: 78.8, 64: 79.6}),
-    "small": (384, 24, 25.80, 4.3, 81.2, {8: 79.3, 16: 80.8, 32: 81.5, 64: 81.8}),
-    "middle": (576, 32, 74.0, 12.7, 82.8, {8: 80.6, 16: 81.9, 32: 82.4, 64: 82.8}),
-    "base": (768, 24, 98.0, 16.9, 82.7, {}),
+    "tiny": (192, 24, 7.148, 1.293, 76.9, {8: 76.9, 16: 78.1, 32: 78.8, 64: 79.6}),
+    "small": (384, 24, 25.797, 4.851, 81.2, {8: 79.3, 16: 80.8, 32: 81.5, 64: 81.8}),
+    "middle": (576, 32, 74.217, 14.205, 82.8, {8: 80.6, 16: 81.9, 32: 82.4, 64: 82.8}),
+    "base": (768, 24, 97.598, 18.766, 82.7, {}),
 }
 
 

@@ -152,9 +152,9 @@ class VideoMamba(nn.Module):
 
 
 def inflated(state: Mapping[str, Tensor], tubelet: int = 1) -> dict[str, Tensor]:
-    """Weights of the image model, by their published keys, for videos: its kernel is the middle one of `tubelet` frames.
+    """Weights of the image model, by published keys, for videos: its kernel is the middle one of `tubelet` frames.
 
-    What is left new is `temporal_pos_embedding`: load them with `load_published(model, inflated(state), strict=False)`.
+    What is left new is `temporal_pos_embedding`: `load_published(model, inflated(state), strict=False)` loads them.
     """
     key = "patch_embed.proj.weight"
     flat = state[key]
