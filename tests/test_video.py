@@ -4,13 +4,14 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 import linsight
-from linsight.errors import LinsightError
+from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_video_model
-from linsight.models.video import RGLRU, TemporalBlock
+from linsight.models.video import RGLRU, TemporalBlock, from_flax
 from linsight.models.video.videomamba import inflated
 from linsight.ops import linear_scan, selective_scan
 from matrix.subject import close
@@ -151,6 +152,30 @@ def test_a_model_of_images_is_inflated():
     clip = torch.zeros(2, 3, 3, 32, 32)
     clip[:, :, 1] = image
     close(videos(clip), images.eval()(image), 1e-5)
+
+
+def test_released_weights_are_arrays_of_flax(tmp_path):
+    model, heads, arrays = small("trecvit_tiny"), 2, {}
+    for key, tensor in linsight.export_published(model).items():
+        array, (*_, owner, name) = tensor.numpy(), ("", *key.split("."))
+        if owner in ("query", "key", "value"):
+            array = array.T.reshape(-1, heads, 8) if name == "weight" else array.reshape(heads, 8)
+        elif owner == "out" and name == "weight":
+            array = array.T.reshape(heads, 8, -1)
+        elif name == "weight" and array.ndim == 5:
+            array = array.transpose(2, 3, 4, 1, 0)
+        elif name == "weight" and array.ndim == 2:
+            array = array.T
+        if name == "weight":
+            name = "kernel" if array.ndim > 1 else "scale"
+        arrays["/".join([*key.split(".")[:-1], name])] = array
+    np.savez(tmp_path / "a.npz", **arrays)
+    other, clips = small("trecvit_tiny", img_size=32), torch.randn(1, 3, 2, 32, 32)
+    other.encoder.encoder_norm.reset_parameters()
+    linsight.load_published(other, from_flax(tmp_path / "a.npz"))
+    assert torch.equal(other(clips), model(clips))
+    with pytest.raises(CheckpointError, match="of no layer"):
+        from_flax({"a/kernel": np.zeros(3)})
 
 
 def test_mistakes_are_told():

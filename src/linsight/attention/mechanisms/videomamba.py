@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from torch import Tensor, nn
+from torch import Tensor
 
 from linsight.ops import LayoutLike
 
@@ -18,6 +18,7 @@ from ..capabilities import Capabilities
 from ..checks import check_asked, check_beside, entered, held
 from ..core import Rename
 from ..packed import each_image
+from ..parts.wide import WideRMSNorm
 from ..registry import Paper, register
 from .bimamba import BiMamba
 
@@ -56,7 +57,7 @@ class VideoMambaBlock(Block):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = dim
-        self.norm1 = nn.RMSNorm(dim, eps=1e-5, **factory)
+        self.norm1 = WideRMSNorm(dim, eps=1e-5, **factory)
         self.attn = BiMamba(dim, num_heads, states=states, **factory)
         self.drop_path = DropPath(drop_path)
 
@@ -69,5 +70,5 @@ class VideoMambaBlock(Block):
         return x + self.drop_path(self.attn(self.norm1(x), found))
 
     def no_weight_decay(self) -> set[str]:
-        """Those of the mixer."""
+        """Names that the mixer asks for."""
         return {f"attn.{name}" for name in self.attn.no_weight_decay()}

@@ -1,7 +1,7 @@
 """TRecViT (arXiv 2412.14294). The size B is released, for 32 frames of Kinetics-400; the others are of its size table.
 
-Neither a recipe nor accuracies stand in the repository, and released weights are arrays of flax by the paths of its
-modules, joined by slashes: keys with dots, and weights in PyTorch's layout, are what `load_published` reads.
+Neither a recipe nor accuracies stand in the repository. Released weights are arrays of flax, which `from_flax` makes a
+state dict of.
 """
 
 from linsight.attention import Paper

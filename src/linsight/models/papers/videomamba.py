@@ -1,17 +1,16 @@
 """VideoMamba (arXiv 2403.06977): its models of images, in the ViT host, and of videos.
 
-GMACs are counted here, the paper says 1.1, 4.3, 12.7 and 16.9. Top-1 of videos are of 3 crops and 4 clips (Kinetics-400)
-at 224 pixels, by frames, and not of masked pre-training. The published start divides the last map of each mixer by the
-root of the depth, which is not done here. The middle and the base model were distilled from the small one. Of the
-training on videos, that of the tiny and the middle model is known: 70 and 50 epochs of AdamW at 2e-4, weight decay 0.1
-and 0.05, stochastic depth 0.1 and 0.8.
+GMACs are counted here, the paper says 1.1, 4.3, 12.7 and 16.9. Top-1 of videos are of 3 crops and 4 clips
+(Kinetics-400) at 224 pixels, by frames, and not of masked pre-training. The published start divides the last map of
+each mixer by the root of the depth, which is not done here. The middle and the base model were distilled from the
+small one. Of the training on videos, that of the tiny and the middle model is known: 70 and 50 epochs of AdamW at
+2e-4, weight decay 0.1 and 0.05, stochastic depth 0.1 and 0.8.
 """
 
 from functools import partial
 
-from torch import nn
-
 from linsight.attention import mechanism
+from linsight.attention.parts.wide import WideRMSNorm
 
 from ..registry import add_variants
 from ..rows import Training, Variant, figures, trained
@@ -30,7 +29,7 @@ _SIZES: dict[str, tuple[int, int, float, float, float, dict[int, float]]] = {
 }
 
 
-_NORM = partial(nn.RMSNorm, eps=1e-5)
+_NORM = partial(WideRMSNorm, eps=1e-5)
 # That of DeiT, with rates of its own that do not scale with the batch.
 _TRAINING = partial(trained, "deit", warmup_lr=1e-6, min_lr=1e-5, clip_grad=5.0)
 

@@ -8,6 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from linsight.attention import Node, Rename
+from linsight.attention.parts.wide import WideRMSNorm
 from linsight.ops import LayoutLike, as_layout
 
 from ..plan import Choice
@@ -22,7 +23,7 @@ class Mixer(Node):
 
     def __init__(self, dim: int, attn: nn.Module, drop_path: float = 0.0, **factory: Any) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(dim, eps=self.eps, **factory)
+        self.norm1 = WideRMSNorm(dim, eps=self.eps, **factory)
         self.attn = attn
         self.drop_path = DropPath(drop_path)
 

@@ -94,7 +94,7 @@ class ScaledNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., C)`; the shape is kept."""
-        return F.rms_norm(x, self.scale.shape, 1 + self.scale, NORM_EPS)
+        return F.rms_norm(x, self.scale.shape, (1 + self.scale).to(x.dtype), NORM_EPS)
 
 
 class RecurrentBlock(nn.Module):

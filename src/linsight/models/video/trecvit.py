@@ -219,7 +219,7 @@ class TRecViT(nn.Module):
         return self.encoder(*self.tokenizer(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Those tokens to logits, or to the 3072 features that these are made of."""
+        """Logits of those tokens, or the 3072 features that these are made of."""
         return self.decoder(x[:, :, 0], pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from linsight.attention.parts.wide import WideRMSNorm
 from linsight.errors import LinsightError
 from linsight.ops import FittedTable, Grid, Tile
 
@@ -84,7 +85,7 @@ class VideoMamba(nn.Module):
         trunc_normal_(self.pos_embed, std=0.02)
         tall = (times * self.grid[0], self.grid[1])
         self.layers = mixers(choices, embed_dim, num_heads, grid=tall, drop_path_rate=drop_path_rate, **factory)
-        self.norm_f = nn.RMSNorm(embed_dim, eps=Mixer.eps, **factory)
+        self.norm_f = WideRMSNorm(embed_dim, eps=Mixer.eps, **factory)
         self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
         self.grad_checkpointing = False
 
@@ -105,7 +106,7 @@ class VideoMamba(nn.Module):
         return self.norm_f(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Those tokens to logits, or to the class token."""
+        """Logits of those tokens, or the class token."""
         return x[:, 0] if pre_logits else self.head(x[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
