@@ -30,10 +30,22 @@ from ..capabilities import Capabilities, Structure
 from ..checks import check_asked, check_beside, entered, held
 from ..layer import Layer
 from ..packed import each_image
+from ..parts.wide import WideLinear
 from ..registry import Paper, register
 
 _WIDTH = 4  # tokens that the convolution sees
 _STEPS = (1e-3, 0.1)  # of Delta at the start
+
+
+class CausalConv(nn.Conv1d):
+    """A depthwise convolution over a sequence: a token and those before it, in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, D)`; the shape is kept, zero before the first token."""
+        assert self.bias is not None
+        line = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.conv1d(line, weight, bias, groups=self.groups).transpose(1, 2)
 
 
 class StepSizes(nn.Module):
@@ -94,10 +106,10 @@ class BiMamba(Layer):
         self.D, self.D_b = (nn.Parameter(torch.ones(inner, **factory)) for _ in range(2))
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **factory)
         conv: dict[str, Any] = {"groups": inner, **factory}
-        self.conv1d, self.conv1d_b = (nn.Conv1d(inner, inner, _WIDTH, **conv) for _ in range(2))
-        self.x_proj, self.x_proj_b = (nn.Linear(inner, rank + 2 * states, bias=False, **factory) for _ in range(2))
+        self.conv1d, self.conv1d_b = (CausalConv(inner, inner, _WIDTH, **conv) for _ in range(2))
+        self.x_proj, self.x_proj_b = (WideLinear(inner, rank + 2 * states, bias=False, **factory) for _ in range(2))
         self.dt_proj, self.dt_proj_b = (StepSizes(rank, inner, **factory) for _ in range(2))
-        self.out_proj = nn.Linear(inner, dim, bias=False, **factory)
+        self.out_proj = WideLinear(inner, dim, bias=False, **factory)
 
     @each_image
     def forward(
@@ -122,7 +134,7 @@ class BiMamba(Layer):
             ahead = _one_way(inside, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
             back = _one_way(inside.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
             out = (ahead + back.flip(1)) * F.silu(gate)
-            return F.linear(out, self.out_proj.weight.to(wide)).to(x.dtype)
+            return self.out_proj(out).to(x.dtype)
 
     def no_weight_decay(self) -> set[str]:
         """Rates and skip connections, as published."""
@@ -133,15 +145,9 @@ class BiMamba(Layer):
         return f"dim={self.dim}, states={self.states}"
 
 
-def _one_way(x: Tensor, conv: nn.Conv1d, project: nn.Linear, steps: Any, log: Tensor, skip: Tensor) -> Tensor:
+def _one_way(x: Tensor, conv: nn.Module, project: nn.Module, steps: nn.Module, log: Tensor, skip: Tensor) -> Tensor:
     """y of x `(B, N, D)`, from the first token on."""
-    wide = x.dtype
-    line = F.pad(x.transpose(1, 2), (_WIDTH - 1, 0))
-    assert conv.bias is not None
-    line = F.conv1d(line, conv.weight.to(wide), conv.bias.to(wide), groups=conv.groups)
-    x = F.silu(line.transpose(1, 2))
-    states = log.shape[1]
-    given, write, read = F.linear(x, project.weight.to(wide)).split(
-        [project.out_features - 2 * states, states, states], dim=-1
-    )
-    return selective_scan(x, steps(given), -log.to(wide).exp(), write, read) + skip.to(wide) * x
+    x, states = F.silu(conv(x)), log.shape[1]
+    found = project(x)
+    given, write, read = found.split([found.shape[-1] - 2 * states, states, states], dim=-1)
+    return selective_scan(x, steps(given), -log.to(x.dtype).exp(), write, read) + skip.to(x.dtype) * x
