@@ -35,7 +35,7 @@ def test_part(name):
     assert sum(p.numel() for p in run.module.parameters()) == spec["params"]
     if "gradients" not in spec:
         return
-    found = cases.gradients(run, cases.outputs(run.call()))
+    found = cases.gradients(run, cases.outputs(run.call()), spec["gradients"]["rule"])
     for key in spec["gradients"]["keys"]:
         error = (found[key] - recorded[key]).abs().max() / recorded[key].abs().max()
         assert error <= cases.TOLERANCE, f"{key}: error {error:.2e}"

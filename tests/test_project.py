@@ -31,7 +31,7 @@ FLOORS = (
     ("models",),
     ("fuse",),
     ("checkpoints", "streaming"),
-    ("convert",),
+    ("convert", "slides"),
     ("parallel", "api"),
     ("",),  # linsight/__init__.py
     ("tasks",),

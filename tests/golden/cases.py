@@ -89,12 +89,16 @@ def build(spec: dict[str, Any]) -> Run:
     return builder(spec["name"])(spec)
 
 
-def gradients(run: Run, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of sum(output * cotangent), plus the losses among the outputs `found`, by the names of the npz."""
+def gradients(run: Run, found: dict[str, Tensor], rule: str) -> dict[str, Tensor]:
+    """Those of sum(output * cotangent), plus the losses among the outputs `found`, by the names of the npz.
+
+    Of the output itself where the rule has no cotangent.
+    """
     run.module.zero_grad()
     out = found["output"]
+    cotangent = unit_noise("cotangent", tuple(out.shape)) if "cotangent" in rule else np.ones(out.shape, np.float32)
     losses = [loss.sum() for name, loss in found.items() if name == "balance"]
-    sum(losses, (out * torch.from_numpy(unit_noise("cotangent", tuple(out.shape)))).sum()).backward()
+    sum(losses, (out * torch.from_numpy(cotangent)).sum()).backward()
     grads = copy.deepcopy(run.module)
     for parameter, source in zip(grads.parameters(), run.module.parameters(), strict=True):
         parameter.data = torch.zeros_like(source) if source.grad is None else source.grad

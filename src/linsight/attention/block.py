@@ -22,6 +22,7 @@ class Block(Node):
     capabilities: Capabilities = Capabilities()
     structure: Structure = Structure()
     published: ClassVar[tuple[Rename, ...]] = ()
+    published_model: ClassVar[tuple[Rename, ...]] = ()  # key map of a model of such `blocks` and a last `norm`
     unmet: ClassVar[Mapping[str, str]] = {}  # as of a `Core`
     takes: ClassVar[tuple[str, ...]] = ("mlp_ratio", "drop_path_rate")  # what of a host's blocks shapes it, too
 

@@ -20,12 +20,14 @@ from .rows import Architecture, Host, Training, Variant
 from .steps import Decode, MapEnd, Mix, Sample, StreamPlan, Streams, sampled
 from .timm import takeover as takeover
 from .timm.keys import published_keys
+from .video import VIDEO_MODELS, create_video_model
 from .weights import load_pretrained_with
 
 __all__ = [
     "ARCHITECTURES",
     "HOSTS",
     "VARIANTS",
+    "VIDEO_MODELS",
     "Architecture",
     "Choice",
     "Decode",
@@ -43,6 +45,7 @@ __all__ = [
     "create_detector",
     "create_model",
     "create_segmenter",
+    "create_video_model",
     "default_attention",
     "default_config",
     "fit_bias_table",

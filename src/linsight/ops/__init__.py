@@ -48,6 +48,7 @@ from .partition import Partition, half_shift, to_multiple, within
 from .pooled import attend, gather_pooled, gather_state, pool_tokens, read_pooled
 from .resample import FittedTable, Mode, fit_grid, fit_square, pool_matrix, resize_matrix, separable, table_for
 from .rotary import HEAD_BASE, Turn, check_rotary, rotate
+from .scan import linear_scan, selective_scan
 from .sizes import at_least, at_most, copied, divided, in_example, is_proxy, leaves, spread, traced, unflatten
 from .states import (
     LogSumExp,
@@ -134,6 +135,7 @@ __all__ = [
     "linear_absorb",
     "linear_attention",
     "linear_read",
+    "linear_scan",
     "mask_tokens",
     "merge",
     "neighbourhood_attention",
@@ -148,6 +150,7 @@ __all__ = [
     "read_pooled",
     "resize_matrix",
     "rotate",
+    "selective_scan",
     "separable",
     "shifted_products",
     "spread",

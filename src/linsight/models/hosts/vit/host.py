@@ -131,8 +131,9 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
 
     @property
     def published(self) -> tuple[Rename, ...]:
-        """Published names of what is outside the blocks."""
-        return (_INIT_NORM,) if self.norm_pair is None else (_INIT_NORM, *_SIAMESE)
+        """Published names of what is outside the blocks, and of the blocks, where these tell them."""
+        around: tuple[Rename, ...] = getattr(next(iter(self.blocks), None), "published_model", ())
+        return (*around, _INIT_NORM) if self.norm_pair is None else (*around, _INIT_NORM, *_SIAMESE)
 
     def table_grids(self) -> dict[str, tuple[int, int]]:
         """The grid of the position table."""

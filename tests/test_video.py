@@ -1,0 +1,193 @@
+"""Models of videos: scans against their recurrence, causality, any size and length, tables, keys of image models."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import linsight
+from linsight.errors import CheckpointError, LinsightError
+from linsight.models import create_video_model
+from linsight.models.video import RGLRU, TemporalBlock, from_flax
+from linsight.models.video.videomamba import inflated
+from linsight.ops import linear_scan, selective_scan
+from matrix.subject import close
+
+F64 = torch.float64
+SMALL = {
+    "trecvit_tiny": {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24},
+    "videomamba_video_tiny": {"embed_dim": 16, "depth": 2, "num_heads": 2, "frames": 3, "tubelet": 2},
+}
+models = pytest.mark.parametrize("name", SMALL)
+
+
+def small(name, **arguments):
+    torch.manual_seed(0)
+    model = create_video_model(name, **{**SMALL[name], "num_classes": 5, "img_size": 32, **arguments})
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def walked(decay, value):
+    states, state = [], torch.zeros_like(value[:, 0])
+    for t in range(value.shape[1]):
+        state = decay[:, t] * state + value[:, t]
+        states.append(state)
+    return torch.stack(states, dim=1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_linear_scan(count):
+    decay, value = torch.rand(2, count, 3, dtype=F64), torch.randn(2, count, 3, dtype=F64)
+    close(linear_scan(decay, value), walked(decay, value))
+    back = linear_scan(decay, value, reverse=True)
+    close(back, walked(decay.flip(1), value.flip(1)).flip(1))
+    ends = decay.requires_grad_(), value.requires_grad_()
+    assert torch.autograd.gradcheck(linear_scan, ends)
+    assert linear_scan(decay.half(), value.half()).dtype == torch.float32
+
+
+def test_selective_scan_over_blocks(monkeypatch):
+    monkeypatch.setattr("linsight.ops.scan.NUMBERS", 24)
+    monkeypatch.setattr("linsight.ops.scan.LEAST", 4)
+    x, write, read = (torch.randn(2, 11, size, dtype=F64) for size in (3, 2, 2))
+    step, rate = torch.rand(2, 11, 3, dtype=F64), -torch.rand(3, 2, dtype=F64)
+    states = walked(torch.exp(step[..., None] * rate), (step * x)[..., None] * write[:, :, None])
+    given = [t.requires_grad_() for t in (x, step, rate, write, read)]
+    close(selective_scan(*given), (states * read[:, :, None]).sum(-1))
+    assert torch.autograd.gradcheck(selective_scan, given, fast_mode=True)
+
+
+def test_the_recurrence_is_gated_and_its_first_frame_is_not_scaled():
+    unit = RGLRU(4, 2).double()
+    v = torch.randn(1, 3, 4, dtype=F64)
+    gates = [getattr(unit, name)(v).sigmoid() for name in ("input_gate", "a_gate")]
+    decay = torch.exp(-8 * gates[1] * torch.nn.functional.softplus(unit.a_param))
+    state, expected = gates[0][:, 0] * v[:, 0], []
+    for t in range(3):
+        if t:
+            state = decay[:, t] * state + (1 - decay[:, t] ** 2).sqrt() * gates[0][:, t] * v[:, t]
+        expected.append(state)
+    close(unit(v), torch.stack(expected, dim=1))
+    unit.a_param.data.fill_(-60.0)  # decays of 1, whose root has no slope of its own
+    unit(v.requires_grad_()).sum().backward()
+    assert all(p.grad.isfinite().all() for p in (v, *unit.parameters()))
+
+
+def test_frames_see_no_later_ones():
+    block, x = TemporalBlock(8, 2), torch.randn(2, 6, 3, 8)
+    other = x.clone()
+    other[:, 4:] = torch.randn(2, 2, 3, 8)
+    close(block(other)[:, :4], block(x)[:, :4])
+    model, clips = small("trecvit_tiny"), torch.randn(1, 3, 5, 32, 32)
+    close(model.forward_features(clips[:, :, :3]), model.forward_features(clips)[:, :3], 1e-5)
+
+
+@models
+@pytest.mark.parametrize("attention", [None, "inline"])
+def test_clips_of_any_size_and_length(name, attention):
+    model = small(name, attention=attention)
+    for frames, height, width in ((3, 32, 32), (1, 32, 48), (5, 17, 33)):
+        clips = torch.randn(2, 3, frames, height, width)
+        out = model(clips)
+        assert out.shape == (2, 5) and out.isfinite().all()
+        filled = torch.zeros(2, 3, -(-frames // 2) * 2 if "mamba" in name else frames, 32, math.ceil(width / 16) * 16)
+        filled[:, :, :frames, :height, :width] = clips
+        close(model(filled), out, 1e-5)
+        close(model(clips[1:]), out[1:], 1e-5)
+
+
+@models
+def test_training_and_protocol(name):
+    model, clips = small(name, drop_path_rate=0.5).train(), torch.randn(2, 3, 3, 32, 32)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(clips).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert all(g is not None and g.isfinite().all() for g in gradients[0])
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+    model.eval()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(clips), model(clips))
+    half = copy.deepcopy(model).bfloat16()(clips.bfloat16())
+    close(half.float(), model(clips), 0.1)
+    model.reset_classifier(0)
+    assert torch.equal(model(clips), model.forward_head(model.forward_features(clips), pre_logits=True))
+    meta = small(name, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.bfloat16)}
+
+
+@models
+def test_published_keys_and_tables_of_other_sizes(name):
+    model = small(name)
+    state = linsight.export_published(model)
+    other = small(name, img_size=48, **({"frames": 6} if "mamba" in name else {}))
+    report = linsight.load_published(other, state)
+    assert len(report.resized) == (2 if "mamba" in name else 1)
+    other.set_grid((2, 2))
+    clips = torch.randn(1, 3, 3, 32, 32)
+    assert other(clips).isfinite().all()
+    same = small(name, num_classes=5)
+    linsight.load_published(same, state)
+    assert torch.equal(same(clips), model(clips))
+
+
+def test_a_model_of_images_is_inflated():
+    images = linsight.create_model("videomamba_tiny", embed_dim=16, depth=2, num_heads=2, img_size=32, num_classes=5)
+    videos = small("videomamba_video_tiny", tubelet=3)
+    state = linsight.export_published(images)
+    report = linsight.load_published(videos, inflated(state, 3), strict=False)
+    assert not report.mismatched or {row.key for row in report.mismatched} == {"temporal_pos_embedding"}
+    videos.temporal_pos_embedding.data.zero_()
+    image = torch.randn(2, 3, 32, 32)
+    clip = torch.zeros(2, 3, 3, 32, 32)
+    clip[:, :, 1] = image
+    close(videos(clip), images.eval()(image), 1e-5)
+
+
+def test_released_weights_are_arrays_of_flax(tmp_path):
+    model, heads, arrays = small("trecvit_tiny"), 2, {}
+    for key, tensor in linsight.export_published(model).items():
+        array, (*_, owner, name) = tensor.numpy(), ("", *key.split("."))
+        if owner in ("query", "key", "value"):
+            array = array.T.reshape(-1, heads, 8) if name == "weight" else array.reshape(heads, 8)
+        elif owner == "out" and name == "weight":
+            array = array.T.reshape(heads, 8, -1)
+        elif name == "weight" and array.ndim == 5:
+            array = array.transpose(2, 3, 4, 1, 0)
+        elif name == "weight" and array.ndim == 2:
+            array = array.T
+        if name == "weight":
+            name = "kernel" if array.ndim > 1 else "scale"
+        arrays["/".join([*key.split(".")[:-1], name])] = array
+    np.savez(tmp_path / "a.npz", **arrays)
+    other, clips = small("trecvit_tiny", img_size=32), torch.randn(1, 3, 2, 32, 32)
+    other.encoder.encoder_norm.reset_parameters()
+    linsight.load_published(other, from_flax(tmp_path / "a.npz"))
+    assert torch.equal(other(clips), model(clips))
+    with pytest.raises(CheckpointError, match="of no layer"):
+        from_flax({"a/kernel": np.zeros(3)})
+
+
+def test_mistakes_are_told():
+    model = small("trecvit_tiny")
+    for mistake, word in (
+        (lambda: create_video_model("trecvit_tinny"), "trecvit_tiny"),
+        (lambda: model(torch.zeros(1, 3, 32, 32)), "frames, height, width"),
+        (lambda: model(torch.zeros(1, 3, 0, 32, 32)), "frames, height, width"),
+        (lambda: small("trecvit_tiny", attention="agent", attention_options={"no": 1}), "no"),
+        (lambda: small("videomamba_video_tiny", tubelet=0), "tubelet"),
+        (lambda: small("trecvit_tiny", patch=8), "trecvit_tiny"),
+    ):
+        with pytest.raises(LinsightError, match=word):
+            mistake()
+    assert create_video_model("trecvit_mu", device="meta").num_features == 32
