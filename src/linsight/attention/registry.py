@@ -31,6 +31,7 @@ FAMILIES = {
     "inner weights": "a small network whose weights are made of the tokens",
     "window": "each token sees a part of the grid, as a neighbourhood or a window",
     "convolution": "kernels that slide over the grid, fixed or made of the tokens",
+    "scan": "a recurrence along the tokens, one way or both",
     "spectrum": "products in the frequencies of a Fourier transform",
     "pooling": "one summary, or a few, that all tokens receive",
     "hashing": "tokens that fall into the same buckets",

@@ -73,6 +73,7 @@ class StepSizes(nn.Module):
     "out = W ((y + y backwards) SiLU(z))",
     latex=r"\begin{aligned} h_t &= e^{-\Delta_t \exp(A)} h_{t-1} + \Delta_t x_t B_t^\top, \quad y_t = h_t C_t + D x_t "
     r"\cr o &= W_o \left( (\overrightarrow{y} + \overleftarrow{y}) \odot \mathrm{SiLU}(z) \right) \end{aligned}",
+    family="scan",
     complexity="O(N d (d + S))",
     paper=Paper("VideoMamba: State Space Model for Efficient Video Understanding", "2403.06977", "ECCV 2024"),
 )

@@ -28,6 +28,7 @@ from .bimamba import BiMamba
     kind="block",
     formula="x + bimamba(RMSNorm(x))",
     latex=r"x \leftarrow x + \mathrm{bimamba}(\mathrm{RMSNorm}(x))",
+    family="scan",
     complexity="O(N d (d + S))",
     paper=Paper("VideoMamba: State Space Model for Efficient Video Understanding", "2403.06977", "ECCV 2024"),
 )
