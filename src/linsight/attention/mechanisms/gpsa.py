@@ -116,7 +116,7 @@ class GPSA(Core):
         grid, keep, dtype = layout.grid, tokens.keep, tokens.v.dtype
         seen = None if keep is None else keep[:, None, None]
         q, k, v = (mask_tokens(x, keep).to(dtype) for x in tokens[:3])
-        content = attend(*(x.transpose(1, 2) for x in (q, k, v)), seen).transpose(1, 2)
+        content = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen).transpose(1, 2)
         placed = keep if keep is None else keep[:, grid.prefix :]
         with full_precision(v):
             local = self.nearby(v[:, grid.prefix :], grid, placed)

@@ -197,9 +197,9 @@ class HiLo(Layer):
 
         seen: `(B or 1, 1, 1, windows)`, False where a window has no token.
         """
-        q = split_heads(self.l_q(x), self.low_heads)
-        k, v = (split_heads(part, self.low_heads) for part in self.l_kv(coarse).chunk(2, dim=-1))
-        return self.l_proj(merge_heads(attend(*(part.transpose(1, 2) for part in (q, k, v)), seen).transpose(1, 2)))
+        parts = (self.l_q(x), *self.l_kv(coarse).chunk(2, dim=-1))
+        q, k, v = (split_heads(part, self.low_heads).transpose(1, 2) for part in parts)
+        return self.l_proj(merge_heads(attend(q, k, v, seen).transpose(1, 2)))
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""

@@ -133,7 +133,7 @@ class LITv2(PlainPyramid):
         for module in self.modules():
             if isinstance(module, MlpWithDepthwiseConv):
                 nn.init.normal_(module.dwconv.weight, std=math.sqrt(2 / 9))  # by its fan out, as published
-                nn.init.zeros_(module.dwconv.bias)  # type: ignore[arg-type]
+                nn.init.zeros_(module.dwconv.bias)
 
     def make_downsample(self, i: int, in_dim: int, dim: int, **factory: Any) -> ConvEmbed | DeformableMerge:
         """Patches, then deformable merging between stages."""

@@ -122,7 +122,7 @@ class ConvEmbed(nn.Module):
         self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding, bias=bias, device=device, dtype=dtype)
         self.ahead = norm == "ahead"
         width = in_dim if self.ahead else dim
-        self.norm = nn.Identity() if norm == "none" else nn.LayerNorm(width, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.Identity() if norm == "none" else nn.LayerNorm(width, device=device, dtype=dtype)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the tokens of a map of `size`."""
