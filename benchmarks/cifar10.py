@@ -23,7 +23,7 @@ import linsight.bench as room
 from linsight.bench import Group, Plan, Setting, Subject
 from linsight.errors import LinsightError
 from linsight.runtime.console import new_console
-from linsight.runtime.device import list_devices
+from linsight.runtime.device import list_devices, pick_dtype
 from linsight.runtime.files import write_text
 from linsight.train import resolve, resume, train
 from linsight.train.progress import reporter
@@ -32,7 +32,14 @@ from linsight.train.run import CONFIG
 OURS, SOFTMAX = "inline_compact_tiny", "compact_tiny"
 TIMES = (("train", (32, 32, 256)), ("infer", (512, 512, 1)))  # step; height, width, images at a time
 BLOCK = re.compile(r"(<!-- results: cifar10 -->\n).*?(?=\n```bash)", re.DOTALL)
-HEADER = ("CIFAR-10, 32 pixels", "parameters", "top-1 %", "a step of training on 256", "one image of 512 pixels")
+HEADER = (
+    "CIFAR-10, 32 pixels",
+    "parameters",
+    "top-1 %",
+    "training",
+    "a step of training on 256",
+    "one image of 512 pixels",
+)
 
 
 def learn(model: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -49,7 +56,7 @@ def speeds(options: argparse.Namespace) -> list[tuple[float, float]]:
     """Milliseconds of ours and of softmax, for each of `TIMES`; forwards as `linsight eval` runs them."""
     group, found = Group((Subject("model", OURS),), Subject("model", SOFTMAX)), []
     for step, size in TIMES:
-        setting = Setting(options.device, "off", options.threads, options.seconds, fused=step == "infer")
+        setting = Setting(options.device, "auto", options.threads, options.seconds, fused=step == "infer")
         *_, done = room.bench(Plan((group,), (size,), setting, (step,)))
         ours, other = (float(row[f"{step}_step_time"]) for row in done.rows)
         found.append((ours, other))
@@ -62,17 +69,19 @@ def table(summaries: Sequence[dict[str, Any]], timed: Sequence[tuple[float, floa
     for place, summary in enumerate(summaries):
         times = [f"{pair[place]:.0f} ms" + ("" if place else f" ({pair[0] / pair[1]:.2f})") for pair in timed]
         name = f"`{summary['model']}` ({summary['attention']})"
-        lines.append([name, f"{summary['params'] / 1e6:.2f} M", f"{summary['top1']:.1f}", *times])
+        reached = [f"{summary['params'] / 1e6:.2f} M", f"{summary['top1']:.1f}", f"{summary['seconds'] / 60:.0f} min"]
+        lines.append([name, *reached, *times])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def told(summaries: Sequence[dict[str, Any]], threads: int) -> str:
+def told(summaries: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """What the figures are of."""
+    precision = pick_dtype("auto", torch.device(options.device))[1]
     images, epochs = summaries[0]["train_images"], summaries[0]["epochs"]
     cpu = list_devices()[-1]["name"]
     return (
-        f"JPEG copies of {images:,} images, {epochs} epochs, in float32; times on {threads} threads of {cpu}. "
-        f"In brackets: the time beside softmax."
+        f"JPEG copies of {images:,} images, {epochs} epochs, in {precision}; times on {options.threads} threads of "
+        f"{cpu}. In brackets: the time beside softmax."
     )
 
 
@@ -98,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         options = parse(arguments)
         summaries = [learn(model, options) for model in (OURS, SOFTMAX)]
-        text = f"{table(summaries, speeds(options))}\n\n{told(summaries, options.threads)}\n"
+        text = f"{table(summaries, speeds(options))}\n\n{told(summaries, options)}\n"
         print(text)
         if options.readme:
             page = options.readme.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def summary(model, attention, top1):
     found = {"model": model, "attention": attention, "top1": top1, "params": 1.17e6}
-    return found | {"train_images": 50000, "epochs": 16}
+    return found | {"train_images": 50000, "epochs": 16, "seconds": 3300.0}
 
 
 def test_both_models_are_trained_alike_and_told_in_the_readme(tmp_path, monkeypatch, capsys):
@@ -34,8 +34,8 @@ def test_both_models_are_trained_alike_and_told_in_the_readme(tmp_path, monkeypa
     for name in ("lr", "epochs", "batch_size", "img_size", "crop_mode", "seed", "opt", "model_args", "attention"):
         assert getattr(inline, name) == getattr(softmax, name) == getattr(resolve("cifar10"), name), name
     text = page.read_text(encoding="utf-8")
-    assert "| `inline_compact_nano` (inline) | 1.17 M | 84.4 | 120 ms (1.20) | 50 ms (0.05) |\n" in text
-    assert "| `compact_nano` (softmax) | 1.17 M | 83.0 | 100 ms | 1000 ms |\n" in text
+    assert f"| `{cifar10.OURS}` (inline) | 1.17 M | 84.4 | 55 min | 120 ms (1.20) | 50 ms (0.05) |\n" in text
+    assert f"| `{cifar10.SOFTMAX}` (softmax) | 1.17 M | 83.0 | 55 min | 100 ms | 1000 ms |\n" in text
     before, after = README.read_text(encoding="utf-8"), text
     for whole in (before, after):  # all else is as it was
         assert whole.count("<!-- results: cifar10 -->\n|") == 1 and "linsight train --recipe cifar10" in whole

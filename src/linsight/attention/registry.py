@@ -34,6 +34,7 @@ FAMILIES = {
     "scan": "a recurrence along the tokens, one way or both",
     "spectrum": "products in the frequencies of a Fourier transform",
     "pooling": "one summary, or a few, that all tokens receive",
+    "alone": "each token by itself, as by a gate: what mixes tokens stands elsewhere",
     "hashing": "tokens that fall into the same buckets",
     "other": "none of these",
 }

@@ -49,7 +49,7 @@ class GatedUnit(nn.Module):
     formula="x + W_3 (LN_h(GELU(W_1 LN(x))) * LN_h(W_2 LN(x))); x + MLP(LN(x))",
     latex=r"\begin{aligned} x &\leftarrow x + W_3 (\mathrm{LN}_h(\mathrm{GELU}(W_1 \mathrm{LN}(x))) \odot "
     r"\mathrm{LN}_h(W_2 \mathrm{LN}(x))) \cr x &\leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)) \end{aligned}",
-    family="inner weights",
+    family="alone",
     complexity="O(N d^2)",
     paper=Paper("Activator: GLU Activation Function as the Core Component of a Vision Transformer", "2405.15953"),
 )
