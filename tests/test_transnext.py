@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from linsight import create_attention
 from linsight.attention.parts.log_distance import LogDistance
 from linsight.ops import Grid
-from matrix import Subject, contract, geometry, graphs, precision
+from matrix import Subject, contract, geometry, precision
 from matrix.subject import close
 
 F64 = torch.float64
@@ -93,12 +93,4 @@ def test_gates_are_asked_for():
     ids=lambda check: check.__name__,
 )
 def test_windows_meet_the_contract(check):
-    check(WINDOWS)
-
-
-@pytest.mark.full
-@pytest.mark.timeout(300)
-@pytest.mark.filterwarnings(*graphs.WARNINGS)
-@pytest.mark.parametrize("check", graphs.CHECKS.values(), ids=list(graphs.CHECKS))
-def test_windows_leave(check):
     check(WINDOWS)
