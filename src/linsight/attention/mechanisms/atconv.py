@@ -57,7 +57,7 @@ class Kernels(Round):
             return outer_sum(a[:, :, None], shares[:, :, None])[:, 0]
 
     def finish(self, core: "ATConv", state: Tensor, done: Done) -> Tensor:
-        """What the means make, less a share of the mean tap."""
+        """The kernels that the means make, less a share of the mean tap."""
         with full_precision(state):
             taps = core.kernel_gen(F.gelu(state))
         share = core.difference.to(taps.dtype).sigmoid()

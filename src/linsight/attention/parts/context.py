@@ -239,7 +239,7 @@ class ContextMix(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, **factory)))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
-        """What queries, keys and values are made of, `(B, h*w, ...)`, to `(B, h*w, C)`."""
+        """Tokens that queries, keys and values are made of, `(B, h*w, ...)`, to `(B, h*w, C)`."""
         wide = enlarged(size, max(self.sides))
         q, k, v = (resized(x, size, wide) for x in (query, key, value))
         tile, dtype = Tile.whole(Grid(*(size if wide is None else wide))), v.dtype

@@ -100,7 +100,7 @@ class Stage(nn.Module):
         return None
 
     def mixes(self) -> list[nn.Module]:
-        """What `run` does, as modules in their order, each called with tokens and their grid."""
+        """The modules that `run` calls, in their order, each with tokens and their grid."""
         return list(self.blocks)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
