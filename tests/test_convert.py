@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import timm
@@ -128,7 +129,7 @@ def test_every_mechanism_answers_as_its_layer_does(name):
     ours = MultiheadAttention(DIM, HEADS, attention=name, grid=(3, 5), prefix=prefix, batch_first=True)
     renamed = {"qkv.weight": "in_proj_weight", "qkv.bias": "in_proj_bias"}
     ours.load_state_dict(
-        {renamed.get(key, key.replace("proj.", "out_proj.", 1)): t for key, t in layer.state_dict().items()}
+        {renamed.get(key, re.sub(r"^proj\.", "out_proj.", key)): t for key, t in layer.state_dict().items()}
     )
     x = torch.randn(2, grid.tokens, DIM)
     torch.testing.assert_close(ours(x, x, x)[0], layer(x, grid))

@@ -8,16 +8,16 @@ from matrix.subject import close, random_tokens
 
 
 def test_core_is_its_definition():
-    """Message by message, of kept tokens, with a bias of the sender's scores."""
+    """Message by message, of kept tokens."""
     grid, core = Grid(2, 3, 1), create_core("dependencyvit", 8, 2).double()
     keep = torch.arange(7) % 3 != 1
-    tokens, bias = random_tokens(core, 1, grid, dim=8, keep=keep[None]), torch.randn(1, 2, 7, 7).double()
-    out = core(tokens, Layout(grid), score_bias=bias)
+    tokens = random_tokens(core, 1, grid, dim=8, keep=keep[None])
+    out = core(tokens, Layout(grid))
     share = core.selector(tokens.x[0]).softmax(-1)
     gate = core.controller(tokens.x[0]).sigmoid()
     for h in range(2):
         q, k, v = (x[0, keep, h] for x in tokens[:3])
-        forward = (q @ k.T / 2 + bias[0, h][keep][:, keep]).softmax(-1)
+        forward = (q @ k.T / 2).softmax(-1)
         close(out[0, keep, h], forward.T @ (v * share[keep, h, None] * gate[keep]))
 
 

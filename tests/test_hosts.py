@@ -142,7 +142,9 @@ def build(host, attention="inline", **arguments):
     first = attention.partition(":")[0].partition(",")[0]
     if not mechanism(first).capabilities.prefix:
         arguments = {**NO_TOKEN.get(host, {}), **arguments}
-    return linsight.create_model(host, attention=attention, **{**SMALL[host], **arguments})
+    idle = {"init_values"} if mechanism(first).kind == "block" else ()  # scales of blocks of the host
+    small = {key: value for key, value in SMALL[host].items() if key not in idle}
+    return linsight.create_model(host, attention=attention, **{**small, **arguments})
 
 
 def shallow(host):

@@ -49,6 +49,7 @@ SMALL = {
     "l2vit_tiny": TINY,
     "flowformer_cv": TINY,
     "moh_transnext_small_75": TINY_TRANSNEXT,
+    "nat_mini": TINY,
     "van_b0": TINY,
     "attnet_xxs": TINY,
     "litv2_small": TINY,

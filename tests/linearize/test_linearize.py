@@ -38,7 +38,7 @@ PYRAMIDS = {
 }
 NAMES = [name for name, options in VITS.items() if options] + list(PYRAMIDS)
 CORES = [entry.name for entry in list_attentions() if entry.kind == "core" and entry.structure.bidirectional]
-REFUSED = ["linfusion", "ttt"]  # one maps tokens before they are projected, the convolution of one adds channels
+REFUSED = ["linfusion", "ttt", "convshare"]  # one maps tokens before they are projected, convolutions add channels
 
 
 def source(name):

@@ -129,7 +129,7 @@ def test_the_command_prints_lists_and_a_run_is_called_like_its_file(linsight, tm
     monkeypatch.chdir(tmp_path)
     code, out, _ = linsight("recipe", "cifar10")
     assert code == 0 and "optimisation:\n  opt: nmuon" in out and "# peak learning rate" in out
-    assert yaml.safe_load(out)["model"]["model"] == "inline_compact_nano"
+    assert yaml.safe_load(out)["model"]["model"] == "inline_compact_tiny"
     assert linsight("recipe", "cifar10", "--changed")[1].count("\n") < out.count("\n") / 2
     assert json.loads(linsight("recipe", "cifar10", "--json")[1])["lr"] == 0.004
     assert json.loads(linsight("recipe", "--schema")[1])["title"].endswith("task classify")

@@ -23,13 +23,13 @@ PUBLISHED = [name for name, shipped in RECIPES.items() if shipped.published and 
 
 
 def test_every_published_model_has_its_recipe():
-    variants = {n for n, v in VARIANTS.items() if not v.dense and "compact" not in v.host}
+    variants = {n for n, v in VARIANTS.items() if not v.dense and v.published} - {"videomamba_base"}  # which tells none
     architectures = {name for name in ARCHITECTURES if not name.endswith("_cifar")}  # our own
     assert variants | architectures <= set(PUBLISHED)
     for name in PUBLISHED:
         assert RECIPES[name].recipe.model == name.removesuffix("_mesa")
         tuned = name.endswith("_384") or RECIPES[name].recipe.init_partial
-        assert ("--init" in RECIPES[name].about) == tuned
+        assert ("--init" in RECIPES[name].about) == (tuned or "weights of ImageNet-22K" in RECIPES[name].about)
 
 
 def test_a_recipe_evaluates_as_its_model_does():

@@ -50,7 +50,7 @@ class Paper:
 
     @property
     def year(self) -> int | None:
-        """Of the venue, or else of the preprint."""
+        """The year of the venue, or else of the preprint."""
         found = re.search(r"\b(19|20)\d\d\b", self.venue)
         return int(found[0]) if found else 2000 + int(self.arxiv[:2]) if self.arxiv else None
 

@@ -117,7 +117,7 @@ def _refuse_taken(name: str, own: Mapping[str, Any]) -> None:
         raise LinsightError(f"timm has a model called '{name}' already")
 
 
-# Arguments of models that a room above this one carries out, once the model is built.
+# Arguments of models that a room above carries out, once they are built.
 _CARRIED_OUT: dict[str, Callable[[nn.Module, Any], None]] = {}
 
 
@@ -223,9 +223,10 @@ def _check_fetched(entry: Variant | Architecture, attention: str | None = None) 
     code = f" (code of its authors: https://github.com/{source.code})" if source.code else ""
     own = getattr(entry, "attention", None)
     if attention not in (None, own):
+        place = f" ({source.weights})" if source.weights else ""
         raise LinsightError(
             f"the weights of '{entry.name}' are those of another mechanism: pass pretrained=False; of a file of theirs"
-            f"{_at(source.weights)}, linsight.load_published(model, path, strict=False) keeps what both have{code}"
+            f"{place}, linsight.load_published(model, path, strict=False) keeps what both have{code}"
         )
     if source.weights.startswith("https://"):
         return
@@ -238,10 +239,6 @@ def _check_fetched(entry: Variant | Architecture, attention: str | None = None) 
     if not source.weights:
         known = f"no address of weights is known for '{entry.name}'{code}"
     raise LinsightError(f"{known}: load a published file with linsight.load_published(model, path)")
-
-
-def _at(place: str) -> str:
-    return f" ({place})" if place else ""
 
 
 def _build_variant(variant: Variant, cfg: dict[str, Any], **kwargs: Any) -> nn.Module:

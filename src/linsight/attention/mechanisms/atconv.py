@@ -86,7 +86,7 @@ def band_shares(tile: Tile, bins: int, device: torch.device, dtype: torch.dtype)
 @register(
     "atconv",
     formula="y_c = v_c * w_c, w_c = W_g GELU(pool(k_c)), less sigmoid(delta_c) of its mean",
-    latex=r"y_c = v_c \ast w_c, \quad w_c = g_c - \sigma(\delta_c) \, \mathrm{mean}(g_c), \quad "
+    latex=r"y_c = v_c \ast w_c, \quad w_c = g_c - \sigma(\delta_c)  \mathrm{mean}(g_c), \quad "
     r"g_c = W_g \mathrm{GELU}(\mathrm{pool}(k_c)) + b_g",
     family="convolution",
     complexity="O(N d^2)",

@@ -44,7 +44,7 @@ class DependencyViT(Core):
         controller: a gate on what a token sends.
     """
 
-    capabilities = Capabilities(keep=True, sizes=True, score_bias=True, prefix=True)
+    capabilities = Capabilities(keep=True, sizes=True, prefix=True)
     structure = Structure(cost=Cost.QUADRATIC)
     turns = "tokens"
 
@@ -64,17 +64,12 @@ class DependencyViT(Core):
         self.selector: nn.Module | None = WideLinear(dim, num_heads, **factory) if selector else None
         self.controller: nn.Module | None = WideLinear(dim, 1, **factory) if controller else None
 
-    def forward(  # type: ignore[override]
-        self, tokens: Tokens, layout: Layout, *, score_bias: Tensor | None = None
-    ) -> Tensor:
-        """`score_bias` is that of the scores of each token that sends, `(B, H, senders, receivers)`."""
+    def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
+        """What each token receives."""
         dtype = accumulator(tokens.v.dtype)
         q, k = (mask_tokens(x, tokens.keep).to(dtype).transpose(1, 2) for x in tokens[:2])  # (B, H, N, d)
         with full_precision(q):
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            if score_bias is not None:
-                unseen = score_bias.dtype == torch.bool
-                scores = scores.masked_fill(~score_bias, float("-inf")) if unseen else scores + score_bias.to(dtype)
             if tokens.keep is not None:  # finite: all may be dropped
                 scores = scores.masked_fill(~tokens.keep[:, None, None], torch.finfo(dtype).min)
             shares = scores.softmax(dim=-1)

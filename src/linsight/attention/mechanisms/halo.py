@@ -107,8 +107,9 @@ class Halo(Core):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, down: Tensor, across: Tensor) -> Tensor:
         """Outputs `(B, blocks*b*b, H, E)` of queries of that shape and windows `(B, blocks*w*w, H, D)`."""
         side, batch = self.block_size, q.shape[0]
+        blocks = q.shape[1] // side**2
         q, k, v = (
-            unflatten(x, 1, (-1, size**2)).flatten(0, 1).transpose(1, 2)  # (B*blocks, H, places, D)
+            unflatten(x, 1, (blocks, size**2)).flatten(0, 1).transpose(1, 2)  # (B*blocks, H, places, D)
             for x, size in ((q, side), (k, self.window), (v, self.window))
         )
         square = unflatten(q, 2, (side, side))
@@ -117,7 +118,7 @@ class Halo(Core):
         far = (rows[..., None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         scores = (q * self.scale) @ k.transpose(-1, -2) + (far * self.scale if self.scale_pos_embed else far)
         out = scores.softmax(dim=-1) @ v
-        return unflatten(out.transpose(1, 2), 0, (batch, -1)).flatten(1, 2)
+        return unflatten(out.transpose(1, 2), 0, (batch, blocks)).flatten(1, 2)
 
     def _of_places(self, table: Tensor) -> Tensor:
         """The vectors `(b, w, D)` of each place of a window's side, for each place of a block's side."""

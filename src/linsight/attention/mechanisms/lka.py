@@ -45,7 +45,7 @@ class LKALayer(Attention):
 @register(
     "lka",
     formula="x + P_2 (u * W dwconv7x7_dilated(dwconv5x5(u))), u = GELU(P_1 x)",
-    latex=r"x + P_2 \left( u \odot W \, \mathrm{conv}_{7 \times 7, 3}(\mathrm{conv}_{5 \times 5}(u)) \right), \quad "
+    latex=r"x + P_2 \left( u \odot W  \mathrm{conv}_{7 \times 7, 3}(\mathrm{conv}_{5 \times 5}(u)) \right), \quad "
     r"u = \mathrm{GELU}(P_1 x)",
     family="convolution",
     complexity="O(N d^2)",

@@ -75,6 +75,8 @@ class MoH(Softmax):
         score_bias: Tensor | None = None,
     ) -> Tensor:
         """Softmax attention, each head times its gate; `score_bias` as of `softmax`."""
-        out = super().forward(tokens, layout, score_bias=score_bias)
+        dtype = tokens.v.dtype
+        wide = tokens._replace(v=tokens.v.to(torch.promote_types(tokens.q.dtype, dtype)))  # turned ones are float32
+        out = super().forward(wide, layout, score_bias=score_bias)
         x = merge_heads(tokens.q) if tokens.x is None else tokens.x
-        return self.gates(out, x, tokens.keep if context_layout is None else None)
+        return self.gates(out, x, tokens.keep if context_layout is None else None).to(dtype)
