@@ -65,7 +65,7 @@ class DependencyViT(Core):
         self.controller: nn.Module | None = WideLinear(dim, 1, **factory) if controller else None
 
     def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
-        """What each token receives."""
+        """The sum of messages that each token receives, `(B, N, H, d)`."""
         dtype = accumulator(tokens.v.dtype)
         q, k = (mask_tokens(x, tokens.keep).to(dtype).transpose(1, 2) for x in tokens[:2])  # (B, H, N, d)
         with full_precision(q):
