@@ -26,7 +26,13 @@ PUBLISHED = sorted((v for v in VARIANTS.values() if v.published), key=lambda v: 
 SMALLEST = {variant.name for variant in {kind(variant): variant for variant in PUBLISHED}.values()}
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
+def by_turns():
+    """Variants, of which a third of those that are larger than one of their kind; `pytest -m full` takes all."""
+    for place, name in enumerate(sorted(VARIANTS)):
+        yield pytest.param(name, marks=[] if name in SMALLEST or place % 3 == 0 else pytest.mark.full)
+
+
+@pytest.mark.parametrize("name", [*by_turns()])
 def test_variants_are_the_published_models(name):
     """Built by timm, with the published parameters and multiply-adds, at the published size."""
     assert timm.is_model(name)

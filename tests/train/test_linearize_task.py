@@ -58,7 +58,7 @@ def test_a_run_becomes_linear(teacher, student):
     assert load_run(out).predict(Image.new("L", (8, 8)))
 
 
-def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, student, linsight):
+def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, student, linsight, monkeypatch):
     out, _ = student
     stages = json.loads((out / "config.json").read_text())["data"]["stages"]
     before = json.loads((teacher / "summary.json").read_text())
@@ -79,6 +79,7 @@ def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, 
         "blocks.1.attn",
     ):
         assert words in page
+    monkeypatch.setattr("linsight.cli.report._SECONDS", 0.1)
     code, _, err = linsight("report", out, "--beside", teacher, "--speed", "--out", out / "more.html")
     assert code == 0, err
     more = (out / "more.html").read_text()
