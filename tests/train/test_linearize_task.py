@@ -79,7 +79,7 @@ def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, 
         "blocks.1.attn",
     ):
         assert words in page
-    monkeypatch.setattr("linsight.cli.report._SECONDS", 0.1)
+    monkeypatch.setattr("linsight.cli.report.SECONDS", 0.1)
     code, _, err = linsight("report", out, "--beside", teacher, "--speed", "--out", out / "more.html")
     assert code == 0, err
     more = (out / "more.html").read_text()

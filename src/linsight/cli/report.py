@@ -11,7 +11,7 @@ from .show import Command
 if TYPE_CHECKING:
     from linsight.tasks import Shown
 
-_TIMES, _SECONDS = (1, 2, 4), 4.0  # the run's size; seconds of each
+_TIMES, SECONDS = (1, 2, 4), 4.0  # the run's size; seconds of each
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +55,7 @@ def _speed(run: str, device: str) -> "Shown":
     height, width = image_size(trained.recipe, trained.model)
     sizes = [(height * times, width * times) for times in _TIMES]
     threads = torch.get_num_threads()
-    rows = run_speed(run, sizes, Setting(str(pick_device(device)), threads=threads, seconds=_SECONDS))
+    rows = run_speed(run, sizes, Setting(str(pick_device(device)), threads=threads, seconds=SECONDS))
     ours, softmax = ([row for row in rows if bool(row["beside"]) == own] for own in (True, False))
 
     def told(row: Any, key: str, unit: str) -> str:
