@@ -9,8 +9,7 @@ from linsight.attention import Capabilities, Tokens, mechanism, split_heads
 from linsight.errors import CapabilityError, LinsightError
 from linsight.models import Choice
 from linsight.models.hosts.cswin import CrossShapedAttention
-from linsight.models.parts.partition import Partition
-from linsight.ops import Grid, Layout, depthwise_conv
+from linsight.ops import Grid, Layout, Partition, depthwise_conv
 
 STAGES = [(8, 1, 2, 2.0, 1), (16, 1, 2, 2.0, 2), (16, 1, 2, 2.0, 7), (16, 1, 2, 2.0, 7)]
 GRIDS = ((8, 8), (10, 6), (7, 9), (20, 5), (3, 12), (11, 13))

@@ -7,8 +7,7 @@ import torch
 import linsight
 from linsight.attention import list_attentions
 from linsight.models.hosts.swin import SwinTransformer
-from linsight.models.parts.partition import Partition
-from linsight.ops import Grid
+from linsight.ops import Grid, Partition
 
 SMALL = {"embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "num_classes": 5, "img_size": 64}
 

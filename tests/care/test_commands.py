@@ -15,7 +15,7 @@ from PIL import Image
 from linsight.errors import LinsightError
 from linsight.runtime.launch import is_command
 from linsight.tasks import ClassifyRecipe
-from linsight.train import RECIPES, evaluate, load_trained, predict, resolve, train
+from linsight.train import RECIPES, evaluate, load_run, load_trained, predict, resolve, train
 from linsight.train.model import load_source, require_classifier
 
 TINY = {
@@ -261,6 +261,9 @@ def test_doors_of_python(run, data):
     for wrong in ({"top": 0}, {"batch_size": "x"}, {"amp": "x"}, {"img_size": (1, 2, 3)}, {"on_bad_image": "x"}):
         with pytest.raises(LinsightError):
             predict(trained, [image], **wrong)
+    for wrong in (0, -1, "x"):
+        with pytest.raises(LinsightError, match="batch_size"):
+            load_run(run).predict(Image.new("RGB", (8, 8)), batch_size=wrong)
     with pytest.raises(LinsightError, match="no image is given"):
         predict(trained, [])
 

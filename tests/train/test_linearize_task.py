@@ -12,6 +12,9 @@ from small import TINY
 from torch.nn import functional as F
 
 import linsight
+from linsight.attention import Core
+from linsight.bench import Subject
+from linsight.bench.runs import build_run
 from linsight.convert import converted_layers, new_parameters
 from linsight.convert.mixing import mixings
 from linsight.convert.transfer import relative_error
@@ -83,7 +86,14 @@ def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, 
     code, _, err = linsight("report", out, "--beside", teacher, "--speed", "--out", out / "more.html")
     assert code == 0, err
     more = (out / "more.html").read_text()
-    assert f"{before['top1']:.2f} %" in more and re.search(r"32 pixels</bdi></td>\s*<td[^>]*>[\d.]+ ms", more)
+    others = re.search(r"Beside other runs.*?</section>", more, re.DOTALL)[0]
+    for summary in (before, student[1]):
+        assert f"{summary['top1']:.2f} %" in others and f"{summary['params']:,}" in others
+    for attention, kind in (("", "Hedgehog"), ("softmax", "Softmax")):
+        timed = build_run(Subject("model", str(out), attention), (16, 16), "cpu")
+        assert {type(part).__name__ for part in timed.modules() if isinstance(part, Core)} == {kind}
+        assert timed(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+    assert re.search(r"32 pixels</bdi></td>\s*<td[^>]*>[\d.]+ ms", more)
 
 
 def test_it_is_pushed_and_exported_as_any_run(student, tmp_path, linsight):

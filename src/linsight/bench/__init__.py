@@ -9,7 +9,6 @@
 from ._advise import Advice, Choice, Question, advise, known_results
 from ._curves import Estimate, at, crossings, pays_from
 from ._page import page, write_page
-from ._runs import run_speed
 from ._shortlist import Accuracies, Pick, Shortlist, check_needs, read_accuracies, shortlist
 from ._subjects import TIMM, Group, Subject, build, plan_groups, softmax_beside
 from ._worker import Worker
@@ -19,6 +18,7 @@ from .roofline import measure_peaks
 from .rounds import Send, Side, Step, alternate
 from .rows import COLUMNS, ratios, read_rows, results_folder, spread, table, write_rows
 from .run import Done, Plan, Size, bench, check_plan, run_facts
+from .runs import run_speed
 from .steps import STEPS, Cell, Setting, captured, cost, measure, step_of
 
 __all__ = [

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from linsight.attention import Rename
 from linsight.errors import CapabilityError, LinsightError
+from linsight.ops import to_multiple
 
 from ..doors import building, checked
 from ..parts.convs import ConvEmbed
 from ..parts.dense import DenseFeatures, Features, inside
 from ..parts.images import check_images
-from ..parts.partition import to_multiple
 from ..registry import ARCHITECTURES, HOSTS, TIMM_HOSTS, VARIANTS, create_model
 from ..steps import StreamPlan
 from ..timm.fetch import create_fetched

@@ -16,10 +16,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from linsight.errors import LinsightError, UnknownNameError
-from linsight.ops import traced
+from linsight.ops import to_multiple, traced
 
 from ..parts.dense import inside
-from ..parts.partition import to_multiple
 from .backbone import pyramid as backbone_of
 from .cascade import LEVELS, CascadeHeads, Stage
 from .graph import ObjectGraph

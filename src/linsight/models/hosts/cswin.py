@@ -30,10 +30,9 @@ from linsight.attention import (
     split_heads,
 )
 from linsight.errors import LinsightError
-from linsight.ops import Grid, Layout, unflatten
+from linsight.ops import Grid, Layout, Partition, unflatten
 
 from ..parts.convs import ConvEmbed
-from ..parts.partition import Partition
 from ..parts.pyramid import PlainPyramid
 from ..parts.stages import PreNorm, StageSize
 from ..plan import Choice

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from linsight.attention import Rename, mechanism
 from linsight.errors import LinsightError
-from linsight.ops import Grid
+from linsight.ops import Grid, Partition
 
 from ..parts.conv_pyramid import ConvDown
 from ..parts.convs import CPE, ConvEmbed
-from ..parts.partition import Partition
 from ..parts.pyramid import PlainPyramid
 from ..parts.stages import PreNorm, StageSize
 from ..plan import Choice

@@ -32,11 +32,10 @@ from torch.nn import functional as F
 
 from linsight.attention import Block, Layer, Node, create_core, mechanism, recast
 from linsight.errors import LinsightError
-from linsight.ops import Grid, unflatten
+from linsight.ops import Grid, Partition, half_shift, unflatten, within
 
 from ..parts.convs import WholePatches
 from ..parts.images import CheckedImages, check_pool
-from ..parts.partition import Partition, half_shift, within
 from ..parts.stages import init_linear
 from ..parts.stepsnet import Steps, block_widths, narrow, opened, widened
 from ..parts.windows import WindowAttention

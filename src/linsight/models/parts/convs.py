@@ -18,10 +18,9 @@ from linsight.ops import (
     each_grid,
     mask_tokens,
     pad_prefix,
+    to_multiple,
     traced,
 )
-
-from .partition import to_multiple
 
 
 class CPE(TokenConv, Fusable):
