@@ -5,9 +5,10 @@
 
 The teacher is trained by the recipe `cifar10`. Then each mechanism, for each seed, by the task `linearize`: the half of
 its budget for its layers one by one, the rest for the whole model. Beside them are the controls: `mean`, attention
-that is the mean of the values, and the same budget from scratch, of softmax and of `linear`. Runs in `--out` that are
+that is the mean of the values, and the same budget from scratch, of softmax and of `linear`. Last, the teacher and some
+students of the first seed go on at twice the resolution, and are timed there and above. Runs in `--out` that are
 finished are taken as they are, and each result is a line of `--csv` at once, so it may be stopped at any time. --docs
-puts the table and the plot into linearize.md there.
+puts the tables into linearize.md there.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from _script import exit_status
 
+from linsight.bench import Setting, run_speed
 from linsight.errors import LinsightError
 from linsight.runtime.console import new_console
 from linsight.runtime.device import list_devices
@@ -34,18 +36,12 @@ MODEL = {
     "model": "vit_tiny",
     "model_args": "patch_size=4,embed_dim=192,depth=6,num_heads=6,global_pool=avg,class_token=False",
 }
-STUDENTS = {
-    "hedgehog": "",
-    "inline": "",
-    "t5": "",
-    "focused": "",
-    "mlla": "",
-    "rala": "",
-    "mean": "",
-}
+STUDENTS = ("hedgehog", "inline", "t5", "focused", "mlla", "rala", "mean")
 SCRATCH = ("softmax", "linear")
+LARGER = ("softmax", "hedgehog", "inline")  # that go on at `SIDE`, softmax as the teacher
+SIDE, TIMED = 64, (64, 128, 256)  # pixels
 SHARE = 0.05  # of the teacher's updates
-BATCH, IMAGES = 256, 50_000
+BATCH, IMAGES, AT_SIDE = 256, 50_000, 12_800  # images of a batch, to train on, and to go on with
 FIELDS = ("kind", "attention", "seed", "updates", "top1", "teacher", "seconds")
 BLOCK = re.compile(r"(<!-- results: vision -->\n).*?(?=\n<!-- end: vision -->)", re.DOTALL)
 
@@ -63,6 +59,7 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     for seed in range(options.seeds):
         for kind, names in (("student", STUDENTS), ("scratch", SCRATCH)):
             yield from ((kind, name, seed) for name in names if not options.only or name in options.only)
+    yield from (("larger", name, 0) for name in LARGER if not options.only or name in (*options.only, "softmax"))
 
 
 def results(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -87,11 +84,12 @@ def results(options: argparse.Namespace) -> list[dict[str, Any]]:
             given |= {"task": "linearize", "teacher": str(teacher), "attention": name, "transfer_steps": half}
             given |= {"epoch_images": (updates - half) * BATCH, "lr": "5e-4", "opt": "adamw", "weight_decay": 0}
             given |= {"new_lr_scale": 4}
-        else:
+        elif kind == "scratch":
             given |= {**MODEL, "attention": name, "epoch_images": updates * BATCH}
-        if STUDENTS.get(name):
-            given["attention_options"] = STUDENTS[name]
-        found = learn(options.out / f"{kind}-{name}-{seed}", "finetune" if kind == "student" else "cifar10", given)
+        else:
+            given |= {"init": str(started(options.out, name)), "img_size": SIDE, "epoch_images": AT_SIDE}
+            given |= {"lr": "2e-4", "opt": "adamw", "layer_decay": 1}
+        found = learn(options.out / f"{kind}-{name}-{seed}", "cifar10" if kind == "scratch" else "finetune", given)
         rows.append(
             {
                 "kind": kind,
@@ -110,6 +108,11 @@ def results(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def started(out: Path, name: str) -> Path:
+    """The run that goes on at twice the resolution."""
+    return out / ("teacher" if name == "softmax" else f"student-{name}-0")
+
+
 def augmented(options: argparse.Namespace) -> dict[str, Any]:
     """The teacher's fields beyond those of the recipe."""
     return {"epochs": options.epochs, "mixup_prob": 0.5, "cutmix": 1.0}
@@ -122,11 +125,29 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines.append(f"| softmax, the teacher | {teacher:.1f} | |")
     groups: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        groups.setdefault((row["kind"], row["attention"]), []).append(float(row["top1"]))
+        if row["kind"] != "larger":
+            groups.setdefault((row["kind"], row["attention"]), []).append(float(row["top1"]))
     for (kind, name), values in sorted(groups.items(), key=lambda item: -mean(item[1])):
         spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
         label = f"{name}, from scratch" if kind == "scratch" else name + (", the control" if name == "mean" else "")
         lines.append(f"| {label} | {mean(values):.1f}{spread} | {100 * mean(values) / teacher:.1f} % |")
+    return "\n".join(lines)
+
+
+def larger(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
+    """In Markdown: top-1 at twice the resolution, and the time of a forward beside softmax, there and above."""
+    sizes = [f"{side} pixels, ms (ratio)" for side in TIMED]
+    lines = [f"| attention | top-1 % at {SIDE} pixels | {' | '.join(sizes)} |", "|---" * (2 + len(sizes)) + "|"]
+    setting = Setting(options.device, "auto", options.threads, options.seconds)
+    for row in rows:
+        if row["kind"] == "larger":
+            cells = ["" for _ in TIMED]
+            if row["attention"] != "softmax":
+                timed = run_speed(started(options.out, row["attention"]), [(side, side) for side in TIMED], setting)
+                times = [float(one["infer_step_time"]) for one in timed]
+                pairs = zip(times[::2], times[1::2], strict=True)
+                cells = [f"{ours:.2f} ({ours / softmax:.2f})" for ours, softmax in pairs]
+            lines.append(f"| {row['attention']} | {float(row['top1']):.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -141,6 +162,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", type=lambda text: text.split(","), default=[], help="some of the mechanisms")
     add("--device", default="cpu")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--seconds", type=float, default=5.0, help="to spend on the times of a size")
     add("--docs", type=Path, help="the folder of linearize.md, the file to write the result into")
     options = parser.parse_args(arguments)
     if options.docs and not BLOCK.search((options.docs / "linearize.md").read_text(encoding="utf-8")):
@@ -161,7 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{rows[0]['updates']} updates of {BATCH} images, a twentieth of the teacher's, {options.seeds} seeds, "
             f"on {list_devices()[-1]['name']}."
         )
-        text = f"{table(rows)}\n\n{told}\n"
+        beyond = (
+            f"The teacher and students of the first seed, each trained on {AT_SIDE:,} images of {SIDE} pixels more; "
+            f"times of one image, beside softmax in the same host."
+        )
+        text = f"{table(rows)}\n\n{told}\n\n{larger(rows, options)}\n\n{beyond}\n"
         print(text)
         if options.docs:
             page = options.docs / "linearize.md"

@@ -1,5 +1,6 @@
 """Neighbourhood attention: the windows of its papers read token by token, grids that they refuse, its table, memory."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -177,6 +178,8 @@ def test_flex_attention_is_not_for_a_cpu():
     with use_form("flex"):
         neighbourhood_attention(*torch.randn(3, 1, 64, 1, 16), Tile.whole(Grid(8, 8)), 3)
     (row,) = (row for row in forms("cpu") if row.operator == "neighbourhood_attention")
+    assert row.form == "blocks of queries"
+    (row,) = (row for row in forms("xpu") if row.operator == "neighbourhood_attention")
     assert row.form == "plain PyTorch" and "use_form('flex')" in row.reason
 
 
@@ -206,11 +209,39 @@ def test_queries_are_answered_in_parts_where_nothing_is_recorded():
     """One part after the other gives the numbers of all at once, and no tensor is as large as what all gather."""
     core, grid = create_core("nat", 64, 2), Grid(72, 70)
     tokens = Tokens(*torch.randn(3, 1, grid.tokens, 2, 32))
-    with Elements() as at_once:
-        recorded = core(tokens, Layout(grid))
-    with torch.no_grad(), Elements() as in_parts:
-        torch.testing.assert_close(core(tokens, Layout(grid)), recorded)
+    with use_form("plain"):
+        with Elements() as at_once:
+            recorded = core(tokens, Layout(grid))
+        with torch.no_grad(), Elements() as in_parts:
+            torch.testing.assert_close(core(tokens, Layout(grid)), recorded)
     assert in_parts.largest <= 2**22 < at_once.largest < grid.tokens**2
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("grid", [Grid(8, 9), Grid(37, 7), Grid(1, 16), Grid(2, 1), Grid(26, 25)], ids=str)
+def test_blocks_of_queries_are_the_same(grid, options):
+    """The form of a CPU, and its gradients, beside the plain form; rims, dilation groups and rests of blocks."""
+    core = make_core(**options).float()
+    leaves = [x.float().requires_grad_() for x in random_tokens(core, 2, grid, dim=8)[:3]]
+    ways = []
+    for name in ("plain", ""):
+        with use_form(name) if name else contextlib.nullcontext():
+            out = core(Tokens(*leaves), Layout(grid))
+            ways.append((out, *torch.autograd.grad(out.square().sum(), [*leaves, *core.parameters()])))
+    torch.testing.assert_close(ways[1], ways[0], rtol=1e-4, atol=1e-5)
+    assert type(ways[0][0].grad_fn) is not type(ways[1][0].grad_fn), "both ran the same form"
+
+
+def test_memory_of_blocks_grows_with_the_tokens():
+    core = create_core("nat", 64, 2, dilation=2)
+    for side in (40, 80, 160):
+        tokens = Tokens(*torch.randn(3, 1, side * side, 2, 32))
+        with Elements() as recorded:
+            core(tokens, Layout(Grid(side, side)))
+        with torch.no_grad(), Elements() as once:
+            core(tokens, Layout(Grid(side, side)))
+        assert recorded.largest <= side * side * 2 * (8 + 6) ** 2  # of each head, blocks of 8 and windows of 7
+        assert once.largest <= max(2**21, side * side * 64 * 4)
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:4], ids=str)

@@ -96,6 +96,21 @@ def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, 
     assert re.search(r"32 pixels</bdi></td>\s*<td[^>]*>[\d.]+ ms", more)
 
 
+@pytest.mark.parametrize("layers", ["", "*.1.attn"])
+def test_other_runs_start_from_it_at_other_sizes(teacher, tmp_path, layers):
+    out = tmp_path / "student"
+    train(resolve("digits", {**TASK, "teacher": str(teacher), "layers": layers, "epochs": 1}), out=out)
+    for source in (out, out / "best.safetensors"):
+        recipe = resolve("finetune", {"init": str(source), "img_size": 16, "data": "digits", "epochs": 1, "threads": 1})
+        assert recipe.task == "classify" and recipe.model == "vit_tiny" and recipe.img_size == (16,)
+    summary = train(recipe.changed(lr=1e-30, warmup_lr=0.0, min_lr=0.0, weight_decay=0.0), out=tmp_path / "larger")
+    before, after = load_trained(out).model, load_trained(tmp_path / "larger").model
+    assert summary["top1"] > 10 and converted_layers(before) == converted_layers(after)
+    for name, tensor in before.state_dict().items():
+        if name != "pos_embed":
+            assert torch.equal(tensor, after.state_dict()[name]), name
+
+
 def test_it_is_pushed_and_exported_as_any_run(student, tmp_path, linsight):
     model, images = load_trained(student[0]).model, torch.rand(2, 1, 8, 8)
     code, _, err = linsight("push", student[0], "o/n", "--dry-run", "--out", tmp_path / "hub")

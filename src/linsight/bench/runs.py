@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from linsight.errors import LinsightError
+from linsight.models.arguments import own_arguments
 from linsight.tasks import task_of
-from linsight.tasks.building import build
+from linsight.tasks.building import attention_of, build
 from linsight.train import load_trained
 
 from ._subjects import Group, Subject
@@ -25,7 +26,7 @@ def run_speed(run: str | Path, sizes: Sequence[tuple[int, int]], setting: Settin
         LinsightError: no run of a classifier of ours is there, or its model has softmax only.
     """
     trained = load_trained(run)
-    if not trained.task.sorts or trained.recipe.attention in (None, "softmax"):
+    if not trained.task.sorts or attention_of(trained.recipe, trained.model) in ("", "softmax"):
         raise LinsightError(f"'{run}' is no classifier whose host could have softmax in its mechanism's place")
     ours, softmax = Subject("model", str(run)), Subject("model", str(run), "softmax")
     plan = Plan((Group((ours,), softmax),), tuple((*size, 1) for size in sizes), setting, ("infer",))
@@ -42,5 +43,6 @@ def build_run(subject: Subject, size: tuple[int, int], device: str | torch.devic
     recipe = trained.recipe.changed(img_size=size, in_chans=3, mean=(0.5,) * 3, std=(0.5,) * 3)
     with torch.device(device):
         if subject.attention:
-            return build(recipe.changed(attention=subject.attention, attention_options={}), len(trained.classes))
+            own = {"attention_options": {}, "model_args": own_arguments(recipe.model_args)}
+            return build(recipe.changed(attention=subject.attention, **own), len(trained.classes))
         return task_of(recipe, trained.task.facts).build()

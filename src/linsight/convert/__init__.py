@@ -9,7 +9,7 @@ a diffusion network cheaper without training.
 >>> names = replace_attention(vit, "inline", grid=(14, 14), prefix=1)
 """
 
-from linsight.models.registry import add_argument
+from linsight.models.arguments import add_argument
 
 from ._attention import replace_attention
 from ._image import Attention2d

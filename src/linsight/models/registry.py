@@ -32,6 +32,7 @@ from torch import nn
 from linsight.attention import Paper
 from linsight.errors import LinsightError, UnknownNameError
 
+from .arguments import CARRIED_OUT
 from .bounds import require_bounded
 from .doors import building, checked
 from .parts.dense import DenseFeatures, Features
@@ -117,15 +118,6 @@ def _refuse_taken(name: str, own: Mapping[str, Any]) -> None:
         raise LinsightError(f"timm has a model called '{name}' already")
 
 
-# Arguments of models that a room above carries out, once they are built.
-_CARRIED_OUT: dict[str, Callable[[nn.Module, Any], None]] = {}
-
-
-def add_argument(name: str, carry_out: Callable[[nn.Module, Any], None]) -> None:
-    """Let all models of ours be made with the argument `name`: `carry_out(model, value)` changes the built model."""
-    _CARRIED_OUT[name] = carry_out
-
-
 def _register_variant(variant: Variant) -> None:
     about = f"{variant.name}: {variant.attention} in the host {variant.host}."
     register(variant.name, about, partial(build, variant), _config(variant))
@@ -177,7 +169,7 @@ def build(
     """The model of a row of a table, with weights where they are asked for: published ones, or those of its cfg."""
     kwargs = checked(entry.name, kwargs.get("attention"), kwargs.get("attention_options"), kwargs)
     asked, cfg = record(kwargs), _take_cfg(entry, kwargs)
-    later = {key: kwargs.pop(key) for key in _CARRIED_OUT if key in kwargs}
+    later = {key: kwargs.pop(key) for key in CARRIED_OUT if key in kwargs}
     published = cfg.get("url") == _config(entry).get("url") and not any(map(cfg.get, SOURCES))
     if pretrained and published:
         _check_fetched(entry, kwargs.get("attention"))
@@ -200,7 +192,7 @@ def build(
 def _carried_out(make: Callable[..., nn.Module], later: Mapping[str, Any], **kwargs: Any) -> nn.Module:
     model = make(**kwargs)
     for name, value in later.items():
-        _CARRIED_OUT[name](model, value)
+        CARRIED_OUT[name](model, value)
     return model
 
 

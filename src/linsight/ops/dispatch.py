@@ -124,6 +124,12 @@ FORMS: dict[str, tuple[Form, ...]] = {
             "flex:neighbourhood_attention",
             asked="flex",
         ),
+        Form(
+            "blocks of queries",
+            "run uncompiled, whole grids, one for the batch, below float64; else keys are gathered for each query",
+            _for_cpu,
+            "cpu.neighbourhood:neighbourhood_attention",
+        ),
     ),
     "neighbourhood_mean": (),
 }

@@ -68,15 +68,16 @@ def neighbourhood_attention(
     `q`, `k` `(B, n, H, D)`, `v` `(B, n, H, E)`, finite, are all grid tokens that `tile` sees, and its halo has to cover
     the windows: `K - 1` tokens where stride and dilation are 1. In a padded batch each image has a rim of its own.
     Computed in the accumulator's dtype; without gradients, so many queries at once that memory does not grow with
-    what is gathered. Under `use_form("flex")` a whole grid on CUDA is computed by torch's FlexAttention, compiled for
-    each grid, in the dtype of v.
+    what is gathered. On a CPU a whole grid is computed in blocks of queries (`ops/cpu/neighbourhood.py`); under
+    `use_form("flex")` on CUDA by torch's FlexAttention, compiled for each grid, in the dtype of v.
 
     Args:
         window: that of rows and that of columns; a number is the kernel of both.
         table: `(H, 2K - 1, 2K' - 1)`, the bias at each distance, key minus query in units of the dilation.
     """
     windows = _both(window)
-    if tile.is_whole and tile.sizes is None and v.dtype != torch.float64 and not traced():
+    known = type(v) is Tensor and not traced(v)  # blocks are laid out by its numbers
+    if known and tile.is_whole and tile.sizes is None and v.dtype != torch.float64:
         fused = fused_form("neighbourhood_attention", q)
         if fused:
             return fused(q, k, v, (tile.grid.height, tile.grid.width), windows, table)

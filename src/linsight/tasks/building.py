@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from linsight.convert import converted_layers
 from linsight.errors import LinsightError
-from linsight.models import VARIANTS, create_model
+from linsight.models import ARCHITECTURES, VARIANTS, create_model, default_attention
 from linsight.recipe import Recipe
 
 _LARGE = 4096  # width, depth, or side of images
@@ -42,6 +43,14 @@ def built(recipe: Recipe, num_classes: int, make: Callable[..., nn.Module]) -> n
         )
     except TypeError as error:
         raise LinsightError(f"model_args do not fit '{recipe.model}': {error}") from error
+
+
+def attention_of(recipe: Recipe, model: nn.Module) -> str:
+    """The mechanism in the model of a recipe, where some was converted that of the conversion; "" where it has none."""
+    if recipe.model in ARCHITECTURES:
+        return ""
+    converted = dict.fromkeys(row.attention for row in converted_layers(model).values())
+    return ", ".join(converted) or recipe.attention or default_attention(recipe.model)
 
 
 def looks_large(recipe: Recipe) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from linsight.checkpoints import load_published
 from linsight.convert import distil_layers, layer_errors, linearize, new_parameters
 from linsight.convert.recovery import blocks, hidden_states
+from linsight.convert.saved import told_layers
 from linsight.convert.transfer import relative_error
 from linsight.data.feeds import default_workers
 from linsight.data.images import loader
@@ -78,6 +79,17 @@ class Linearize(Distil):
         if recipe.attention in (None, "softmax"):
             raise LinsightError("the task linearize replaces softmax: name the mechanism, as in attention=hedgehog")
         return self._converted(recipe.attention, **recipe.attention_options)
+
+    def as_start(self) -> Mapping[str, Any]:
+        """See `Task`: the softmax model, with what of it was converted as an argument."""
+        recipe = self.recipe
+        with torch.device("meta"):
+            layers = told_layers(self.build())
+        return {
+            "attention": "softmax",
+            "attention_options": {},
+            "model_args": {**recipe.model_args, "linearized": layers},
+        }
 
     def around(self, model: nn.Module, load: Load) -> nn.Module:
         """See `Task`: the student inherits, and its layers learn one by one, unless the run did so before."""

@@ -120,6 +120,7 @@ class LinearizeRecipe(DistilRecipe, LinearizeFields):
     """A run of the task `linearize`."""
 
     START = "teacher"
+    KEPT = frozenset(("layers",))
 
     task: Literal["linearize"] = Field(default="linearize", description=TASK)  # type: ignore[assignment]
 

@@ -180,6 +180,10 @@ class Task(abc.ABC):
         """The model, with fresh weights."""
         return build(self.recipe, self.outputs)
 
+    def as_start(self) -> Mapping[str, Any]:
+        """Fields of a recipe that make the same model in a run of another task, where those of `recipe` do not."""
+        return {}
+
     # What it learns
 
     def begin(self, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from linsight.errors import UnknownNameError
 from linsight.models import create_model
 from linsight.recipe import Recipe, averaged, require_known
 from linsight.runtime.places import located
-from linsight.tasks import field_of, known_fields, record_of
+from linsight.tasks import field_of, known_fields, record_of, task_of
 from linsight.tasks.files import is_recipe_file, read_values
 
 from .hub import PREFIX
@@ -46,7 +46,8 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
     _require_fields(base, overrides)
     given = base.parse_all(overrides)
     if name == FINETUNE and given.get(base.START):
-        base = base.changed(**_kept(given[base.START], "data" not in given))
+        kept = _kept(given[base.START], "data" not in given)
+        base = base.changed(**{field: value for field, value in kept.items() if field in type(base).model_fields})
     for head, dependent in (("model", "model_args"), ("attention", "attention_options")):
         if head in given and given[head] != getattr(base, head):
             given.setdefault(dependent, {})
@@ -92,8 +93,9 @@ def _kept(init: str, data: bool) -> Mapping[str, Any]:
     if kept is None:
         return kept_fields(str(path))
     groups = {"Model", "Augmentation", *(["Data"] if data else [])}
-    names = kept.in_group(*groups)
-    return {name: getattr(kept, name) for name in names if not name.startswith(("init", "from", "num_classes", "task"))}
+    names = (name for name in kept.in_group(*groups) if not name.startswith(("init", "from", "num_classes", "task")))
+    fields = {name: getattr(kept, name) for name in names}
+    return {**fields, **task_of(kept).as_start()}
 
 
 def told_channels(name: str, recipe: Recipe) -> str:

@@ -1,5 +1,6 @@
 """The course of a run: its folder, its processes, how it stops and goes on."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from linsight.errors import LinsightError
 from linsight.recipe import Recipe, require_known
 from linsight.runtime.device import is_out_of_memory, repeatable
 from linsight.runtime.figures import require_matplotlib
+from linsight.runtime.heap import kept_memory
 from linsight.runtime.processes import Processes, joined
 from linsight.runtime.signals import Interrupted, Stop, Unwinding, exit_code
 from linsight.tasks import Column, read_recipe, task_of
@@ -111,7 +113,8 @@ def _run(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
         report.note(note)
     state, run.rows = processes.share((state, run.rows))
     trainer = Trainer(run, task, data, report, state, processes)
-    with Stop() as stop:
+    on_cpu = trainer.learner.device.type == "cpu"
+    with Stop() as stop, kept_memory() if on_cpu else contextlib.nullcontext():
         return trainer.run_epochs(stop)
 
 

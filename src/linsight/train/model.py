@@ -184,7 +184,7 @@ def of_saved(saved: Saved) -> Trained:
 
 
 def kept_fields(source: str) -> dict[str, Any]:
-    """The fields of a recipe that `save` wrote into a file; none where it is no such file."""
+    """The fields of a recipe that `save` wrote, for a run that starts from that file; none where it is no such file."""
     try:
         path = pathlib.Path(weights_file(source))
         if not path.is_file():  # an address, or a pipe, which may never end
@@ -192,7 +192,8 @@ def kept_fields(source: str) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             kept = json.loads((file.metadata() or {})["linsight"])["recipe"]
         recipe = read_recipe(kept)
-        return {name: getattr(recipe, name) for name in kept if name not in ("num_classes", "task")}
+        fields = {name: getattr(recipe, name) for name in kept if name not in ("num_classes", "task")}
+        return {**fields, **task_of(recipe).as_start()}
     except (
         SafetensorError,
         OSError,

@@ -16,13 +16,12 @@ from linsight.data.images import Batch, told
 from linsight.data.random import seed_noise, seed_step
 from linsight.data.watched import KILLED, watched
 from linsight.errors import LinsightError
-from linsight.models import ARCHITECTURES, default_attention
 from linsight.models.bounds import require_bounded
 from linsight.runtime.device import pick_dtype
 from linsight.runtime.processes import Processes
 from linsight.runtime.signals import Interrupted, Stop
 from linsight.tasks import Task
-from linsight.tasks.building import image_size, looks_large
+from linsight.tasks.building import attention_of, image_size, looks_large
 from linsight.tasks.task import in_row
 
 from . import _figures
@@ -99,7 +98,7 @@ class Trainer:
         self._reset_sums()
         # the folder appears once everything is known to be good
         run.describe({"train": len(data.train), "val": len(data.val), **task.facts})
-        self.attention = "" if recipe.model in ARCHITECTURES else recipe.attention or default_attention(recipe.model)
+        self.attention = attention_of(recipe, model)
         report.note(
             f"{recipe.model}{self.attention and f' ({self.attention})'}, {self.learner.params / 1e6:.2f} M parameters, "
             f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate"

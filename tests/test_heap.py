@@ -1,0 +1,47 @@
+"""Memory that is freed and asked for again while `kept_memory` is entered: pages are not cleared anew."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from linsight.runtime.heap import kept_memory
+
+PROGRAM = """
+import contextlib, resource, sys
+import torch
+from linsight.runtime.heap import kept_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(24 * 2**20)  # 96 MiB, above all that glibc keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+usual = faults()
+with kept_memory() as kept:
+    torch.ones(24 * 2**20)
+    inside = faults()
+after = faults()
+print(kept, usual, inside, after)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc has mallopt")
+def test_pages_are_kept_while_it_is_entered():
+    bare = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+    for more, kept in (({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)):
+        run = [sys.executable, "-c", PROGRAM]
+        told = subprocess.run(run, env={**bare, **more}, capture_output=True, text=True, check=True).stdout.split()
+        usual, inside, after = map(int, told[1:])
+        assert told[0] == str(kept) and usual > 100
+        assert after > usual / 2 and (inside < usual / 20 if kept else inside > usual / 2)
+
+
+def test_other_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr("platform.libc_ver", lambda: ("musl", "1.2"))
+    with kept_memory() as kept:
+        assert not kept
