@@ -7,8 +7,8 @@ The teacher is trained by the recipe `cifar10`. Then each mechanism, for each se
 its budget for its layers one by one, the rest for the whole model. Beside them are the controls: `mean`, attention
 that is the mean of the values, and the same budget from scratch, of softmax and of `linear`. Last, the teacher and some
 students of the first seed go on at twice the resolution, and are timed there and above. Runs in `--out` that are
-finished are taken as they are, and each result is a line of `--csv` at once, so it may be stopped at any time. --docs
-puts the tables into linearize.md there.
+finished are taken as they are, and each accuracy is a line of `--csv` at once, so it may be stopped at any time; times
+are measured at the end. --docs puts the tables into linearize.md there.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def results(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "kind": kind,
                 "attention": name,
                 "seed": seed,
-                "updates": updates,
+                "updates": AT_SIDE // BATCH if kind == "larger" else updates,
                 "top1": f"{found['last_top1']:.2f}",
                 "teacher": f"{told['last_top1']:.2f}",
                 "seconds": f"{found['seconds']:.0f}",
@@ -144,7 +144,7 @@ def larger(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
             cells = ["" for _ in TIMED]
             if row["attention"] != "softmax":
                 timed = run_speed(started(options.out, row["attention"]), [(side, side) for side in TIMED], setting)
-                times = [float(one["infer_step_time"]) for one in timed]
+                times = [float(one.get("infer_step_time") or "nan") for one in timed]  # where one could not be run
                 pairs = zip(times[::2], times[1::2], strict=True)
                 cells = [f"{ours:.2f} ({ours / softmax:.2f})" for ours, softmax in pairs]
             lines.append(f"| {row['attention']} | {float(row['top1']):.1f} | {' | '.join(cells)} |")

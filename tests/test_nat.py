@@ -233,15 +233,26 @@ def test_blocks_of_queries_are_the_same(grid, options):
 
 
 def test_memory_of_blocks_grows_with_the_tokens():
+    """Without gradients, no more than so many scores at once, or what goes in and comes out."""
     core = create_core("nat", 64, 2, dilation=2)
-    for side in (40, 80, 160):
-        tokens = Tokens(*torch.randn(3, 1, side * side, 2, 32))
+    for batch, grid in ((1, Grid(40, 40)), (1, Grid(160, 160)), (1, Grid(1, 3000)), (180, Grid(16, 16))):
+        tokens = Tokens(*torch.randn(3, batch, grid.tokens, 2, 32))
         with Elements() as recorded:
-            core(tokens, Layout(Grid(side, side)))
+            whole = core(tokens, Layout(grid))
         with torch.no_grad(), Elements() as once:
-            core(tokens, Layout(Grid(side, side)))
-        assert recorded.largest <= side * side * 2 * (8 + 6) ** 2  # of each head, blocks of 8 and windows of 7
-        assert once.largest <= max(2**21, side * side * 64 * 4)
+            torch.testing.assert_close(core(tokens, Layout(grid)), whole)
+        assert recorded.largest <= batch * grid.tokens * 2 * (8 + 6) ** 2  # of each head, blocks of 8 and windows of 7
+        assert once.largest <= max(2**22, batch * grid.tokens * 64)
+
+
+def test_blocks_do_not_depend_on_where_they_are_first_laid_out():
+    core, grid = create_core("nat", 8, 2), Grid(19, 23)
+    tokens = Tokens(*torch.randn(3, 1, grid.tokens, 2, 4).requires_grad_())
+    with torch.inference_mode(), torch.device("meta"):
+        first = core(tokens, Layout(grid))
+    again = core(tokens, Layout(grid))
+    again.sum().backward()
+    torch.testing.assert_close(first, again)
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:4], ids=str)

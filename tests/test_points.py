@@ -187,3 +187,39 @@ def test_voxels_that_fit_no_model_are_refused():
         VoxelAttention(8, 2)(torch.zeros(4, 8), torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
     with pytest.raises(LinsightError, match="whole numbers"):
         voxel_windows(torch.zeros(4, 3), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrower_models_are_near_and_coordinates_may_be_wider_or_whole(dtype):
+    for options in OPTIONS:
+        layer, elements, x = drawn(options)
+        whole = elements.mul(3).round()
+        for places in (elements, whole.long()):
+            wanted = layer(places.double(), x)
+            narrow = LieAttention(8, 2, **options, dtype=dtype)
+            narrow.load_state_dict(layer.state_dict())
+            out = narrow(places if places.dtype == torch.long else places.float(), x.to(dtype))
+            assert out.dtype == dtype
+            assert (out - wanted).abs().max() / wanted.abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-4)
+    layer, x, told, cells = voxels()
+    narrow = VoxelAttention(8, 2, window_size=3, quant_size=2, dtype=dtype)
+    narrow.load_state_dict(layer.state_dict())
+    wanted, out = layer(x, told, voxel_windows(cells, 3)), narrow(x.to(dtype), told.float(), voxel_windows(cells, 3))
+    assert (out - wanted).abs().max() / wanted.abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_points_of_any_weights_and_gradients_at_equal_ones():
+    for options in OPTIONS:
+        layer, elements, x = drawn(options)
+        given = dict(layer.named_parameters())
+        called = torch.func.functional_call(
+            layer, {name: tensor.detach() for name, tensor in given.items()}, (elements, x)
+        )
+        torch.testing.assert_close(called, layer(elements, x))
+        equal = elements[:, :1].expand_as(elements).clone().requires_grad_()
+        layer(equal, x).sum().backward()
+        assert equal.grad.isfinite().all()
+    layer, x, told, cells = voxels()
+    weights = {name: tensor.detach() for name, tensor in layer.named_parameters()}
+    windows = voxel_windows(cells, 3)
+    torch.testing.assert_close(torch.func.functional_call(layer, weights, (x, told, windows)), layer(x, told, windows))

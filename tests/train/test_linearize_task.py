@@ -17,6 +17,7 @@ from linsight.bench import Subject
 from linsight.bench.runs import build_run
 from linsight.convert import converted_layers, new_parameters
 from linsight.convert.mixing import mixings
+from linsight.convert.saved import told_layers
 from linsight.convert.transfer import relative_error
 from linsight.data.images import Batch
 from linsight.errors import LinsightError
@@ -109,6 +110,27 @@ def test_other_runs_start_from_it_at_other_sizes(teacher, tmp_path, layers):
     for name, tensor in before.state_dict().items():
         if name != "pos_embed":
             assert torch.equal(tensor, after.state_dict()[name]), name
+
+
+def test_what_is_named_anew_is_so_in_runs_that_start_from_it(teacher, student):
+    init = {"init": str(student[0])}
+    assert "linearized" in resolve("finetune", {**init, "model_args": VIT}).model_args
+    for named in ({"attention": "softmax"}, {"attention": "inline"}, {"model": "inline_deit_tiny"}):
+        assert "linearized" not in resolve("finetune", {**init, **named}).model_args
+    with pytest.raises(LinsightError, match="is converted already"):
+        train(resolve("finetune", {**TASK, "teacher": str(student[0])}))
+
+
+def test_models_of_timm_are_converted_as_an_argument_says():
+    options = {"img_size": 32, "depth": 2, "num_classes": 10}
+    source = linsight.linearize(
+        linsight.create_model("deit_tiny_patch16_224", attention="softmax", **options), "inline"
+    )
+    args = {"linearized": told_layers(source)}
+    again = linsight.create_model("deit_tiny_patch16_224", attention="softmax", **options, **args)
+    again.load_state_dict(source.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again.eval()(images), source.eval()(images))
 
 
 def test_it_is_pushed_and_exported_as_any_run(student, tmp_path, linsight):

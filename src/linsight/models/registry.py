@@ -32,7 +32,7 @@ from torch import nn
 from linsight.attention import Paper
 from linsight.errors import LinsightError, UnknownNameError
 
-from .arguments import CARRIED_OUT
+from .arguments import carry_out, take
 from .bounds import require_bounded
 from .doors import building, checked
 from .parts.dense import DenseFeatures, Features
@@ -169,7 +169,7 @@ def build(
     """The model of a row of a table, with weights where they are asked for: published ones, or those of its cfg."""
     kwargs = checked(entry.name, kwargs.get("attention"), kwargs.get("attention_options"), kwargs)
     asked, cfg = record(kwargs), _take_cfg(entry, kwargs)
-    later = {key: kwargs.pop(key) for key in CARRIED_OUT if key in kwargs}
+    later = take(kwargs)
     published = cfg.get("url") == _config(entry).get("url") and not any(map(cfg.get, SOURCES))
     if pretrained and published:
         _check_fetched(entry, kwargs.get("attention"))
@@ -191,8 +191,7 @@ def build(
 
 def _carried_out(make: Callable[..., nn.Module], later: Mapping[str, Any], **kwargs: Any) -> nn.Module:
     model = make(**kwargs)
-    for name, value in later.items():
-        CARRIED_OUT[name](model, value)
+    carry_out(model, later)
     return model
 
 
@@ -378,11 +377,12 @@ def create_model(
                 f"the weights of '{name}' are those of softmax attention: pass pretrained=False; of a file of theirs "
                 f"({place_of(name)}), linsight.load_published(model, path, strict=False) keeps what both have, as qkv"
             )
-        attention = attention or default_attention(name)
+        attention, later = attention or default_attention(name), take(kwargs)
         with building(name, kwargs):
             model = adopt(name, attention, attention_options, pretrained=pretrained, **kwargs)
+            carry_out(model, later)
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": ON_HOST}  # type: ignore[dict-item,assignment]
-        made = {"base": name, "attention": attention, "attention_options": attention_options, **kwargs}
+        made = {"base": name, "attention": attention, "attention_options": attention_options, **kwargs, **later}
         model._model_args = record(made)  # type: ignore[assignment]
         return model
     raise UnknownNameError(

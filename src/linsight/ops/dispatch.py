@@ -126,7 +126,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         ),
         Form(
             "blocks of queries",
-            "run uncompiled, whole grids, one for the batch, below float64; else keys are gathered for each query",
+            "run uncompiled on one whole grid for all images, below float64; else each query's keys are gathered",
             _for_cpu,
             "cpu.neighbourhood:neighbourhood_attention",
         ),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linsight.checkpoints import load_published
-from linsight.convert import distil_layers, layer_errors, linearize, new_parameters
+from linsight.convert import converted_layers, distil_layers, layer_errors, linearize, new_parameters
 from linsight.convert.recovery import blocks, hidden_states
 from linsight.convert.saved import told_layers
 from linsight.convert.transfer import relative_error
@@ -21,9 +21,10 @@ from linsight.data.feeds import default_workers
 from linsight.data.images import loader
 from linsight.data.random import Batches
 from linsight.errors import CheckpointError, LinsightError
+from linsight.models.bounds import require_bounded
 from linsight.recipe import Recipe
 
-from .building import build, image_size
+from .building import build, image_size, looks_large
 from .classify import Criterion
 from .distil import Distil
 from .records import LinearizeRecipe
@@ -83,6 +84,8 @@ class Linearize(Distil):
     def as_start(self) -> Mapping[str, Any]:
         """See `Task`: the softmax model, with what of it was converted as an argument."""
         recipe = self.recipe
+        if looks_large(recipe):
+            require_bounded(recipe.model, self.build, told="as its recipe describes it")
         with torch.device("meta"):
             layers = told_layers(self.build())
         return {
@@ -114,6 +117,11 @@ class Linearize(Distil):
     def ask(self, load: Load) -> Loaded:
         """See `Distil`: the model is the softmax host, which says what its blocks and layers do as the student does."""
         found: Any = super().ask(load)
+        if converted_layers(found.model):
+            name = self.recipe.teacher
+            raise LinsightError(
+                f"the teacher '{name}' is converted already: give the softmax model that it was made of"
+            )
         try:
             load_published(self.twin, found.model.state_dict())
         except CheckpointError as error:

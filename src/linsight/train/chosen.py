@@ -7,6 +7,7 @@ from linsight.data.datasets import open_data
 from linsight.data.images import decode
 from linsight.errors import UnknownNameError
 from linsight.models import create_model
+from linsight.models.arguments import own_arguments
 from linsight.recipe import Recipe, averaged, require_known
 from linsight.runtime.places import located
 from linsight.tasks import field_of, known_fields, record_of, task_of
@@ -48,6 +49,12 @@ def resolve(name: str = "digits", overrides: Mapping[str, Any] | None = None) ->
     if name == FINETUNE and given.get(base.START):
         kept = _kept(given[base.START], "data" not in given)
         base = base.changed(**{field: value for field, value in kept.items() if field in type(base).model_fields})
+    kept_args = own_arguments(base.model_args)
+    if "attention" in given:  # named anew, so not as it was converted
+        base = base.changed(model_args=kept_args)
+    elif "model_args" in given and given.get("model", base.model) == base.model:
+        converted = {field: value for field, value in base.model_args.items() if field not in kept_args}
+        given["model_args"] = {**converted, **given["model_args"]}
     for head, dependent in (("model", "model_args"), ("attention", "attention_options")):
         if head in given and given[head] != getattr(base, head):
             given.setdefault(dependent, {})

@@ -112,10 +112,11 @@ def _run(run: Run, processes: Processes, report: Silent) -> dict[str, Any]:
     for note in run.notes:
         report.note(note)
     state, run.rows = processes.share((state, run.rows))
-    trainer = Trainer(run, task, data, report, state, processes)
-    on_cpu = trainer.learner.device.type == "cpu"
-    with Stop() as stop, kept_memory() if on_cpu else contextlib.nullcontext():
-        return trainer.run_epochs(stop)
+    on_cpu = processes.device(run.recipe.device).type == "cpu"
+    with kept_memory() if on_cpu else contextlib.nullcontext():
+        trainer = Trainer(run, task, data, report, state, processes)
+        with Stop() as stop:
+            return trainer.run_epochs(stop)
 
 
 def columns_of(summary: Mapping[str, Any]) -> Sequence[Column]:

@@ -193,7 +193,6 @@ def kept_fields(source: str) -> dict[str, Any]:
             kept = json.loads((file.metadata() or {})["linsight"])["recipe"]
         recipe = read_recipe(kept)
         fields = {name: getattr(recipe, name) for name in kept if name not in ("num_classes", "task")}
-        return {**fields, **task_of(recipe).as_start()}
     except (
         SafetensorError,
         OSError,
@@ -204,6 +203,7 @@ def kept_fields(source: str) -> dict[str, Any]:
         AttributeError,
     ):  # what is wrong, loading tells
         return {}
+    return {**fields, **task_of(recipe).as_start()}
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

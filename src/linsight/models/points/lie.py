@@ -77,8 +77,10 @@ def lift(points: Tensor, lifts: int = 1, generator: torch.Generator | None = Non
     """
     if lifts < 1:
         raise LinsightError(f"lifts={lifts} must be 1 or more")
-    start = torch.rand(points.shape[:2], generator=generator, dtype=points.dtype).to(points.device)
-    turn = 2 * math.pi * (start[..., None] + torch.arange(lifts, device=points.device) / lifts)  # (B, N, lifts)
+    where = points.device if generator is None else generator.device
+    start = torch.rand(points.shape[:2], generator=generator, dtype=points.dtype, device=where).to(points.device)
+    turn = start[..., None] + torch.arange(lifts, dtype=points.dtype, device=points.device) / lifts  # (B, N, lifts)
+    turn = 2 * math.pi * turn
     turn = torch.atan2(turn.sin(), turn.cos())
     return _log(turn, points[:, :, None].expand(-1, -1, lifts, -1)).flatten(1, 2)
 
@@ -92,7 +94,7 @@ def _exp(elements: Tensor) -> Tensor:
     small = angle.abs() < _SMALL
     safe = angle.masked_fill(small, 1.0)
     along = torch.where(small, 1 - angle.square() / 6, safe.sin() / safe)
-    beside = torch.where(small, angle / 2, (1 - safe.cos()) / safe)
+    beside = torch.where(small, angle / 2, 2 * (safe / 2).sin().square() / safe)
     return torch.stack([along * a - beside * b, beside * a + along * b], dim=-1)
 
 
@@ -116,7 +118,7 @@ class HeadLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., H or 1, in)` to `(..., H, out)`."""
-        return (x[..., None, :] @ self.weight)[..., 0, :] + self.bias
+        return torch.einsum("...hi,hio->...ho", x.expand(*x.shape[:-2], len(self.weight), -1), self.weight) + self.bias
 
 
 class LieAttention(nn.Module):
@@ -125,7 +127,7 @@ class LieAttention(nn.Module):
     Args:
         dim, num_heads: channels and heads of features.
         group: of `GROUPS`.
-        axes: n of T(n); SE(2) has 3 coordinates.
+        axes: n of T(n); SE(2) has 3 coordinates, whatever is given.
         kernel: how places are scored, of `KERNELS`.
         weights: how scores are made weights, of `WEIGHTS`.
         kernel_dim: channels of the MLP.
@@ -152,6 +154,8 @@ class LieAttention(nn.Module):
                 raise UnknownNameError(name, str(value), choices)
         if num_heads < 1 or dim % num_heads:
             raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}")
+        if axes < 1 or kernel_dim < 1:
+            raise LinsightError(f"axes={axes}, kernel_dim={kernel_dim}: both must be 1 or more")
         self.num_heads, self.group, self.weights, self.kernel = num_heads, group, weights, kernel
         self.axes = 3 if group == "SE2" else axes
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim, **factory) for _ in range(4))
@@ -179,7 +183,7 @@ class LieAttention(nn.Module):
             )
         q, k, v = (split_heads(part(x), self.num_heads).transpose(1, 2) for part in (self.q, self.k, self.v))
         dtype = accumulator(v.dtype)
-        pairs = GROUPS[self.group](elements.to(dtype)).to(elements.dtype)
+        pairs = GROUPS[self.group](elements.to(dtype)).to(self.v.weight.dtype)
         with full_precision(v):
             out = self._weights(self._scores(q.to(dtype), k.to(dtype), pairs), keep) @ v.to(dtype)
         return self.proj(merge_heads(out.transpose(1, 2)).to(x.dtype))

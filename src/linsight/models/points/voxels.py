@@ -4,10 +4,10 @@ Yang et al., "Swin3D: A Pretrained Transformer Backbone for 3D Indoor Scene Unde
 voxel has signals: where it lies in its window, in voxels, its colour in [-1, 1]^3, and a normal. For each component a
 of a signal, a pair has the bin
 
-    r_a(i, j) = clamp(floor(s x_ia - s x_ja + L), 0, 2L - 1)
+    r_a(i, j) = clamp(floor(z x_ia - z x_ja + L), 0, 2L - 1)
 
-    place     s = quant_size,     L = window_size quant_size
-    others    s = 2 quant_size,   L = 4 quant_size
+    place     z = quant_size,     L = window_size quant_size
+    others    z = 2 quant_size,   L = 4 quant_size
 
 of tables T^q, T^k, T^v with vectors for each component, bin and head. With t_ij the sum of T[r_a(i, j)] over all a
 
@@ -117,7 +117,7 @@ class VoxelAttention(nn.Module):
             )
         dtype = accumulator(x.dtype)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).to(dtype).unbind(1)  # (N, H, d)
-        out = torch.zeros_like(v)
+        out, signals = torch.zeros_like(v), signals.to(dtype)
         with full_precision(v):
             for voxels, there in _groups(windows):  # (w, n) each
                 found = self._attend((q * self.scale)[voxels], k[voxels], v[voxels], signals[voxels], there)
@@ -147,7 +147,8 @@ class VoxelAttention(nn.Module):
         return out.transpose(1, 2)
 
     def _table(self, of: str, name: str, axis: int, like: Tensor) -> Tensor:
-        return self.get_parameter(f"{of}_{name}_table")[axis].permute(1, 2, 0).to(like.dtype)
+        table: Tensor = getattr(self, f"{of}_{name}_table")
+        return table[axis].permute(1, 2, 0).to(like.dtype)
 
 
 class VoxelBlock(nn.Module):
@@ -180,7 +181,7 @@ def _groups(windows: Tensor) -> list[tuple[Tensor, Tensor]]:
     order = windows.argsort(stable=True)
     counts = windows.unique(return_counts=True)[1]
     starts = counts.cumsum(0) - counts
-    kinds = (counts - 1).clamp(min=0).to(torch.float64).add(1).log2().ceil().long()  # up to twice as many places
+    kinds = counts.double().log2().ceil()  # up to twice as many places
     groups = []
     for kind in kinds.unique().tolist():
         mine = kinds == kind

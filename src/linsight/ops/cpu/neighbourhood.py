@@ -7,7 +7,7 @@ are picked one by one. Blocks with the same pattern (at a rim, or inside) share 
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,18 +50,24 @@ def neighbourhood_attention(
     table: Tensor | None = None,
 ) -> Tensor:
     """See `linsight.ops.neighbourhood_attention`, of a whole grid of the height and width `sides`."""
-    rows, columns = (axis(side, window) for side, window in zip(sides, windows, strict=True))
+    axes = [axis(side, window) for side, window in zip(sides, windows, strict=True)]
     dtype = accumulator(v.dtype)
     with full_precision(v):
         q = q.to(dtype) * q.shape[-1] ** -0.5
         q, k, v = (unflatten(x.to(dtype), 1, sides) for x in (q, k, v))  # (B, height, width, H, D)
         bias = None if table is None else table.to(dtype)
-        bands = []
-        for down in rows.blocks:
-            parts = [_attend(q, k, v, down, across, bias) for across in columns.blocks]
-            bands.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
-    out = bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
-    return out.index_select(1, rows.home).index_select(2, columns.home).flatten(1, 2)
+        pair = q.shape[3] * math.prod(max(some.seen.numel() for some in side.blocks) for side in axes)
+        each = len(q) if torch.is_grad_enabled() else max(1, AT_ONCE // pair)
+        images = zip(*(x.split(max(1, each)) for x in (q, k, v)), strict=True)
+        parts = [_grids(some, keys, values, axes, bias) for some, keys, values in images]
+    return _joined(parts, 0).flatten(1, 2)
+
+
+def _grids(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[Axis], table: Tensor | None) -> Tensor:
+    """Outputs `(B, height, width, H, E)` of whole grids."""
+    rows, columns = axes
+    bands = [_joined([_attend(q, k, v, down, across, table) for across in columns.blocks], 2) for down in rows.blocks]
+    return _joined(bands, 1).index_select(1, rows.home).index_select(2, columns.home)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, down: Blocks, across: Blocks, table: Tensor | None) -> Tensor:
@@ -72,25 +78,34 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, down: Blocks, across: Blocks, table
         found = table.index_select(1, down.offset.flatten()).index_select(2, across.offset.flatten())
         found = unflatten(unflatten(found, 2, across.offset.shape), 1, down.offset.shape)  # (H, y, m, x, n)
         bias = bias + found.transpose(2, 3).flatten(3).flatten(1, 2)
-    outs = []
-    for some in _parts(down, across, q.shape[0] * q.shape[3]):
-        mine = _cut(q, some.queries, across.queries)
-        theirs, values = (_cut(x, some.keys, across.keys) for x in (k, v))
-        out = torch.softmax(mine @ theirs.transpose(-1, -2) + bias, dim=-1) @ values  # (B, t, s, H, y x, E)
-        out = unflatten(out, 4, (down.queries.shape[1], across.queries.shape[1]))
-        outs.append(out.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    high, wide = len(down.queries), len(across.queries)
+    if not torch.is_grad_enabled():  # else all scores are kept, whatever is computed at once
+        most = max(1, AT_ONCE // max(1, q.shape[0] * q.shape[3] * seen.numel()))
+        high, wide = max(1, most // wide), min(wide, most)
+    bands = []
+    for some in _split(down, high):
+        parts = [_products(q, k, v, some, other, bias) for other in _split(across, wide)]
+        bands.append(_joined(parts, 2))
+    return _joined(bands, 1)
 
 
-def _parts(down: Blocks, across: Blocks, heads: int) -> Iterator[Blocks]:
-    """`down` in so many parts that each makes few scores; whole if it is recorded."""
-    if torch.is_grad_enabled():
-        yield down
-        return
-    each = heads * down.seen.numel() * across.seen.numel() * len(across.queries)
-    step = max(1, AT_ONCE // max(1, each))
-    for queries, keys in zip(down.queries.split(step), down.keys.split(step), strict=True):
-        yield Blocks(queries, keys, down.seen, down.offset)
+def _products(q: Tensor, k: Tensor, v: Tensor, down: Blocks, across: Blocks, bias: Tensor) -> Tensor:
+    """As `_attend`, all at once. bias: `(H or none, queries, keys)`."""
+    mine = _cut(q, down.queries, across.queries)
+    theirs, values = (_cut(x, down.keys, across.keys) for x in (k, v))
+    out = torch.softmax(mine @ theirs.transpose(-1, -2) + bias, dim=-1) @ values  # (B, t, s, H, y x, E)
+    out = unflatten(out, 4, (down.queries.shape[1], across.queries.shape[1]))
+    return out.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+
+
+def _split(blocks: Blocks, count: int) -> Iterator[Blocks]:
+    """The blocks, so many at a time."""
+    for queries, keys in zip(blocks.queries.split(count), blocks.keys.split(count), strict=True):
+        yield Blocks(queries, keys, blocks.seen, blocks.offset)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def _cut(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -103,7 +118,8 @@ def _cut(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def axis(side: int, window: AxisWindow) -> Axis:
     """An axis in blocks; kept, as the next layers and images have the same."""
-    with torch.inference_mode(False):  # else no later call could record what it does with them
+    # else no later call could record what it does with them, or they lay where others are made by default
+    with torch.inference_mode(False), torch.device("cpu"):
         index, _, inside = (x[0] for x in axis_window(torch.arange(side), torch.tensor([[side]]), window))
         step = max(1, min(window.dilation, side // window.kernel))
         low = (index.masked_fill(~inside, side) // step).amin(dim=1)  # by place in the group, from here on
