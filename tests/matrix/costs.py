@@ -37,7 +37,8 @@ def linear_memory_and_work(subject: Subject) -> None:
         pytest.skip(f"{subject.name} declares {subject.entry.complexity}")
     layer = subject.layer(32, 4)
     largest, written, flops = [], [], []
-    grids, most = (Grid(32, 32), Grid(32, 64)), 2.3  # N log N gives 2.2
+    # N log N gives 2.2; blocks of windows at a rim are computed apart, and the others more than double
+    grids, most = (Grid(64, 64), Grid(64, 128)), 2.4
     if subject.entry.structure.cost is Cost.N_ROOT_N:
         grids, most = (Grid(16, 16), Grid(32, 32)), 8.0
     for grid in grids:
@@ -49,4 +50,4 @@ def linear_memory_and_work(subject: Subject) -> None:
         flops.append(counter.get_total_flops())
     for counts in (largest, written, flops):
         assert counts[1] <= most * counts[0]
-    assert largest[0] < 1024 * 1024
+    assert largest[0] < grids[0].tokens ** 2
