@@ -1,13 +1,17 @@
 """Memory that is freed and asked for again while `kept_memory` is entered: pages are not cleared anew."""
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 
 import pytest
+from small import TINY
 
 from linsight.runtime.heap import kept_memory
+from linsight.train import resolve, train
+from linsight.train.trainer import Trainer
 
 PROGRAM = """
 import contextlib, resource, sys
@@ -46,3 +50,23 @@ def test_other_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr("platform.libc_ver", lambda: ("musl", "1.2"))
     with kept_memory() as kept:
         assert not kept
+
+
+def test_it_is_entered_while_a_run_trains_on_a_cpu(tmp_path, monkeypatch):
+    entered = []
+    run = Trainer.run_epochs
+
+    @contextlib.contextmanager
+    def kept():
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    def watched(trainer, stop):
+        entered.append("trains")
+        return run(trainer, stop)
+
+    monkeypatch.setattr("linsight.train.loop.kept_memory", kept)
+    monkeypatch.setattr(Trainer, "run_epochs", watched)
+    train(resolve("digits", {**TINY, "epochs": 1, "device": "cpu"}), out=tmp_path / "run")
+    assert entered == ["in", "trains", "out"]

@@ -105,6 +105,9 @@ def test_other_runs_start_from_it_at_other_sizes(teacher, tmp_path, layers):
         recipe = resolve("finetune", {"init": str(source), "img_size": 16, "data": "digits", "epochs": 1, "threads": 1})
         assert recipe.task == "classify" and recipe.model == "vit_tiny" and recipe.img_size == (16,)
     summary = train(recipe.changed(lr=1e-30, warmup_lr=0.0, min_lr=0.0, weight_decay=0.0), out=tmp_path / "larger")
+    assert summary["attention"] == "hedgehog"
+    softmax = build_run(Subject("model", str(tmp_path / "larger"), "softmax"), (16, 16), "cpu")
+    assert not converted_layers(softmax)
     before, after = load_trained(out).model, load_trained(tmp_path / "larger").model
     assert summary["top1"] > 10 and converted_layers(before) == converted_layers(after)
     for name, tensor in before.state_dict().items():

@@ -20,7 +20,7 @@ def kept_memory() -> Iterator[bool]:
     """While entered, glibc keeps what is freed; True where it does, False with other C libraries or a choice made.
 
     Each step of training on a CPU frees the same large blocks that the next one asks for. By default the system takes
-    them back and clears every page of them again: 10 to 20 % of a step. At the end all that is free is given back, and
+    them back and clears every page of them again, step after step. At the end all that is free is given back, and
     both thresholds stay where glibc's own rule would bring them at most.
     """
     global _entered

@@ -25,12 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Paper, Rename, merge_heads, split_heads
+from linsight.attention import Rename, merge_heads, split_heads
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import accumulator, full_precision, mask_tokens
 
-CODE = "oxcsml/lie-transformer"
-PAPER = Paper("LieTransformer: Equivariant Self-Attention for Lie Groups", "2012.10885", "ICML 2021")
 KERNELS = ("mlp", "relative")
 WEIGHTS = ("softmax", "exp", "mean")
 PUBLISHED = (

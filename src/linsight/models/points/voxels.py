@@ -27,12 +27,9 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from linsight.attention import Paper
 from linsight.errors import LinsightError
 from linsight.ops import accumulator, full_precision
 
-CODE = "microsoft/Swin3D"
-PAPER = Paper("Swin3D: A Pretrained Transformer Backbone for 3D Indoor Scene Understanding", "2304.06906")
 SIGNALS = ("xyz", "rgb", "norm")
 _OF = ("query", "key", "value")
 
