@@ -5,7 +5,8 @@
 
 The run in --out that is finished is taken as it is, a stopped one goes on. Beside its average precision on the split
 `val` stands that of the mean box of the training objects, in shares of height and width, as the only detection in each
-image: what a detector has to beat to have seen anything. Both are by pycocotools. --docs puts the table into detect.md.
+image: what a detector has to beat to have seen anything. Both are by pycocotools. The split `val` chooses the epoch as
+well, so what the last epoch reaches is told, too. --docs puts the table into detect.md.
 """
 
 import argparse
@@ -107,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = open_objects(resolve("objects", {"data": str(options.data)}))
         guess = precision_of(mean_box(data.train), data.val)
         cpu = list_devices()[-1]["name"]
-        text = f"{table(learn(options), guess)}\n\nOn {options.threads} threads of {cpu}, amp={options.amp}.\n"
+        ours = learn(options)
+        chosen = f"Epoch {ours['best_epoch']}; after the last one AP is {ours['last_ap']:.1f} %."
+        text = f"{table(ours, guess)}\n\n{chosen} On {options.threads} threads of {cpu}, amp={options.amp}.\n"
         print(text)
         if options.docs:
             page = options.docs / "detect.md"

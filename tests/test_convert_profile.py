@@ -10,6 +10,7 @@ from timm.layers import Attention
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import linsight
 from linsight.convert.conversion import linearize
 from linsight.convert.hybrid import Hybrid
 from linsight.convert.profiles import LayerProfile, advice, profile, table, worst
@@ -272,3 +273,17 @@ def test_bad_input():
         profile(model, [torch.randn(1, 3, 24, 40)], attention="hedghog")
     with pytest.raises(LinsightError, match="no softmax attention"):
         profile(nn.Linear(2, 2), [])
+
+
+def test_hosts_of_linsight_are_measured_as_those_of_timm():
+    theirs, images = teacher(), torch.randn(2, 3, 24, 40)
+    sizes = {key: value for key, value in SIZES.items() if key not in ("img_size", "num_classes")}
+    ours = linsight.create_model("vit_tiny", attention="softmax", img_size=(24, 40), num_classes=5, **sizes).eval()
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(images), theirs(images))
+    one, other = (profile(model, [images], attention="linear", queries=64) for model in (ours, theirs))
+    for mine, wanted in zip(one, other, strict=True):
+        mine, wanted = (dataclasses.asdict(layer) for layer in (mine, wanted))
+        assert mine.pop("name") == wanted.pop("name")
+        assert mine.pop("locality") == pytest.approx(wanted.pop("locality"), rel=1e-4)
+        assert mine == pytest.approx(wanted, rel=1e-4)

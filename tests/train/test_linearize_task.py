@@ -15,7 +15,7 @@ import linsight
 from linsight.attention import Core
 from linsight.bench import Subject
 from linsight.bench.runs import build_run
-from linsight.convert import converted_layers, new_parameters
+from linsight.convert import converted_layers, layer_errors, linearize, new_parameters
 from linsight.convert.mixing import mixings
 from linsight.convert.saved import told_layers
 from linsight.convert.transfer import relative_error
@@ -185,6 +185,56 @@ def test_the_first_outputs_are_the_teachers_weights(teacher):
     hidden = torch.stack([relative_error(a, b) for a, b in zip(kept["ours"], states, strict=True)]).mean()
     assert count == 6
     assert float(loss.detach()) == pytest.approx(float(0.5 * labels + 0.5 * soft + hidden), rel=1e-3)
+
+
+def test_the_classifier_is_inherited_class_by_class(teacher):
+    recipe = resolve("digits", {**TASK, "attention": "mean", "teacher": str(teacher)})
+    task = task_of(recipe, {"classes": tuple("9876543210")})
+    learner = Learner(task, task.build(), torch.device("cpu"), None, updates=5)
+    by_hand = linsight.linearize(load_trained(teacher).model, "mean").eval()
+    images = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(learner.model.eval()(images), by_hand(images).flip(-1))
+    stages = task.facts["stages"]
+    assert stages["teacher"] == pytest.approx(evaluate(load_trained(teacher))["top1"], abs=0.01)
+    assert stages["replaced"] > 15  # by chance: 10
+
+
+@pytest.mark.parametrize("attention", ["inline", "mlla"])
+def test_formula_and_local_terms_are_judged_alone(teacher, attention):
+    given = {**TASK, "attention": attention, "teacher": str(teacher), "transfer_steps": 0}
+    task = task_of(resolve("digits", given), {"classes": tuple("0123456789")})
+    model = Learner(task, task.build(), torch.device("cpu"), None, updates=5).model.eval()
+    assert set(task.controls(model)) == {"mean"}  # local terms start at nothing
+    for mixing in mixings(model).values():
+        for parameter in mixing.core.parameters():
+            torch.nn.init.normal_(parameter)
+    found = task.controls(model)
+    assert set(found) == {"formula", "local", "mean"}
+    outs, images = {}, torch.randn(3, 1, 8, 8)
+    for name, one in {**found, "": model}.items():
+        one.blocks[0].attn.register_forward_hook(lambda *args, name=name: outs.update({name: args[2]}))
+        one(images)
+    bias = model.blocks[0].attn.proj.bias
+    assert not torch.allclose(outs[""], outs["formula"], atol=1e-2)
+    torch.testing.assert_close(outs["formula"] + outs["local"] - bias, outs[""])
+    measures = {name: {"top1": 10.0 + place} for place, name in enumerate(("formula", "local", "mean", ""))}
+    rows = {row[0]: row[2] for row in task.compared(measures)[0].rows}
+    assert rows["the same weights, without local terms"] == "10.00 %"
+    assert rows["the same weights, local terms alone"] == "11.00 %"
+
+
+def test_the_hardest_layers_stay_softmax(teacher, tmp_path, linsight):
+    ask = ("linearize", teacher, "--to", "mean", "--epochs", 1, "--set", "threads=1", "--out", tmp_path / "run")
+    code, _, err = linsight(*ask, "--keep", 1)
+    assert code == 0, err
+    (kept,) = re.findall("softmax stays in (.*)", err)
+    model, images = load_trained(teacher).model, torch.randn(64, 1, 8, 8)
+    errors = layer_errors(model, linearize(model, "mean"), [images])
+    assert set(errors) == {"blocks.0.attn", "blocks.1.attn"} and kept == max(errors, key=errors.get)
+    assert list(converted_layers(load_trained(tmp_path / "run").model)) == [name for name in errors if name != kept]
+    for count, words in ((2, "keep=2 leaves no layer to convert"), (3, "keep=3: 2 layers were measured")):
+        code, _, err = linsight(*ask, "--keep", count)
+        assert code == 2 and words in err and err.count("\n") == 1
 
 
 class Stopping(Silent):

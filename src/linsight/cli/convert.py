@@ -9,11 +9,12 @@ from linsight.records import Record
 from linsight.runtime.places import located
 from linsight.tasks import field_of
 
-from .asked import Amp, Device
+from .asked import Amp, Device, tell
 from .show import Command
 from .train import run
 
 _TO = "the mechanism; 'linsight list --attentions' has all, and those of kind core can inherit"
+_KEEP = "layers that stay softmax: those that are hardest to replace, by a few batches of the data"
 _SET = "any other field of the recipe, as --set weight_decay=0 (may be given again); linsight recipe finetune has them"
 
 
@@ -33,6 +34,7 @@ def linearize(
     data: Annotated[str | None, typer.Option(help="images to learn from; none: those of the run")] = None,
     out: Annotated[str | None, typer.Option(help="the run folder; none: runs/linearize-DATE-TIME")] = None,
     layers: Annotated[str, typer.Option(help=_about("layers"))] = "",
+    keep: Annotated[int, typer.Option(help=_KEEP, min=0)] = 0,
     transfer_steps: Annotated[int | None, typer.Option(help=_about("transfer_steps"))] = None,
     epochs: Annotated[int | None, typer.Option(help=_about("epochs"))] = None,
     lr: Annotated[str | None, typer.Option(help=_about("lr"))] = None,
@@ -64,4 +66,11 @@ def linearize(
             raise typer.BadParameter(f"--set {entry}: write FIELD=VALUE")
         given[name.strip().replace("-", "_")] = value
     overrides = {key: field_of(key).parse(key, value) for key, value in given.items() if value is not None}
+    if keep:
+        from linsight.train import resolve
+        from linsight.train.hybrid import split_layers
+
+        replaced, kept = split_layers(resolve("finetune", overrides), keep)
+        overrides["layers"] = " ".join(replaced)
+        tell([f"softmax stays in {', '.join(kept)}"])
     run("finetune", overrides, out=out, title="linearize")

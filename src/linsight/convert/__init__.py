@@ -15,6 +15,7 @@ from ._attention import replace_attention
 from ._image import Attention2d
 from ._multihead import MultiheadAttention
 from ._timm import attention_class
+from .branches import branches_alone
 from .conversion import ConvertedLayer, converted_layers, linearize, new_parameters
 from .hybrid import Hybrid, annealed, round_selection, selection_loss, without
 from .mixing import Mixing
@@ -39,6 +40,7 @@ __all__ = [
     "agent_sd",
     "annealed",
     "attention_class",
+    "branches_alone",
     "converted_layers",
     "distil",
     "distil_layers",

@@ -1,6 +1,6 @@
 """Stage 0 of a conversion: the softmax attention of a trained model, measured layer by layer. Nothing is trained.
 
-The model runs with its own softmax, in `Mixing`s that tell their queries and keys. With P the weights of a query over
+The model runs with its own softmax, in cores whose queries and keys are looked at. With P the weights of a query over
 the keys that it sees, averaged over queries, heads and images:
 
     scores      5 % and 95 % of s q.k, and the share below -1, where 1 + z + z^2 / 2 rises again as softmax falls
@@ -14,20 +14,20 @@ mechanism in its place and all before it as they were, is that of `layer_errors`
 """
 
 import dataclasses
-import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linsight.attention import Core, Tokens
 from linsight.errors import LinsightError
-from linsight.ops import Grid, accumulator
+from linsight.ops import Grid, Layout, accumulator
 
 from ._place import GridLike
 from .conversion import Layers, attentions, choose, linearize
-from .mixing import Mixing, mixings
+from .mixing import mixings
 from .transfer import Batch, Call, call, evaluated, layer_errors
 
 REACH = (1, 2, 3)  # rows and columns of locality
@@ -90,7 +90,7 @@ def profile(
     student = None if attention is None else linearize(model, attention, layers=layers, **where, **options)
     found = {name: mixing for name, mixing in mixings(twin).items() if name in chosen}
     probes = {name: _Probe(queries) for name in found}
-    handles = [mixing.register_forward_pre_hook(probes[name], with_kwargs=True) for name, mixing in found.items()]
+    handles = [mixing.core.register_forward_pre_hook(probes[name], with_kwargs=True) for name, mixing in found.items()]
     errors: dict[str, list[float]] = {}
     count = 0
     with evaluated(twin), torch.no_grad():
@@ -112,7 +112,7 @@ def profile(
 
 
 def _softmax(model: nn.Module, chosen: list[str], where: dict[str, Any]) -> nn.Module:
-    """A copy of the model that computes the same, with `Mixing`s in the layers chosen."""
+    """A copy of the model that computes the same, with cores of softmax in the layers chosen."""
     found = attentions(model)
     causal = {name for name in chosen if found[name][1].causal(model, name)}
     twin, whole = model, False
@@ -125,7 +125,7 @@ def _softmax(model: nn.Module, chosen: list[str], where: dict[str, Any]) -> nn.M
 
 
 class _Probe:
-    """A forward pre-hook of a `Mixing` with softmax: sums over what it is given."""
+    """A forward pre-hook of a core of softmax: sums over what it is given."""
 
     def __init__(self, queries: int) -> None:
         self.queries = queries
@@ -134,15 +134,15 @@ class _Probe:
         self.sums: dict[str, float] = {}
         self.drawn: list[Tensor] = []
 
-    def __call__(self, mixing: Mixing, args: Any, kwargs: Any) -> None:
+    def __call__(self, core: Core, args: tuple[Tokens, Layout], beside: Mapping[str, Any]) -> None:
         """Measure one batch."""
-        given = inspect.signature(Mixing.forward).bind(mixing, *args, **kwargs).arguments
-        q, k, grid, keep = given["q"], given["k"], given["grid"], given.get("keep")
-        beside, own = given.get("score_bias"), given.get("key_grid") is None
+        tokens, layout = args
+        q, k, grid, keep = tokens.q, tokens.k, layout.grid, tokens.keep
+        bias, own = beside.get("score_bias"), beside.get("context_layout") is None
         dtype = accumulator(q.dtype)
-        q, k = q.to(dtype) * (mixing.factor * q.shape[-1] ** -0.5), k.to(dtype)
-        if keep is None and beside is not None:  # keys that no query sees are padding
-            keep = (~_dropped(beside).flatten(1, 2).all(1)).expand(len(k), -1)
+        q, k = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype)
+        if keep is None and bias is not None:  # keys that no query sees are padding
+            keep = (~_dropped(bias).flatten(1, 2).all(1)).expand(len(k), -1)
         self._shift(k, keep)
         places = torch.ones(q.shape[:2], dtype=torch.bool) if keep is None or not own else keep.cpu()
         rows = places.nonzero()
@@ -153,15 +153,15 @@ class _Probe:
                 seen = torch.ones(len(some), k.shape[1], dtype=torch.bool, device=q.device)
                 if keep is not None:
                     seen &= keep[image]
-                if mixing.core.causal:
+                if core.causal:
                     seen &= torch.arange(k.shape[1], device=q.device) <= some[:, None]
                 scores = torch.einsum("rhd,nhd->hrn", q[image, some], k[image])
                 whole = scores
-                if beside is not None:
-                    bias = beside[image if len(beside) > 1 else 0]  # (H or 1, M or 1, N)
-                    bias = bias if bias.shape[1] == 1 else bias[:, some]
-                    seen = seen & ~_dropped(bias)
-                    whole = scores if bias.dtype == torch.bool else scores + bias.to(dtype)
+                if bias is not None:
+                    added = bias[image if len(bias) > 1 else 0]  # (H or 1, M or 1, N)
+                    added = added if added.shape[1] == 1 else added[:, some]
+                    seen = seen & ~_dropped(added)
+                    whole = scores if added.dtype == torch.bool else scores + added.to(dtype)
                 weights = self._absorb(scores, whole, seen.expand_as(scores), len(some) / len(rows))
                 if own:
                     self._locate(weights, some, grid)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from linsight.checkpoints import load_published
 from linsight.convert import converted_layers, distil_layers, layer_errors, linearize, new_parameters
+from linsight.convert.branches import branches_alone
+from linsight.convert.profiles import profile, worst
 from linsight.convert.recovery import blocks, hidden_states
 from linsight.convert.saved import told_layers
 from linsight.convert.transfer import relative_error
@@ -37,6 +39,12 @@ _STAGES = {  # as the page of a run calls them
     "teacher": "softmax, the teacher",
     "replaced": "its attention replaced",
     "layers": "each layer has learned what the old one gave",
+}
+
+_CONTROLS = {
+    "formula": "the same weights, without local terms",
+    "local": "the same weights, local terms alone",
+    _CONTROL: "the same weights, attention is the mean of the values",
 }
 
 
@@ -99,6 +107,8 @@ class Linearize(Distil):
         self.twin = self._softmax()
         self.student = model
         whole = super().around(model, load)
+        # the classifier is inherited, whatever is compared
+        self.order = self.teacher.order(self.classes, self.recipe.num_classes or self.outputs)
         if self.known is None:
             self._inherit(model)
             self._transfer(model)
@@ -109,6 +119,26 @@ class Linearize(Distil):
             return whole
         self.teacher.model = Hearing(self.teacher.model, names, always=True).eval()
         return Hearing(whole, names)
+
+    def hardest(self, count: int, device: torch.device, load: Load) -> tuple[list[str], list[str]]:
+        """The layers that the recipe converts, in two parts: those to convert, and the `count` that best stay softmax.
+
+        These are the ones whose output changes most where they alone are replaced, by a few batches of the data. No
+        weight changes. load: gives the teacher by its name.
+
+        Raises:
+            LinsightError: there are not so many.
+        """
+        self.open()
+        self.begin(device)
+        recipe, self.student = self.recipe, self.build()
+        names = list(converted_layers(self.student))
+        self.twin = self._softmax()
+        super().around(self.student.to(device), load)
+        images = self._images(_JUDGED, seed=1)
+        options = {"layers": names, "neutral": recipe.neutral, **recipe.attention_options}
+        kept = worst(profile(self.teacher.model, images, attention=recipe.attention, **options), keep=count)
+        return [name for name in names if name not in kept], kept
 
     def new(self, model: nn.Module) -> list[str]:
         """See `Task`."""
@@ -144,12 +174,13 @@ class Linearize(Distil):
         return super().logits(outputs)
 
     def controls(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """See `Task`: the same weights, where every token receives the mean of the values."""
+        """See `Task`: the same weights, where tokens receive the mean of the values, and with one branch alone."""
         if self.recipe.attention == _CONTROL:
             return {}
         control, trained = self._converted(_CONTROL), model.state_dict()
         control.load_state_dict({key: trained[key] for key in control.state_dict()})
-        return {_CONTROL: control.to(self.inputs.device).to(memory_format=self.inputs.format).eval()}
+        control = control.to(self.inputs.device).to(memory_format=self.inputs.format).eval()
+        return {_CONTROL: control, **branches_alone(model)}
 
     def compared(self, measures: Mapping[str, Mapping[str, float]]) -> Sequence[Shown]:
         """See `Task`."""
@@ -158,8 +189,7 @@ class Linearize(Distil):
             return ()
         reached = {words: stages[name] for name, words in _STAGES.items() if name in stages}
         reached["the whole model trained"] = measures[""][self.best]
-        if _CONTROL in measures:
-            reached["the same weights, attention is the mean of the values"] = measures[_CONTROL][self.best]
+        reached |= {words: measures[name][self.best] for name, words in _CONTROLS.items() if name in measures}
         whole = max(stages["teacher"], 1e-9)
         stage_rows = [(words, top1 / 100, f"{top1:.2f} %", f"{top1 / whole:.1%}") for words, top1 in reached.items()]
         layer_rows = [
@@ -194,7 +224,7 @@ class Linearize(Distil):
         return build(recipe, self.outputs)
 
     def _inherit(self, model: nn.Module) -> None:
-        """Give the student the teacher's weights, all but those that the mechanism brought.
+        """Give the student the teacher's weights, in the order of its classes, and none that the mechanism brought.
 
         Raises:
             LinsightError: a tensor has no counterpart, as where the student is of another host.
@@ -205,6 +235,10 @@ class Linearize(Distil):
         if odd:
             raise LinsightError(f"the teacher lacks {odd[0]}, which the student is to inherit: {len(new)} are new")
         model.load_state_dict({key: theirs[key] for key in own}, strict=False)
+        if self.order is not None:
+            head: Any = model
+            for tensor in head.get_classifier().state_dict().values():  # a row of each class
+                tensor.copy_(tensor[self.order])
 
     def _transfer(self, model: nn.Module) -> None:
         recipe, teacher = self.recipe, self.teacher
