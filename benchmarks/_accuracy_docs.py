@@ -163,7 +163,8 @@ def write(folder: Path, found: Mapping[Place, Sequence[dict[str, Any]]], argumen
             continue
         drawn = f"accuracy-{at.name}.png"
         picture(folder / drawn, rows, f"{at.about}\n{rows[0]['budget']}")
-        told = [f"{rows[0]['budget']}; {rows[0]['device']}, {rows[0]['precision']}, threads {rows[0]['threads']}"]
+        devices = ", ".join(sorted({row["device"] for row in rows}))
+        told = [f"{rows[0]['budget']}; {devices}, {rows[0]['precision']}, threads {rows[0]['threads']}"]
         told += [f"{key} {', '.join(sorted({row[key] for row in rows}))}" for key in ("torch", "timm", "linsight")]
         parts.append(f"## {at.about[0].upper()}{at.about[1:]}\n\n{', '.join(told)}\n")
         parts.append(f"{table(rows)}\n\n![{at.name}]({drawn})\n")

@@ -29,7 +29,8 @@ class Place:
 
     host: arguments of the compact host.  grid: height and width of the tokens.  side: pixels of an image.
     recipe: fields on top of the recipe cifar10.  epochs, subset, test: the budget, images to train on and to evaluate.
-    make: writes the images into a folder, where they are not real ones.
+    make: writes the images into a folder, where they are not real ones.  after: the place whose run with the same
+    mechanism and seed a run goes on from.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Place:
     test: int
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     make: Callable[[Path, int, int], None] | None = None
+    after: str = ""
 
     def data(self, given: Path | None) -> Path:
         """The folder of the images: the given one, else the one that is made once and kept in the user's cache."""
@@ -98,11 +100,13 @@ def write_recall(folder: Path, subset: int, test: int, *, grid: int) -> None:
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
-def _recall(grid: int, subset: int, epochs: int) -> Place:
-    cells = {"crop_mode": "none", "crop_padding": 0, "hflip": 0.0, "interpolation": "nearest", "smoothing": 0.0}
+def _recall(grid: int, subset: int, epochs: int, after: str = "") -> Place:
+    recipe = {"crop_mode": "none", "crop_padding": 0, "hflip": 0.0, "interpolation": "nearest", "smoothing": 0.0}
+    recipe |= {"mean": (0.5,) * 3, "std": (0.5,) * 3} | ({"lr": 5e-4} if after else {})
+    about = f"recall on {grid}x{grid} tokens: a question finds the value of its key, wherever that stands"
     return Place(
         f"recall-{grid}",
-        f"recall on {grid}x{grid} tokens: a question finds the value of its key, wherever that stands",
+        about + (f"; the runs of {after} go on" if after else ""),
         grid,
         2 * grid,
         VALUES,
@@ -110,8 +114,9 @@ def _recall(grid: int, subset: int, epochs: int) -> Place:
         epochs,
         subset,
         1000,
-        {**cells, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+        recipe,
         functools.partial(write_recall, grid=grid),
+        after,
     )
 
 
@@ -137,13 +142,13 @@ PLACES = {
             10,
             {"stem": ((16, 1),), "stages": ((32, 2, 1),)},
             4,
-            2000,
+            1500,
             1000,
             {"crop_padding": 16},
         ),
-        _recall(16, 12000, 8),
-        _recall(32, 8000, 6),
-        _recall(64, 4000, 4),
+        _recall(16, 12000, 5),
+        _recall(32, 4000, 1, after="recall-16"),
+        _recall(64, 2000, 1, after="recall-16"),
     )
 }
 

@@ -19,6 +19,7 @@ import dataclasses
 import fnmatch
 import functools
 import queue
+import shutil
 import signal
 import sys
 import tempfile
@@ -66,7 +67,10 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all runs at a place share."""
+    """What all runs at a place share.
+
+    runs: the folder of runs that others go on from.  start: of the place that runs here go on from.
+    """
 
     place: str
     data: str
@@ -77,11 +81,22 @@ class Setting:
     amp: str
     threads: int
     seconds: float
+    runs: str
+    start: "Setting | None" = None
 
     @property
     def budget(self) -> str:
         """What a row's accuracy was reached with."""
-        return f"{self.epochs} epochs of {self.subset} images, {self.test} to evaluate"
+        own = f"{self.epochs} epochs of {self.subset} images, {self.test} to evaluate"
+        return (
+            f"{own}, after {self.start.epochs} epochs of {self.start.subset} at {self.start.place}"
+            if self.start
+            else own
+        )
+
+    def folder(self, mechanism: str, seed: int | str) -> Path:
+        """The folder of a run that others go on from."""
+        return Path(self.runs, f"{self.place}, {self.budget}", f"{mechanism}-{seed}")
 
 
 def recipe(setting: Setting, mechanism: str, seed: int) -> Recipe:
@@ -102,6 +117,8 @@ def recipe(setting: Setting, mechanism: str, seed: int) -> Recipe:
         "amp": setting.amp,
         "threads": setting.threads,
     }
+    if setting.start is not None:
+        given["init"] = str(setting.start.folder(mechanism, seed))
     return resolve("cifar10", {**TRAINING, **given})
 
 
@@ -126,15 +143,31 @@ def work(cell: tuple[str, Setting], sides: dict[int, str], send: Send) -> None:
 
 
 def learn(setting: Setting, side: int, mechanism: str, seed: str, send: Send) -> None:
-    """Train, and send the accuracy of the last weights, on which nothing was selected."""
+    """Train, and send the accuracy of the last weights, on which nothing was selected; first what it goes on from."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            summary = train(recipe(setting, mechanism, int(seed)), out=Path(folder, "run"))
+        if setting.start is not None and not setting.start.folder(mechanism, seed).exists():
+            keep(setting.start, mechanism, seed)
+        summary = keep(setting, mechanism, seed)
         send(side, "facts", {"top1": summary["last_top1"], "seconds": summary["seconds"]})
     except Interrupted:
         raise KeyboardInterrupt from None
     except Exception as error:  # of whatever kind: it is what there is to report
         send(side, "error", (str(error).strip() or type(error).__name__).splitlines()[0][:200])
+
+
+def keep(setting: Setting, mechanism: str, seed: str) -> dict[str, Any]:
+    """The summary of a run, which is kept where others go on from it."""
+    kept = setting.folder(mechanism, seed)
+    followed = any(at.after == setting.place for at in PLACES.values())
+    if followed:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=setting.runs if followed else None) as folder:
+        run = Path(folder, "run")
+        summary = train(recipe(setting, mechanism, int(seed)), out=run)
+        if followed:
+            shutil.rmtree(kept, ignore_errors=True)
+            run.rename(kept)
+    return summary
 
 
 def make(mechanism: str, step: str, setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -212,8 +245,9 @@ def setting_of(options: argparse.Namespace, name: str, device: torch.device) -> 
     at = place(name)
     shared = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Setting)}
     budget = {key: getattr(options, key) or getattr(at, key) for key in ("epochs", "subset", "test")}
-    at = dataclasses.replace(at, **budget)  # what is made, is made for it
-    return Setting(**{**shared, **budget, "place": name, "data": str(at.data(options.data)), "device": str(device)})
+    made = dataclasses.replace(at, **budget)  # what is made, is made for it
+    own = {"place": name, "data": str(made.data(options.data)), "device": str(device), "runs": str(options.runs)}
+    return Setting(**{**shared, **budget, **own, "start": setting_of(options, at.after, device) if at.after else None})
 
 
 def run(options: argparse.Namespace) -> None:
@@ -245,6 +279,11 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
+def comparable(row: dict[str, Any]) -> tuple[str, ...]:
+    """What rows have in common whose accuracies compare; which processor of a kind it was does not matter."""
+    return (row["place"], row["budget"], row["device"].partition(":")[0], row["precision"])
+
+
 def fill(
     rows: list[dict[str, Any]],
     name: str,
@@ -256,8 +295,7 @@ def fill(
 ) -> list[dict[str, Any]]:
     """The rows of one place, of which those that were not there are added to `rows` and to the file."""
     facts = {"place": name, "budget": setting.budget, **facts}
-    same = {key: facts[key] for key in ("place", "budget", "device", "precision")}
-    ours = [row for row in rows if same.items() <= row.items() and row["mechanism"] in kinds]
+    ours = [row for row in rows if comparable(row) == comparable(facts) and row["mechanism"] in kinds]
     done = {(row["mechanism"], int(row["seed"])) for row in ours}
     todo = [(name, seed) for seed in options.seeds for name in kinds if (name, seed) not in done]
     print(f"{name}, {setting.budget}: {len(todo)} runs to do, {len(ours)} done before", flush=True)
@@ -293,6 +331,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=60.0, help="to time all forwards, and all training steps; 0: not at all")
     add("--limit", type=float, default=3600.0, help="seconds for a run: else it is given up")
     add("--csv", type=Path, default=Path("accuracy.csv"), help="file to add to")
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs/accuracy"),
+        help="folder of the runs that those of other places go on from",
+    )
     add("--docs", type=Path, help="folder whose accuracy.md and accuracy.png are to show the result")
     options = parser.parse_args(arguments)
     for name in ("epochs", "subset", "test", "jobs", "threads"):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -18,6 +20,7 @@ import _places
 import accuracy
 
 from linsight.attention import list_attentions
+from linsight.train import load_trained, train
 
 
 def png(pixels):
@@ -74,7 +77,7 @@ def test_each_mechanism_is_trained_once_a_seed_and_timed(data, tmp_path, capsys)
 
 
 def test_a_run_is_the_same_for_all_but_the_mechanism_and_the_seed(data):
-    setting = accuracy.Setting("cifar10", str(data), 5, 6000, 3000, "cpu", "off", 1, 0.0)
+    setting = accuracy.Setting("cifar10", str(data), 5, 6000, 3000, "cpu", "off", 1, 0.0, "")
     first, second = (accuracy.recipe(setting, *run) for run in (("linear", 0), ("softmax", 7)))
     differing = {name for name in vars(first) if getattr(first, name) != getattr(second, name)}
     assert differing == {"attention", "seed"}
@@ -162,10 +165,48 @@ def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     assert "`linear`, seed 1, failed: the loss became nan" in out
 
 
-def test_what_diverges_is_one_line(data, monkeypatch):
+def test_runs_go_on_from_those_of_another_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def small(name, grid, **more):
+        make = functools.partial(_places.write_recall, grid=grid)
+        budget = {"epochs": 1, "subset": 128, "test": 16}
+        return dataclasses.replace(
+            _places.place(name), name=name, grid=grid, side=2 * grid, make=make, **budget, **more
+        )
+
+    monkeypatch.setitem(_places.PLACES, "recall-16", small("recall-16", 4))
+    monkeypatch.setitem(_places.PLACES, "recall-64", small("recall-64", 6))
+    options = accuracy.parse(["--place", "recall-64", "--runs", str(tmp_path)])
+    setting = accuracy.setting_of(options, "recall-64", torch.device("cpu"))
+    assert setting.start.place == "recall-16" and setting.budget.endswith(
+        "to evaluate, after 1 epochs of 128 at recall-16"
+    )
+    sent = []
+    for _ in range(2):
+        accuracy.work(("run", setting), {0: "linear 3"}, lambda *message: sent.append(message))
+    assert [kind for _, kind, _ in sent] == ["facts", "facts"], sent
+    assert sent[0][2]["top1"] == sent[1][2]["top1"]
+    kept = load_trained(setting.start.folder("linear", 3))
+    assert kept.recipe.img_size == (8,)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []
+    still = accuracy.recipe(setting, "linear", 3).changed(lr=1e-30, weight_decay=0.0)
+    train(still, out=tmp_path / "still")
+    torch.testing.assert_close(load_trained(tmp_path / "still").model.state_dict(), kept.model.state_dict())
+
+
+def test_rows_of_other_processors_count():
+    row = {"place": "a", "budget": "b", "device": "cpu: one", "precision": "float32"}
+    assert accuracy.comparable(row) == accuracy.comparable(row | {"device": "cpu: another"})
+    for key in ("place", "budget", "precision"):
+        assert accuracy.comparable(row) != accuracy.comparable(row | {key: "other"})
+    assert accuracy.comparable(row) != accuracy.comparable(row | {"device": "cuda: one"})
+
+
+def test_what_diverges_is_one_line(data, tmp_path, monkeypatch):
     monkeypatch.setitem(accuracy.TRAINING, "lr", 1e30)
     monkeypatch.setitem(accuracy.TRAINING, "opt", "sgd")
-    setting, sent = accuracy.Setting("cifar10", str(data), 2, 80, 20, "cpu", "off", 1, 0.0), []
+    setting, sent = accuracy.Setting("cifar10", str(data), 2, 80, 20, "cpu", "off", 1, 0.0, str(tmp_path)), []
     accuracy.work(("run", setting), {0: "linear 0"}, lambda *message: sent.append(message))
     ((side, kind, line),) = sent
     assert (side, kind) == (0, "error") and line.startswith("the loss became") and "\n" not in line
