@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax": {"attention": "softmax"},
     "resnet18": {"model": "timm/resnet18", "attention": None, "model_args": {}},
 }
-BLOCK = re.compile(r"(<!-- results: camvid -->\n).*?(?=\n<!-- end: camvid -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: camvid -->\n).*?(?=<!-- end: camvid -->)", re.DOTALL)
 HEADER = ("CamVid, test split", "parameters", "mIoU %", "pixel accuracy %", "epochs", "minutes")
 _TIMED = 12  # updates, the first third of which is not counted
 

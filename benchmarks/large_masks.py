@@ -32,7 +32,7 @@ from linsight.tasks import task_of
 from linsight.train import load_trained, resolve
 
 PAGE = "segment.md"
-BLOCK = re.compile(r"(<!-- results: large -->\n).*?(?=\n<!-- end: large -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: large -->\n).*?(?=<!-- end: large -->)", re.DOTALL)
 PLAIN: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 

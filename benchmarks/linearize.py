@@ -8,7 +8,7 @@ its budget for its layers one by one, the rest for the whole model. Beside them 
 that is the mean of the values, and the same budget from scratch, of softmax and of `linear`. Last, the teacher and some
 students of the first seed go on at twice the resolution, and are timed there and above. Runs in `--out` that are
 finished are taken as they are, and each accuracy is a line of `--csv` at once, so it may be stopped at any time; times
-are measured at the end. --docs puts the tables into linearize.md there.
+are measured at the end. --docs puts the tables and a picture into linearize.md there.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from linsight.bench import Setting, run_speed
 from linsight.errors import LinsightError
 from linsight.runtime.console import new_console
 from linsight.runtime.device import list_devices
+from linsight.runtime.figures import drawing, new_figure, require_matplotlib, save_figure
 from linsight.runtime.files import replacing, write_text
 from linsight.train import resolve, resume, train
 from linsight.train.progress import reporter
@@ -41,9 +42,11 @@ SCRATCH = ("softmax", "linear")
 LARGER = ("softmax", "hedgehog", "inline")  # that go on at `SIDE`, softmax as the teacher
 SIDE, TIMED = 64, (64, 128, 256)  # pixels
 SHARE = 0.05  # of the teacher's updates
+WANTED = 0.97  # of the teacher's top-1
+DRAWN = "linearize-vision.png"  # the picture, beside the page
 BATCH, IMAGES, AT_SIDE = 256, 50_000, 12_800  # images of a batch, to train on, and to go on with
 FIELDS = ("kind", "attention", "seed", "updates", "top1", "teacher", "seconds")
-BLOCK = re.compile(r"(<!-- results: vision -->\n).*?(?=\n<!-- end: vision -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: vision -->\n).*?(?=<!-- end: vision -->)", re.DOTALL)
 
 
 def learn(folder: Path, recipe: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def results(options: argparse.Namespace) -> list[dict[str, Any]]:
         with options.csv.open(newline="") as file:
             rows = list(csv.DictReader(file))
     shared = {"data": str(options.data), "device": options.device, "threads": options.threads, "batch_size": BATCH}
+    shared["workers"] = options.workers
     done = {(row["kind"], row["attention"], int(row["seed"])) for row in rows}
     todo = [run for run in runs(options) if run not in done]
     if not todo:
@@ -118,20 +122,48 @@ def augmented(options: argparse.Namespace) -> dict[str, Any]:
     return {"epochs": options.epochs, "mixup_prob": 0.5, "cutmix": 1.0}
 
 
+def groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Top-1 of the seeds of each student and control, by what it is called, the best first."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["kind"] != "larger":
+            name = row["attention"]
+            more = ", from scratch" if row["kind"] == "scratch" else ", the control" if name == "mean" else ""
+            found.setdefault(name + more, []).append(float(row["top1"]))
+    return dict(sorted(found.items(), key=lambda item: -mean(item[1])))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """In Markdown: mean and spread of the seeds, and the share of the teacher."""
     lines = ["| attention | top-1 % | of the teacher's |", "|---|---|---|"]
     teacher = float(rows[0]["teacher"])
     lines.append(f"| softmax, the teacher | {teacher:.1f} | |")
-    groups: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if row["kind"] != "larger":
-            groups.setdefault((row["kind"], row["attention"]), []).append(float(row["top1"]))
-    for (kind, name), values in sorted(groups.items(), key=lambda item: -mean(item[1])):
+    for label, values in groups(rows).items():
         spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-        label = f"{name}, from scratch" if kind == "scratch" else name + (", the control" if name == "mean" else "")
         lines.append(f"| {label} | {mean(values):.1f}{spread} | {100 * mean(values) / teacher:.1f} % |")
     return "\n".join(lines)
+
+
+@drawing()
+def picture(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Each seed a dot, the mean a bar, beside lines at the teacher and at `WANTED` of it."""
+    found, teacher = groups(rows), float(rows[0]["teacher"])
+    figure = new_figure(8, 1.2 + 0.3 * len(found))
+    axes = figure.subplots()
+    for place, (label, values) in enumerate(found.items()):
+        colour = "tab:gray" if "," in label else "tab:blue"
+        axes.plot(values, [place] * len(values), ".", color=colour, alpha=0.6)
+        axes.plot(mean(values), place, "|", color=colour, markersize=14)
+    for share, style in ((1.0, "-"), (WANTED, ":")):
+        axes.axvline(
+            share * teacher, color="tab:red", linestyle=style, linewidth=1, label=f"{share:.0%} of the teacher"
+        )
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set(xlabel="top-1 %, each seed and the mean")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
 
 
 def larger(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -162,9 +194,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", type=lambda text: text.split(","), default=[], help="some of the mechanisms")
     add("--device", default="cpu")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--workers", type=int, help="processes that read images; none: as the recipe has it")
     add("--seconds", type=float, default=5.0, help="to spend on the times of a size")
     add("--docs", type=Path, help="the folder of linearize.md, the file to write the result into")
     options = parser.parse_args(arguments)
+    if options.docs:
+        require_matplotlib(f"drawing {DRAWN}")
     if options.docs and not BLOCK.search((options.docs / "linearize.md").read_text(encoding="utf-8")):
         raise LinsightError(
             f"'{options.docs / 'linearize.md'}' has no place for the result: '<!-- results: vision -->'"
@@ -187,9 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"The teacher and students of the first seed, each trained on {AT_SIDE:,} images of {SIDE} pixels more; "
             f"times of one image, beside softmax in the same host."
         )
-        text = f"{table(rows)}\n\n{told}\n\n{larger(rows, options)}\n\n{beyond}\n"
+        text = f"{table(rows)}\n\n{told}\n\n![of the teacher]({DRAWN})\n\n{larger(rows, options)}\n\n{beyond}\n"
         print(text)
         if options.docs:
+            picture(options.docs / DRAWN, rows)
             page = options.docs / "linearize.md"
             write_text(page, BLOCK.sub(lambda found: found[1] + text, page.read_text(encoding="utf-8")))
 
