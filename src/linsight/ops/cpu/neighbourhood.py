@@ -2,43 +2,48 @@
 
 A block of b places on an axis, of one dilation group, reads b + K - 1 keys, where the plain form gathers K for each
 query. The few it reads in vain cost less than the gathering, as products of small matrices take the place of rows that
-are picked one by one. Blocks with the same pattern (at a rim, or inside) share their mask and their biases.
+are picked one by one. Blocks with the same pattern (at a rim, or inside) share their mask and their biases; a grid of a
+few blocks is computed at once instead, by a mask of each.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..neighbourhood import AxisWindow, axis_window
 from ..sizes import unflatten
 from ..states import accumulator, full_precision
 
 BLOCK = 8  # places of a block, along each axis
-AT_ONCE = 2**21  # scores held at once where no gradients are recorded
+AT_ONCE = 2**21  # scores computed at once where no gradients are recorded
+FEW = 64  # blocks of a grid that are computed at once, whatever their patterns
 
 
 class Blocks(NamedTuple):
-    """The blocks of an axis that share a pattern: t of them, of b queries and w keys.
+    """Blocks of an axis: t of them, of b queries and w keys.
 
-    queries, keys: where they are, `(t, b)` and `(t, w)`.  seen: which keys a query has, `(b, w)`.
-    offset: key minus query in units of the dilation, from `1 - K` counted, `(b, w)`.
+    queries, keys: where they are, `(t, b)` and `(t, w)`.  hidden: added to scores, -inf where a query does not see a
+    key, else 0, `(t, b, w)`, or `(1, b, w)` where all have the same.  offset: key minus query in units of the dilation,
+    from `1 - K` counted, shaped as `hidden`.
     """
 
     queries: Tensor
     keys: Tensor
-    seen: Tensor
+    hidden: Tensor
     offset: Tensor
 
 
 class Axis(NamedTuple):
-    """An axis in blocks; `home` `(side,)` is where each place is among their queries, one after the other."""
+    """An axis in blocks, of so many places: those that share a pattern together, and all together."""
 
+    side: int
     blocks: tuple[Blocks, ...]
-    home: Tensor
+    whole: Blocks
 
 
 def neighbourhood_attention(
@@ -50,69 +55,68 @@ def neighbourhood_attention(
     table: Tensor | None = None,
 ) -> Tensor:
     """See `linsight.ops.neighbourhood_attention`, of a whole grid of the height and width `sides`."""
-    axes = [axis(side, window) for side, window in zip(sides, windows, strict=True)]
+    rows, columns = (axis(side, window) for side, window in zip(sides, windows, strict=True))
     dtype = accumulator(v.dtype)
     with full_precision(v):
         q = q.to(dtype) * q.shape[-1] ** -0.5
-        q, k, v = (unflatten(x.to(dtype), 1, sides) for x in (q, k, v))  # (B, height, width, H, D)
         bias = None if table is None else table.to(dtype)
-        pair = q.shape[3] * math.prod(max(some.seen.numel() for some in side.blocks) for side in axes)
-        each = len(q) if torch.is_grad_enabled() else max(1, AT_ONCE // pair)
-        images = zip(*(x.split(max(1, each)) for x in (q, k, v)), strict=True)
-        parts = [_grids(some, keys, values, axes, bias) for some, keys, values in images]
-    return _joined(parts, 0).flatten(1, 2)
+        pair = q.shape[2] * rows.whole.hidden[0].numel() * columns.whole.hidden[0].numel()
+        each = len(q) if torch.is_grad_enabled() else AT_ONCE // pair
+        images = zip(*(x.to(dtype).split(max(1, each)) for x in (q, k, v)), strict=True)
+        parts = [_grids((rows, columns), bias, *(x.transpose(0, 1).contiguous() for x in some)) for some in images]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(0, 1)
 
 
-def _grids(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[Axis], table: Tensor | None) -> Tensor:
-    """Outputs `(B, height, width, H, E)` of whole grids."""
+def _grids(axes: tuple[Axis, Axis], table: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Outputs `(N, B, H, E)` of q, k and v `(N, B, H, D)`."""
     rows, columns = axes
-    bands = [_joined([_attend(q, k, v, down, across, table) for across in columns.blocks], 2) for down in rows.blocks]
-    return _joined(bands, 1).index_select(1, rows.home).index_select(2, columns.home)
+    few = table is None and len(rows.whole.queries) * len(columns.whole.queries) <= FEW
+    downs, acrosses = ((side.whole,) if few else side.blocks for side in axes)
+    found = [
+        part for down in downs for across in acrosses for part in _attend(q, k, v, down, across, columns.side, table)
+    ]
+    outs, places = (torch.cat(parts) for parts in zip(*found, strict=True))
+    home = torch.empty_like(places[: len(q)]).scatter(0, places, torch.arange(len(places), device=places.device))
+    return outs.index_select(0, home)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, down: Blocks, across: Blocks, table: Tensor | None) -> Tensor:
-    """Outputs `(B, rows of queries, columns of queries, H, E)` of the blocks where `down` and `across` meet."""
-    seen = (down.seen[:, None, :, None] & across.seen[:, None]).flatten(2).flatten(0, 1)  # (queries, keys)
-    bias = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, down: Blocks, across: Blocks, width: int, table: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs `(n, B, H, E)` of the blocks where `down` and `across` meet, and the places `(n,)` of their queries."""
+    hidden = down.hidden[:, None, :, None, :, None] + across.hidden[:, None, :, None]  # (t, s, y, x, m, n)
+    bias = hidden.to(q.dtype).flatten(4).flatten(2, 3)[:, :, None]  # (t, s, 1, queries, keys)
     if table is not None:
         found = table.index_select(1, down.offset.flatten()).index_select(2, across.offset.flatten())
-        found = unflatten(unflatten(found, 2, across.offset.shape), 1, down.offset.shape)  # (H, y, m, x, n)
-        bias = bias + found.transpose(2, 3).flatten(3).flatten(1, 2)
+        found = unflatten(unflatten(found, 2, across.offset.shape[1:]), 1, down.offset.shape[1:])  # (H, y, m, x, n)
+        # images stand beside heads, and the table is of a head
+        bias = bias + found.transpose(2, 3).flatten(3).flatten(1, 2).repeat(q.shape[1], 1, 1)
     high, wide = len(down.queries), len(across.queries)
-    if not torch.is_grad_enabled():  # else all scores are kept, whatever is computed at once
-        most = max(1, AT_ONCE // max(1, q.shape[0] * q.shape[3] * seen.numel()))
+    if not torch.is_grad_enabled():  # else all keys are kept, whatever is computed at once
+        most = max(1, AT_ONCE // max(1, q.shape[1] * q.shape[2] * hidden[0, 0].numel()))
         high, wide = max(1, most // wide), min(wide, most)
-    bands = []
-    for some in _split(down, high):
-        parts = [_products(q, k, v, some, other, bias) for other in _split(across, wide)]
-        bands.append(_joined(parts, 2))
-    return _joined(bands, 1)
+    for some, mask in _split(down, bias, 0, high):
+        for other, own in _split(across, mask, 1, wide):
+            queries, keys = (_places(*pair, width) for pair in ((some.queries, other.queries), (some.keys, other.keys)))
+            mine, theirs, values = (
+                x.index_select(0, places.flatten()).view(*places.shape, -1, x.shape[-1]).transpose(1, 2)
+                for x, places in ((q, queries), (k, keys), (v, keys))
+            )  # (blocks, B H, tokens, D)
+            out = F.scaled_dot_product_attention(mine, theirs, values, attn_mask=own.flatten(0, 1), scale=1.0)
+            yield unflatten(out.transpose(1, 2).flatten(0, 1), 1, q.shape[1:3]), queries.flatten()
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, down: Blocks, across: Blocks, bias: Tensor) -> Tensor:
-    """As `_attend`, all at once. bias: `(H or none, queries, keys)`."""
-    mine = _cut(q, down.queries, across.queries)
-    theirs, values = (_cut(x, down.keys, across.keys) for x in (k, v))
-    out = torch.softmax(mine @ theirs.transpose(-1, -2) + bias, dim=-1) @ values  # (B, t, s, H, y x, E)
-    out = unflatten(out, 4, (down.queries.shape[1], across.queries.shape[1]))
-    return out.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+def _places(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """The places `(t s, m n)` on a grid of that width of rows `(t, m)` and columns `(s, n)`."""
+    return (rows[:, None, :, None] * width + columns[:, None]).flatten(2).flatten(0, 1)
 
 
-def _split(blocks: Blocks, count: int) -> Iterator[Blocks]:
-    """The blocks, so many at a time."""
-    for queries, keys in zip(blocks.queries.split(count), blocks.keys.split(count), strict=True):
-        yield Blocks(queries, keys, blocks.seen, blocks.offset)
-
-
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
-
-
-def _cut(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Tokens `(B, t, s, H, m n, D)` of `x` `(B, height, width, H, D)` at `rows` `(t, m)` and `columns` `(s, n)`."""
-    x = x.index_select(1, rows.flatten()).index_select(2, columns.flatten())
-    x = unflatten(unflatten(x, 2, columns.shape), 1, rows.shape)  # (B, t, m, s, n, H, D)
-    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+def _split(blocks: Blocks, bias: Tensor, dim: int, count: int) -> Iterator[tuple[Blocks, Tensor]]:
+    """The blocks, so many at a time, and their part of `bias`, which has them at `dim`."""
+    queries, keys = blocks.queries.split(count), blocks.keys.split(count)
+    biases = bias.split(count, dim) if bias.shape[dim] > 1 else [bias] * len(queries)
+    for mine, theirs, own in zip(queries, keys, biases, strict=True):
+        yield blocks._replace(queries=mine, keys=theirs), own
 
 
 @functools.lru_cache(maxsize=256)
@@ -136,11 +140,9 @@ def axis(side: int, window: AxisWindow) -> Axis:
         seen = (low[..., None] <= there[:, None]) & (there[:, None] <= high[..., None])
         offset = (there[:, None] - own[..., None] + window.kernel - 1).masked_fill(~seen, 0)
         keys = torch.minimum(there, count - 1) * step + group
+        hidden = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
         patterns, which = torch.stack([seen.long(), offset], dim=-1).unique(dim=0, return_inverse=True)
-        blocks = [
-            Blocks(queries[which == i], keys[which == i], pattern[..., 0].bool(), pattern[..., 1])
-            for i, pattern in enumerate(patterns)
-        ]
-        order = torch.cat([some.queries.flatten() for some in blocks])
-        home = torch.empty_like(order[:side]).scatter(0, order, torch.arange(len(order)))
-    return Axis(tuple(blocks), home)
+        whole = Blocks(queries, keys, hidden, offset)
+        alike = [torch.nonzero(which == i)[:, 0] for i in range(len(patterns))]
+        blocks = (Blocks(queries[some], keys[some], hidden[some[:1]], offset[some[:1]]) for some in alike)
+        return Axis(side, tuple(blocks), whole)
