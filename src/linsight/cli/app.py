@@ -16,10 +16,10 @@ from linsight.runtime.launch import this_copy
 from linsight.runtime.signals import Interrupted, Stop, drop_output, exit_code
 from linsight.runtime.text import printable
 
-from . import bench, convert, export, prune, push, report, show, slide, train
+from . import bags, bench, convert, export, prune, push, report, show, slide, train
 
 app = typer.Typer(name="linsight", add_completion=False, pretty_exceptions_enable=False)
-for module in (train, slide, convert, prune, report, export, push, bench, show):
+for module in (train, slide, bags, convert, prune, report, export, push, bench, show):
     module.register(app)
 
 # typer's own copy of click has no public name for it

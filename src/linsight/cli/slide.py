@@ -1,6 +1,7 @@
 """`linsight slide`: a whole slide as a bag of tiles, its label, and a picture of the tiles that decide it."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ def slide(
     bag_model: Annotated[
         str | None, typer.Option(metavar="FILE", help="weights of the bag model, ACMIL or ABMIL, for a label")
     ] = None,
-    classes: Annotated[str, typer.Option(metavar="A,B,...", help="names of its classes; none: their numbers")] = "",
+    classes: Annotated[str, typer.Option(metavar="A,B,...", help="names of its classes; none: as its file tells")] = "",
     checkpoint: Annotated[str | None, typer.Option(help="published weights, for a backbone given by name")] = None,
     from_size: From = None,
     tile: Annotated[
@@ -65,7 +66,7 @@ def slide(
     from linsight.train.progress import tile_reporter
 
     model = None if bag_model is None else load_bag_model(bag_model)
-    names = _names(classes, 0 if model is None else model.num_classes)
+    names = _names(classes, () if model is None else model.classes, 0 if model is None else model.num_classes)
     trained = load(source, checkpoint, from_size, option="a slide")
     where = pick_device(device)
     mean, std = statistics(trained.recipe)
@@ -94,8 +95,9 @@ def slide(
     _tell(facts | ({} if model is None else _seen(model, found, names, picture)), as_json)
 
 
-def _names(classes: str, count: int) -> list[str]:
-    names = [name.strip() for name in classes.split(",")] if classes else [str(number) for number in range(count)]
+def _names(classes: str, told: Sequence[str], count: int) -> list[str]:
+    """The names of the classes: the given ones, or those that the bag model was trained for, or their numbers."""
+    names = [name.strip() for name in classes.split(",")] if classes else list(told) or list(map(str, range(count)))
     if len(names) != count:
         raise typer.BadParameter(f"--classes has {len(names)} names, and the bag model {count} classes")
     return names

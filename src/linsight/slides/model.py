@@ -1,10 +1,12 @@
 """A bag model from a file, and its answer to a slide."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from linsight.checkpoints import load_published
@@ -12,6 +14,7 @@ from linsight.checkpoints.read import read
 from linsight.checkpoints.unwrap import unwrap
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models.bags import Acmil
+from linsight.runtime.places import located
 
 from .bag import Bag
 
@@ -23,12 +26,12 @@ class Seen(NamedTuple):
     weights: Tensor
 
 
-def load_bag_model(source: str | Path | Mapping[str, object], *, num_heads: int = 8) -> Acmil:
-    """An `Acmil` in evaluation mode, of the sizes that its weights tell.
+def load_bag_model(source: str | Path | Mapping[str, object], *, num_heads: int | None = None) -> Acmil:
+    """An `Acmil` in evaluation mode, of the sizes that its weights tell; its `classes` are named where the file does.
 
     Args:
         source: as of `load_published`, ours or as published.
-        num_heads: heads of a multihead model, which weights do not tell; published are 8.
+        num_heads: heads of a multihead model; None: as the file tells, or else 8, as published.
 
     Raises:
         CheckpointError: the source cannot be read safely, or is no such model.
@@ -41,6 +44,7 @@ def load_bag_model(source: str | Path | Mapping[str, object], *, num_heads: int 
     gate, query = state.get("attention.attention_weights.weight"), state.get("q")
     if gate is None and query is None:
         raise CheckpointError(f"{name} holds no bag model that is known here: neither gated nor multihead branches")
+    told = {} if isinstance(source, Mapping) else _told(source)
     model = Acmil(
         reduced.shape[1],
         head.shape[0],
@@ -48,10 +52,23 @@ def load_bag_model(source: str | Path | Mapping[str, object], *, num_heads: int 
         branches=query.shape[1] if gate is None else gate.shape[0],  # type: ignore[union-attr]
         inner_dim=reduced.shape[0],
         hidden_dim=128 if gate is None else gate.shape[1],
-        num_heads=num_heads,
+        num_heads=num_heads or int(told.get("num_heads", 8)),
     )
     load_published(model, state)
+    classes = tuple(json.loads(told.get("classes", "[]")))
+    if classes and len(classes) != model.num_classes:
+        raise CheckpointError(f"{name} names {len(classes)} classes, and has weights of {model.num_classes}")
+    model.classes = classes
     return model.eval()
+
+
+def _told(source: str | Path) -> dict[str, str]:
+    """The words beside the weights of a file of safetensors."""
+    path = located(source)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def see_slide(model: Acmil, bag: Bag) -> Seen:

@@ -194,7 +194,8 @@ class Acmil(nn.Module):
         if kind == "multihead" and (num_heads < 1 or dim % num_heads):
             raise LinsightError(f"num_heads={num_heads} does not divide the {dim} channels inside: pass inner_dim=")
         self.in_features, self.num_classes, self.kind = in_features, num_classes, kind
-        self.n_masked, self.mask_drop = n_masked, mask_drop
+        self.n_masked, self.mask_drop, self.num_heads = n_masked, mask_drop, num_heads
+        self.classes: tuple[str, ...] = ()  # their names, where a file told them
         if kind == "multihead":
             self.q = nn.Parameter(torch.empty(1, branches, dim, **factory))
             nn.init.normal_(self.q, std=1e-6)
