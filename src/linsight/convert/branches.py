@@ -1,4 +1,4 @@
-"""What a mechanism's formula and its local terms do, each alone: copies of a converted model that lack the other.
+"""A mechanism's formula and its local terms, each alone: copies of a converted model that lack the other.
 
 A local term, as the convolution of v in InLine or MLLA, can carry a model whose formula does little: then the accuracy
 says nothing of the mechanism. Layers of a hybrid have `without` for their window.

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from linsight.errors import LinsightError, MissingExtraError
 from linsight.models.bags import Acmil, bag_loss
-from linsight.runtime.files import replacing, writing
+from linsight.runtime.files import replacing, to_json, writing
 
 from .labelled import LabelledBags
 
@@ -38,7 +37,7 @@ class Learned:
         Raises:
             LinsightError: it cannot be written.
         """
-        about = {"classes": json.dumps(self.classes), "num_heads": str(self.model.num_heads)}
+        about = {"classes": to_json(self.classes), "num_heads": str(self.model.num_heads)}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.model.state_dict().items()}
         target = pathlib.Path(path)
         with writing(target), replacing(target) as temporary:
