@@ -220,7 +220,7 @@ QUICK = ("mlla_pyramid_tiny", "vit_tiny")
 @pytest.mark.timeout(300)  # where cores are shared
 @pytest.mark.parametrize(
     "host",
-    [pytest.param(h, marks=[] if h in ("vit_tiny", "mlla_pyramid_tiny") else [pytest.mark.full]) for h in COMPILED],
+    [pytest.param(h, marks=[] if h == "vit_tiny" else [pytest.mark.full]) for h in COMPILED],
 )
 def test_two_graphs_for_five_sizes(host):
     torch._dynamo.reset()

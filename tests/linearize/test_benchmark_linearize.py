@@ -46,14 +46,14 @@ def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
     page, file = tmp_path / "linearize.md", tmp_path / "runs.csv"
     page.write_text("# Words\n\n<!-- results: vision -->\n<!-- end: vision -->\n\nMore\n")
     options = ["--data", str(data), "--out", str(tmp_path / "runs"), "--csv", str(file), "--threads", "1"]
-    options += ["--epochs", "16", "--seeds", "1", "--workers", "0", "--docs", str(tmp_path)]
+    options += ["--epochs", "8", "--seeds", "1", "--workers", "0", "--docs", str(tmp_path)]
     assert benchmark.main(options) == 0
     rows = list(csv.DictReader(file.read_text().splitlines()))
     names = [(row["kind"], row["attention"], row["seed"]) for row in rows]
     seeds = [("student", "hedgehog"), ("student", "mean"), ("scratch", "linear")]
     wanted = [(*pair, "0") for pair in seeds]
     assert names == [*wanted, ("larger", "softmax", "0"), ("larger", "hedgehog", "0")]
-    assert {row["updates"] for row in rows[:3]} == {"4"} and {row["updates"] for row in rows[3:]} == {"2"}
+    assert {row["updates"] for row in rows[:3]} == {"2"} and {row["updates"] for row in rows[3:]} == {"2"}
     assert len({row["teacher"] for row in rows}) == 1
     grids = {name: load_trained(tmp_path / "runs" / f"larger-{name}-0").recipe.img_size for name in small["LARGER"]}
     assert grids == {"softmax": (64,), "hedgehog": (64,)}

@@ -20,15 +20,15 @@ from linsight.runtime.heap import kept_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(24 * 2**20)  # 96 MiB, above all that glibc keeps by itself
+    for _ in range(10):
+        torch.ones(12 * 2**20)  # 48 MiB, above all that glibc keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 torch.set_num_threads(1)
 usual = faults()
 with kept_memory() as kept:
     with kept_memory():
-        torch.ones(24 * 2**20)
+        torch.ones(12 * 2**20)
     inside = faults()  # of what is entered twice, the last exit decides
 after = faults()
 print(kept, usual, inside, after)

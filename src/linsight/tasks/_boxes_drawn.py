@@ -1,5 +1,6 @@
 """Objects drawn into the images that they are in, by torchvision."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,8 +43,20 @@ def drawn(
         image = draw_segmentation_masks(image, unpacked_masks(masks).bool(), alpha=0.4, colors=own)
     boxes = boxes.clone()
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2])
-    wide = max(1, round(max(image.shape[-2:]) / 300))
-    return draw_bounding_boxes(image, boxes, list(texts), own, width=wide)
+    side = max(image.shape[-2:])
+    font = _font()
+    size = {} if font is None else {"font": font, "font_size": max(10, round(side / 36))}
+    return draw_bounding_boxes(image, boxes, list(texts), own, width=max(1, round(side / 300)), **size)
+
+
+@functools.cache
+def _font() -> str | None:
+    """A file of letters of any size, which matplotlib has; None without it: then letters are small."""
+    try:
+        from matplotlib.font_manager import findfont
+    except ImportError:
+        return None
+    return findfont("DejaVu Sans")
 
 
 def colours_of(count: int) -> list[tuple[int, int, int]]:
