@@ -45,8 +45,9 @@ def drawn(
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2])
     side = max(image.shape[-2:])
     font = _font()
-    size = {} if font is None else {"font": font, "font_size": max(10, round(side / 36))}
-    return draw_bounding_boxes(image, boxes, list(texts), own, width=max(1, round(side / 300)), **size)
+    look: dict[str, Any] = {} if font is None else {"font": font, "font_size": max(10, round(side / 36))}
+    look |= {"label_colors": "white", "label_background_colors": own, "fill_labels": True}
+    return draw_bounding_boxes(image, boxes, list(texts), own, width=max(1, round(side / 300)), **look)
 
 
 @functools.cache
