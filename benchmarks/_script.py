@@ -1,10 +1,13 @@
-"""What all benchmark scripts end with."""
+"""The exit status of benchmark scripts, and the pictures that they put into pages."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
+
 from linsight.errors import LinsightError
+from linsight.runtime.files import replacing
 
 
 def exit_status(script: str, work: Callable[[], int | None]) -> int:
@@ -16,3 +19,13 @@ def exit_status(script: str, work: Callable[[], int | None]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def put_picture(source: Path, page: Path) -> str:
+    """A picture of a run beside a page of the documentation, as PAGE.jpg; the line that shows it."""
+    target = page.with_suffix(".jpg")
+    with Image.open(source) as picture, replacing(target) as temporary:
+        small = picture.convert("RGB")
+        small.thumbnail((1000, 2**16))
+        small.save(temporary, "jpeg", quality=80)
+    return f"![What the model finds]({target.name})"

@@ -11,7 +11,6 @@ meanwhile. --docs puts the table into segment.md there, and the picture of predi
 
 import argparse
 import re
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _script import exit_status
+from _script import exit_status, put_picture
 
 from linsight.data.feeds import open_feeds
 from linsight.errors import LinsightError
@@ -116,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         if options.docs:
             page = options.docs / "segment.md"
+            text += f"\n{put_picture(options.out / 'inline' / 'predictions.png', page)}\n"
             write_text(page, BLOCK.sub(lambda found: found[1] + text, page.read_text(encoding="utf-8")))
-            shutil.copy(options.out / "inline" / "predictions.png", options.docs / "segment.png")
 
     return exit_status(__file__, work)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _script import exit_status
+from _script import exit_status, put_picture
 from torch import Tensor
 
 from linsight.data.detection import Scene, open_objects
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         if options.docs:
             page = options.docs / "detect.md"
+            text += f"\n{put_picture(options.out / 'predictions.png', page)}\n"
             write_text(page, BLOCK.sub(lambda found: found[1] + text, page.read_text(encoding="utf-8")))
 
     return exit_status(__file__, work)

@@ -61,7 +61,9 @@ def test_the_mean_box_and_its_precision_are_those_of_the_files(photos, tmp_path)
 
 def test_the_result_stands_in_the_page_and_a_finished_run_is_taken_as_it_is(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        raccoon, "resolve", lambda name, given: resolve("digits", {**OBJECTS, "method": "retinanet"} | given)
+        raccoon,
+        "resolve",
+        lambda name, given: resolve("digits", {**OBJECTS, "method": "retinanet", "figures": True} | given),
     )
     page = tmp_path / "detect.md"
     page.write_text("# before\n<!-- results: raccoon -->\nold\n<!-- end: raccoon -->\nafter\n")
@@ -70,6 +72,7 @@ def test_the_result_stands_in_the_page_and_a_finished_run_is_taken_as_it_is(phot
         assert raccoon.main([*options, "--epochs", "1", "--amp", "off"]) == 0, capsys.readouterr().err
     text = page.read_text()
     assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
+    assert "(detect.jpg)" in text and (tmp_path / "detect.jpg").read_bytes()[:2] == b"\xff\xd8"
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert rows[0][0] == "| 5 photographs of raccoons" and [len(row) for row in rows] == [7] * 4
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
