@@ -165,6 +165,8 @@ def write(folder: Path, found: Mapping[Place, Sequence[dict[str, Any]]], argumen
         picture(folder / drawn, rows, f"{at.about}\n{rows[0]['budget']}")
         devices = ", ".join(sorted({row["device"] for row in rows}))
         told = [f"{rows[0]['budget']}; {devices}, {rows[0]['precision']}, threads {rows[0]['threads']}"]
+        if timed := {row["speed_device"] for row in rows if row.get("speed_device")}:
+            told.append(f"speeds on {', '.join(sorted(timed))}")
         told += [f"{key} {', '.join(sorted({row[key] for row in rows}))}" for key in ("torch", "timm", "linsight")]
         parts.append(f"## {at.about[0].upper()}{at.about[1:]}\n\n{', '.join(told)}\n")
         parts.append(f"{table(rows)}\n\n![{at.name}]({drawn})\n")

@@ -22,7 +22,9 @@ def exit_status(script: str, work: Callable[[], int | None]) -> int:
 
 
 def put_picture(source: Path, page: Path) -> str:
-    """A picture of a run beside a page of the documentation, as PAGE.jpg; the line that shows it."""
+    """A picture of a run beside a page of the documentation, as PAGE.jpg; the line that shows it, "" without one."""
+    if not source.exists():
+        return ""
     target = page.with_suffix(".jpg")
     with Image.open(source) as picture, replacing(target) as temporary:
         small = picture.convert("RGB")

@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import fnmatch
 import functools
+import hashlib
 import queue
 import shutil
 import signal
@@ -95,8 +96,11 @@ class Setting:
         )
 
     def folder(self, mechanism: str, seed: int | str) -> Path:
-        """The folder of a run that others go on from."""
-        return Path(self.runs, f"{self.place}, {self.budget}", f"{mechanism}-{seed}")
+        """The folder of a run that others go on from, which tells all that its weights depend on."""
+        told = sorted(recipe(self, mechanism, int(seed)).model_dump(exclude={"threads"}).items())
+        return Path(
+            self.runs, f"{self.place}-{mechanism}-{seed}-{hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
+        )
 
 
 def recipe(setting: Setting, mechanism: str, seed: int) -> Recipe:
@@ -160,7 +164,7 @@ def keep(setting: Setting, mechanism: str, seed: str) -> dict[str, Any]:
     kept = setting.folder(mechanism, seed)
     followed = any(at.after == setting.place for at in PLACES.values())
     if followed:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        Path(setting.runs).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=setting.runs if followed else None) as folder:
         run = Path(folder, "run")
         summary = train(recipe(setting, mechanism, int(seed)), out=run)
@@ -309,7 +313,7 @@ def fill(
     if options.seconds:
         speeds = time_all(workers[0], setting, list(kinds))
         for row in ours:
-            row |= speeds[row["mechanism"]]
+            row |= speeds[row["mechanism"]] | {"speed_device": facts["device"]}
         write(options.csv, rows)
     return ours
 

@@ -187,6 +187,7 @@ def test_runs_go_on_from_those_of_another_place(tmp_path, monkeypatch):
         accuracy.work(("run", setting), {0: "linear 3"}, lambda *message: sent.append(message))
     assert [kind for _, kind, _ in sent] == ["facts", "facts"], sent
     assert sent[0][2]["top1"] == sent[1][2]["top1"]
+    assert setting.start.folder("linear", 3) != dataclasses.replace(setting.start, amp="bf16").folder("linear", 3)
     kept = load_trained(setting.start.folder("linear", 3))
     assert kept.recipe.img_size == (8,)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import f1_score, roc_auc_score
 
-from linsight.errors import LinsightError
+from linsight.errors import CheckpointError, LinsightError
 from linsight.models.bags import Acmil, bag_loss
 from linsight.slides import Bag, judge_bags, load_bag_model, open_bags, train_bags
 from linsight.tasks import ClassifyRecipe
@@ -119,6 +119,41 @@ def test_a_fifth_is_held_out_where_there_are_no_splits(folder, tmp_path):
     assert [part.files for part in again] == [train.files, val.files]
 
 
+def test_files_of_systems_are_no_bags_and_suffixes_may_be_large(folder):
+    (folder / "train" / "one" / "._slide0.safetensors").write_bytes(b"of another system")
+    (folder / "train" / "one" / "slide0.safetensors").rename(folder / "train" / "one" / "A.SAFETENSORS")
+    (folder / "train").rename(folder / "Training")
+    (folder / "val").rename(folder / "test")
+    train, test = open_bags(folder)
+    assert (len(train), len(test)) == (18, 9) and (train.label, test.label) == ("Training", "test")
+
+
+def test_the_best_model_is_kept_as_soon_as_it_is_there(folder, tmp_path, linsight, monkeypatch):
+    out = tmp_path / "model.safetensors"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    train, val = open_bags(folder)
+    with pytest.raises(KeyboardInterrupt):
+        train_bags(model(), train, val, improved=lambda best: best.save(out), report=stopped)
+    assert load_bag_model(out).classes == ("none", "one", "two")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_model_may_have_another_dtype(folder, dtype):
+    train, val = open_bags(folder)
+    learned = train_bags(model().to(dtype), train, val, epochs=1)
+    assert np.isfinite(learned.measures["loss"]) and learned.model.classes == train.classes
+
+
+@pytest.mark.parametrize("about", [{"classes": "a,b"}, {"num_heads": "many"}, {"classes": "7"}, {"classes": '["a"]'}])
+def test_words_beside_weights_that_are_not_ours(tmp_path, about):
+    save_file(model().state_dict(), tmp_path / "a.safetensors", about)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        load_bag_model(tmp_path / "a.safetensors")
+
+
 def broken(folder, how):
     train = folder / "train"
     if how == "no folder":
@@ -126,7 +161,13 @@ def broken(folder, how):
     if how == "one class":
         return folder / "train" / "one"
     if how == "no val":
-        (folder / "val").rename(folder / "other")
+        (folder / "val").rename(folder / ".val")
+    if how == "no train":
+        (folder / "train").rename(folder / ".train")
+    if how == "class beside splits":
+        write(folder / "other" / "a.safetensors")
+    if how == "broken link":
+        (train / "one" / "zz.safetensors").symlink_to(folder / "nothing")
     if how == "a class of val alone":
         write(folder / "val" / "three" / "a.safetensors")
     if how == "width":
@@ -144,13 +185,16 @@ def broken(folder, how):
     ("how", "words"),
     [
         ("no folder", "no such folder of bags"),
-        ("one class", "has bags none: give two or more folders of classes"),
-        ("no val", "none to be judged by"),
+        ("one class", "has bags of no class: give 2 or more folders of classes"),
+        ("no val", "has no folder val to be judged by, beside train"),
+        ("no train", "has no folder train to learn from, beside val"),
+        ("class beside splits", "has the class 'other' beside the split"),
         ("a class of val alone", "three' is a class that"),
-        ("width", r"slide2.safetensors' has features \(7, 4\), where others have 6"),
+        ("width", "slide2.safetensors' has features of 4 channels, and '.*slide0.safetensors' of 6"),
+        ("broken link", "zz.safetensors' is not there, or is a broken link"),
         ("nan", "slide1.safetensors' has features that are no numbers"),
         ("no bag", "slide0.safetensors' is no bag of tiles"),
-        ("no tiles", "slide1.safetensors' has features"),
+        ("no tiles", r"slide1.safetensors' has features of shape \(0, 6\), where a bag has \(tiles, channels\)"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_leaves_no_file(folder, tmp_path, linsight, how, words):
@@ -162,7 +206,16 @@ def test_what_cannot_be_used_is_one_line_and_leaves_no_file(folder, tmp_path, li
         raise LinsightError(last)
 
 
-@pytest.mark.parametrize("options", [("--out", "a.pth"), ("--out", "no/such/a.safetensors"), ("--kind", "soft")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--out", "a.pth"),
+        ("--out", "no/such/a.safetensors"),
+        ("--kind", "soft"),
+        ("--kind", "multihead", "--heads", 2),
+        ("--seed", 2**64),
+    ],
+)
 def test_options_that_cannot_be(folder, tmp_path, linsight, options):
     given = options if "--out" in options else (*options, "--out", tmp_path / "a.safetensors")
     code, _, err = linsight("bags", folder, *given)

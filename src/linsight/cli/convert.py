@@ -6,6 +6,7 @@ import typer
 
 from linsight.errors import LinsightError
 from linsight.records import Record
+from linsight.runtime.launch import this_copy
 from linsight.runtime.places import located
 from linsight.tasks import field_of
 
@@ -67,8 +68,10 @@ def linearize(
         given[name.strip().replace("-", "_")] = value
     overrides = {key: field_of(key).parse(key, value) for key, value in given.items() if value is not None}
     if keep:
+        if this_copy().world > 1:
+            raise LinsightError("--keep measures layers in one process: run it alone first, and give several --layers")
         from linsight.train import resolve
-        from linsight.train.hybrid import split_layers
+        from linsight.train.kept_layers import split_layers
 
         replaced, kept = split_layers(resolve("finetune", overrides), keep)
         overrides["layers"] = " ".join(replaced)

@@ -15,7 +15,6 @@ from ._attention import replace_attention
 from ._image import Attention2d
 from ._multihead import MultiheadAttention
 from ._timm import attention_class
-from .branches import branches_alone
 from .conversion import ConvertedLayer, converted_layers, linearize, new_parameters
 from .hybrid import Hybrid, annealed, round_selection, selection_loss, without
 from .mixing import Mixing
@@ -23,6 +22,7 @@ from .profiles import LayerProfile, profile
 from .published import load_converted
 from .recovery import Recovery, distil
 from .saved import convert_again, load_linearized, save_linearized
+from .terms import terms_alone
 from .training_free import TokenMerging, agent_sd, merge_tokens, remove_merging
 from .transfer import distil_layers, layer_errors
 
@@ -40,7 +40,6 @@ __all__ = [
     "agent_sd",
     "annealed",
     "attention_class",
-    "branches_alone",
     "converted_layers",
     "distil",
     "distil_layers",
@@ -56,5 +55,6 @@ __all__ = [
     "round_selection",
     "save_linearized",
     "selection_loss",
+    "terms_alone",
     "without",
 ]

@@ -55,6 +55,7 @@ def train_bags(
     seed: int = 0,
     device: torch.device | str = "cpu",
     report: Report | None = None,
+    improved: Callable[["Learned"], None] | None = None,
 ) -> Learned:
     """Train a bag model, in place, by the published recipe: AdamW, and a rate that falls as half a cosine step by step.
 
@@ -64,6 +65,7 @@ def train_bags(
     Args:
         model: with as many classes as the bags have.
         lr: 1e-4 as published for Camelyon, 2e-4 for BRACS.
+        improved: called with each model that is the best so far: to save it, so that nothing is lost.
         report: called after each epoch, from 1, with `MEASURES`, the loss of `val` and, as "train_loss", that of the
             bags learned from.
 
@@ -81,7 +83,8 @@ def train_bags(
         raise LinsightError(
             f"epochs={epochs}, lr={lr}, weight_decay={weight_decay}: give 1 or more, above 0, 0 or more"
         )
-    model.to(device)
+    model.classes = train.classes
+    like = next(model.to(device).parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
     order = torch.Generator().manual_seed(seed)
@@ -92,7 +95,7 @@ def train_bags(
             total = 0.0
             model.train()
             for index in torch.randperm(len(train), generator=order).tolist():
-                bag, label = train.features(index).to(device), torch.tensor([train.targets[index]], device=device)
+                bag, label = train.features(index).to(like), torch.tensor([train.targets[index]], device=device)
                 loss = bag_loss(model(bag[None]), label).total
                 value = loss.item()
                 if not math.isfinite(value):
@@ -105,6 +108,8 @@ def train_bags(
             found = judge_bags(model.eval(), val)
             if best is None or _rank(found) > _rank(best.measures):
                 best = Learned(copy.deepcopy(model), train.classes, epoch, found)
+                if improved is not None:
+                    improved(best)
             if report is not None:
                 report(epoch, {**found, "train_loss": total / len(train)})
     assert best is not None
@@ -121,8 +126,8 @@ def judge_bags(model: Acmil, bags: LabelledBags) -> dict[str, float]:
         LinsightError: a bag is damaged.
         MissingExtraError: torchmetrics is not installed.
     """
-    where = next(model.parameters()).device
-    logits = [model(bags.features(index).to(where)[None]).logits.float().cpu() for index in range(len(bags))]
+    like = next(model.parameters())
+    logits = [model(bags.features(index).to(like)[None]).logits.float().cpu() for index in range(len(bags))]
     return _measured(torch.cat(logits), torch.tensor(bags.targets))
 
 

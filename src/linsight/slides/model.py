@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from linsight.checkpoints import load_published
@@ -45,6 +45,10 @@ def load_bag_model(source: str | Path | Mapping[str, object], *, num_heads: int 
     if gate is None and query is None:
         raise CheckpointError(f"{name} holds no bag model that is known here: neither gated nor multihead branches")
     told = {} if isinstance(source, Mapping) else _told(source)
+    try:
+        heads, classes = int(told.get("num_heads", 8)), tuple(map(str, json.loads(told.get("classes", "[]"))))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{name} does not tell its classes and heads as a bag model does: {error}") from error
     model = Acmil(
         reduced.shape[1],
         head.shape[0],
@@ -52,10 +56,9 @@ def load_bag_model(source: str | Path | Mapping[str, object], *, num_heads: int 
         branches=query.shape[1] if gate is None else gate.shape[0],  # type: ignore[union-attr]
         inner_dim=reduced.shape[0],
         hidden_dim=128 if gate is None else gate.shape[1],
-        num_heads=num_heads or int(told.get("num_heads", 8)),
+        num_heads=num_heads or heads,
     )
     load_published(model, state)
-    classes = tuple(json.loads(told.get("classes", "[]")))
     if classes and len(classes) != model.num_classes:
         raise CheckpointError(f"{name} names {len(classes)} classes, and has weights of {model.num_classes}")
     model.classes = classes
@@ -63,12 +66,12 @@ def load_bag_model(source: str | Path | Mapping[str, object], *, num_heads: int 
 
 
 def _told(source: str | Path) -> dict[str, str]:
-    """The words beside the weights of a file of safetensors."""
-    path = located(source)
-    if path.suffix != ".safetensors" or not path.is_file():
+    """The words beside the weights of a file of safetensors; none of another kind of file, or of an address."""
+    try:
+        with safe_open(located(source), "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
         return {}
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
 
 
 def see_slide(model: Acmil, bag: Bag) -> Seen:

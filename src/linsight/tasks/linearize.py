@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from linsight.checkpoints import load_published
 from linsight.convert import converted_layers, distil_layers, layer_errors, linearize, new_parameters
-from linsight.convert.branches import branches_alone
 from linsight.convert.profiles import profile, worst
 from linsight.convert.recovery import blocks, hidden_states
 from linsight.convert.saved import told_layers
+from linsight.convert.terms import terms_alone
 from linsight.convert.transfer import relative_error
 from linsight.data.feeds import default_workers
 from linsight.data.images import loader
@@ -43,7 +43,7 @@ _STAGES = {  # as the page of a run calls them
 
 _CONTROLS = {
     "formula": "the same weights, without local terms",
-    "local": "the same weights, local terms alone",
+    "local": "the same weights, only what local terms add",
     _CONTROL: "the same weights, attention is the mean of the values",
 }
 
@@ -174,13 +174,13 @@ class Linearize(Distil):
         return super().logits(outputs)
 
     def controls(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """See `Task`: the same weights, where tokens receive the mean of the values, and with one branch alone."""
+        """See `Task`: the same weights, where tokens receive the mean of the values, and with one part alone."""
         if self.recipe.attention == _CONTROL:
             return {}
         control, trained = self._converted(_CONTROL), model.state_dict()
         control.load_state_dict({key: trained[key] for key in control.state_dict()})
         control = control.to(self.inputs.device).to(memory_format=self.inputs.format).eval()
-        return {_CONTROL: control, **branches_alone(model)}
+        return {_CONTROL: control, **terms_alone(model)}
 
     def compared(self, measures: Mapping[str, Mapping[str, float]]) -> Sequence[Shown]:
         """See `Task`."""

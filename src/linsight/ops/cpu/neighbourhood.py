@@ -54,7 +54,10 @@ def neighbourhood_attention(
     windows: tuple[AxisWindow, AxisWindow],
     table: Tensor | None = None,
 ) -> Tensor:
-    """See `linsight.ops.neighbourhood_attention`, of a whole grid of the height and width `sides`."""
+    """See `linsight.ops.neighbourhood_attention`, of a whole grid of the height and width `sides`.
+
+    torch has no second derivatives of what it calls here: the plain form has them, `use_form("plain")`.
+    """
     rows, columns = (axis(side, window) for side, window in zip(sides, windows, strict=True))
     dtype = accumulator(v.dtype)
     with full_precision(v):
@@ -70,7 +73,8 @@ def neighbourhood_attention(
 def _grids(axes: tuple[Axis, Axis], table: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Outputs `(N, B, H, E)` of q, k and v `(N, B, H, D)`."""
     rows, columns = axes
-    few = table is None and len(rows.whole.queries) * len(columns.whole.queries) <= FEW
+    masks = rows.whole.hidden.numel() * columns.whole.hidden.numel()
+    few = table is None and len(rows.whole.queries) * len(columns.whole.queries) <= FEW and masks <= AT_ONCE
     downs, acrosses = ((side.whole,) if few else side.blocks for side in axes)
     found = [
         part for down in downs for across in acrosses for part in _attend(q, k, v, down, across, columns.side, table)

@@ -15,11 +15,12 @@ from linsight.attention import Core
 from .mixing import mixings
 
 
-def branches_alone(model: nn.Module) -> dict[str, nn.Module]:
+def terms_alone(model: nn.Module) -> dict[str, nn.Module]:
     """Copies of a converted model in evaluation mode, with the same weights: "formula" and "local".
 
     In "formula" what mechanisms add locally is nothing. In "local" a core gives what that changes: its output less that
-    of the formula for the same tokens, which is the local term where that is added to the output.
+    of the formula for the same tokens. It is the local term where that is added to the output; those of queries and
+    keys are seen by what they make of it.
 
     Returns:
         No copy where no mechanism of the model has local terms that it has learned.
@@ -36,6 +37,7 @@ def branches_alone(model: nn.Module) -> dict[str, nn.Module]:
 
 def _less(bare: Core) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Tensor) -> Tensor:
-        return out - bare(*args, **named)
+        # past `Core.__call__`, which turned q and k before: the rotary option turns them once
+        return out - nn.Module.__call__(bare, *args, **named)
 
     return hook
