@@ -1,5 +1,6 @@
 """Every test starts from the same random state; property tests draw the same examples every time."""
 
+import gc
 import os
 import sys
 
@@ -18,6 +19,12 @@ from linsight import cli
 
 settings.register_profile("linsight", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.load_profile("linsight")
+
+
+def pytest_collection_finish():
+    """Let the garbage collector leave out what stays to the end: libraries, and thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

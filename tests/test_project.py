@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import graphlib
 import importlib
 import re
@@ -73,6 +74,7 @@ def module_name(path):
 NAMED = {module_name(path): path for path in MODULES}
 
 
+@functools.cache
 def parsed(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 

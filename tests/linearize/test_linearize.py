@@ -298,3 +298,15 @@ def test_nothing_is_converted_twice():
     rows = converted_layers(twice)
     assert [row.attention for row in rows.values()] == ["linear", "inline"]
     assert twice(images).isfinite().all()
+
+
+def test_published_files_of_t5_load_into_a_converted_deit():
+    sizes = {"img_size": 32, "patch_size": 8, **SMALL}
+    published = linsight.create_model("t5_tiny", **sizes).eval()
+    for parameter in published.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    bare = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    converted = linearize(timm.create_model("deit_tiny_patch16_224", **sizes, **bare), "t5").eval()
+    linsight.load_published(converted, linsight.export_published(published))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(converted(images), published(images))
