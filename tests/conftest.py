@@ -27,6 +27,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """At the end all is collected, or extensions would report leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
