@@ -96,6 +96,7 @@ TRIED = {
     "dense_windows": True,
     "projection": 16,
     "mlp_norm": True,
+    "joined": True,
     "stages": None,
     "stem": None,
     "attention": None,

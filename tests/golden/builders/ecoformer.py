@@ -16,10 +16,9 @@ def ecoformer_op(spec: dict[str, Any]) -> Run:
 
 
 def ecoformer_pvtv2(spec: dict[str, Any]) -> Run:
-    """The host of the size that the name ends with."""
+    """The variant of the size that the name ends with."""
     model = linsight.create_model(
-        f"pvt_v2_{spec['name'].rpartition('_')[2]}",
-        attention="ecoformer,ecoformer,ecoformer,softmax",
+        f"ecoformer_pvt_v2_{spec['name'].rpartition('_')[2]}",
         attention_options={"bits": spec["nbits"], "anchors": spec["m"]},
     )
     return Run(model, lambda: model(tensor(spec["input_shape"])))

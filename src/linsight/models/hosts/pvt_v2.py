@@ -54,6 +54,7 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
     attention_options: keyword arguments of that mechanism.
     img_size: what position tables are made for, of mechanisms that have some; any size works.
     sr_ratios: timm's, of the keys of mechanisms of quadratic cost.
+    joined: one map gives queries, keys and values where keys are not reduced, as in ViT; else there are two.
     """
 
     names_of_timm: ClassVar[Mapping[str, str]] = {
@@ -69,12 +70,13 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
         attention_options: Mapping[str, Any] | None = None,
         img_size: int | tuple[int, int] = 224,
         depths: Sequence[int] = (3, 4, 6, 3),
+        joined: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         choices = plan(attention, depths, attention_options)
         self.check(attention, timm_kwargs)
         super().__init__(*timm_args, depths=tuple(depths), **timm_kwargs)
-        self.put(choices, to_2tuple(img_size))
+        self.put(choices, to_2tuple(img_size), joined)
 
     @staticmethod
     def check(attention: str, given: Mapping[str, Any]) -> None:
@@ -92,6 +94,8 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
             found["sr_ratios"] = f"'{attention}' reads all keys; those of quadratic cost read a coarser grid"
         if all(kind.kind == "block" for kind in kinds):
             found["linear"] = f"'{attention}' has neither reduced keys nor the host's MLP"
+        if not any(kind.kind == "core" and getattr(kind.factory, "projections", "") == "qkv" for kind in kinds):
+            found["joined"] = f"'{attention}' has projections of its own"
         return found
 
     @classmethod
@@ -103,19 +107,20 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
         ours.put(choices, img_size)
         return ours
 
-    def put(self, choices: Sequence[Sequence[Choice]], img_size: tuple[int, int]) -> None:
+    def put(self, choices: Sequence[Sequence[Choice]], img_size: tuple[int, int], joined: bool = False) -> None:
         """The chosen mechanisms in the place of timm's attention, whose weights go on where they fit."""
         self.stages = nn.Sequential(*(recast(stage, PVTv2Stage) for stage in self.stages))
         for (stage, grid), row in zip(self.grids(img_size), choices, strict=False):
             for i, choice in enumerate(row):
-                self._put(stage.blocks, i, choice, grid)
+                self._put(stage.blocks, i, choice, grid, joined)
 
-    def _put(self, blocks: Any, i: int, choice: Choice, grid: tuple[int, int]) -> None:
+    def _put(self, blocks: Any, i: int, choice: Choice, grid: tuple[int, int], joined: bool) -> None:
         old = blocks[i].attn
+        reduced = old.sr is not None or old.pool is not None
         with_dense_conv(blocks[i].mlp)
         make = partial(
             make_layer,
-            projections="q_kv",
+            projections="qkv" if joined and not reduced else "q_kv",
             reduction=old.sr.stride[0] if old.sr is not None else 1,
             pool=7 if old.pool is not None else 0,
             grid=grid,
