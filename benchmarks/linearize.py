@@ -4,9 +4,10 @@
     python benchmarks/linearize.py --data path/to/cifar10 --epochs 4 --seeds 1 --only hedgehog,mean
 
 The teacher is trained by the recipe `cifar10`. Then each mechanism, for each seed, by the task `linearize`: the half of
-its budget for its layers one by one, the rest for the whole model. Beside them are the controls: `mean`, attention
-that is the mean of the values, and the same budget from scratch, of softmax and of `linear`. Last, the teacher and some
-students of the first seed go on at twice the resolution, and are timed there and above. Runs in `--out` that are
+its budget for its layers one by one, the rest for the whole model. Beside them are the controls: `mean`, attention that
+is the mean of the values, and the same budget from scratch, of softmax and of `linear`. Last, the teacher and some
+students of the first seed go on at twice the resolution, and are timed there and above; and the last of these sees one
+image of --side pixels in tiles, in a process of its own that holds --limit of memory at most. Runs in `--out` that are
 finished are taken as they are, and each accuracy is a line of `--csv` at once, so it may be stopped at any time; times
 are measured at the end. --docs puts the tables and a picture into linearize.md there.
 """
@@ -14,22 +15,28 @@ are measured at the end. --docs puts the tables and a picture into linearize.md 
 import argparse
 import csv
 import re
+import resource
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from _script import exit_status
+from gigapixel import Watch
 
-from linsight.bench import Setting, run_speed
+import linsight
+from linsight.bench import Send, Setting, Worker, run_speed
 from linsight.errors import LinsightError
 from linsight.runtime.console import new_console
 from linsight.runtime.device import list_devices
 from linsight.runtime.figures import drawing, new_figure, require_matplotlib, save_figure
 from linsight.runtime.files import replacing, write_text
-from linsight.train import resolve, resume, train
+from linsight.train import load_trained, resolve, resume, train
 from linsight.train.progress import reporter
 from linsight.train.run import CONFIG
 
@@ -40,7 +47,7 @@ MODEL = {
 STUDENTS = ("hedgehog", "inline", "t5", "focused", "mlla", "rala", "mean")
 SCRATCH = ("softmax", "linear")
 LARGER = ("softmax", "hedgehog", "inline")  # that go on at `SIDE`, softmax as the teacher
-SIDE, TIMED = 64, (64, 128, 256)  # pixels
+SIDE, TIMED, TILE = 64, (64, 128, 256), 256  # pixels
 SHARE = 0.05  # of the teacher's updates
 WANTED = 0.97  # of the teacher's top-1
 DRAWN = "linearize-vision.png"  # the picture, beside the page
@@ -183,6 +190,45 @@ def larger(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def measure(asked: tuple[Path, int, int, float, int], sides: dict[int, str], send: Send) -> None:
+    """In a process of its own: a run in tiles. asked: scratch folder, side, tile, limit in bytes (0: none), threads."""
+    folder, side, tile, limit, threads = asked
+    torch.set_num_threads(threads)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    for place, run in sides.items():
+        trained = load_trained(run)
+        model, shown = trained.model.eval(), {"mean": trained.recipe.mean, "std": trained.recipe.std}
+        mean, std = (torch.tensor(shown[key]).view(3, 1, 1) for key in ("mean", "std"))
+        corner = pixels[: 2 * tile, : 2 * tile]
+        with torch.inference_mode():
+            whole = model(((torch.from_numpy(corner).permute(2, 0, 1) / 255 - mean) / std)[None])
+            off = (linsight.stream(model, corner, tile=tile, **shown) - whole).abs().max() / whole.abs().max()
+            with Watch(folder) as watch:
+                begun = time.perf_counter()
+                linsight.stream(model, pixels, tile=tile, scratch=folder, **shown)
+                seconds = time.perf_counter() - begun
+        send(place, "facts", {"seconds": seconds, "off": float(off), **watch.facts()})
+
+
+def streamed(options: argparse.Namespace) -> str:
+    """A sentence on an image that softmax has no memory for."""
+    name = LARGER[-1]
+    with tempfile.TemporaryDirectory() as folder, Worker(measure, 3600.0) as worker:
+        asked = (Path(folder), options.side, TILE, options.limit * 1e9, options.threads)
+        (found,) = worker.run(asked, [str(options.out / f"larger-{name}-0")])
+    if found.error or not found.facts:
+        raise LinsightError(f"'{name}' was not streamed: {found.error or 'the process ended'}")
+    facts, tokens = found.facts, (options.side // 4) ** 2
+    return (
+        f"`{name}` at {options.side:,} x {options.side:,} pixels, {tokens:,} tokens, in tiles of {TILE}: "
+        f"{facts['seconds']:.0f} s, {facts['anon_mb']:,.0f} MB of memory under a limit of {options.limit:g} GB, and "
+        f"{facts['scratch_gb']:.1f} GB of files. At {2 * TILE} pixels logits differ from those of the whole image by "
+        f"{facts['off']:.0e} of the largest."
+    )
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -196,6 +242,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--workers", type=int, help="processes that read images; none: as the recipe has it")
     add("--seconds", type=float, default=5.0, help="to spend on the times of a size")
+    add("--side", type=int, default=4096, help="pixels of the image that is seen in tiles")
+    add("--limit", type=float, default=4.0, help="of memory then, in GB; 0: none")
     add("--docs", type=Path, help="the folder of linearize.md, the file to write the result into")
     options = parser.parse_args(arguments)
     if options.docs:
@@ -223,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"times of one image, beside softmax in the same host."
         )
         text = f"{table(rows)}\n\n{told}\n\n![of the teacher]({DRAWN})\n\n{larger(rows, options)}\n\n{beyond}\n"
+        text += "" if options.only else f"\n{streamed(options)}\n"
         print(text)
         if options.docs:
             picture(options.docs / DRAWN, rows)

@@ -47,6 +47,7 @@ def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
     page.write_text("# Words\n\n<!-- results: vision -->\n<!-- end: vision -->\n\nMore\n")
     options = ["--data", str(data), "--out", str(tmp_path / "runs"), "--csv", str(file), "--threads", "1"]
     options += ["--epochs", "8", "--seeds", "1", "--workers", "0", "--docs", str(tmp_path)]
+    monkeypatch.setattr(benchmark, "streamed", lambda options: f"streamed at {options.side}")
     assert benchmark.main(options) == 0
     rows = list(csv.DictReader(file.read_text().splitlines()))
     names = [(row["kind"], row["attention"], row["seed"]) for row in rows]
@@ -58,10 +59,19 @@ def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
     grids = {name: load_trained(tmp_path / "runs" / f"larger-{name}-0").recipe.img_size for name in small["LARGER"]}
     assert grids == {"softmax": (64,), "hedgehog": (64,)}
     text = page.read_text()
-    assert text.startswith("# Words") and text.endswith("<!-- end: vision -->\n\nMore\n")
+    assert (
+        "\nstreamed at 4096\n" in text
+        and text.startswith("# Words")
+        and text.endswith("<!-- end: vision -->\n\nMore\n")
+    )
     assert "| mean, the control | " in text and "| linear, from scratch | " in text
     assert f"| hedgehog | {float(rows[-1]['top1']):.1f} | 1.50 (0.50) | 2.00 (nan) |" in text
     assert (tmp_path / "linearize-vision.png").read_bytes()[:4] == b"\x89PNG"
+    sent = []
+    run = tmp_path / "runs" / "larger-hedgehog-0"
+    benchmark.measure((tmp_path, 96, 32, 0, 1), {0: str(run)}, lambda *message: sent.append(message))
+    ((place, kind, facts),) = sent
+    assert (place, kind) == (0, "facts") and facts["off"] < 1e-4 and facts["seconds"] > 0 and facts["anon_mb"] > 0
     capsys.readouterr()
     before = file.read_bytes()
     assert benchmark.main(options[:-2]) == 0 and file.read_bytes() == before
