@@ -31,6 +31,7 @@ def test_windows_do_not_grow_with_the_image():
     assert (found["param_count"], found["gmacs"]) == (3.67, 0.57)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(180)  # of a machine that is busy: it starts a process
 def test_a_run_writes_a_table_and_a_csv_file(tmp_path, capsys):
     path = tmp_path / "hosts.csv"

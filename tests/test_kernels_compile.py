@@ -13,6 +13,7 @@ from linsight.ops import triton as kernels
 pytest.importorskip("triton.backends.nvidia")
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)  # as in the matrix
 def test_kernels_compile_for_a_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -241,7 +241,7 @@ def test_filters_for_other_channels(host):
     colour = mixed(make(3))
     stem = colour.pretrained_cfg["first_conv"] + ".weight"
     before = colour.state_dict()[stem]
-    for channels in (1, 2, 4, 6):
+    for channels in (1, 4):
         model = make(channels)
         report = load_published(model, export_published(colour))
         assert len(report.adapted) == 1 and f"from 3 to {channels} channels" in str(report)
