@@ -22,6 +22,7 @@ def _pvt(size: str, top1: float, params: float, gmacs: float) -> Variant:
         lr_base_batch=0,
         warmup_lr=1e-7,
         min_lr=1e-6,
+        init_partial=True,
     )
     return Variant(
         f"ecoformer_pvt_v2_{size}",
