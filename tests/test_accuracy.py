@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import functools
-import io
 import sys
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from PIL import Image
+
+from grey_levels import write_grey_levels
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import _accuracy_docs as docs
@@ -23,24 +23,9 @@ from linsight.attention import list_attentions
 from linsight.train import load_trained, train
 
 
-def png(pixels):
-    data = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(data, "png")
-    return {"bytes": data.getvalue(), "path": None}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Ten classes of grey levels, as Parquet files."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
-    for split, count in (("train", 80), ("test", 20)):
-        labels = [i % 10 for i in range(count)]
-        images = [png(25 * label + rng.integers(0, 5, (32, 32, 3))) for label in labels]
-        table = datasets.Dataset.from_dict({"img": images, "label": labels}, features=features)
-        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return folder
+    return write_grey_levels(tmp_path_factory.mktemp("data"))
 
 
 def rows(path):

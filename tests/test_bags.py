@@ -166,6 +166,8 @@ def broken(folder, how):
         (folder / "train").rename(folder / ".train")
     if how == "class beside splits":
         write(folder / "other" / "a.safetensors")
+    if how == "two of a split":
+        write(folder / "training" / "one" / "a.safetensors")
     if how == "broken link":
         (train / "one" / "zz.safetensors").symlink_to(folder / "nothing")
     if how == "a class of val alone":
@@ -189,6 +191,7 @@ def broken(folder, how):
         ("no val", "has no folder val to be judged by, beside train"),
         ("no train", "has no folder train to learn from, beside val"),
         ("class beside splits", "has the class 'other' beside the split"),
+        ("two of a split", "has two folders for one split, 'train' and 'training': keep one"),
         ("a class of val alone", "three' is a class that"),
         ("width", "slide2.safetensors' has features of 4 channels, and '.*slide0.safetensors' of 6"),
         ("broken link", "zz.safetensors' is not there, or is a broken link"),

@@ -1,14 +1,12 @@
 """The benchmark of conversions: a teacher, students and controls, once each, and what the page is told of them."""
 
 import csv
-import io
 import sys
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
-from PIL import Image
+
+from grey_levels import write_grey_levels
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import linearize as benchmark
@@ -19,19 +17,7 @@ MODEL = "patch_size=8,embed_dim=16,depth=2,num_heads=2,global_pool=avg,class_tok
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Ten classes of grey levels, as Parquet files."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
-    for split, count in (("train", 80), ("test", 20)):
-        labels, images = [i % 10 for i in range(count)], []
-        for label in labels:
-            file = io.BytesIO()
-            Image.fromarray((25 * label + rng.integers(0, 5, (32, 32, 3))).astype(np.uint8)).save(file, "png")
-            images.append({"bytes": file.getvalue(), "path": None})
-        table = datasets.Dataset.from_dict({"img": images, "label": labels}, features=features)
-        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return folder
+    return write_grey_levels(tmp_path_factory.mktemp("data"))
 
 
 def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):

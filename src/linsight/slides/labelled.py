@@ -62,7 +62,11 @@ def open_bags(folder: str | os.PathLike[str]) -> tuple[LabelledBags, LabelledBag
     root = located(folder)
     if not root.is_dir():
         raise LinsightError(f"no such folder of bags: '{root}'")
-    splits = {role(path.name): path for path in _folders(root)}
+    folders = _folders(root)
+    splits = {role(path.name): path for path in folders}
+    for path in folders:
+        if role(path.name) and (other := splits[role(path.name)]) != path:
+            raise LinsightError(f"'{root}' has two folders for one split, '{path.name}' and '{other.name}': keep one")
     if not any(splits):
         files, targets, classes = _classes(root)
         parts = hold_out(targets, _HELD)

@@ -27,9 +27,13 @@ class Learned:
     """A bag model in evaluation mode, the epoch whose weights it has, from 1, and `MEASURES` and the loss there."""
 
     model: Acmil
-    classes: tuple[str, ...]
     epoch: int
     measures: Mapping[str, float]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the logits."""
+        return self.model.classes
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the weights, with the names of the classes, to a file of safetensors that `load_bag_model` reads.
@@ -107,7 +111,7 @@ def train_bags(
                 total += value
             found = judge_bags(model.eval(), val)
             if best is None or _rank(found) > _rank(best.measures):
-                best = Learned(copy.deepcopy(model), train.classes, epoch, found)
+                best = Learned(copy.deepcopy(model), epoch, found)
                 if improved is not None:
                     improved(best)
             if report is not None:
