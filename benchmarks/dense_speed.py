@@ -136,7 +136,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for side in options.sides:
         for part in options.parts:
             for step in options.steps:
-                yield Cell(part, step, side, options.tile, setting)
+                if step != "train" or side <= options.train_up_to:
+                    yield Cell(part, step, side, options.tile, setting)
     if options.streamed and "segment" in options.parts:
         yield Cell("segment", "stream", options.streamed, options.tile, setting)
 
@@ -248,6 +249,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--parts", type=listed, default=[*PARTS], help=", ".join(PARTS))
     add("--steps", type=listed, default=[*STEPS], help="infer, train or both")
     add("--sides", type=lambda text: [*map(int, listed(text))], default=[512, 1024, 2048], help="pixels, by commas")
+    add("--train-up-to", type=int, default=1024, help="pixels; larger images are not trained on")
     add("--streamed", type=int, default=4096, help="side of the image that is segmented in tiles; 0: none")
     add("--tile", type=int, default=1024, help="pixels of a tile's side")
     add("--device", default="cpu")

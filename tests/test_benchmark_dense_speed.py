@@ -27,6 +27,12 @@ def test_a_step_of_each_part_does_what_it_says(part, step):
     assert step == "infer" or part != "detect" or not torch.equal(torch.get_rng_state(), before), "regions are drawn"
 
 
+def test_the_largest_images_are_not_trained_on():
+    found = [cell[:3] for cell in dense_speed.cells(dense_speed.parse(["--parts", "segment", "--streamed", "0"]))]
+    assert [side for _, step, side in found if step == "train"] == [512, 1024]
+    assert [side for _, step, side in found if step == "infer"] == [512, 1024, 2048]
+
+
 def test_the_page_says_what_was_found_and_what_was_not(tmp_path):
     swin = Side({"params": 30_000_000, "peak_mb": 812.0}, [0.2, 0.25, 0.3])
     ours = Side({"params": 25_000_000, "peak_mb": 400.4}, [0.1, 0.1, 0.1])

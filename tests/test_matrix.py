@@ -85,5 +85,6 @@ def test_fused(subject, check):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler for inductor")
-def test_inductor():
-    graphs.compile_parity(matrix.Subject("inline"), "inductor")
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.full)])  # C++ is slow to compile
+def test_inductor(gradients):
+    graphs.compile_parity(matrix.Subject("inline"), "inductor", gradients)

@@ -5,7 +5,7 @@ import torch
 
 import linsight
 from linsight import create_attention
-from linsight.attention.mechanisms.set_transformer import PMA
+from linsight.attention.mechanisms.set_transformer import PMA, SAB
 from linsight.errors import LinsightError
 from linsight.ops import Grid
 from matrix.subject import close
@@ -60,6 +60,16 @@ def test_pooling_is_a_block(norm):
     close(out[1], mab(state["S"][0], x[1], state, "mab", 4))
     poisoned = x.masked_fill(~kept[:, None], float("nan"))
     close(pool(poisoned, kept.expand(2, -1)), pool(x[:, :5]))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_self_attention_is_a_block(norm):
+    block, x = SAB(8, 4, norm=norm).double(), torch.randn(2, 7, 8, dtype=F64)
+    state, kept = block.state_dict(), torch.arange(7) < 5
+    close(block(x)[1], mab(x[1], x[1], state, "mab", 4))
+    out = block(x.masked_fill(~kept[:, None], float("nan")), kept.expand(2, -1))
+    close(out[:, :5], block(x[:, :5]))
+    assert not out[:, 5:].any()
 
 
 def test_pooling_in_half_precision():

@@ -76,8 +76,8 @@ def test_memory_is_that_of_the_step():
 
 @pytest.mark.timeout(180)  # it starts three processes
 def test_what_takes_too_long_or_kills_the_process_is_said_and_the_rest_measured():
-    with Worker(strange_sides.measure, limit=3) as worker:
+    with Worker(strange_sides.measure, limit=2) as worker:
         spun, worked, died = worker.run(None, ("spins", "works", "dies"))
-    assert spun.error == "took more than 3 s" and not spun.times
+    assert spun.error == "took more than 2 s" and not spun.times
     assert died.error.startswith("killed") and not died.times
     assert len(worked.times) == rounds.ROUNDS and not worked.error

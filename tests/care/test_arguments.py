@@ -137,6 +137,7 @@ HOSTS_OF = {
     "ravlt_linear_b0": ("polaformerpp", "weightformer"),
     "compact_pico": ("inline", "weightformer"),
 }
+ALL_QUICK = ("vit_tiny", "pvt_tiny")  # hosts whose other mechanisms aren't left to `pytest -m full`
 THEIRS = {
     "vit_tiny": vision_transformer.VisionTransformer,
     "swin_tiny": swin_transformer.SwinTransformer,
@@ -194,7 +195,8 @@ def cases():
             for attention in attentions:
                 if attention == "circulant" and name in OF_TOKENS:
                     continue
-                yield pytest.param(host, attention, name, value, id=f"{host}-{attention}-{name}")
+                marks = [] if attention == attentions[0] or host in ALL_QUICK else pytest.mark.full
+                yield pytest.param(host, attention, name, value, id=f"{host}-{attention}-{name}", marks=marks)
 
 
 @pytest.mark.parametrize(("host", "attention", "name", "value"), [*cases()])

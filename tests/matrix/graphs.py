@@ -112,8 +112,8 @@ def equals(run: Run, model: nn.Module, channels: int, shapes: Iterable[tuple[int
             assert (ours - eager).abs().max() <= 1e-4 * eager.abs().max(), (batch, *size)
 
 
-def compile_parity(subject: Subject, backend: str) -> None:
-    """Outputs and gradients of the compiled layer are those of the eager one, at several sizes."""
+def compile_parity(subject: Subject, backend: str, gradients: bool = True) -> None:
+    """Outputs, and gradients, of the compiled layer are those of the eager one, at several sizes."""
     torch._dynamo.reset()
     model = OnImages(subject.layer())
     counter = CompileCounterWithBackend(backend)
@@ -123,11 +123,12 @@ def compile_parity(subject: Subject, backend: str) -> None:
         x = torch.randn(batch, 16, height, width)
         results = []
         for run in (model, compiled):
-            leaf = x.clone().requires_grad_()
+            leaf = x.clone().requires_grad_(gradients)
             model.zero_grad()
-            with floats_are_constants:
+            with floats_are_constants, torch.set_grad_enabled(gradients):
                 out = run(leaf)
-            out.square().sum().backward()
+            if gradients:
+                out.square().sum().backward()
             results.append([out, leaf.grad, *(p.grad for p in model.parameters())])
         for ours, eager in zip(*reversed(results), strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)

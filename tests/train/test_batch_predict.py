@@ -422,7 +422,7 @@ def test_shards_of_one_disk_and_of_several(weights, trained, linsight, tmp_path,
 
 
 def test_killed_and_shared_predictions_have_each_image_once(weights, tmp_path):
-    folder_of(tmp_path / "images", 240)
+    folder_of(tmp_path / "images", 160)
     (tmp_path / "images" / "7.png").write_bytes(b"bad")
     (tmp_path / "best.safetensors").write_bytes(weights.read_bytes())
     script = pathlib.Path(__file__).with_name("killed.py")
@@ -430,9 +430,9 @@ def test_killed_and_shared_predictions_have_each_image_once(weights, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     rows = list(csv.DictReader(io.StringIO(found["whole"])))
-    assert [row["file"] for row in rows] == [f"{tmp_path}/images/{number}.png" for number in range(240)]
+    assert [row["file"] for row in rows] == [f"{tmp_path}/images/{number}.png" for number in range(160)]
     assert [row["error"] for row in rows if row["error"]] == ["not an image"]
-    assert found["killed"] == found["whole"] and [code for code, *_ in found["kills"]] == 10 * [-signal.SIGKILL]
+    assert found["killed"] == found["whole"] and [code for code, *_ in found["kills"]] == 6 * [-signal.SIGKILL]
     parts = [count for _, count, _ in found["kills"]]
     assert parts == sorted(parts) and parts[-1] > 0  # what was done is kept
     assert (

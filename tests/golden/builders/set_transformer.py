@@ -6,7 +6,7 @@ from typing import Any
 import linsight
 from golden.spec import Run, tensor
 from linsight import Grid
-from linsight.attention.mechanisms.set_transformer import PMA
+from linsight.attention.mechanisms.set_transformer import PMA, SAB
 
 
 def heads(spec: dict[str, Any]) -> int:
@@ -32,4 +32,11 @@ def pma(spec: dict[str, Any]) -> Run:
     return Run(pool, lambda: pool(x))
 
 
-BUILDERS = {"isab_": isab, "pma_": pma}
+def sab(spec: dict[str, Any]) -> Run:
+    """Self-attention in a block."""
+    x, shapes = tensor(spec["inputs"]["input"]["shape"]), dict(spec["state_dict"])
+    block = SAB(x.shape[2], heads(spec), norm="mab.ln0.weight" in shapes)
+    return Run(block, lambda: block(x))
+
+
+BUILDERS = {"isab_": isab, "pma_": pma, "sab_": sab}

@@ -11,7 +11,8 @@ X. LN0 and LN1 are there with `norm`. So the layer has a feed-forward layer and 
 puts its own around them. Here the projections of the layer are W_q of MAB1 and W_k, W_v of MAB0, as these are what is
 made of tokens, and `proj` is W_o of MAB1.
 
-`PMA` is its pooling: PMA(X) = MAB(S, X) of k learned seeds. SAB(X) = MAB(X, X) is quadratic, and not here.
+`PMA` is its pooling: PMA(X) = MAB(S, X) of k learned seeds. `SAB`, SAB(X) = MAB(X, X), is what it stands for, of cost
+O(N^2); both are modules of tokens, not mechanisms.
 """
 
 from collections.abc import Callable
@@ -188,6 +189,49 @@ class SetTransformer(Core):
         return (q + read_pooled(q * self.scale, done[0].keys, done[0].values, None)).to(tokens.q.dtype)
 
 
+class Block(Asking):
+    """A whole block, with the linear maps of its tokens."""
+
+    def __init__(self, dim: int, num_heads: int, *, norm: bool, **factory: Any) -> None:
+        super().__init__(dim, "fc_q", *NAMES, "fc_o", norm=norm, **factory)
+        self.num_heads = num_heads
+
+    def forward(self, points: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
+        """MAB(points, x), `(B, n, C)`, of points `(1, n, C)` or `(B, n, C)`."""
+        x = mask_tokens(x, keep)  # before the linear maps: 0 * NaN in a gradient is NaN
+        k, v = (split_heads(self.get_submodule(name)(x), self.num_heads) for name in NAMES)
+        with full_precision(x):
+            queries = self.queries(points, accumulator(x.dtype))
+            asking = split_heads(queries * self.num_heads**-0.5, self.num_heads).expand(x.shape[0], -1, -1, -1)
+            return self.answer(queries, gather_pooled(asking, k, v, None, keep)).to(x.dtype)
+
+
+class SAB(nn.Module):
+    """Self-attention in a whole block: `(B, N, C)` tokens to as many, each of which has attended to all.
+
+    Args:
+        dim, num_heads: C and h.
+        norm: with LayerNorms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        norm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mab = Block(dim, num_heads, norm=norm, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The tokens that attend to all but those that `keep` `(B, N)` drops, which come out as zeros."""
+        x = mask_tokens(x, keep)
+        return mask_tokens(self.mab(x, x, keep), keep)
+
+
 class PMA(nn.Module):
     """Pooling by multihead attention: `(B, N, C)` tokens to what `seeds` learned seeds find in them, `(B, seeds, C)`.
 
@@ -208,17 +252,10 @@ class PMA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.S = nn.Parameter(torch.empty(1, seeds, dim, **factory))
+        self.S = nn.Parameter(torch.empty(1, seeds, dim, device=device, dtype=dtype))
         nn.init.xavier_uniform_(self.S)
-        self.mab = Asking(dim, "fc_q", *NAMES, "fc_o", norm=norm, **factory)
+        self.mab = Block(dim, num_heads, norm=norm, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """The pooled tokens of `x`, without those that `keep` `(B, N)` drops."""
-        x = mask_tokens(x, keep)  # before the linear maps: 0 * NaN in a gradient is NaN
-        k, v = (split_heads(self.mab.get_submodule(name)(x), self.num_heads) for name in NAMES)
-        with full_precision(x):
-            queries = self.mab.queries(self.S, accumulator(x.dtype))
-            asking = split_heads(queries * self.num_heads**-0.5, self.num_heads).expand(x.shape[0], -1, -1, -1)
-            return self.mab.answer(queries, gather_pooled(asking, k, v, None, keep)).to(x.dtype)
+        return self.mab(self.S, x, keep)
