@@ -118,7 +118,7 @@ class DataFields(Record):
         default="full", description="of training; shards: a few shards at a time, for disks that read in sequence"
     )
     epoch_images: Annotated[Images | None, NONE] = Field(
-        default=None, description="images of an epoch of a stream; none: as many as it tells"
+        default=None, description="images of an epoch; none: all, of a stream as many as it tells"
     )
     cache: Annotated[Literal["off", "memory", "disk"], BeforeValidator(_former_cache)] = Field(
         default="off", description="keep decoded images in memory, or in files of the folder cache_dir"

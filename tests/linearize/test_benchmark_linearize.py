@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from grey_levels import write_grey_levels
 
@@ -18,6 +19,13 @@ MODEL = "patch_size=8,embed_dim=16,depth=2,num_heads=2,global_pool=avg,class_tok
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_grey_levels(tmp_path_factory.mktemp("data"))
+
+
+def updates(run):
+    """Of the whole model, as the optimiser has counted them."""
+    state = torch.load(run / "state.pt", weights_only=True)["optimiser"]["state"]
+    (steps,) = {int(found["step"]) for found in state.values() if "step" in found}
+    return steps
 
 
 def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
@@ -42,6 +50,10 @@ def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
     assert names == [*wanted, ("larger", "softmax", "0"), ("larger", "hedgehog", "0")]
     assert {row["updates"] for row in rows[:3]} == {"2"} and {row["updates"] for row in rows[3:]} == {"2"}
     assert len({row["teacher"] for row in rows}) == 1
+    assert {name: updates(tmp_path / "runs" / name) for name in ("student-hedgehog-0", "scratch-linear-0")} == {
+        "student-hedgehog-0": 1,  # beside one for each of its layers alone
+        "scratch-linear-0": 2,
+    }
     grids = {name: load_trained(tmp_path / "runs" / f"larger-{name}-0").recipe.img_size for name in small["LARGER"]}
     assert grids == {"softmax": (64,), "hedgehog": (64,)}
     text = page.read_text()

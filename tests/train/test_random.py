@@ -53,6 +53,22 @@ def test_copies_of_an_image_lie_beside_each_other_and_an_epoch_stays_as_long():
     assert list(batches) == whole[3:]
 
 
+@pytest.mark.parametrize("shards", [None, np.arange(23) // 5])
+def test_an_epoch_may_be_shorter_or_longer_than_the_data(shards):
+    batches = Batches(23, 4, seed=5, shuffle=True, shards=shards)
+    whole = list(batches)
+    short = Batches(23, 4, seed=5, shuffle=True, shards=shards, length=9)
+    assert list(short) == whole[:2] and len(short) == 2
+    long = Batches(23, 4, seed=5, shuffle=True, shards=shards, length=60)
+    found = [index for batch in long for _, index in batch]
+    assert len(long) == 15 and list(long)[:5] == whole
+    assert sorted(found[:23]) == sorted(found[23:46]) == list(range(23)) and found[:23] != found[23:46]
+    long.start = 9
+    assert [index for batch in long for _, index in batch] == found[36:]
+    copies = Batches(23, 4, seed=5, shuffle=True, shards=shards, repeats=3, length=9)
+    assert [index for batch in copies for _, index, _ in batch] == [whole[0][i // 3][1] for i in range(8)]
+
+
 def test_evaluation_sees_every_image_once_and_a_small_data_set_has_one_batch():
     assert [len(batch) for batch in Batches(10, 4, shuffle=False)] == [4, 4, 2]
     assert [len(batch) for batch in Batches(3, 4, shuffle=True)] == [3]

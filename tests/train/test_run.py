@@ -105,6 +105,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, uninterrupted
     same(outcome(folder), uninterrupted)
 
 
+def test_an_epoch_has_the_images_that_are_asked_for(tmp_path):
+    report = Cut(0, kill)
+    train(resolve("digits", {**TINY, "epochs": 2, "batch_size": 32, "epoch_images": 70}), out=tmp_path, report=report)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert {int(found["step"]) for found in state["optimiser"]["state"].values()} == {4}
+    assert any(", 70 an epoch, " in note for note in report.notes)
+
+
 @pytest.mark.parametrize(("at", "save_every"), [(STEPS + 4, 2), (STEPS + 4, 0), (1, 0)])
 def test_a_killed_run_goes_on_from_its_last_state_without_its_later_metrics(tmp_path, uninterrupted, at, save_every):
     folder = tmp_path / "run"

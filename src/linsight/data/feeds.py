@@ -64,7 +64,13 @@ def open_feeds(
     pin = device.type == "cuda"
     shards = train.shards if recipe.order == "shards" else None
     order = Batches(
-        len(train), recipe.batch_size, seed=recipe.seed, shuffle=True, repeats=recipe.aug_repeats, shards=shards
+        len(train),
+        recipe.batch_size,
+        seed=recipe.seed,
+        shuffle=True,
+        repeats=recipe.aug_repeats,
+        shards=shards,
+        length=recipe.epoch_images,
     )
     once = Batches(len(val), recipe.batch_size, shuffle=False)
     samples, val_samples = task.samples(train, size, training=True), task.samples(val, size, training=False)

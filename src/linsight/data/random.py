@@ -60,6 +60,8 @@ class Batches:
         times fewer images into the epoch (Hoffer et al., CVPR 2020). timm's sampler spreads the copies over
         devices, and starts at the beginning of an epoch only.
     shards: the shard of each image, to go through the images a few shards at a time.
+    length: images of an epoch, the first ones of its order, or more than there are: then it goes through them again,
+        in another order; none: all of them.
     place: of a stream, where its last batch ended; who sets `start` may set the place that belongs to it.
     """
 
@@ -72,30 +74,35 @@ class Batches:
         shuffle: bool,
         repeats: int = 1,
         shards: Sequence[int] | None = None,
+        length: int | None = None,
     ) -> None:
         self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
         self.repeats, self.shards = repeats, shards
+        self.length = count if length is None or not shuffle else length
         self.epoch = 0
         self.start = 0
         self.place: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """The batches of a whole epoch: a last, smaller one is left out of training, where there are others."""
-        whole, rest = divmod(self.count, self.batch_size)
+        whole, rest = divmod(self.length, self.batch_size)
         return whole + (rest > 0 and (not self.shuffle or whole == 0))
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        order: Sequence[int] = range(self.count)
-        if self.shuffle:
-            draw = np.random.default_rng(key(self.seed, self.epoch))
-            shuffled = draw.permutation(self.count) if self.shards is None else by_shard(self.shards, draw)
-            order = shuffled.tolist()
+        order = self._shuffled() if self.shuffle else range(self.count)
         for step in range(self.start, len(self)):
-            places = range(step * self.batch_size, min((step + 1) * self.batch_size, self.count))
+            places = range(step * self.batch_size, min((step + 1) * self.batch_size, self.length))
             if self.repeats == 1:
                 yield [(self.epoch, order[i]) for i in places]
             else:
                 yield [(self.epoch, order[i // self.repeats], i % self.repeats) for i in places]
+
+    def _shuffled(self) -> list[int]:
+        draw, order = np.random.default_rng(key(self.seed, self.epoch)), list[int]()
+        while len(order) * self.repeats < self.length:
+            turn = draw.permutation(self.count) if self.shards is None else by_shard(self.shards, draw)
+            order += turn.tolist()
+        return order
 
 
 def share(count: int, number: int, of: int) -> list[int]:

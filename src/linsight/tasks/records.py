@@ -195,9 +195,8 @@ class SegmentRecipe(Recipe, SegmentFields, MaskFields, DenseImageFields, Segment
 
     @model_validator(mode="after")
     def _has_masks(self) -> Self:
-        for name in ("draft", "epoch_images"):
-            if getattr(self, name):
-                raise LinsightError(f"{name}={getattr(self, name)} is not for images with masks: leave it out")
+        if self.draft:
+            raise LinsightError(f"draft={self.draft} is not for images with masks: leave it out")
         if self.aug_repeats > 1 and self.order == "shards":
             raise LinsightError("order=shards is not for images with masks: leave it out")
         if not self.eval_stride:
@@ -251,7 +250,7 @@ class DetectRecipe(Recipe, DetectFields, DetectImageFields):
 
     @model_validator(mode="after")
     def _has_objects(self) -> Self:
-        for name, plain in (("draft", 0), ("epoch_images", None), ("order", "full"), ("image_ranks", 1)):
+        for name, plain in (("draft", 0), ("order", "full"), ("image_ranks", 1)):
             if getattr(self, name) != plain:
                 raise LinsightError(f"{name}={getattr(self, name)} is not for images with objects: leave it out")
         if self.compile:

@@ -99,9 +99,11 @@ class Trainer:
         # the folder appears once everything is known to be good
         run.describe({"train": len(data.train), "val": len(data.val), **task.facts})
         self.attention = attention_of(recipe, model)
+        some = recipe.epoch_images not in (None, len(data.train))
+        an_epoch = f", {recipe.epoch_images} an epoch" if some else ""
         report.note(
             f"{recipe.model}{self.attention and f' ({self.attention})'}, {self.learner.params / 1e6:.2f} M parameters, "
-            f"{size[0]}x{size[1]}; {len(data.train)} images to train on, {len(data.val)} to evaluate"
+            f"{size[0]}x{size[1]}; {len(data.train)} images to train on{an_epoch}, {len(data.val)} to evaluate"
             f"{told_facts(task.facts)}; {spread.about}{device}, {precision}; folder {run.path}"
         )
         if state is not None:
