@@ -36,11 +36,12 @@ class Grids:
 
     def __init__(self, model: nn.Module, made: Made) -> None:
         self.model, self.made = model, made
-        self._at: dict[tuple[str, Sides], nn.Module] = {}
+        self._own = _grids(model)
+        self._at: dict[tuple[str, Sides], tuple[nn.Module, dict[str, Sides]]] = {}
 
     def own(self, key: str) -> Sides | None:
         """The grid or the window that the table `key` of the model lies on; None for all else."""
-        return _grid(self.model, key)
+        return self._own.get(key)
 
     def old(self, key: str, source: str, table: Tensor) -> Sides | None:
         """The grid of `table` of the file, there called `source`, here `key`; None where nothing tells it."""
@@ -85,13 +86,14 @@ class Grids:
     def _moved(self, key: str, sides: Sides, kind: str) -> Sides | None:
         """The grid that the table would lie on, or its window in, in a model of these images or this first grid."""
         if (kind, sides) not in self._at:
-            self._at[kind, sides] = _without_values(self.model)
-            (_to_grid if kind == "grid" else _to_size)(self._at[kind, sides], sides)
-        moved = self._at[kind, sides]
+            moved = _without_values(self.model)
+            (_to_grid if kind == "grid" else _to_size)(moved, sides)
+            self._at[kind, sides] = moved, _grids(moved)
+        moved, grids = self._at[kind, sides]
         block: Any = moved.get_submodule(key.rpartition(".")[0].rpartition(".")[0])
         if key.endswith("relative_position_bias_table") and hasattr(block, "input_resolution"):
             return self.own(key) if getattr(block, "dense", False) else _pair(block.input_resolution)
-        return _grid(moved, key)
+        return grids.get(key)
 
 
 def _owners(model: nn.Module, key: str) -> Iterator[tuple[Any, str]]:
@@ -101,12 +103,13 @@ def _owners(model: nn.Module, key: str) -> Iterator[tuple[Any, str]]:
         yield model.get_submodule(".".join(path[:depth])), ".".join(path[depth:])
 
 
-def _grid(model: nn.Module, key: str) -> Sides | None:
-    for owner, name in _owners(model, key):
-        tables = owner.table_grids() if hasattr(owner, "table_grids") else _grids_of_timm(owner)
-        if name in tables:
-            return tables[name]
-    return None
+def _grids(model: nn.Module) -> dict[str, Sides]:
+    """The grid of each table of `model`, by its key, as the innermost module that has it tells."""
+    found: dict[str, Sides] = {}
+    for path, owner in model.named_modules(remove_duplicate=False):  # the outer ones first
+        tables: Any = owner.table_grids() if hasattr(owner, "table_grids") else _grids_of_timm(owner)
+        found |= {f"{path}.{name}" if path else name: sides for name, sides in tables.items()}
+    return found
 
 
 def _grids_of_timm(owner: Any) -> dict[str, Sides]:
