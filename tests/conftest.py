@@ -25,6 +25,11 @@ settings.register_profile("linsight", max_examples=20, deadline=None, derandomiz
 settings.load_profile("linsight")
 
 
+def pytest_collection_modifyitems(items):
+    """Those that train come first: workers share what is quick evenly to the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("train", "parallel"))
+
+
 def pytest_collection_finish():
     """Let the garbage collector leave out what stays to the end: libraries, and thousands of tests."""
     gc.collect()
