@@ -1,10 +1,11 @@
 """Neighbourhood attention by its windows, beside softmax under a mask of all pairs: equality, memory, time.
 
-    python benchmarks/neighbourhood.py
-    python benchmarks/neighbourhood.py --sides 32,64 --kernel 13 --dilation 2 --device cuda --dtype bfloat16 --docs docs
+    python benchmarks/neighbourhood.py --flex --docs docs
+    python benchmarks/neighbourhood.py --sides 32,64 --kernel 13 --dilation 2 --device cuda --dtype bfloat16
 
-Random q, k and v on square grids, without a bias. The mask is made before the clock starts. On CUDA torch's
-FlexAttention, which is told the windows, is a third form. --docs puts the table into how-fast.md there.
+Random q, k and v on square grids, without a bias. The mask is made before the clock starts. A third form is torch's
+FlexAttention, compiled for each grid: on CUDA that of linsight, with --flex on a CPU, where it has no gradients, tokens
+row by row and the windows as a mask. --docs puts the table into how-fast.md there.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from _script import exit_status
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from linsight.bench import Side, alternate, ratios
 from linsight.errors import LinsightError
@@ -29,7 +31,7 @@ from linsight.runtime.files import write_text
 
 PAGE = "how-fast.md"
 BLOCK = re.compile(r"(<!-- generated: neighbourhood -->\n).*?(?=<!-- end -->)", re.DOTALL)
-DENSE = "masked softmax"
+DENSE, FLEX = "masked softmax", "FlexAttention, compiled"
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -42,7 +44,27 @@ def pairs(side: int, window: AxisWindow, device: torch.device) -> Tensor:
     return (axis[:, None, :, None] & axis[:, None]).flatten(2).flatten(0, 1)
 
 
-def forms(side: int, window: AxisWindow, device: torch.device) -> dict[str, Form]:
+def masked_flex(side: int, window: AxisWindow) -> Form:
+    """FlexAttention on a CPU, compiled. Its mask is arithmetic: torch does not compile one that reads tables there."""
+    kernel, step = window.kernel, window.dilation
+    if kernel % 2 == 0 or side < kernel * step:
+        raise LinsightError(f"--flex is for an odd --kernel, and sides from {kernel * step} on")
+
+    def sees(place: Tensor, key: Tensor) -> Tensor:
+        group = place % step
+        most = (side - group + step - 1) // step - kernel
+        first = torch.minimum((place // step - kernel // 2).clamp(min=0), most)
+        return (key % step == group) & (key // step >= first) & (key // step < first + kernel)
+
+    def mask(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return sees(i // side, j // side) & sees(i % side, j % side)
+
+    torch._dynamo.reset()  # or one graph would be made for all grids
+    run, blocks = torch.compile(flex_attention), create_block_mask(mask, None, None, side**2, side**2, device="cpu")
+    return lambda q, k, v: run(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(1, 2)
+
+
+def forms(side: int, window: AxisWindow, device: torch.device, flex_too: bool = False) -> dict[str, Form]:
     """All ways to compute it, of `(B, N, H, D)`; the last one is what the others are beside."""
     tile, mask = Tile.whole(Grid(side, side)), pairs(side, window, device)
 
@@ -57,7 +79,11 @@ def forms(side: int, window: AxisWindow, device: torch.device) -> dict[str, Form
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
 
     found: dict[str, Form] = {"windows": windows}
-    return {**found, **({"FlexAttention": flex} if device.type == "cuda" else {}), DENSE: dense}
+    if device.type == "cuda":
+        found[FLEX] = flex
+    elif flex_too:
+        found[FLEX] = masked_flex(side, window)
+    return {**found, DENSE: dense}
 
 
 def step_of(form: Form, tokens: tuple[Tensor, ...], train: bool) -> Callable[[], Any]:
@@ -80,12 +106,15 @@ def rows(side: int, options: argparse.Namespace) -> list[str]:
     window = AxisWindow(options.kernel, options.dilation)
     shape = (options.batch, side * side, options.heads, options.width)
     tokens = tuple(torch.randn(3, *shape, device=device, dtype=dtype))
-    ways = forms(side, window, device)
+    ways = forms(side, window, device, options.flex)
     with torch.inference_mode():
         outs = {name: form(*tokens).float() for name, form in ways.items()}
     cells: dict[str, list[str]] = {name: [] for name in ways}
     for train in (False, True):
-        sides = {i: Side() for i in range(len(ways))}
+        timed = [name for name in ways if not train or name != FLEX or device.type == "cuda"]
+        for name in cells.keys() - timed:
+            cells[name].append("no gradients | -")
+        sides = {i: Side() for i in range(len(timed))}
 
         def send(i: int, kind: str, told: Any, sides: dict[int, Side] = sides) -> None:
             if kind == "error":
@@ -98,13 +127,13 @@ def rows(side: int, options: argparse.Namespace) -> list[str]:
         def make(name: str, train: bool = train) -> tuple[dict[str, Any], Callable[[], Any]]:
             return {}, step_of(ways[name], tokens, train)
 
-        alternate(dict(enumerate(ways)), make, send, device, options.seconds)
+        alternate(dict(enumerate(timed)), make, send, device, options.seconds)
         *_, dense = sides.values()
-        for own, found in zip(cells.values(), sides.values(), strict=True):
+        for name, found in zip(timed, sides.values(), strict=True):
             beside = statistics.median(ratios(found, dense))
             peaks = (found.facts.get("peak_mb"), dense.facts.get("peak_mb"))
             memory = " / ".join("-" if peak is None else f"{peak:,.0f}" for peak in peaks)
-            own.append(f"{1000 * statistics.median(found.times):.3g} ({beside:.2f}) | {memory}")
+            cells[name].append(f"{1000 * statistics.median(found.times):.3g} ({beside:.2f}) | {memory}")
     largest = outs[DENSE].abs().max()
     return [
         f"| {side * side:,} | {name} | {' | '.join(own)} | {(outs[name] - outs[DENSE]).abs().max() / largest:.0e} |"
@@ -153,6 +182,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--width", type=int, default=32, help="of a head")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--device", default="cpu")
+    add("--flex", action="store_true", help="on a CPU, FlexAttention too")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seconds", type=float, default=3.0, help="for the rounds of a grid, forward and training each")
     add("--docs", type=Path, help=f"the folder of {PAGE}")
