@@ -271,6 +271,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name in (*options.models, *options.beside):
         with torch.device("meta"):  # refuses what is no backbone, before anything is measured
             pyramid(name)
+    if "train" in options.steps and min(options.sides) > options.train_up_to:
+        raise LinsightError(f"no side of {options.sides} is trained on: --train-up-to is {options.train_up_to}")
     page = options.docs and options.docs / "dense.md"
     if page and not (page.exists() and BLOCK.search(page.read_text(encoding="utf-8"))):
         raise LinsightError(f"'{page}' is not there, or has no place for the result: '<!-- results: dense -->'")

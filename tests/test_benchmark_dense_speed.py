@@ -102,6 +102,7 @@ def test_a_run_is_a_table_and_goes_on_where_it_stopped(tmp_path, capsys, monkeyp
         (["--steps", "training"], "unknown step"),
         (["--models", "inline_swim_tiny"], "did you mean 'inline_swin_tiny'"),
         (["--docs", "no/such/folder"], "no/such/folder"),
+        (["--sides", "2048"], "--train-up-to is 1024"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(options, message, capsys):

@@ -127,8 +127,8 @@ hosts = pytest.mark.parametrize("host", SMALL)
 def by_turns():
     """Pairs of hosts and mechanisms, which know nothing of each other.
 
-    All hosts with InLine, and each mechanism in a column or in a pyramid, by turns. In both, and softmax in all hosts, by
-    `pytest -m full`.
+    All hosts with InLine, and each mechanism in a column or in a pyramid, by turns. In both, and softmax in all hosts,
+    by `pytest -m full`.
     """
     both = ("vit_tiny", "pvt_tiny")
     for host, attention in itertools.product(SMALL, MECHANISMS):

@@ -3,6 +3,7 @@
 A task adds fields of its own by a subclass (`linsight.tasks`).
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -259,6 +260,8 @@ class Recipe(ModelFields, DataFields, ImageFields, OptimiserFields, RunFields):
 
     # Fields of a task, beyond those of all, that it takes to use a trained model.
     KEPT: ClassVar[frozenset[str]] = frozenset()
+    # Fields of all tasks that this one does not use, and what it has in their place, in words.
+    UNUSED: ClassVar[Mapping[str, str]] = {}
 
     task: Text = Field(default="classify", description=TASK)
 

@@ -195,7 +195,8 @@ def cases():
             for attention in attentions:
                 if attention == "circulant" and name in OF_TOKENS:
                     continue
-                marks = [] if attention == attentions[0] or host in ALL_QUICK else pytest.mark.full
+                quick = attention == attentions[0] or host in ALL_QUICK or name in IDLE.get(attentions[0], ())
+                marks = [] if quick else pytest.mark.full
                 yield pytest.param(host, attention, name, value, id=f"{host}-{attention}-{name}", marks=marks)
 
 

@@ -60,13 +60,19 @@ def test_an_epoch_may_be_shorter_or_longer_than_the_data(shards):
     short = Batches(23, 4, seed=5, shuffle=True, shards=shards, length=9)
     assert list(short) == whole[:2] and len(short) == 2
     long = Batches(23, 4, seed=5, shuffle=True, shards=shards, length=60)
-    found = [index for batch in long for _, index in batch]
+    items = [item for batch in long for item in batch]
+    found = [item[1] for item in items]
     assert len(long) == 15 and list(long)[:5] == whole
     assert sorted(found[:23]) == sorted(found[23:46]) == list(range(23)) and found[:23] != found[23:46]
+    assert len(set(items)) == 60 and all(item[2] == place // 23 for place, item in enumerate(items) if place >= 23)
     long.start = 9
-    assert [index for batch in long for _, index in batch] == found[36:]
-    copies = Batches(23, 4, seed=5, shuffle=True, shards=shards, repeats=3, length=9)
-    assert [index for batch in copies for _, index, _ in batch] == [whole[0][i // 3][1] for i in range(8)]
+    assert [item for batch in long for item in batch] == items[36:]
+    copies = Batches(5, 4, seed=5, shuffle=True, repeats=3, length=40)
+    items = [item for batch in copies for item in batch]
+    assert len(set(items)) == 40 and {copy for _, _, copy in items} == set(range(9))
+    assert sorted(image for _, image, _ in items[:15:3]) == list(range(5))
+    assert [len(batch) for batch in Batches(10, 4, shuffle=False, length=6)] == [4, 2]
+    assert list(Batches(0, 4, shuffle=True, length=6)) == []
 
 
 def test_evaluation_sees_every_image_once_and_a_small_data_set_has_one_batch():

@@ -15,6 +15,8 @@ from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, default_config, fit_
 from linsight.models.seams import set_grid
 from linsight.ops import FittedTable
 
+from .unwrap import unwrapped_key
+
 Sides = tuple[int, int]
 
 
@@ -108,7 +110,8 @@ def _grids(model: nn.Module) -> dict[str, Sides]:
     found: dict[str, Sides] = {}
     for path, owner in model.named_modules(remove_duplicate=False):  # the outer ones first
         tables: Any = owner.table_grids() if hasattr(owner, "table_grids") else _grids_of_timm(owner)
-        found |= {f"{path}.{name}" if path else name: sides for name, sides in tables.items()}
+        prefix = unwrapped_key(f"{path}.") if path else ""
+        found |= {f"{prefix}{name}": sides for name, sides in tables.items()}
     return found
 
 

@@ -74,6 +74,7 @@ def run(
     try:
         from linsight.train import resolve, resume, suggest, train
         from linsight.train.chosen import told_channels
+        from linsight.train.idle import told_idle
         from linsight.train.loop import columns_of
 
         if folder is not None and not auto:
@@ -86,6 +87,8 @@ def run(
             recipe = resolve(name, overrides)
             if told := told_channels(name, recipe):
                 report.note(told)
+            for line in told_idle(recipe, name, overrides):
+                report.note(line)
             title = title or pathlib.Path(name).stem
             summary = train(recipe, out=out, name=title, report=report, go_on=auto)
     finally:

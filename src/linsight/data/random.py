@@ -60,8 +60,8 @@ class Batches:
         times fewer images into the epoch (Hoffer et al., CVPR 2020). timm's sampler spreads the copies over
         devices, and starts at the beginning of an epoch only.
     shards: the shard of each image, to go through the images a few shards at a time.
-    length: images of an epoch, the first ones of its order, or more than there are: then it goes through them again,
-        in another order; none: all of them.
+    length: places of an epoch, where there are fewer or more than images (copies count): the first ones of its order,
+        or all in another order again, as (epoch, image, copy) from there on.
     place: of a stream, where its last batch ended; who sets `start` may set the place that belongs to it.
     """
 
@@ -78,7 +78,7 @@ class Batches:
     ) -> None:
         self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
         self.repeats, self.shards = repeats, shards
-        self.length = count if length is None or not shuffle else length
+        self.length = count if length is None or not count else length
         self.epoch = 0
         self.start = 0
         self.place: dict[str, Any] | None = None
@@ -89,20 +89,25 @@ class Batches:
         return whole + (rest > 0 and (not self.shuffle or whole == 0))
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        order = self._shuffled() if self.shuffle else range(self.count)
+        orders: dict[int, Sequence[int]] = {}
         for step in range(self.start, len(self)):
-            places = range(step * self.batch_size, min((step + 1) * self.batch_size, self.length))
-            if self.repeats == 1:
-                yield [(self.epoch, order[i]) for i in places]
-            else:
-                yield [(self.epoch, order[i // self.repeats], i % self.repeats) for i in places]
+            batch = list[tuple[int, ...]]()
+            for place in range(step * self.batch_size, min((step + 1) * self.batch_size, self.length)):
+                turn, within = divmod(place, self.count * self.repeats)
+                if turn not in orders:
+                    orders = {turn: self._order(turn)}
+                image, copy = orders[turn][within // self.repeats], turn * self.repeats + within % self.repeats
+                plain = self.repeats == 1 and turn == 0
+                batch.append((self.epoch, image) if plain else (self.epoch, image, copy))
+            yield batch
 
-    def _shuffled(self) -> list[int]:
-        draw, order = np.random.default_rng(key(self.seed, self.epoch)), list[int]()
-        while len(order) * self.repeats < self.length:
-            turn = draw.permutation(self.count) if self.shards is None else by_shard(self.shards, draw)
-            order += turn.tolist()
-        return order
+    def _order(self, turn: int) -> Sequence[int]:
+        """Of all images, in one of the turns that an epoch of more places takes."""
+        if not self.shuffle:
+            return range(self.count)
+        draw = np.random.default_rng(key(self.seed, self.epoch, *([turn] if turn else [])))
+        order = draw.permutation(self.count) if self.shards is None else by_shard(self.shards, draw)
+        return list[int](order.tolist())
 
 
 def share(count: int, number: int, of: int) -> list[int]:

@@ -23,6 +23,10 @@ from linsight.records import (
     shown,
 )
 
+# What is done with images that have one class each, in training and in evaluation.
+_AUGMENTED = ("crop_mode", "crop_padding", "scale", "ratio", "auto_augment", "re_prob", "re_mode")
+_EVALUATED = ("crop_pct", "eval_crop")
+
 
 class MixFields(Record):
     """Mixed images, and soft labels."""
@@ -121,6 +125,7 @@ class LinearizeRecipe(DistilRecipe, LinearizeFields):
 
     START = "teacher"
     KEPT = frozenset(("layers",))
+    UNUSED = {"drop_path": "the model is the teacher's, of which no path is dropped"}  # noqa: RUF012
 
     task: Literal["linearize"] = Field(default="linearize", description=TASK)  # type: ignore[assignment]
 
@@ -189,6 +194,7 @@ class SegmentRecipe(Recipe, SegmentFields, MaskFields, DenseImageFields, Segment
     """A run of the task `segment`."""
 
     KEPT = frozenset(("ignore", "eval_side", "eval_mode", "eval_stride"))
+    UNUSED = dict.fromkeys(_AUGMENTED, "see resize and crop_share") | dict.fromkeys(_EVALUATED, "see eval_side")
 
     task: Literal["segment"] = Field(default="segment", description=TASK)
     batch_size: Whole = Field(default=8, description="images of one update")
@@ -241,6 +247,7 @@ class DetectRecipe(Recipe, DetectFields, DetectImageFields):
     """A run of the task `detect`."""
 
     KEPT = frozenset(("longest", "eval_side", "shown_score"))
+    UNUSED = dict.fromkeys(_AUGMENTED, "see sides, longest and part") | dict.fromkeys(_EVALUATED, "see eval_side")
 
     task: Literal["detect"] = Field(default="detect", description=TASK)
     batch_size: Whole = Field(default=16, description="images of one update")

@@ -11,8 +11,8 @@ X. LN0 and LN1 are there with `norm`. So the layer has a feed-forward layer and 
 puts its own around them. Here the projections of the layer are W_q of MAB1 and W_k, W_v of MAB0, as these are what is
 made of tokens, and `proj` is W_o of MAB1.
 
-`PMA` is its pooling: PMA(X) = MAB(S, X) of k learned seeds. `SAB`, SAB(X) = MAB(X, X), is what it stands for, of cost
-O(N^2); both are modules of tokens, not mechanisms.
+`PMA` is its pooling: PMA(X) = MAB(S, X) of k learned seeds. `SAB`, SAB(X) = MAB(X, X), is what ISAB stands for, of cost
+O(N^2). Both are modules of tokens, not mechanisms.
 """
 
 from collections.abc import Callable
@@ -228,8 +228,7 @@ class SAB(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """The tokens that attend to all but those that `keep` `(B, N)` drops, which come out as zeros."""
-        x = mask_tokens(x, keep)
-        return mask_tokens(self.mab(x, x, keep), keep)
+        return mask_tokens(self.mab(mask_tokens(x, keep), x, keep), keep)
 
 
 class PMA(nn.Module):
