@@ -31,7 +31,7 @@ for chosen in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
     with kept_memory() as kept:
         with kept_memory():
             torch.ones(12 * 2**20)
-        inside = faults()  # of what is entered twice, the last exit decides
+        inside = faults()  # none, or those of one block; of what is entered twice, the last exit decides
     print(kept, usual, inside, faults())
 """
 
@@ -44,7 +44,7 @@ def test_pages_are_kept_while_it_is_entered():
         told, usual, inside, after = line.split()
         usual, inside, after = int(usual), int(inside), int(after)
         assert told == str(kept) and usual > 100
-        assert after > usual / 2 and (inside < usual / 20 if kept else inside > usual / 2)
+        assert after > usual / 2 and (inside < usual / 4 if kept else inside > usual / 2)
 
 
 def test_other_libraries_are_left_alone(monkeypatch):

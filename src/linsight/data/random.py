@@ -102,7 +102,7 @@ class Batches:
             yield batch
 
     def _order(self, turn: int) -> Sequence[int]:
-        """Of all images, in one of the turns that an epoch of more places takes."""
+        """The order of all images in one of the turns that an epoch of more places takes."""
         if not self.shuffle:
             return range(self.count)
         draw = np.random.default_rng(key(self.seed, self.epoch, *([turn] if turn else [])))

@@ -9,7 +9,7 @@ from linsight.tasks.files import is_recipe_file, read_values
 
 
 class Use(NamedTuple):
-    """What puts a field to use.
+    """The way to put a field to use.
 
     beside: the fields that decide it.  how: what to set.  used: True for a recipe in which the field has an effect.
     """
