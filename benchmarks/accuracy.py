@@ -1,7 +1,7 @@
 """Every mechanism in one small host, trained alike: accuracy over seeds, size, operations, speed.
 
     python benchmarks/accuracy.py
-    python benchmarks/accuracy.py --place cifar10,recall-16,recall-64,cifar10-64 --csv benchmarks/accuracy.csv --docs docs
+    python benchmarks/accuracy.py --place cifar10,recall-16,recall-64,cifar10-64 --csv benchmarks/accuracy.csv
     python benchmarks/accuracy.py --epochs 30 --subset 50000 --device cuda --amp bf16
 
 A place (`--place`, see `_places.py`) is a host, images and a budget: CIFAR-10 on 8x8 and on 64x64 tokens, and a task
@@ -9,7 +9,8 @@ that needs mixing over the whole grid. The host is the compact one, whose MLP ha
 mechanism is the only one to know where a token is. It takes whole blocks as well as layers; a mechanism is what is
 registered, with its default options. Nothing is tuned for any of them. A run is done with linsight's own trainer; each
 one that ends is a row of the CSV file, and is not done again: stop it and go on at any time. What diverges, or does not
-fit in time or memory, is a row like the others. `benchmarks/accuracy.csv` has the rows so far of all mechanisms. At the end all models are timed in rounds that alternate between them.
+fit in time or memory, is a row like the others; `benchmarks/accuracy.csv` has those so far. At the end all models are
+timed in rounds that alternate between them.
 """
 
 import argparse
