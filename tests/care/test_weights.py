@@ -377,10 +377,13 @@ def test_a_model_with_compiled_blocks():
     load_published(model, export_published(source))
     assert torch.equal(model.blocks[0]._orig_mod.mlp.fc1.weight, linear(source).weight)
     assert export_published(model).keys() == export_published(source).keys()
-    source, model = build("vit_tiny", "agent", img_size=(32, 48)), build("vit_tiny", "agent")  # with tables in blocks
-    source.blocks[0], model.blocks[0] = Compiled(source.blocks[0]), Compiled(model.blocks[0])
-    report = load_published(model, export_published(source))
-    assert any("blocks.0.attn" in line for line in report.resized)
+    # with a table in the block, of another grid, which is not square
+    source, model, plain = (build("vit_tiny", "linformer", img_size=size) for size in ((32, 48), 32, 32))
+    state = export_published(source)
+    model.blocks[0] = Compiled(model.blocks[0])
+    report = load_published(model, state)
+    assert report.resized == load_published(plain, state).resized and "blocks.0." in str(report.resized)
+    assert torch.equal(model.blocks[0]._orig_mod.attn.core.E, plain.blocks[0].attn.core.E)
 
 
 # --- numbers ---

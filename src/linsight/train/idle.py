@@ -19,14 +19,14 @@ class Use(NamedTuple):
     used: Callable[[Any], object]
 
 
-_WARMUP = Use(("sched",), "another sched", lambda r: r.sched != "none")
+_SCHED = Use(("sched",), "another sched", lambda r: r.sched != "none")
 _CURVE = Use(("sched",), "sched=cosine, tanh or poly", lambda r: r.sched in ("cosine", "tanh", "poly"))
 _CROP = Use(("crop_mode",), "crop_mode=rrc, rkrc or rkrr", lambda r: r.crop_mode.startswith("r"))
 _INIT = Use(("init",), "init", lambda r: r.init)
 _EMA = Use(("ema",), "ema", lambda r: r.ema)
 _ALL = Use(("freeze",), "freeze=false", lambda r: not r.freeze)
 
-# By field; each of those is in force where the task of the recipe has the field.
+# By field. All ways of a field must be met, in recipes of the tasks that have it.
 USES: Mapping[str, tuple[Use, ...]] = {
     "scale": (_CROP,),
     "ratio": (_CROP,),
@@ -46,11 +46,11 @@ USES: Mapping[str, tuple[Use, ...]] = {
     "from_size": (_INIT,),
     "freeze_layers": (_ALL,),
     "freeze_stages": (_ALL,),
-    "sched_args": (_WARMUP,),
-    "warmup_epochs": (_WARMUP, Use(("warmup_updates",), "warmup_updates=0", lambda r: not r.warmup_updates)),
-    "warmup_updates": (_WARMUP,),
+    "sched_args": (_SCHED,),
+    "warmup_epochs": (_SCHED, Use(("warmup_updates",), "warmup_updates=0", lambda r: not r.warmup_updates)),
+    "warmup_updates": (_SCHED,),
     "warmup_lr": (
-        _WARMUP,
+        _SCHED,
         Use(
             ("warmup_epochs", "warmup_updates"),
             "warmup_epochs or warmup_updates",
