@@ -4,12 +4,12 @@
     python benchmarks/how_fast.py --device cuda --parts operators,deit --docs docs
 
 Four parts. Operators: all mechanisms with a core, beside PyTorch's softmax attention, from 14x14 to 112x112 tokens, in
-time and in memory. Whole: those that are whole layers or blocks, in DeiT-T beside timm's, forward. Both tell where each
-becomes faster than softmax, and those that never do.
+time and in memory, and where each becomes faster than softmax. Whole: those that are whole layers or blocks, in DeiT-T
+beside timm's, forward; those that know no prefix tokens without its class token.
 Pyramids: linear Swin-T and MLLA-T, plain and fused, beside timm's Swin-T. DeiT: InLine-DeiT-T, plain and fused,
 beside timm's DeiT-T from 224 to 1344 pixels, in float32 and bf16, and beside its own floor: the same model in which the
 values go straight from the projection to the output projection, with no mixing, no generator and no dynamic
-convolution. `--parts` takes some of them.
+convolution. `--parts` takes some of them; each has its own place in how-fast.md, and the others keep what they have.
 """
 
 import argparse
@@ -26,11 +26,12 @@ from _script import exit_status
 from torch import Tensor, nn
 
 import linsight.bench as room
-from linsight.attention import Attention, Capabilities, Core, Tokens, list_attentions
+from linsight.attention import Attention, Capabilities, Core, Tokens, list_attentions, mechanism
 from linsight.bench import STEPS, Done, Group, Plan, Setting, Subject
 from linsight.bench.rows import digits
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.fuse import fuse
+from linsight.models import create_model
 from linsight.ops import Layout
 from linsight.runtime.files import write_text
 
@@ -38,7 +39,6 @@ FLOOR = Subject("model", "inline_deit_tiny", "floor")
 FUSED = Subject("model", "inline_deit_tiny", "fused")
 INLINE, SOFTMAX = Subject("model", "inline_deit_tiny"), Subject("model", "deit_tiny_patch16_224")
 PYRAMIDS = ("inline_swin_tiny", "focused_swin_tiny", "agent_swin_tiny", "mlla_tiny")
-BLOCK = re.compile(r"(<!-- generated: how fast -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 class Floor(Core):
@@ -55,7 +55,11 @@ class Floor(Core):
 
 
 def build(subject: Subject, size: tuple[int, int], device: str | torch.device) -> nn.Module:
-    """As `linsight bench` does, and besides fused models and the floor."""
+    """As `linsight bench` does, and besides fused models, the floor, and DeiT-T without a class token."""
+    if subject.name == SOFTMAX.name and subject.attention and not mechanism(subject.attention).capabilities.prefix:
+        with torch.device(device):
+            without = {"class_token": False, "global_pool": "avg"}
+            return create_model(subject.name, attention=subject.attention, img_size=size, **without)
     if subject.attention not in ("fused", "floor"):
         return room.build(subject, size, device)
     model = room.build(subject._replace(attention=""), size, device)
@@ -156,12 +160,12 @@ TITLES = {
 }
 
 
-def run(options: argparse.Namespace) -> str:
-    """Measure all parts, tell of them as they come, and return the generated part of the page."""
+def run(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Measure all parts, tell of them as they come, and give the name of each and what the page says of it."""
     rows: list[dict[str, Any]] = []
-    text: list[str] = []
-    facts: dict[str, Any] = {}
-    for name in options.parts:
+    for name in options.parts:  # its page is written as soon as a part is done
+        text: list[str] = []
+        facts: dict[str, Any] = {}
         floors: list[list[str]] = []
         for plan in plans(options)[name]:
             done = None
@@ -190,10 +194,10 @@ def run(options: argparse.Namespace) -> str:
                 "MB, softmax",
             ]
             text += ["### InLine-DeiT-T beside its floor, and beside softmax", markdown(names, floors)]
-    known = {key: value for key, value in facts.items() if value not in (None, False) and key != "precision"}
-    told = ", ".join(f"{key} {value}" for key, value in known.items())
-    command = shlex.join(["python", "benchmarks/how_fast.py", *options.arguments])
-    return "\n\n".join([f"```bash\n{command}\n```", told, *text]) + "\n"
+        known = {key: value for key, value in facts.items() if value not in (None, False) and key != "precision"}
+        told = ", ".join(f"{key} {value}" for key, value in known.items())
+        command = shlex.join(["python", "benchmarks/how_fast.py", *options.arguments])
+        yield name, "\n\n".join([f"```bash\n{command}\n```", told, *text]) + "\n"
 
 
 def tell(done: Done) -> None:
@@ -212,10 +216,14 @@ def model_table(rows: list[dict[str, Any]]) -> str:
     return markdown(head, [[f"`{line[0]}`", *line[1:]] for line in body])
 
 
-def document(folder: Path, text: str) -> None:
-    """Put the result into how-fast.md of `folder`."""
-    path = folder / "how-fast.md"
-    write_text(path, BLOCK.sub(lambda found: f"{found[1]}{text}\n", path.read_text(encoding="utf-8")))
+def block(part: str) -> re.Pattern[str]:
+    """The place of a part in how-fast.md."""
+    return re.compile(rf"(<!-- generated: how fast, {part} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def document(path: Path, part: str, text: str) -> None:
+    """Put what the page says of a part into its place."""
+    write_text(path, block(part).sub(lambda found: f"{found[1]}{text}\n", path.read_text(encoding="utf-8")))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -234,20 +242,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for part in options.parts:
         if part not in plans(options):
             raise UnknownNameError("part", part, plans(options))
-    if options.docs and not (
-        (path := options.docs / "how-fast.md").exists() and BLOCK.search(path.read_text(encoding="utf-8"))
-    ):
-        raise LinsightError(f"'{path}' is not there, or has no line '<!-- generated: how fast -->' to write below")
+    options.page = options.docs and options.docs / "how-fast.md"
+    if options.page:
+        page = options.page.read_text(encoding="utf-8") if options.page.exists() else ""
+        for part in options.parts:
+            if not block(part).search(page):
+                line = f"<!-- generated: how fast, {part} -->"
+                raise LinsightError(f"'{options.page}' is not there, or has no line '{line}' to write below")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        text = run(options)
-        print(text)
-        if options.docs:
-            document(options.docs, text)
+        for part, text in run(options):
+            print(text)
+            if options.page:
+                document(options.page, part, text)
 
     return exit_status(__file__, work)
 

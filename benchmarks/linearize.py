@@ -20,6 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -40,10 +43,8 @@ from linsight.train import load_trained, resolve, resume, train
 from linsight.train.progress import reporter
 from linsight.train.run import CONFIG
 
-MODEL = {
-    "model": "vit_tiny",
-    "model_args": "patch_size=4,embed_dim=192,depth=6,num_heads=6,global_pool=avg,class_token=False",
-}
+MODEL = {"model": "compact_nano", "model_args": "stem=((48,2),),stages=((96,4,3),)"}
+PATCH = 4  # pixels of a token's side
 STUDENTS = ("hedgehog", "inline", "t5", "focused", "mlla", "rala", "mean")
 SCRATCH = ("softmax", "linear")
 LARGER = ("softmax", "hedgehog", "inline")  # that go on at `SIDE`, softmax as the teacher
@@ -51,21 +52,22 @@ SIDE, TIMED, TILE = 64, (64, 128, 256), 256  # pixels
 SHARE = 0.05  # of the teacher's updates
 WANTED = 0.97  # of the teacher's top-1
 DRAWN = "linearize-vision.png"  # the picture, beside the page
-BATCH, IMAGES, AT_SIDE = 256, 50_000, 12_800  # images of a batch, to train on, and to go on with
+BATCH, IMAGES, AT_SIDE = 128, 50_000, 12_800  # images of a batch, to train on, and to go on with
 FIELDS = ("kind", "attention", "seed", "updates", "top1", "teacher", "seconds")
+Run = tuple[str, str, int]  # kind, mechanism and seed
 BLOCK = re.compile(r"(<!-- results: vision -->\n).*?(?=<!-- end: vision -->)", re.DOTALL)
 
 
-def learn(folder: Path, recipe: str, given: dict[str, Any]) -> dict[str, Any]:
+def learn(folder: Path, recipe: str, given: dict[str, Any], *, shown: bool = True) -> dict[str, Any]:
     """The summary of the finished run in a folder."""
-    report = reporter(new_console())
+    report = reporter(new_console()) if shown else None
     if (folder / CONFIG).exists():
         return resume(folder, report=report)
     return train(resolve(recipe, given), out=folder, name=folder.name, report=report)
 
 
-def runs(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """Kind, mechanism and seed of each run beside the teacher."""
+def runs(options: argparse.Namespace) -> Iterator[Run]:
+    """Each run beside the teacher."""
     for seed in range(options.seeds):
         for kind, names in (("student", STUDENTS), ("scratch", SCRATCH)):
             yield from ((kind, name, seed) for name in names if not options.only or name in options.only)
@@ -87,36 +89,59 @@ def results(options: argparse.Namespace) -> list[dict[str, Any]]:
     teacher = options.out / "teacher"
     told = learn(teacher, "cifar10", {**shared, **MODEL, **augmented(options), "attention": "softmax"})
     updates = int(SHARE * options.epochs * (IMAGES // BATCH))
-    for kind, name, seed in todo:
-        # one epoch of as many images as the budget has left
-        given: dict[str, Any] = {**shared, "seed": seed, "epochs": 1, "warmup_epochs": 0}
-        if kind == "student":
-            half = 0 if name == "mean" else updates // 2
-            given |= {"task": "linearize", "teacher": str(teacher), "attention": name, "transfer_steps": half}
-            given |= {"epoch_images": (updates - half) * BATCH, "lr": "5e-4", "opt": "adamw", "weight_decay": 0}
-            given |= {"new_lr_scale": 4}
-        elif kind == "scratch":
-            given |= {**MODEL, "attention": name, "epoch_images": updates * BATCH}
-        else:
-            given |= {"init": str(started(options.out, name)), "img_size": SIDE, "epoch_images": AT_SIDE}
-            given |= {"lr": "2e-4", "opt": "adamw", "layer_decay": 1}
-        found = learn(options.out / f"{kind}-{name}-{seed}", "cifar10" if kind == "scratch" else "finetune", given)
-        rows.append(
-            {
-                "kind": kind,
-                "attention": name,
-                "seed": seed,
-                "updates": AT_SIDE // BATCH if kind == "larger" else updates,
-                "top1": f"{found['last_top1']:.2f}",
-                "teacher": f"{told['last_top1']:.2f}",
-                "seconds": f"{found['seconds']:.0f}",
-            }
-        )
-        with replacing(options.csv) as path, path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+    for _, stage in groupby(todo, key=lambda run: run[0] == "larger"):  # these go on from the others
+        for run, found in learned({run: asked(run, updates, shared, options) for run in stage}, options.jobs):
+            rows.append(outcome(run, found, told, updates))
+            with replacing(options.csv) as path, path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                writer.writeheader()
+                writer.writerows(rows)
     return rows
+
+
+def learned(tasks: dict[Run, tuple[Any, ...]], jobs: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Each run and its summary as it is finished. tasks: what `learn` takes, of each. jobs: processes, if above one."""
+    if jobs == 1:
+        yield from ((run, learn(*task)) for run, task in tasks.items())
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        waiting = {pool.submit(learn, *task, shown=False): run for run, task in tasks.items()}
+        yield from ((waiting[future], future.result()) for future in as_completed(waiting))
+
+
+def asked(
+    run: Run, updates: int, shared: dict[str, Any], options: argparse.Namespace
+) -> tuple[Path, str, dict[str, Any]]:
+    """Folder, recipe and fields of a run beside the teacher."""
+    kind, name, seed = run
+    # one epoch of as many images as the budget has left
+    given: dict[str, Any] = {**shared, "seed": seed, "epochs": 1, "warmup_epochs": 0}
+    given["threads"] = max(options.threads // options.jobs, 1)
+    if kind == "student":
+        half = 0 if name == "mean" else updates // 2
+        given |= {"task": "linearize", "teacher": str(options.out / "teacher"), "attention": name}
+        given |= {"transfer_steps": half, "epoch_images": (updates - half) * BATCH}
+        given |= {"lr": "5e-4", "opt": "adamw", "weight_decay": 0, "new_lr_scale": 4}
+    elif kind == "scratch":
+        given |= {**MODEL, **augmented(options), "epochs": 1, "attention": name, "epoch_images": updates * BATCH}
+    else:
+        given |= {"init": str(started(options.out, name)), "img_size": SIDE, "epoch_images": AT_SIDE}
+        given |= {"lr": "2e-4", "opt": "adamw", "layer_decay": 1}
+    return options.out / f"{kind}-{name}-{seed}", "cifar10" if kind == "scratch" else "finetune", given
+
+
+def outcome(run: Run, found: dict[str, Any], teacher: dict[str, Any], updates: int) -> dict[str, Any]:
+    """`FIELDS` of a finished run."""
+    kind, name, seed = run
+    return {
+        "kind": kind,
+        "attention": name,
+        "seed": seed,
+        "updates": AT_SIDE // BATCH if kind == "larger" else updates,
+        "top1": f"{found['last_top1']:.2f}",
+        "teacher": f"{teacher['last_top1']:.2f}",
+        "seconds": f"{found['seconds']:.0f}",
+    }
 
 
 def started(out: Path, name: str) -> Path:
@@ -126,7 +151,14 @@ def started(out: Path, name: str) -> Path:
 
 def augmented(options: argparse.Namespace) -> dict[str, Any]:
     """The teacher's fields beyond those of the recipe."""
-    return {"epochs": options.epochs, "mixup_prob": 0.5, "cutmix": 1.0}
+    return {
+        "epochs": options.epochs,
+        "mixup_prob": 0.0,
+        "cutmix": 0.0,
+        "opt": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.05,
+    }
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -178,15 +210,15 @@ def larger(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     sizes = [f"{side} pixels, ms (ratio)" for side in TIMED]
     lines = [f"| attention | top-1 % at {SIDE} pixels | {' | '.join(sizes)} |", "|---" * (2 + len(sizes)) + "|"]
     setting = Setting(options.device, "auto", options.threads, options.seconds)
-    for row in rows:
-        if row["kind"] == "larger":
-            cells = ["" for _ in TIMED]
-            if row["attention"] != "softmax":
-                timed = run_speed(started(options.out, row["attention"]), [(side, side) for side in TIMED], setting)
-                times = [float(one.get("infer_step_time") or "nan") for one in timed]  # where one could not be run
-                pairs = zip(times[::2], times[1::2], strict=True)
-                cells = [f"{ours:.2f} ({ours / softmax:.2f})" for ours, softmax in pairs]
-            lines.append(f"| {row['attention']} | {float(row['top1']):.1f} | {' | '.join(cells)} |")
+    top1 = {row["attention"]: float(row["top1"]) for row in rows if row["kind"] == "larger"}
+    for name in sorted(top1, key=LARGER.index):
+        cells = ["" for _ in TIMED]
+        if name != "softmax":
+            timed = run_speed(started(options.out, name), [(side, side) for side in TIMED], setting)
+            times = [float(one.get("infer_step_time") or "nan") for one in timed]  # where one could not be run
+            pairs = zip(times[::2], times[1::2], strict=True)
+            cells = [f"{ours:.2f} ({ours / softmax:.2f})" for ours, softmax in pairs]
+        lines.append(f"| {name} | {top1[name]:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -220,7 +252,7 @@ def streamed(options: argparse.Namespace) -> str:
         (found,) = worker.run(asked, [str(options.out / f"larger-{name}-0")])
     if found.error or not found.facts:
         raise LinsightError(f"'{name}' was not streamed: {found.error or 'the process ended'}")
-    facts, tokens = found.facts, (options.side // 4) ** 2
+    facts, tokens = found.facts, (options.side // PATCH) ** 2
     return (
         f"`{name}` at {options.side:,} x {options.side:,} pixels, {tokens:,} tokens, in tiles of {TILE}: "
         f"{facts['seconds']:.0f} s, {facts['anon_mb']:,.0f} MB of memory under a limit of {options.limit:g} GB, and "
@@ -235,11 +267,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=Path("../shared/data/cifar10"), help="CIFAR-10, Parquet files or class folders")
     add("--out", type=Path, default=Path("runs/linearize"), help="the folder of all runs")
     add("--csv", type=Path, default=Path("runs/linearize.csv"), help="the results")
-    add("--epochs", type=int, default=40, help="of the teacher")
+    add("--epochs", type=int, default=16, help="of the teacher")
     add("--seeds", type=int, default=3)
     add("--only", type=lambda text: text.split(","), default=[], help="some of the mechanisms")
     add("--device", default="cpu")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--jobs", type=int, default=1, help="runs after the teacher's that are trained at once, each with its threads")
     add("--workers", type=int, help="processes that read images; none: as the recipe has it")
     add("--seconds", type=float, default=5.0, help="to spend on the times of a size")
     add("--side", type=int, default=4096, help="pixels of the image that is seen in tiles")

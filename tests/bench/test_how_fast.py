@@ -36,6 +36,8 @@ def test_every_part_names_models_that_are_there():
     assert measured == {entry.name for entry in list_attentions()} | {""}
     for subject in whole.groups[0].subjects:
         assert how_fast.build(subject, (224, 224), "meta").num_classes == 1000
+    without = how_fast.build(Subject("model", how_fast.SOFTMAX.name, "axial"), (32, 32), "cpu").eval()
+    assert without(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 
 
 def test_memory_is_told_by_size():
@@ -57,7 +59,10 @@ def test_lines_tell_where_a_mechanism_passes_softmax(step, last):
 
 def test_the_page_keeps_its_words(tmp_path, monkeypatch, capsys):
     page = tmp_path / "how-fast.md"
-    page.write_text("Before.\n<!-- generated: how fast -->\nold\n<!-- end -->\nAfter.\n")
+    places = "".join(
+        f"<!-- generated: how fast, {part} -->\nold {part}\n<!-- end -->\n" for part in ("whole", "pyramids")
+    )
+    page.write_text(f"Before.\n{places}After.\n")
     row = {"kind": "model", "model": "m", "tokens": 1, "infer_batch_size": 1, "infer_img_size": 8}
 
     def measured(plan, measure):
@@ -74,7 +79,8 @@ def test_the_page_keeps_its_words(tmp_path, monkeypatch, capsys):
     assert how_fast.main(arguments) == 0
     text = page.read_text()
     assert text.startswith("Before.\n<!-- generated") and text.endswith("<!-- end -->\nAfter.\n")
-    assert "old" not in text and "| `m` | 8 |" in text and "device cpu: x" in text and "--parts pyramids" in text
+    assert "old whole\n" in text and "old pyramids" not in text  # a part has a place of its own
+    assert "| `m` | 8 |" in text and "device cpu: x" in text and "--parts pyramids" in text
     assert (tmp_path / "a.csv").read_text().count("\n") == 3  # of two plans
     assert how_fast.main(["--parts", "pyramid"]) == 2 and "did you mean 'pyramids'" in capsys.readouterr().err
     assert how_fast.main(["--docs", str(tmp_path / "none")]) == 2

@@ -74,6 +74,9 @@ def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
     before = file.read_bytes()
     assert benchmark.main(options[:-2]) == 0 and file.read_bytes() == before
     assert "epoch" not in capsys.readouterr().out
+    file.unlink()  # finished runs are taken as they are, by two processes at once as well
+    assert benchmark.main([*options[:-2], "--jobs", "2"]) == 0
+    assert sorted(file.read_bytes().splitlines()) == sorted(before.splitlines())
 
 
 def test_the_best_stand_first_and_seeds_are_averaged():

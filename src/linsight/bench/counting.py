@@ -18,8 +18,9 @@ def count_flops(step: Callable[[], Any]) -> int:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """How many numbers of `module` training changes."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """How many numbers of `module` training changes; of a frozen one, as `fuse` makes them, all parameters."""
+    learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return learned or sum(p.numel() for p in module.parameters())
 
 
 def count_macs(module: nn.Module, *inputs: Any) -> int:
