@@ -62,7 +62,7 @@ LAYER = '''
 
 from torch import nn
 
-from linsight.attention import Capabilities, Layer, Paper, check_asked, check_beside, entered, register
+from linsight.attention import Capabilities, Layer, Paper, register
 from linsight.ops import mask_tokens
 
 
@@ -72,12 +72,13 @@ class ToyLayer(Layer):
 
     def __init__(self, dim, num_heads, *, qkv_bias=True, proj_bias=True, proj_drop=0.0, device=None, dtype=None):
         super().__init__()
+        self.dim = dim
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
 
-    def forward(self, x, layout, *, keep=None, context=None, context_layout=None, score_bias=None, residual=None):
-        layout = entered(x, layout, dim=self.proj.in_features, weight=self.proj.weight)
-        check_asked(self, layout, keep=keep, context=context, score_bias=score_bias)
-        check_beside(x, layout, keep=keep)
+    def weight(self):
+        return self.proj.weight
+
+    def mix(self, x, layout, keep):
         total = mask_tokens(x, keep).sum(1, keepdim=True)
         count = x.shape[1] if keep is None else keep.sum(1).clamp(min=1)[:, None, None]
         return self.proj((total / count).expand_as(x))
@@ -88,7 +89,7 @@ BLOCK = '''
 
 from torch import nn
 
-from linsight.attention import Block, Capabilities, Paper, check_asked, entered, register
+from linsight.attention import Block, Capabilities, Paper, register
 
 
 @register("toy_block", kind="block", formula="x + W mean(LN(x))", complexity="O(N d)", paper=Paper("None"))
@@ -97,13 +98,14 @@ class ToyBlock(Block):
 
     def __init__(self, dim, num_heads, *, mlp_ratio=4.0, drop_path=0.0, gain: float = 1.0, device=None, dtype=None):
         super().__init__()
-        self.gain = gain
+        self.dim, self.gain = dim, gain
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
-    def forward(self, x, layout, *, keep=None):
-        layout = entered(x, layout, dim=self.proj.in_features, weight=self.proj.weight)
-        check_asked(self, layout, keep=keep)
+    def weight(self):
+        return self.proj.weight
+
+    def mix(self, x, layout, keep):
         return x + self.gain * self.proj(self.norm(x).mean(1, keepdim=True))
 '''
 

@@ -14,7 +14,7 @@ from .capabilities import Capabilities, Structure
 from .checks import check_asked, check_beside, entered, held
 from .core import Core, Rename
 from .nodes import Node
-from .packed import mark_packed, mix_packed
+from .packed import each_image, mark_packed, mix_packed
 from .parts.reduction import Reduction
 from .projections import OF_QUERIES, PROJECTIONS
 from .registry import require
@@ -25,18 +25,21 @@ class Layer(Node):
     """The module that a host calls: tokens and their layout in, tokens out. `Attention` is the usual one.
 
     A mechanism registered with `kind="layer"` derives from it, with a constructor that takes
-    `(dim, num_heads, *, ..., device=None, dtype=None)` and its options.
+    `(dim, num_heads, *, ..., device=None, dtype=None)` and its options, sets `dim`, and defines `mix`.
     """
+
+    dim: int
 
     capabilities: Capabilities = Capabilities()
     structure: Structure = Structure()
     published: ClassVar[tuple[Rename, ...]] = ()
     unmet: ClassVar[Mapping[str, str]] = {}  # as of a `Core`
 
+    @each_image
     def forward(
         self,
         x: Tensor,
-        layout: LayoutLike,
+        layout: LayoutLike | None = None,
         *,
         keep: Tensor | None = None,
         context: Tensor | None = None,
@@ -44,8 +47,22 @@ class Layer(Node):
         score_bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """See `Attention.forward`. With `@each_image` it takes packed batches, too, one grid at a time."""
+        """Mix the tokens `x` `(B, P + H*W, C)`, which lie as `layout` says, once they fit; see `Attention.forward`."""
+        found = entered(x, layout, dim=self.dim, weight=self.weight())
+        check_asked(self, found, keep=keep, context=context, score_bias=score_bias)
+        check_beside(x, found, keep=keep, residual=residual)
+        return self.mix(x, found, keep)
+
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """The tokens `x` `(B, P + H*W, C)`, mixed; `keep` `(B, N)` is False for those not to be seen.
+
+        They have been looked at, and are those of images of one grid: a packed batch comes grid by grid.
+        """
         raise NotImplementedError
+
+    def weight(self) -> Tensor | None:
+        """A parameter of the layer, for the dtype and the device that tokens must have; None: they may have any."""
+        return None
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample parameters that lie on a grid to another height and width."""
@@ -177,7 +194,7 @@ class Attention(Layer):
         return Tokens(q, k, v, x, keep, parts.get("extra"))
 
     def weight(self) -> Tensor | None:
-        """A parameter of the layer, for the dtype and the device that tokens must have."""
+        """See `Layer`."""
         return held(self.proj)
 
     def conclude(self, out: Tensor, x: Tensor) -> Tensor:

@@ -18,12 +18,11 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import LayoutLike, mask_tokens
+from linsight.ops import Layout, mask_tokens
 
 from ..block import Block
 from ..capabilities import Capabilities
-from ..checks import check_asked, check_beside, entered, held
-from ..packed import each_image
+from ..checks import held
 from ..registry import Paper, register
 
 
@@ -82,13 +81,13 @@ class Activator(Block):
         self.mlp = Mlp(dim, hidden, **factory) if mlp else None
         self.drop_path = DropPath(drop_path)
 
-    @each_image
-    def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """The residual stream; see above."""
-        layout = entered(x, layout, dim=self.dim, weight=held(self.norm))
-        check_asked(self, layout, keep=keep)
-        check_beside(x, layout, keep=keep)
         for kept in (layout.keep(x.device), keep):
             x = mask_tokens(x, kept)
         x = x + self.drop_path(self.unit(self.norm(x)))
         return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm(x)))
+
+    def weight(self) -> Tensor | None:
+        """See `Block`."""
+        return held(self.norm)

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import Layout, LayoutLike, accumulator, attend, mask_tokens, unflatten
+from linsight.ops import Layout, accumulator, attend, mask_tokens, unflatten
 
 from ..capabilities import Capabilities, Cost, Structure
-from ..checks import check_asked, check_beside, entered, held
+from ..checks import held
 from ..core import Rename
 from ..layer import Layer
-from ..packed import each_image
 from ..parts.token_conv import TokenConv
 from ..registry import Paper, register
 from ..tokens import merge_heads
@@ -118,26 +117,16 @@ class Axial(Layer):
         self.rows, self.columns = (RowAttention(dim, num_heads, **biases, device=device, dtype=dtype) for _ in range(2))
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
-    @each_image
-    def forward(
-        self,
-        x: Tensor,
-        layout: LayoutLike | None = None,
-        *,
-        keep: Tensor | None = None,
-        context: Tensor | None = None,
-        context_layout: LayoutLike | None = None,
-        score_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Mix the tokens `x` `(B, H*W, C)`, which lie as `layout` says; see `Attention.forward`."""
-        found: Layout = entered(x, layout, dim=self.dim, weight=held(self.rows.proj))
-        check_asked(self, found, keep=keep, context=context, score_bias=score_bias)
-        check_beside(x, found, residual=residual)
-        inside, (height, width) = found.keep(x.device), found.grid[:2]
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """The tokens `(B, H*W, C)`, mixed."""
+        inside, (height, width) = layout.keep(x.device), layout.grid[:2]
         x = turned(self.rows(x, (height, width), inside), (height, width))
         inside = None if inside is None else turned(inside, (height, width))
         return self.proj_drop(turned(self.columns(x, (width, height), inside), (width, height)))
+
+    def weight(self) -> Tensor | None:
+        """See `Layer`."""
+        return held(self.rows.proj)
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""

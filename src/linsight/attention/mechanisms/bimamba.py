@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import Layout, LayoutLike, accumulator, full_precision, selective_scan
+from linsight.ops import Layout, accumulator, full_precision, selective_scan
 
 from ..capabilities import Capabilities, Structure
-from ..checks import check_asked, check_beside, entered, held
+from ..checks import held
 from ..layer import Layer
-from ..packed import each_image
 from ..parts.wide import WideLinear
 from ..registry import Paper, register
 
@@ -112,22 +111,8 @@ class BiMamba(Layer):
         self.dt_proj, self.dt_proj_b = (StepSizes(rank, inner, **factory) for _ in range(2))
         self.out_proj = WideLinear(inner, dim, bias=False, **factory)
 
-    @each_image
-    def forward(
-        self,
-        x: Tensor,
-        layout: LayoutLike | None = None,
-        *,
-        keep: Tensor | None = None,
-        context: Tensor | None = None,
-        context_layout: LayoutLike | None = None,
-        score_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Mix the tokens `x` `(B, P + H*W, C)`, which lie as `layout` says; see `Attention.forward`."""
-        found: Layout = entered(x, layout, dim=self.dim, weight=held(self.in_proj))
-        check_asked(self, found, keep=keep, context=context, score_bias=score_bias)
-        check_beside(x, found, residual=residual)
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """The tokens `(B, P + H*W, C)`, mixed."""
         inside, gate = self.in_proj(x).chunk(2, dim=-1)
         wide = accumulator(x.dtype)
         inside, gate = inside.to(wide), gate.to(wide)
@@ -136,6 +121,10 @@ class BiMamba(Layer):
             back = _one_way(inside.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
             out = (ahead + back.flip(1)) * F.silu(gate)
             return self.out_proj(out).to(x.dtype)
+
+    def weight(self) -> Tensor | None:
+        """See `Layer`."""
+        return held(self.in_proj)
 
     def no_weight_decay(self) -> set[str]:
         """Rates and skip connections, as published."""

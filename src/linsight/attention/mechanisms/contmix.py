@@ -24,12 +24,11 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from linsight.ops import LayoutLike
+from linsight.ops import Layout
 
 from ..block import Block
 from ..capabilities import Capabilities, Cost, Structure
-from ..checks import check_asked, check_beside, entered, held
-from ..packed import each_image
+from ..checks import held
 from ..parts.context import Affine, ContextMixer, GRNMlp, ResidualConv, mixer_names
 from ..registry import Paper, register
 
@@ -93,18 +92,18 @@ class ContMix(Block):
         )
         self.drop_path = DropPath(drop_path)
 
-    @each_image
-    def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """The residual stream; see above."""
-        layout = entered(x, layout, dim=self.dim, weight=held(self.norm1))
-        check_asked(self, layout, keep=keep)
-        check_beside(x, layout, keep=keep)
         size = layout.grid[:2]
         x = self.dwconv1(x, size)
         u = self.norm1(x)
         x = self.add(x, self.mixer(u, u, u, size), self.ls1)
         x = self.dwconv2(x, size)
         return self.add(x, self.mlp(self.norm2(x), size), self.ls2)
+
+    def weight(self) -> Tensor | None:
+        """See `Block`."""
+        return held(self.norm1)
 
     def add(self, x: Tensor, branch: Tensor, scale: nn.Module) -> Tensor:
         """The sum of the stream and a branch, one of them scaled."""

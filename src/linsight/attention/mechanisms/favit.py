@@ -24,7 +24,6 @@ from linsight.errors import LinsightError
 from linsight.ops import (
     Grid,
     Layout,
-    LayoutLike,
     accumulator,
     attend,
     divided,
@@ -34,10 +33,9 @@ from linsight.ops import (
 )
 
 from ..capabilities import Capabilities, Cost, Structure
-from ..checks import check_asked, check_beside, entered, held
+from ..checks import held
 from ..core import Rename
 from ..layer import Layer
-from ..packed import each_image
 from ..parts.reduction import Reduction
 from ..parts.token_conv import TokenConv
 from ..registry import Paper, register
@@ -117,23 +115,9 @@ class FaViT(Layer):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
-    @each_image
-    def forward(
-        self,
-        x: Tensor,
-        layout: LayoutLike | None = None,
-        *,
-        keep: Tensor | None = None,
-        context: Tensor | None = None,
-        context_layout: LayoutLike | None = None,
-        score_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Mix the tokens `x` `(B, H*W, C)`, which lie as `layout` says; see `Attention.forward`."""
-        found: Layout = entered(x, layout, dim=self.dim, weight=held(self.proj))
-        check_asked(self, found, keep=keep, context=context, score_bias=score_bias)
-        check_beside(x, found, residual=residual)
-        grid = found.grid
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """The tokens `(B, H*W, C)`, mixed."""
+        grid = layout.grid
         q_wide, q = self.q(x).split([self.wide, self.dim - self.wide], dim=-1)
         q = split_heads(q, self.num_heads).transpose(1, 2)
         width = self.local // self.num_heads
@@ -145,6 +129,10 @@ class FaViT(Layer):
             out = attend(q[..., i * width : (i + 1) * width], k, v)
             outs.append(merge_heads(out.transpose(1, 2)))
         return self.proj_drop(self.proj(torch.cat(outs, dim=-1)))
+
+    def weight(self) -> Tensor | None:
+        """See `Layer`."""
+        return held(self.proj)
 
     def read_all(self, q: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """The global head's output `(B, N, C_g)`, of its queries and its channels of the input."""

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linsight.ops import Layout, LayoutLike, accumulator, divided, full_precision, unflatten
+from linsight.ops import Layout, accumulator, divided, full_precision, unflatten
 
 from ..capabilities import Capabilities, Cost, Structure
-from ..checks import check_asked, check_beside, entered
 from ..layer import Layer
-from ..packed import each_image
 from ..registry import Paper, register
 
 
@@ -121,28 +119,14 @@ class FNet(Layer):
         super().__init__()
         self.dim, self.ortho = dim, ortho
 
-    @each_image
-    def forward(
-        self,
-        x: Tensor,
-        layout: LayoutLike | None = None,
-        *,
-        keep: Tensor | None = None,
-        context: Tensor | None = None,
-        context_layout: LayoutLike | None = None,
-        score_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Mix the tokens `x` `(B, P + H*W, C)`, which lie as `layout` says, in float32; see `Attention.forward`."""
-        found: Layout = entered(x, layout, dim=self.dim)
-        check_asked(self, found, keep=keep, context=context, score_bias=score_bias)
-        check_beside(x, found, residual=residual)
-        height, width, prefix = found.grid
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """The tokens `(B, P + H*W, C)`, mixed in float32."""
+        height, width, prefix = layout.grid
         wide = x.to(accumulator(x.dtype))
         with full_precision(wide):
-            out = fourier(wide, (1, found.grid.tokens) if prefix else (height, width))
+            out = fourier(wide, (1, layout.grid.tokens) if prefix else (height, width))
         if self.ortho:
-            out = out * (found.grid.tokens * self.dim) ** -0.5
+            out = out * (layout.grid.tokens * self.dim) ** -0.5
         return out.to(x.dtype)
 
     def extra_repr(self) -> str:

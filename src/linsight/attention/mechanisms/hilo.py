@@ -28,7 +28,6 @@ from linsight.errors import LinsightError
 from linsight.ops import (
     Grid,
     Layout,
-    LayoutLike,
     accumulator,
     attend,
     full_precision,
@@ -38,9 +37,8 @@ from linsight.ops import (
 )
 
 from ..capabilities import Capabilities, Cost, Structure
-from ..checks import check_asked, check_beside, entered, held
+from ..checks import held
 from ..layer import Layer
-from ..packed import each_image
 from ..registry import Paper, register
 from ..tokens import merge_heads, split_heads
 
@@ -149,34 +147,24 @@ class HiLo(Layer):
             self.h_proj = nn.Linear(high, high, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
-    @each_image
-    def forward(
-        self,
-        x: Tensor,
-        layout: LayoutLike | None = None,
-        *,
-        keep: Tensor | None = None,
-        context: Tensor | None = None,
-        context_layout: LayoutLike | None = None,
-        score_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Mix the tokens `x` `(B, H*W, C)`, which lie as `layout` says; see `Attention.forward`."""
-        found: Layout = entered(x, layout, dim=self.dim, weight=held(self.l_proj if self.low_heads else self.h_proj))
-        check_asked(self, found, keep=keep, context=context, score_bias=score_bias)
-        check_beside(x, found, keep=keep, residual=residual)
-        inside = found.keep(x.device)
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """The tokens `(B, H*W, C)`, mixed."""
+        inside = layout.keep(x.device)
         if inside is not None:
             keep = inside if keep is None else keep & inside
         x = mask_tokens(x, keep)
         if self.window_size == 1:
             return self.proj_drop(self.low(x, x, None if keep is None else keep[:, None, None]))
-        windows = Windows(found.grid, self.window_size)
+        windows = Windows(layout.grid, self.window_size)
         cells, seen = windows.cut(x), windows.seen(x, keep)
         outs = [windows.join(self.high(cells, seen))] if self.high_heads else []
         if self.low_heads:
             outs.append(self.low(x, *means(cells, seen)))
         return self.proj_drop(torch.cat(outs, dim=-1))
+
+    def weight(self) -> Tensor | None:
+        """See `Layer`."""
+        return held(self.l_proj if self.low_heads else self.h_proj)
 
     def high(self, cells: Tensor, seen: Tensor | None) -> Tensor:
         """The high heads' output `(B, windows, s * s, C_h)`, of the tokens of windows, alike.

@@ -18,14 +18,13 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.ops import LayoutLike, mask_tokens
+from linsight.ops import Layout, mask_tokens
 
 from ..block import Block
 from ..capabilities import Capabilities
-from ..checks import check_asked, check_beside, entered, held
+from ..checks import held
 from ..core import Rename
 from ..layer import Attention
-from ..packed import each_image
 from ..parts.token_conv import TokenConv
 from ..registry import Paper, register
 from .l2vit import L2ViT
@@ -89,12 +88,8 @@ class L2ViTBlock(Block):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.drop_path = DropPath(drop_path)
 
-    @each_image
-    def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """The residual stream; see above."""
-        layout = entered(x, layout, dim=self.dim, weight=held(self.norm1))
-        check_asked(self, layout, keep=keep)
-        check_beside(x, layout, keep=keep)
         height, width, prefix = layout.grid
         inside = layout.keep(x.device)
         x = mask_tokens(x, inside)
@@ -108,3 +103,7 @@ class L2ViTBlock(Block):
         x = x + self.drop_path(self.attn(self.norm1(x), layout))
         x = x + self.drop_path(local(self.local_mp, self.norm3(x), inside))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def weight(self) -> Tensor | None:
+        """See `Block`."""
+        return held(self.norm1)

@@ -30,7 +30,6 @@ from linsight.errors import LinsightError
 from linsight.ops import (
     Grid,
     Layout,
-    LayoutLike,
     accumulator,
     at_least,
     attend,
@@ -42,10 +41,9 @@ from linsight.ops import (
 )
 
 from ..capabilities import Capabilities, Cost, Structure
-from ..checks import check_asked, check_beside, entered, held
+from ..checks import held
 from ..core import Rename
 from ..layer import Layer
-from ..packed import each_image
 from ..parts.head_gates import HeadGates
 from ..parts.log_distance import LogDistance
 from ..registry import Paper, register
@@ -131,26 +129,16 @@ class TransNeXt(Layer):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
 
-    @each_image
-    def forward(
-        self,
-        x: Tensor,
-        layout: LayoutLike | None = None,
-        *,
-        keep: Tensor | None = None,
-        context: Tensor | None = None,
-        context_layout: LayoutLike | None = None,
-        score_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Mix the tokens `x` `(B, H*W, C)`, which lie as `layout` says; see `Attention.forward`."""
-        found: Layout = entered(x, layout, dim=self.dim, weight=held(self.proj))
-        check_asked(self, found, keep=keep, context=context, score_bias=score_bias)
-        check_beside(x, found, residual=residual)
-        out = (self.read_all if self.sr_ratio == 1 else self.read_window)(x, found.grid)
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """The tokens `(B, H*W, C)`, mixed."""
+        out = (self.read_all if self.sr_ratio == 1 else self.read_window)(x, layout.grid)
         if self.gates is not None:
             out = self.gates(out, x)
         return self.proj_drop(self.proj(merge_heads(out).to(x.dtype)))
+
+    def weight(self) -> Tensor | None:
+        """See `Layer`."""
+        return held(self.proj)
 
     def read_all(self, x: Tensor, grid: Grid) -> Tensor:
         """Attention to all tokens: `(B, N, H, d)`, in the accumulator's dtype."""

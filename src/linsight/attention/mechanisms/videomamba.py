@@ -11,13 +11,12 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor
 
-from linsight.ops import LayoutLike
+from linsight.ops import Layout
 
 from ..block import Block
 from ..capabilities import Capabilities
-from ..checks import check_asked, check_beside, entered, held
+from ..checks import held
 from ..core import Rename
-from ..packed import each_image
 from ..parts.wide import WideRMSNorm
 from ..registry import Paper, register
 from .bimamba import BiMamba
@@ -62,13 +61,13 @@ class VideoMambaBlock(Block):
         self.attn = BiMamba(dim, num_heads, states=states, **factory)
         self.drop_path = DropPath(drop_path)
 
-    @each_image
-    def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """The residual stream; see above."""
-        found = entered(x, layout, dim=self.dim, weight=held(self.norm1))
-        check_asked(self, found, keep=keep)
-        check_beside(x, found, keep=keep)
-        return x + self.drop_path(self.attn(self.norm1(x), found))
+        return x + self.drop_path(self.attn(self.norm1(x), layout))
+
+    def weight(self) -> Tensor | None:
+        """See `Block`."""
+        return held(self.norm1)
 
     def no_weight_decay(self) -> set[str]:
         """Names that the mixer asks for."""

@@ -31,7 +31,6 @@ from linsight.errors import LinsightError
 from linsight.ops import (
     Grid,
     Layout,
-    LayoutLike,
     Tile,
     accumulator,
     at_least,
@@ -47,9 +46,8 @@ from linsight.ops import (
 
 from ..block import Block
 from ..capabilities import Capabilities, Structure
-from ..checks import check_asked, check_beside, entered, held
+from ..checks import held
 from ..core import Core
-from ..packed import each_image
 from ..parts.pooled import Pool
 from ..parts.token_conv import TokenConv
 from ..registry import Paper, register
@@ -272,17 +270,17 @@ class WeightFormer(Block):
         self.linear2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
         self.drop_path = DropPath(drop_path)
 
-    @each_image
-    def forward(self, x: Tensor, layout: LayoutLike | None = None, *, keep: Tensor | None = None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """The residual stream, which a dynamic block replaces by its norm."""
-        layout = entered(x, layout, dim=self.dim, weight=held(self.linear2))
-        check_asked(self, layout, keep=keep)
-        check_beside(x, layout, keep=keep)
         inside = layout.keep(x.device)
         x = mask_tokens(self.norm1(mask_tokens(x, inside)), inside)
         x = x + self.dwc(_alone(x), layout)
         hidden = self.linear1(_alone(mask_tokens(self.norm2(x), inside)), layout)
         return x + self.drop_path(self.linear2(F.gelu(hidden)))
+
+    def weight(self) -> Tensor | None:
+        """See `Block`."""
+        return held(self.linear2)
 
     def extra_repr(self) -> str:
         """Shown by `print(block)`."""
