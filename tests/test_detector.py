@@ -204,11 +204,28 @@ def broken(**changes):
         (lambda: broken(labels=torch.tensor([0, 1])), r"'labels' of shape \(2,\)"),
         (lambda: broken(masks=torch.zeros(1, 5, 5)), r"'masks' of shape \(1, 5, 5\): mask_rcnn wants"),
         (lambda: broken(boxes=torch.tensor([[30.0, 4, 3, 50]])), "without height or width"),
+        (lambda: ([], []), "one image or more"),
     ],
 )
 def test_targets_of_another_form_are_refused(given, line):
     with pytest.raises(LinsightError, match=line):
         small("mask_rcnn").train()(*given())
+
+
+@pytest.mark.parametrize(
+    "images, line",
+    [
+        (torch.rand(3, 64, 64), r"of shape \(1, 64, 64\)"),
+        (torch.rand(1, 4, 64, 64), r"takes \(batch, 3, height, width\)"),
+        ([torch.zeros(3, 64, 64, dtype=torch.uint8)], "torch.uint8, not floating point"),
+        (["photo.jpg"], "images are a str"),
+    ],
+)
+def test_images_of_another_form_are_refused(images, line):
+    model = create_detector("inline_compact_pico", "retinanet", **SMALL).eval()
+    with pytest.raises(LinsightError, match=line):
+        model(images)
+    assert model([]) == model(torch.empty(0, 3, 64, 64)) == []
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,9 @@ def test_layers_are_chosen(layers, chosen):
             "Sequential has no softmax attention of linsight, timm",
         ),
         (lambda model: linearize(timm.create_model("resnet18")), "no softmax attention"),
+        (lambda model: linearize(linearize(model, "t5"), "inline"), "2 attentions .* converted already, to t5"),
+        (lambda model: linearize("vit_tiny_patch16_224"), r"a str, not a module: .*timm\.create_model"),
+        (lambda model: linearize(model, inherit="skip"), "must be a mapping of parts to ways"),
         (
             lambda model: linearize(timm.create_model("maxvit_nano_rw_256")),
             "it has AttentionCl, .*: models of your own take a layer of linsight.create_attention",

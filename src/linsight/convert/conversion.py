@@ -168,6 +168,10 @@ def attentions(model: nn.Module) -> dict[str, tuple[nn.Module, Seam]]:
     Raises:
         LinsightError: there is none; classes whose name has "attention" in it are told.
     """
+    if not isinstance(model, nn.Module):
+        raise LinsightError(
+            f"the model is a {type(model).__name__}, not a module: make it first, as by timm.create_model(NAME)"
+        )
     found: dict[str, tuple[nn.Module, Seam]] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in found) or isinstance(module, Mixing):
@@ -176,6 +180,13 @@ def attentions(model: nn.Module) -> dict[str, tuple[nn.Module, Seam]]:
         if name and seam is not None:
             found[name] = module, seam
     if not found:
+        done = [mixing.row.attention for mixing in mixings(model).values() if mixing.row is not None]
+        if done:
+            names = ", ".join(dict.fromkeys(done))
+            raise LinsightError(
+                f"the {len(done)} attentions of this {type(model).__name__} are converted already, to {names}: convert "
+                f"the softmax model that it was made of"
+            )
         others = sorted({type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()})
         told = f"; it has {', '.join(others[:_SHOWN])}" if others else ", and nothing that is called so"
         libraries = ", ".join(dict.fromkeys(seam.library for seam in SEAMS))
@@ -226,6 +237,8 @@ def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _checked(inherit: Inherit) -> dict[str, str]:
+    if not isinstance(inherit, Mapping):
+        raise LinsightError(f"inherit={inherit!r} must be a mapping of parts to ways, as {{'q': 'skip'}}")
     for role, way in inherit.items():
         if role not in _ROLES:
             raise UnknownNameError("part of an attention in inherit", role, _ROLES)

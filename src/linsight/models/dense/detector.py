@@ -19,6 +19,7 @@ from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import to_multiple, traced
 
 from ..parts.dense import inside
+from ..parts.images import check_images
 from .backbone import pyramid as backbone_of
 from .cascade import LEVELS, CascadeHeads, Stage
 from .graph import ObjectGraph
@@ -93,16 +94,20 @@ class Detector(nn.Module):
                 masks `masks` `(N, H, W)` of 0 and 1. There may be no object. In evaluation they are not read.
 
         Raises:
-            LinsightError: targets are missing or of another form.
+            LinsightError: images or targets are missing or of another form.
         """
+        images = list(images)
+        if hasattr(self.backbone.body, "in_chans"):  # a pyramid of the user's own may take what it likes
+            for image in images:
+                check_images(self, image[None] if isinstance(image, Tensor) else image)
         if not self.training:
-            found: list[Target] = super().forward(list(images), None)
+            found: list[Target] = super().forward(images, None) if images else []
             for own in found:
                 own["labels"] = own["labels"] - self.first
             return found
         _check(self, images, targets)
         inside = [{**target, "labels": target["labels"] + self.first} for target in targets or ()]
-        return super().forward(list(images), inside)
+        return super().forward(images, inside)
 
     def as_graph(self) -> ObjectGraph:
         """A copy that takes an image and gives tensors, for exporters."""
@@ -277,6 +282,8 @@ def _check(model: Detector, images: Any, targets: Any) -> None:
     if targets is None or len(targets) != len(images):
         said = "none" if targets is None else str(len(targets))
         raise LinsightError(f"a detector learns from a target for each image: {len(images)} images, {said} given")
+    if not images:
+        raise LinsightError("a detector learns from one image or more: none given")
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
         count = len(target["boxes"]) if isinstance(target.get("boxes"), Tensor) else 0
         forms: dict[str, tuple[int, ...]] = {"boxes": (count, 4), "labels": (count,)}
