@@ -3,13 +3,14 @@
     python benchmarks/linearize.py --data path/to/cifar10 --docs docs
     python benchmarks/linearize.py --data path/to/cifar10 --epochs 4 --seeds 1 --only hedgehog,mean
 
-The teacher is trained by the recipe `cifar10`. Then each mechanism, for each seed, by the task `linearize`: the half of
-its budget for its layers one by one, the rest for the whole model. Beside them are the controls: `mean`, attention that
-is the mean of the values, and the same budget from scratch, of softmax and of `linear`. Last, the teacher and some
-students of the first seed go on at twice the resolution, and are timed there and above; and the last of these sees one
-image of --side pixels in tiles, in a process of its own that holds --limit of memory at most. Runs in `--out` that are
-finished are taken as they are, and each accuracy is a line of `--csv` at once, so it may be stopped at any time; times
-are measured at the end. --docs puts the tables and a picture into linearize.md there.
+The teacher, a small transformer behind convolutions, is trained by the recipe `cifar10`. Then each mechanism, for each
+seed, by the task `linearize`: a quarter of its budget for its layers one by one, the rest for the whole model. Beside
+them are the controls: `mean`, attention that is the mean of the values, and the same budget from scratch, of softmax
+and of `linear`. Last, the teacher and some students of the first seed go on at twice the resolution, and are timed
+there and above; and the last of these sees one image of --side pixels in tiles, in a process of its own that holds
+--limit of memory at most. Runs in `--out` that are finished are taken as they are, and each accuracy is a line of
+`--csv` at once, so it may be stopped at any time; times are measured at the end. --docs puts the tables and a picture
+into linearize.md there.
 """
 
 import argparse
@@ -52,7 +53,7 @@ SIDE, TIMED, TILE = 64, (64, 128, 256), 256  # pixels
 SHARE = 0.05  # of the teacher's updates
 WANTED = 0.97  # of the teacher's top-1
 DRAWN = "linearize-vision.png"  # the picture, beside the page
-BATCH, IMAGES, AT_SIDE = 128, 50_000, 12_800  # images of a batch, to train on, and to go on with
+BATCH, IMAGES, AT_SIDE = 128, 50_000, 6_400  # images of a batch, to train on, and to go on with
 FIELDS = ("kind", "attention", "seed", "updates", "top1", "teacher", "seconds")
 Run = tuple[str, str, int]  # kind, mechanism and seed
 BLOCK = re.compile(r"(<!-- results: vision -->\n).*?(?=<!-- end: vision -->)", re.DOTALL)
@@ -106,7 +107,10 @@ def learned(tasks: dict[Run, tuple[Any, ...]], jobs: int) -> Iterator[tuple[Run,
         return
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         waiting = {pool.submit(learn, *task, shown=False): run for run, task in tasks.items()}
-        yield from ((waiting[future], future.result()) for future in as_completed(waiting))
+        try:
+            yield from ((waiting[future], future.result()) for future in as_completed(waiting))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a run that failed no other is begun
 
 
 def asked(
@@ -115,13 +119,13 @@ def asked(
     """Folder, recipe and fields of a run beside the teacher."""
     kind, name, seed = run
     # one epoch of as many images as the budget has left
-    given: dict[str, Any] = {**shared, "seed": seed, "epochs": 1, "warmup_epochs": 0}
+    given: dict[str, Any] = {**shared, "seed": seed, "epochs": 1, "warmup_epochs": 0, "channels_last": True}
     given["threads"] = max(options.threads // options.jobs, 1)
     if kind == "student":
-        half = 0 if name == "mean" else updates // 2
+        alone = 0 if name == "mean" else updates // 4
         given |= {"task": "linearize", "teacher": str(options.out / "teacher"), "attention": name}
-        given |= {"transfer_steps": half, "epoch_images": (updates - half) * BATCH}
-        given |= {"lr": "5e-4", "opt": "adamw", "weight_decay": 0, "new_lr_scale": 4}
+        given |= {"transfer_steps": alone, "epoch_images": (updates - alone) * BATCH}
+        given |= {"lr": "2e-3", "opt": "adamw", "weight_decay": 0, "new_lr_scale": 1}
     elif kind == "scratch":
         given |= {**MODEL, **augmented(options), "epochs": 1, "attention": name, "epoch_images": updates * BATCH}
     else:

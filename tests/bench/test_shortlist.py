@@ -36,6 +36,9 @@ def test_a_short_list_is_the_front_with_its_reasons():
     assert f"Seeds of one mechanism differ by {spread:.1f} points: less than that is chance." in found.words
     one = bench.shortlist(advice({"agent": 5.0, "linear": 9.0}), bench.Accuracies("cifar10", "", TOP1))
     assert [pick.reason for pick in one.picks] == ["the fastest and the most accurate", ""]
+    single = bench.shortlist(advice(), bench.Accuracies("cifar10", "", {**TOP1, "agent": (50.5,)}))
+    told = {line.split(":")[0]: line for line in single.words}
+    assert "50.5 % (of one seed), 20" in told["agent"] and "of one seed" not in told["inline"]
 
 
 def test_needs_are_met_and_what_has_no_time_is_told():

@@ -40,7 +40,7 @@ def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
     page, file = tmp_path / "linearize.md", tmp_path / "runs.csv"
     page.write_text("# Words\n\n<!-- results: vision -->\n<!-- end: vision -->\n\nMore\n")
     options = ["--data", str(data), "--out", str(tmp_path / "runs"), "--csv", str(file), "--threads", "1"]
-    options += ["--epochs", "8", "--seeds", "1", "--workers", "0", "--docs", str(tmp_path)]
+    options += ["--epochs", "16", "--seeds", "1", "--workers", "0", "--docs", str(tmp_path)]
     monkeypatch.setattr(benchmark, "streamed", lambda options: f"streamed at {options.side}")
     assert benchmark.main(options) == 0
     rows = list(csv.DictReader(file.read_text().splitlines()))
@@ -48,11 +48,11 @@ def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
     seeds = [("student", "hedgehog"), ("student", "mean"), ("scratch", "linear")]
     wanted = [(*pair, "0") for pair in seeds]
     assert names == [*wanted, ("larger", "softmax", "0"), ("larger", "hedgehog", "0")]
-    assert {row["updates"] for row in rows[:3]} == {"2"} and {row["updates"] for row in rows[3:]} == {"2"}
+    assert {row["updates"] for row in rows[:3]} == {"4"} and {row["updates"] for row in rows[3:]} == {"2"}
     assert len({row["teacher"] for row in rows}) == 1
     assert {name: updates(tmp_path / "runs" / name) for name in ("student-hedgehog-0", "scratch-linear-0")} == {
-        "student-hedgehog-0": 1,  # beside one for each of its layers alone
-        "scratch-linear-0": 2,
+        "student-hedgehog-0": 3,  # beside one for each of its layers alone
+        "scratch-linear-0": 4,
     }
     grids = {name: load_trained(tmp_path / "runs" / f"larger-{name}-0").recipe.img_size for name in small["LARGER"]}
     assert grids == {"softmax": (64,), "hedgehog": (64,)}

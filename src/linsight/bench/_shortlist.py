@@ -148,7 +148,8 @@ def _words(
     yield f"Accuracies: {accuracies.place}, {accuracies.budget}, in a small host; they tell how quickly each learns."
     for pick in picks:
         if pick.reason:
-            yield f"{pick.choice.name}: {pick.top1:.1f} %, {digits(pick.choice.milliseconds)} ms; {pick.reason}."
+            once = " (of one seed)" if len(pick.seeds) == 1 else ""
+            yield f"{pick.choice.name}: {pick.top1:.1f} %{once}, {digits(pick.choice.milliseconds)} ms; {pick.reason}."
     spreads = [statistics.stdev(pick.seeds) for pick in picks if len(pick.seeds) > 1]
     if spreads:
         yield f"Seeds of one mechanism differ by {statistics.median(spreads):.1f} points: less than that is chance."
