@@ -12,6 +12,7 @@ from torch import nn
 import linsight
 from linsight import Grid, create_attention
 from linsight.attention import TokenConv
+from linsight.bench.counting import count_parameters
 from linsight.errors import CheckpointError, LinsightError
 from linsight.fuse import fused, is_fused
 from linsight.fuse.blocks import add_into
@@ -45,8 +46,10 @@ def test_fused_is_plain(host):
 def test_in_place_is_the_model_itself():
     model, x = small("vit_tiny"), torch.randn(1, 3, 32, 32)
     truth = model(x)
+    plain = count_parameters(model)
     assert linsight.fuse(model, inplace=True) is model and is_fused(model)
     close(model(x), truth, 1e-5)
+    assert 0.5 * plain < count_parameters(model) < 2 * plain  # of another form, and not none, though it learns no more
 
 
 @pytest.mark.parametrize("make", [linsight.fuse, reparameterize_model], ids=["linsight", "timm"])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import linsight
-from linsight.attention import Core, Paper, list_attentions, register, run_rounds
+from linsight.attention import Capabilities, Core, Layer, Paper, list_attentions, register, run_rounds
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import tiles
 from matrix.subject import random_tokens
@@ -101,3 +101,11 @@ def test_causal_is_neither_crossed_nor_tiled():
         layer(x, grid, context=x, context_layout=grid)
     with pytest.raises(LinsightError, match="causal"):
         run_rounds(layer.core, random_tokens(layer.core, 1, grid, 8), tiles(grid, 1, 3))
+
+
+@pytest.mark.parametrize("flag", ["cross", "score_bias"])
+def test_a_layer_declares_what_mix_is_given(flag):
+    with pytest.raises(LinsightError, match=f"declares {flag}, which `mix` is not given"):
+        type("Lossy", (Layer,), {"capabilities": Capabilities(**{flag: True})})
+    own = {"capabilities": Capabilities(**{flag: True}), "forward": lambda self, x, layout, **others: x}
+    assert type("Own", (Layer,), own).capabilities.prefix is False

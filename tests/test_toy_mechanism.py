@@ -146,7 +146,7 @@ def test_toys_in_hosts(subject, host):
     out.square().mean().backward()
     assert out.shape == (2, 5)
     assert all(p.grad is not None for p in model.parameters())
-    assert subject.entry in list_attentions(prefix=True)
+    assert subject.entry in list_attentions(prefix=True) and subject.entry in list_attentions(packed=True)
 
 
 def test_toys_are_gone():

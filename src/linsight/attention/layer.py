@@ -35,6 +35,12 @@ class Layer(Node):
     published: ClassVar[tuple[Rename, ...]] = ()
     unmet: ClassVar[Mapping[str, str]] = {}  # as of a `Core`
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for flag in ("cross", "score_bias"):  # else what a caller passes would be lost without a word
+            if getattr(cls.capabilities, flag) and cls.forward is Layer.forward:
+                raise LinsightError(f"{cls.__name__} declares {flag}, which `mix` is not given: define `forward`, too")
+
     @each_image
     def forward(
         self,
