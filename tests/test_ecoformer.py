@@ -60,6 +60,45 @@ def test_hash_is_drawn():
     assert not list(core.parameters())
 
 
+def test_fitted_hash_tells_near_from_far():
+    grid = Grid(8, 8)
+    core = create_core("ecoformer", 16, 2)
+    tokens = random_tokens(core, 2, grid, dim=16)
+    # tokens about a few directions, as those of images are
+    centres = torch.randn(6, 2, 8, dtype=tokens.q.dtype)
+    q = centres[torch.arange(64) % 6] + 0.3 * tokens.q[:1]
+    tokens = tokens._replace(q=q.expand(2, -1, -1, -1), keep=torch.arange(64).expand(2, -1) >= torch.tensor([[64], [4]]))
+
+    def apart():
+        """How many more bits of a token are those of its nearest tokens than are those of its farthest."""
+        found = []
+        for h in range(2):
+            x = q[0, 4:, h]
+            y = hashed(core, x, h).sign()
+            cosines = (x / x.norm(dim=-1, keepdim=True)) @ (x / x.norm(dim=-1, keepdim=True)).T
+            order, products = cosines.argsort(dim=1, descending=True), y @ y.T
+            found.append((products.gather(1, order[:, 1:10]) - products.gather(1, order[:, -9:])).mean() / 16)
+        return torch.stack(found)
+
+    core = core.to(q.dtype)
+    random = apart()
+    core.fit(tokens)
+    assert (apart() > 1.2).all() and (random < apart() - 0.2).all()
+    x = torch.nn.functional.normalize(q[0], dim=-1).transpose(0, 1)  # the anchors are tokens that are kept
+    assert torch.cdist(core.anchor[0], x[:, 4:]).amin(dim=-1).max() < 1e-6
+    close(hashed(core, q[0, 4:, 0], 0).mean(0), torch.zeros(16, dtype=q.dtype), 1e-5)  # mu is the mean of the tokens that it was fitted to
+    before = core.A.clone()
+    core.fit(tokens._replace(keep=torch.zeros(2, 64, dtype=torch.bool)))
+    assert torch.equal(core.A, before)  # no token, no fit
+
+
+def test_hash_is_fitted_to_fewer_tokens_than_it_has_anchors():
+    core = create_core("ecoformer", 8, 2)
+    for count in (1, 2, 7):
+        core.fit(random_tokens(core, 1, Grid(1, count), dim=8))
+        assert all(buffer.isfinite().all() for buffer in core.buffers())
+
+
 def test_published_keys():
     layer = create_attention("ecoformer", 64, 4)
     shapes = {key: tuple(tensor.shape) for key, tensor in linsight.export_published(layer).items()}

@@ -203,6 +203,10 @@ class OptimiserFields(Record):
     ema_base_batch: Count = Field(
         default=0, description="the decay is for this batch, a larger one takes its power; 0: as it is"
     )
+    redraw_every: Annotated[Count | None, NONE] = Field(
+        default=None,
+        description="updates after which random features and hashes are drawn anew; none: as published, 0: never",
+    )
 
 
 class RunFields(Record):

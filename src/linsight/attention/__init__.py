@@ -7,7 +7,7 @@ from . import mechanisms
 from .block import Block
 from .capabilities import FLAGS, Capabilities, Cost, Structure
 from .checks import check_asked, check_beside, check_kind, entered, held
-from .core import Additive, Core, Rename
+from .core import Additive, Core, Rename, Renews
 from .create import create_attention, create_block, create_core, is_block
 from .fusing import INFERENCE_FORMS, Fusable, recast
 from .layer import Attention, Layer
@@ -49,6 +49,7 @@ __all__ = [
     "Progress",
     "Projection",
     "Rename",
+    "Renews",
     "Round",
     "Structure",
     "TokenConv",

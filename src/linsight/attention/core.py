@@ -25,6 +25,16 @@ class Rename(NamedTuple):
     ones: int = 0
 
 
+class Renews(NamedTuple):
+    """How training makes anew what is neither a parameter nor a state, as random features.
+
+    how: "drawn" by `redraw()`, or "fitted" by `fit(tokens)`.  every: so many updates, as published.
+    """
+
+    how: Literal["drawn", "fitted"]
+    every: int
+
+
 class Additive(nn.Module):
     """A part whose output is added to what queries read, or to queries and keys."""
 
@@ -69,6 +79,7 @@ class Core(nn.Module):
     alike: ClassVar[int] = 1
     largest: ClassVar[float] = 1e3  # activations up to which the formula stays among the numbers of bfloat16
     held: ClassVar[str] = ""  # what outputs depend on and, as published, gradients do not
+    renews: ClassVar[Renews | None] = None  # how training makes anew what is random, or fitted to tokens
     steps: ClassVar[str] = ""  # by what outputs jump, as by hashes: tokens that are rounded otherwise may move them far
     layer: ClassVar[type[nn.Module] | None] = None  # the `Attention` around it, where the usual one does not do
     extra_dim: int = 0  # width of `tokens.extra`
@@ -89,6 +100,13 @@ class Core(nn.Module):
     def lift(self, tokens: Tokens, keys: Tile, queries: Tile) -> Tokens:
         """The tokens for `read` where keys lie on a coarser grid: a core that convolves v brings it to the queries'."""
         return tokens
+
+    def redraw(self) -> None:
+        """Draw anew what is random and neither a parameter nor a state; training does so where it `renews`."""
+
+    def fit(self, tokens: Tokens) -> None:
+        """Fit to tokens what is neither a parameter nor a state."""
+        self.redraw()
 
     def forward(self, tokens: Tokens, layout: Layout, *, context_layout: Layout | None = None) -> Tensor:
         """Outputs `(B, M, H, E)`: the rounds over the whole grid.

@@ -23,6 +23,7 @@ from linsight.tasks import Task
 from .freezing import freeze
 from .model import load_state
 from .moments import fitting, require_scale
+from .renewal import Renewal
 from .spread import Spread, like
 from .state import require_weights
 from .teachers import load_teacher
@@ -111,6 +112,8 @@ class Learner:
         self._run = self.spread.learning(self._answers if whole is self.model else self._compiled(whole))
         if self.ema is not None:
             self._averaged = self.spread.runnable(self.spread.lay(self.ema.module))
+        averaged = None if self.ema is None else self.ema.module
+        self.renewal = Renewal(recipe, self.model, averaged, self.spread.processes)
 
     def _compiled(self, module: nn.Module) -> nn.Module:
         return torch.compile(module) if self.recipe.compile else module  # type: ignore[return-value]
@@ -248,6 +251,17 @@ class Learner:
         """Evaluate for nothing, where the others need this process's part of the model."""
         if self.spread.shards:
             self.task.answer(self.scored.eval(), self.task.inputs(self._spare().images[:1]))
+
+    @torch.no_grad()
+    def renew(self, part: Part, epoch: int, step: int, done: int) -> None:
+        """Make random features and hashes anew before an update, where it is time to; see `Renewal.before`."""
+
+        def answer() -> None:
+            with autocast(self.device, self.dtype):
+                model = self.spread.runnable(self.model).eval()
+                self.task.answer(model, self.task.inputs(part.batch.images[:1]))
+
+        self.renewal.before(epoch, step, done, answer)
 
     def adding(self, part: Part) -> AbstractContextManager[None]:
         """A context for the loss of a part and its `backward`."""

@@ -87,6 +87,8 @@ class Trainer:
         self.bad_updates = BadUpdates(self.learner)
         if self.learner.kept:
             report.note(f"kept as they are: {self.learner.kept} of {self.learner.params} parameters")
+        if note := self.learner.renewal.note:
+            report.note(note)
         warmup, asked = warmup_epochs(recipe, self.steps), recipe.warmup_updates or recipe.warmup_epochs
         if warmup not in (recipe.warmup_epochs, recipe.warmup_updates / self.steps):
             what, unit = ("updates", " epochs") if recipe.warmup_updates else ("epochs", "")
@@ -174,6 +176,7 @@ class Trainer:
         loss: Tensor | None = None
         self.bad_updates.begin()
         for part in learner.parts(batch):
+            learner.renew(part, self.epoch, self.step, self.epoch * self.steps + self.step)
             with learner.adding(part):
                 again = functools.partial(self._loss, part)
                 loss = again()

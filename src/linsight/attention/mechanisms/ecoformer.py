@@ -11,9 +11,16 @@ Above the line is c v_i, the value of the token itself, as published; the exact 
 c sum_j v_j there. Gradients pass a sign as if it were not there where what it is of lies between -1 and 1, and are 0
 elsewhere. A token of length 0 is left as it is.
 
-The hash (a, mu, A) is no parameter: it is held in buffers, which published training fits to the tokens every 300 steps.
-Here it starts at random, and may be drawn anew by `redraw()`. `projection_matrix` is in published checkpoints, and
-nothing reads it. As every output has its own value, keys lie on the grid of the queries.
+The hash (a, mu, A) is no parameter: it is held in buffers. It starts at random, may be drawn anew by `redraw()`, and is
+fitted to tokens by `fit(tokens)`, which training does every 300 updates, as published:
+kernel-supervised hashing (Liu et al., CVPR 2012), which is told of each token x_n the 10 that are nearest to it,
+S_nj = b, and the 10 that are farthest, S_nj = -b. Bit after bit, with N tokens,
+
+    a_r = argmax of sigma(kappa a)^T S sigma(kappa a) / (N b),   y = sign(kappa a_r),   S <- S - y y^T
+
+where sigma goes smoothly from -1 to 1, by 100 steps from the solution for sigma(x) = x; that one is kept where its signs
+are better. `projection_matrix` is in published checkpoints, and nothing reads it. As every output has its own value,
+keys lie on the grid of the queries.
 """
 
 import math
@@ -36,11 +43,15 @@ from linsight.ops import (
 )
 
 from ..capabilities import Capabilities, Structure
-from ..core import Rename
+from ..core import Rename, Renews
 from ..parts.kernel import CountedSums, KernelCore, KernelMeans
 from ..registry import Paper, register
 from ..rounds import Done, Round
 from ..tokens import Tokens
+
+
+_TOLD = 10  # tokens that each is told to be near, and as many far from it
+_FITTED = 1024  # most tokens that a hash is fitted to: pairs of them are made
 
 
 class Distances(NamedTuple):
@@ -107,6 +118,7 @@ class EcoFormer(KernelCore):
     rounds = (MeanDistance(), BitMeans())
     projections = "q_v"
     held = "the signs of its bits"
+    renews = Renews("fitted", 300)
     steps = "signs"
     published = (
         Rename("to_qk.", "q."),
@@ -150,6 +162,27 @@ class EcoFormer(KernelCore):
             self.mvec.fill_(math.exp(-0.5))
             self.anchor.copy_(F.normalize(torch.randn(self.anchor.shape), dim=-1))
 
+    @torch.no_grad()
+    def fit(self, tokens: Tokens) -> None:
+        """Fit the hash to the queries of the first image that has any, to 1,024 of them at most, drawn at random."""
+        for image, q in enumerate(tokens.q):
+            x = q if tokens.keep is None else q[tokens.keep[image]]
+            if len(x):
+                break
+        else:
+            return
+        wide = accumulator(x.dtype)
+        x = F.normalize(x[torch.randperm(len(x))[:_FITTED].to(x.device)].to(wide), dim=-1)
+        # of fewer tokens than anchors, some are anchors twice
+        at = torch.arange(self.anchor.shape[2], device=x.device) % len(x)
+        self.anchor.copy_(x[at].transpose(0, 1)[None])
+        distances = self.distances(x[None])[0].transpose(0, 1)  # (H, n, m)
+        mean = distances.mean(dim=(1, 2), keepdim=True)
+        kappa = torch.exp(distances / (-2 * mean.masked_fill(mean == 0, 1)))
+        self.mvec.copy_(kappa.mean(dim=1)[None, :, None])
+        with full_precision(x):
+            self.A.copy_(supervised_bits(kappa - kappa.mean(dim=1, keepdim=True), x.transpose(0, 1), self.A.shape[1]))
+
     def distances(self, x: Tensor) -> Tensor:
         """D `(B, n, H, m)` of queries or keys `(B, n, H, D)`, in the accumulator's dtype."""
         x = F.normalize(x.to(accumulator(x.dtype)), dim=-1)
@@ -174,3 +207,32 @@ class EcoFormer(KernelCore):
         with full_precision(y):
             above = apply_state(y, kv) + self.constant * share * tokens.v.to(y.dtype)
             return (above / (apply_state(y, k[..., None]) + self.constant)).to(tokens.q.dtype)
+
+
+def supervised_bits(kappa: Tensor, x: Tensor, bits: int) -> Tensor:
+    """A `(H, bits, m)`, fitted to tokens `x` `(H, n, D)` of length 1 and their kappa `(H, n, m)`, whose mean is 0."""
+    n = x.shape[1]
+    cosines, count = x @ x.transpose(1, 2), min(_TOLD, n // 2)
+    wanted = torch.zeros_like(cosines)
+    wanted.scatter_(2, cosines.topk(count, dim=2).indices, float(bits))
+    wanted.scatter_(2, cosines.topk(count, dim=2, largest=False).indices, -float(bits))
+    spread = kappa.transpose(1, 2) @ kappa / n + 1e-6 * torch.eye(kappa.shape[2], dtype=x.dtype, device=x.device)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(spread))
+    rows = []
+    for _ in range(bits):
+        pull = kappa.transpose(1, 2) @ wanted @ kappa
+        whitened = inverse @ ((pull + pull.transpose(1, 2)) / 2) @ inverse.transpose(1, 2)
+        start = (torch.linalg.eigh(whitened).eigenvectors[..., -1:].transpose(1, 2) @ inverse).transpose(1, 2)
+        found = start.clone()  # (H, m, 1)
+        steps = torch.optim.SGD([found], lr=5e-4, momentum=0.9, nesterov=True)
+        for _ in range(100):
+            y = 2 * torch.sigmoid(kappa @ found) - 1
+            slope = (wanted @ y + wanted.transpose(1, 2) @ y) * (1 - y.square()) / 2
+            found.grad = kappa.transpose(1, 2) @ slope / (-n * bits)
+            steps.step()
+        signs = [(kappa @ a).sign() for a in (found, start)]
+        kept, first = ((y * (wanted @ y)).sum(dim=1, keepdim=True) for y in signs)
+        rows.append(torch.where(kept > first, found, start))
+        y = torch.where(kept > first, *signs)
+        wanted = wanted - y @ y.transpose(1, 2)
+    return torch.cat(rows, dim=2).transpose(1, 2)

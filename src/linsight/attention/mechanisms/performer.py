@@ -11,8 +11,8 @@ keys: a maximum of each key's own would weight it anew. So the keys are gone thr
 m^(-1/2) cancels. The generalised kernel ("relu") is relu(Omega x') + 1e-3, in one round. There is no eps below the
 line: features are positive. Features are computed in float32 (float64 for float64).
 
-Omega is a buffer that heads share and checkpoints hold. Published training draws it anew every 1000 steps: that is for
-the loop, by `redraw()`; nothing here does so by itself.
+Omega is a buffer that heads share and checkpoints hold. Training draws it anew every 1000 updates, as published:
+`redraw()`.
 """
 
 import math
@@ -25,7 +25,7 @@ from linsight.errors import LinsightError
 from linsight.ops import Features, LinearState, Tile, accumulator, full_precision, mask_tokens
 
 from ..capabilities import Capabilities, Structure
-from ..core import Rename
+from ..core import Rename, Renews
 from ..parts.kernel import KernelCore, KernelSums
 from ..registry import Paper, register
 from ..rounds import Done, Round
@@ -87,6 +87,7 @@ class Performer(KernelCore):
     projection_matrix: Tensor
     capabilities = Capabilities(keep=True, sizes=True, cross=True, prefix=True)
     structure = Structure(stream=True, reduced=True)
+    renews = Renews("drawn", 1000)
     turns = "features"
     projections = "q_k_v"
     published = (

@@ -15,9 +15,9 @@ queries or keys are asked for. A query whose rows are all empty gives 0.
 slope at 1 is infinite.
 
 Hashes are a buffer that heads share and checkpoints hold, so outputs are the same at every call. Published code draws
-hashes anew at each call: that is for a training loop, by `redraw()`. Outputs jump where a query or a key crosses a
-plane: who rounds them to half precision reads some other rows. A query sees only keys in its rows, so there is no
-reduction of keys. Everything is computed in float32 (float64 for float64). The published convolution of values, an
+hashes anew at each call; here training does so before each update, by `redraw()`. Outputs jump where a query or a key
+crosses a plane: who rounds them to half precision reads some other rows. A query sees only keys in its rows, so there
+is no reduction of keys. Everything is computed in float32 (float64 for float64). The published convolution of values, an
 option there, is left out.
 """
 
@@ -32,7 +32,7 @@ from linsight.errors import LinsightError
 from linsight.ops import Layout, Tile, accumulator, full_precision, leaves, mask_tokens, traced, unflatten
 
 from ..capabilities import Capabilities, Cost, Structure
-from ..core import Core
+from ..core import Core, Renews
 from ..registry import Paper, register
 from ..rounds import Done, Round
 from ..tokens import Tokens
@@ -79,6 +79,7 @@ class YOSO(Core):
     structure = Structure(stream=True)
     rounds: tuple[Round, ...] = (Tables(),)
     held = "hashes"
+    renews = Renews("drawn", 1)
     steps = "hashes"
 
     def __init__(
