@@ -67,7 +67,8 @@ def test_fitted_hash_tells_near_from_far():
     # tokens about a few directions, as those of images are
     centres = torch.randn(6, 2, 8, dtype=tokens.q.dtype)
     q = centres[torch.arange(64) % 6] + 0.3 * tokens.q[:1]
-    tokens = tokens._replace(q=q.expand(2, -1, -1, -1), keep=torch.arange(64).expand(2, -1) >= torch.tensor([[64], [4]]))
+    keep = torch.arange(64).expand(2, -1) >= torch.tensor([[64], [4]])
+    tokens = tokens._replace(q=q.expand(2, -1, -1, -1), keep=keep)
 
     def apart():
         """How many more bits of a token are those of its nearest tokens than are those of its farthest."""
@@ -84,9 +85,10 @@ def test_fitted_hash_tells_near_from_far():
     random = apart()
     core.fit(tokens)
     assert (apart() > 1.2).all() and (random < apart() - 0.2).all()
-    x = torch.nn.functional.normalize(q[0], dim=-1).transpose(0, 1)  # the anchors are tokens that are kept
+    # the anchors are tokens that are kept, and mu is the mean over those
+    x = torch.nn.functional.normalize(q[0], dim=-1).transpose(0, 1)
     assert torch.cdist(core.anchor[0], x[:, 4:]).amin(dim=-1).max() < 1e-6
-    close(hashed(core, q[0, 4:, 0], 0).mean(0), torch.zeros(16, dtype=q.dtype), 1e-5)  # mu is the mean of the tokens that it was fitted to
+    close(hashed(core, q[0, 4:, 0], 0).mean(0), torch.zeros(16, dtype=q.dtype), 1e-5)
     before = core.A.clone()
     core.fit(tokens._replace(keep=torch.zeros(2, 64, dtype=torch.bool)))
     assert torch.equal(core.A, before)  # no token, no fit

@@ -18,9 +18,9 @@ S_nj = b, and the 10 that are farthest, S_nj = -b. Bit after bit, with N tokens,
 
     a_r = argmax of sigma(kappa a)^T S sigma(kappa a) / (N b),   y = sign(kappa a_r),   S <- S - y y^T
 
-where sigma goes smoothly from -1 to 1, by 100 steps from the solution for sigma(x) = x; that one is kept where its signs
-are better. `projection_matrix` is in published checkpoints, and nothing reads it. As every output has its own value,
-keys lie on the grid of the queries.
+where sigma goes smoothly from -1 to 1, by 100 steps from the solution for sigma(x) = x, which is kept where its signs are
+better. `projection_matrix` is in published checkpoints, and nothing reads it. As every output has its own value, keys
+lie on the grid of the queries.
 """
 
 import math
@@ -48,7 +48,6 @@ from ..parts.kernel import CountedSums, KernelCore, KernelMeans
 from ..registry import Paper, register
 from ..rounds import Done, Round
 from ..tokens import Tokens
-
 
 _TOLD = 10  # tokens that each is told to be near, and as many far from it
 _FITTED = 1024  # most tokens that a hash is fitted to: pairs of them are made

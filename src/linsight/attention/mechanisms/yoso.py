@@ -17,8 +17,8 @@ slope at 1 is infinite.
 Hashes are a buffer that heads share and checkpoints hold, so outputs are the same at every call. Published code draws
 hashes anew at each call; here training does so before each update, by `redraw()`. Outputs jump where a query or a key
 crosses a plane: who rounds them to half precision reads some other rows. A query sees only keys in its rows, so there
-is no reduction of keys. Everything is computed in float32 (float64 for float64). The published convolution of values, an
-option there, is left out.
+is no reduction of keys. Everything is computed in float32 (float64 for float64). The published convolution of values,
+an option there, is left out.
 """
 
 import math

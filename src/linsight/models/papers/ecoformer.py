@@ -2,7 +2,8 @@
 
 Parameters of b0 and b1 are those of the published code, of the others counted here, as GMACs are, with the hash: the
 paper has 0.54, 2.03, 3.85, 6.54 and 9.57 billion multiplications, and a little more additions. The hash is no
-parameter: training fits it to the tokens every 300 updates, see the mechanism. The published Twins-SVT-S has no host here.
+parameter: training fits it to the tokens every 300 updates, see the mechanism. The published Twins-SVT-S has no host
+here.
 """
 
 from ..registry import add_variants
