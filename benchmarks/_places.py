@@ -21,6 +21,8 @@ from linsight.runtime.files import user_cache
 
 CIFAR10 = Path("../shared/data/cifar10")
 KEYS, VALUES, PAIRS = 4, 4, 2  # keys and values there are, and pairs in an image
+SMALL = {"stem": ((16, 1),), "stages": ((32, 2, 1),)}  # a host whose models go on at larger grids
+LARGE = {"batch_size": 32, "accumulate": 2}  # 16 large images at a time stay in the caches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,9 +102,10 @@ def write_recall(folder: Path, subset: int, test: int, *, grid: int) -> None:
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
-def _recall(grid: int, subset: int, epochs: int, after: str = "") -> Place:
+def _recall(grid: int, subset: int, epochs: int, test: int = 1000, after: str = "") -> Place:
     recipe = {"crop_mode": "none", "crop_padding": 0, "hflip": 0.0, "interpolation": "nearest", "smoothing": 0.0}
     recipe |= {"mean": (0.5,) * 3, "std": (0.5,) * 3} | ({"lr": 5e-4} if after else {})
+    recipe |= LARGE if grid > 16 else {}
     about = f"recall on {grid}x{grid} tokens: a question finds the value of its key, wherever that stands"
     return Place(
         f"recall-{grid}",
@@ -110,10 +113,10 @@ def _recall(grid: int, subset: int, epochs: int, after: str = "") -> Place:
         grid,
         2 * grid,
         VALUES,
-        {"stem": ((32, 1),), "stages": ((64, 2, 2),)},
+        SMALL,
         epochs,
         subset,
-        1000,
+        test,
         recipe,
         functools.partial(write_recall, grid=grid),
         after,
@@ -135,20 +138,33 @@ PLACES = {
             3000,
         ),
         Place(
+            "cifar10-16",
+            "CIFAR-10 on 16x16 tokens: two blocks of width 32",
+            16,
+            32,
+            10,
+            SMALL,
+            4,
+            8000,
+            2000,
+        ),
+        Place(
             "cifar10-64",
-            "CIFAR-10, enlarged to 128 pixels, on 64x64 tokens: two blocks of width 32",
+            "CIFAR-10, enlarged to 128 pixels, on 64x64 tokens; the runs of cifar10-16 go on",
             64,
             128,
             10,
-            {"stem": ((16, 1),), "stages": ((32, 2, 1),)},
-            4,
+            SMALL,
+            1,
             1500,
             1000,
-            {"crop_padding": 16},
+            {"crop_padding": 16, "lr": 5e-4, **LARGE},
+            after="cifar10-16",
         ),
-        _recall(16, 12000, 5),
-        _recall(32, 4000, 1, after="recall-16"),
-        _recall(64, 2000, 1, after="recall-16"),
+        _recall(8, 12000, 5),
+        _recall(16, 6000, 1, after="recall-8"),
+        _recall(32, 3000, 1, after="recall-16"),
+        _recall(64, 1000, 1, test=500, after="recall-16"),
     )
 }
 

@@ -1,11 +1,11 @@
 """Every mechanism in one small host, trained alike: accuracy over seeds, size, operations, speed.
 
     python benchmarks/accuracy.py
-    python benchmarks/accuracy.py --place cifar10,recall-16,recall-64,cifar10-64 --csv benchmarks/accuracy.csv
+    python benchmarks/accuracy.py --place cifar10,recall-8,recall-16,recall-64,cifar10-16,cifar10-64 --limit 1200
     python benchmarks/accuracy.py --epochs 30 --subset 50000 --device cuda --amp bf16
 
-A place (`--place`, see `_places.py`) is a host, images and a budget: CIFAR-10 on 8x8 and on 64x64 tokens, and a task
-that needs mixing over the whole grid. The host is the compact one, whose MLP has a convolution in it, so that no
+A place (`--place`, see `_places.py`) is a host, images and a budget: CIFAR-10 on 8x8 to 64x64 tokens, and a task that
+needs mixing over the whole grid. The host is the compact one, whose MLP has a convolution in it, so that no
 mechanism is the only one to know where a token is. It takes whole blocks as well as layers; a mechanism is what is
 registered, with its default options. Nothing is tuned for any of them. A run is done with linsight's own trainer; each
 one that ends is a row of the CSV file, and is not done again: stop it and go on at any time. What diverges, or does not
@@ -38,7 +38,7 @@ from torch import nn
 
 import linsight
 from linsight.attention import list_attentions
-from linsight.bench import Send, Worker, alternate, step_of, write_rows
+from linsight.bench import TOO_LONG, Send, Worker, alternate, step_of, write_rows
 from linsight.bench.counting import count_macs, count_parameters
 from linsight.doctor import diagnose
 from linsight.errors import LinsightError, UnknownNameError
@@ -89,12 +89,11 @@ class Setting:
     @property
     def budget(self) -> str:
         """What a row's accuracy was reached with."""
-        own = f"{self.epochs} epochs of {self.subset} images, {self.test} to evaluate"
-        return (
-            f"{own}, after {self.start.epochs} epochs of {self.start.subset} at {self.start.place}"
-            if self.start
-            else own
-        )
+        text, before = f"{self.epochs} epochs of {self.subset} images, {self.test} to evaluate", self.start
+        while before is not None:
+            text += f", after {before.epochs} epochs of {before.subset} at {before.place}"
+            before = before.start
+        return text
 
     def folder(self, mechanism: str, seed: int | str) -> Path:
         """The folder of a run that others go on from, which tells all that its weights depend on."""
@@ -148,10 +147,8 @@ def work(cell: tuple[str, Setting], sides: dict[int, str], send: Send) -> None:
 
 
 def learn(setting: Setting, side: int, mechanism: str, seed: str, send: Send) -> None:
-    """Train, and send the accuracy of the last weights, on which nothing was selected; first what it goes on from."""
+    """Train, and send the accuracy of the last weights, on which nothing was selected."""
     try:
-        if setting.start is not None and not setting.start.folder(mechanism, seed).exists():
-            keep(setting.start, mechanism, seed)
         summary = keep(setting, mechanism, seed)
         send(side, "facts", {"top1": summary["last_top1"], "seconds": summary["seconds"]})
     except Interrupted:
@@ -161,7 +158,9 @@ def learn(setting: Setting, side: int, mechanism: str, seed: str, send: Send) ->
 
 
 def keep(setting: Setting, mechanism: str, seed: str) -> dict[str, Any]:
-    """The summary of a run, which is kept where others go on from it."""
+    """The summary of a run, which is kept where others go on from it; first is made what it goes on from."""
+    if setting.start is not None and not setting.start.folder(mechanism, seed).exists():
+        keep(setting.start, mechanism, seed)
     kept = setting.folder(mechanism, seed)
     followed = any(at.after == setting.place for at in PLACES.values())
     if followed:
@@ -210,15 +209,25 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def train_all(workers: list[Worker], setting: Setting, runs: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """The columns of each run as it ends, as many side by side as there are workers."""
+    """The columns of each run as it ends, as many side by side as there are workers.
+
+    Where a mechanism took too long with one seed, others are not tried.
+    """
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    slow: dict[str, str] = {}
     for worker in workers:
         idle.put(worker)
 
     def do(mechanism: str, seed: int) -> dict[str, Any]:
         worker = idle.get()
-        (side,) = worker.run(("run", setting), [f"{mechanism} {seed}"])
-        idle.put(worker)
+        try:
+            if mechanism in slow:
+                return {"mechanism": mechanism, "seed": seed, "error": f"not tried: {slow[mechanism]}"}
+            (side,) = worker.run(("run", setting), [f"{mechanism} {seed}"])
+        finally:
+            idle.put(worker)
+        if side.error.startswith(TOO_LONG):
+            slow[mechanism] = f"seed {seed} {side.error}"
         return {"mechanism": mechanism, "seed": seed, "error": side.error, **side.facts}
 
     pool = concurrent.futures.ThreadPoolExecutor(len(workers))

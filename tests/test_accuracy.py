@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -20,6 +21,7 @@ import _places
 import accuracy
 
 from linsight.attention import list_attentions
+from linsight.bench import Worker
 from linsight.train import load_trained, train
 
 
@@ -160,12 +162,12 @@ def test_runs_go_on_from_those_of_another_place(tmp_path, monkeypatch):
             _places.place(name), name=name, grid=grid, side=2 * grid, make=make, **budget, **more
         )
 
-    monkeypatch.setitem(_places.PLACES, "recall-16", small("recall-16", 4))
-    monkeypatch.setitem(_places.PLACES, "recall-64", small("recall-64", 6))
+    for name, grid in (("recall-8", 4), ("recall-16", 5), ("recall-64", 6)):
+        monkeypatch.setitem(_places.PLACES, name, small(name, grid))
     options = accuracy.parse(["--place", "recall-64", "--runs", str(tmp_path)])
     setting = accuracy.setting_of(options, "recall-64", torch.device("cpu"))
     assert setting.start.place == "recall-16" and setting.budget.endswith(
-        "to evaluate, after 1 epochs of 128 at recall-16"
+        "to evaluate, after 1 epochs of 128 at recall-16, after 1 epochs of 128 at recall-8"
     )
     sent = []
     for _ in range(2):
@@ -174,12 +176,40 @@ def test_runs_go_on_from_those_of_another_place(tmp_path, monkeypatch):
     assert sent[0][2]["top1"] == sent[1][2]["top1"]
     assert setting.start.folder("linear", 3) != dataclasses.replace(setting.start, amp="bf16").folder("linear", 3)
     kept = load_trained(setting.start.folder("linear", 3))
-    assert kept.recipe.img_size == (8,)
+    assert kept.recipe.img_size == (10,)
+    before = setting.start.start.folder("linear", 3)
+    assert load_trained(before).recipe.img_size == (8,)
+    assert accuracy.recipe(setting.start, "linear", 3).init == str(before)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []
     still = accuracy.recipe(setting, "linear", 3).changed(lr=1e-30, weight_decay=0.0)
     train(still, out=tmp_path / "still")
     for ours, theirs in zip(load_trained(tmp_path / "still").model.parameters(), kept.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def slow(cell, sides, send):
+    """What a worker does: `linear` hangs, others do not."""
+    for side, name in sides.items():
+        if name.startswith("linear"):
+            time.sleep(60)
+        send(side, "facts", {"top1": 50.0, "seconds": 1.0})
+
+
+def test_what_takes_too_long_is_not_tried_again():
+    worker = Worker(slow, 10.0)
+    setting = accuracy.Setting("cifar10", "", 1, 1, 1, "cpu", "off", 1, 0.0, "")
+    try:
+        runs = [("softmax", 0), ("linear", 0), ("linear", 1), ("softmax", 1)]
+        found = list(accuracy.train_all([worker], setting, runs))
+    finally:
+        worker.process.kill()
+    errors = {(row["mechanism"], row["seed"]): row["error"] for row in found}
+    assert errors == {
+        ("softmax", 0): "",
+        ("linear", 0): "took more than 10 s",
+        ("linear", 1): "not tried: seed 0 took more than 10 s",
+        ("softmax", 1): "",
+    }
 
 
 def test_rows_of_other_processors_count():
@@ -213,7 +243,7 @@ def test_a_stopped_run_leaves_no_row(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--only", "linaer"], "did you mean 'linear'?"),
-        (["--place", "cifar10,cifar"], "no place 'cifar' to compare at: cifar10, cifar10-64, recall-16"),
+        (["--place", "cifar10,cifar"], "no place 'cifar' to compare at: cifar10, cifar10-16, cifar10-64, recall-8"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--csv", "no/such/folder/a.csv"], "no/such/folder"),
         (["--csv", __file__], "is no file of this benchmark"),

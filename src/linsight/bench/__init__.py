@@ -11,7 +11,7 @@ from ._curves import Estimate, at, crossings, pays_from
 from ._page import page, write_page
 from ._shortlist import Accuracies, Pick, Shortlist, check_needs, read_accuracies, shortlist
 from ._subjects import TIMM, Group, Subject, build, plan_groups, softmax_beside
-from ._worker import Worker
+from ._worker import TOO_LONG, Worker
 from .pareto import draw_pareto, write_pareto
 from .plot import draw, write_plot
 from .roofline import measure_peaks
@@ -25,6 +25,7 @@ __all__ = [
     "COLUMNS",
     "STEPS",
     "TIMM",
+    "TOO_LONG",
     "Accuracies",
     "Advice",
     "Cell",

@@ -9,6 +9,8 @@ from linsight.errors import LinsightError
 
 from .rounds import Side
 
+TOO_LONG = "took more than"  # how the error of a side begins that was given up for its time
+
 
 class Worker:
     """A process that measures cells, one after the other: `measure(cell, sides, send)` for `{index: what}` sides.
@@ -58,7 +60,7 @@ class Worker:
     def _messages(self) -> Iterator[tuple[int, str, Any]]:
         while True:
             if not self.pipe.poll(self.limit):
-                yield -1, "lost", f"took more than {self.limit:g} s"
+                yield -1, "lost", f"{TOO_LONG} {self.limit:g} s"
                 return
             try:
                 message = self.pipe.recv()

@@ -18,9 +18,9 @@ S_nj = b, and the 10 that are farthest, S_nj = -b. Bit after bit, with N tokens,
 
     a_r = argmax of sigma(kappa a)^T S sigma(kappa a) / (N b),   y = sign(kappa a_r),   S <- S - y y^T
 
-where sigma goes smoothly from -1 to 1, by 100 steps from the solution for sigma(x) = x, which is kept where its signs are
-better. `projection_matrix` is in published checkpoints, and nothing reads it. As every output has its own value, keys
-lie on the grid of the queries.
+where sigma goes smoothly from -1 to 1, by 100 steps from the solution for sigma(x) = x, which is kept where its signs
+are better. `projection_matrix` is in published checkpoints, and nothing reads it. As every output has its own value,
+keys lie on the grid of the queries.
 """
 
 import math
