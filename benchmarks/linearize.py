@@ -37,7 +37,7 @@ import linsight
 from linsight.bench import Send, Setting, Worker, run_speed
 from linsight.errors import LinsightError
 from linsight.runtime.console import new_console
-from linsight.runtime.device import list_devices
+from linsight.runtime.device import list_devices, pick_device, pick_dtype
 from linsight.runtime.figures import drawing, new_figure, require_matplotlib, save_figure
 from linsight.runtime.files import replacing, write_text
 from linsight.train import load_trained, resolve, resume, train
@@ -211,19 +211,20 @@ def picture(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def larger(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """In Markdown: top-1 at twice the resolution, and the time of a forward beside softmax, there and above."""
-    sizes = [f"{side} pixels, ms (ratio)" for side in TIMED]
-    lines = [f"| attention | top-1 % at {SIDE} pixels | {' | '.join(sizes)} |", "|---" * (2 + len(sizes)) + "|"]
     setting = Setting(options.device, "auto", options.threads, options.seconds)
     top1 = {row["attention"]: float(row["top1"]) for row in rows if row["kind"] == "larger"}
-    for name in sorted(top1, key=LARGER.index):
-        cells = ["" for _ in TIMED]
-        if name != "softmax":
-            timed = run_speed(started(options.out, name), [(side, side) for side in TIMED], setting)
-            times = [float(one.get("infer_step_time") or "nan") for one in timed]  # where one could not be run
-            pairs = zip(times[::2], times[1::2], strict=True)
-            cells = [f"{ours:.2f} ({ours / softmax:.2f})" for ours, softmax in pairs]
-        lines.append(f"| {name} | {top1[name]:.1f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    names, beside, cells = sorted(top1, key=LARGER.index), list[list[float]](), dict[str, list[str]]()
+    for name in names[1:]:
+        timed = run_speed(started(options.out, name), [(side, side) for side in TIMED], setting)
+        times = [float(one.get("infer_step_time") or "nan") for one in timed]  # where one could not be run
+        beside.append(times[1::2])
+        cells[name] = [
+            f"{ours:.1f} ({ours / softmax:.2f})" for ours, softmax in zip(times[::2], beside[-1], strict=True)
+        ]
+    cells["softmax"] = [f"{mean(times):.1f}" for times in zip(*beside, strict=True)] or [""] * len(TIMED)
+    sizes = [f"{side} pixels, ms (ratio)" for side in TIMED]
+    lines = [f"| attention | top-1 % at {SIDE} pixels | {' | '.join(sizes)} |", "|---" * (2 + len(sizes)) + "|"]
+    return "\n".join([*lines, *(f"| {name} | {top1[name]:.1f} | {' | '.join(cells[name])} |" for name in names)])
 
 
 def measure(asked: tuple[Path, int, int, float, int], sides: dict[int, str], send: Send) -> None:
@@ -305,7 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         beyond = (
             f"The teacher and students of the first seed, each trained on {AT_SIDE:,} images of {SIDE} pixels more; "
-            f"times of one image, beside softmax in the same host."
+            f"times of one image in {pick_dtype('auto', pick_device(options.device))[1]} on {options.threads} threads, "
+            "and beside softmax in the same host."
         )
         text = f"{table(rows)}\n\n{told}\n\n![of the teacher]({DRAWN})\n\n{larger(rows, options)}\n\n{beyond}\n"
         text += "" if options.only else f"\n{streamed(options)}\n"

@@ -63,7 +63,8 @@ def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
         and text.endswith("<!-- end: vision -->\n\nMore\n")
     )
     assert "| mean, the control | " in text and "| linear, from scratch | " in text
-    assert f"| hedgehog | {float(rows[-1]['top1']):.1f} | 1.50 (0.50) | 2.00 (nan) |" in text
+    assert f"| hedgehog | {float(rows[-1]['top1']):.1f} | 1.5 (0.50) | 2.0 (nan) |" in text
+    assert f"| softmax | {float(rows[-2]['top1']):.1f} | 3.0 | nan |" in text
     assert (tmp_path / "linearize-vision.png").read_bytes()[:4] == b"\x89PNG"
     sent = []
     run = tmp_path / "runs" / "larger-hedgehog-0"
