@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import functools
 import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -21,7 +20,7 @@ import _places
 import accuracy
 
 from linsight.attention import list_attentions
-from linsight.bench import Worker
+from linsight.bench import TOO_LONG, Side
 from linsight.train import load_trained, train
 
 
@@ -187,24 +186,18 @@ def test_runs_go_on_from_those_of_another_place(tmp_path, monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
-def slow(cell, sides, send):
-    """What a worker does: `linear` hangs, others do not."""
-    for side, name in sides.items():
-        if name.startswith("linear"):
-            time.sleep(60)
-        send(side, "facts", {"top1": 50.0, "seconds": 1.0})
-
-
 def test_what_takes_too_long_is_not_tried_again():
-    worker = Worker(slow, 10.0)
+    class Clock:
+        """A worker for whom `linear` takes too long."""
+
+        def run(self, cell, sides):
+            (name,) = sides
+            return [Side(error=f"{TOO_LONG} 10 s" if name.startswith("linear") else "")]
+
     setting = accuracy.Setting("cifar10", "", 1, 1, 1, "cpu", "off", 1, 0.0, "")
-    try:
-        runs = [("softmax", 0), ("linear", 0), ("linear", 1), ("softmax", 1)]
-        found = list(accuracy.train_all([worker], setting, runs))
-    finally:
-        worker.process.kill()
-    errors = {(row["mechanism"], row["seed"]): row["error"] for row in found}
-    assert errors == {
+    runs = [("softmax", 0), ("linear", 0), ("linear", 1), ("softmax", 1)]
+    found = {(row["mechanism"], row["seed"]): row["error"] for row in accuracy.train_all([Clock()], setting, runs)}
+    assert found == {
         ("softmax", 0): "",
         ("linear", 0): "took more than 10 s",
         ("linear", 1): "not tried: seed 0 took more than 10 s",

@@ -125,6 +125,7 @@ BAD = {
     "cache": ("x",),
     "track": ("nowhere",),
     "epoch_images": (*NEVER, "0", "1.5"),
+    "redraw_every": (*NEVER, "1.5"),
 }
 FIELDS = {name: field for name, field in ClassifyRecipe.model_fields.items() if name != "task"}
 for name, field in FIELDS.items():

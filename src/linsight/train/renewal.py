@@ -14,7 +14,7 @@ from linsight.runtime.processes import Processes
 
 
 class Renewal:
-    """What cores draw at random, or fit to tokens, before some updates; the same in all processes.
+    """Cores get new random features and hashes before some updates, the same in all processes.
 
     Cores of layers that are not trained keep theirs.
 
