@@ -6,6 +6,7 @@ import torch
 import linsight
 from linsight import create_attention
 from linsight.attention import Tokens, create_core
+from linsight.attention.mechanisms.ecoformer import supervised_bits
 from linsight.errors import LinsightError
 from linsight.ops import Grid, Layout
 from matrix.subject import close, random_tokens
@@ -13,12 +14,16 @@ from matrix.subject import close, random_tokens
 F64 = torch.float64
 
 
-def hashed(core, x, h):
-    """What the bits of the tokens `x` `(N, D)` of head h are signs of."""
+def centred(core, x, h):
+    """kappa of the tokens `x` `(N, D)` of head h."""
     x, anchors = x / x.norm(dim=-1, keepdim=True), core.anchor[0, h]
     distances = (x[:, None] - anchors).square().sum(-1)
-    kappa = torch.exp(-distances / (2 * distances.mean())) - core.mvec[0, h]
-    return kappa @ core.A[h].T
+    return torch.exp(-distances / (2 * distances.mean())) - core.mvec[0, h]
+
+
+def hashed(core, x, h):
+    """What the bits of the tokens `x` `(N, D)` of head h are signs of."""
+    return centred(core, x, h) @ core.A[h].T
 
 
 @pytest.mark.parametrize("dropping", [False, True])
@@ -89,6 +94,12 @@ def test_fitted_hash_tells_near_from_far():
     x = torch.nn.functional.normalize(q[0], dim=-1).transpose(0, 1)
     assert torch.cdist(core.anchor[0], x[:, 4:]).amin(dim=-1).max() < 1e-6
     close(hashed(core, q[0, 4:, 0], 0).mean(0), torch.zeros(16, dtype=q.dtype), 1e-5)
+    # bits differ, and their rows are those of the centred kernel
+    y = hashed(core, q[0, 4:, 0], 0).sign()
+    alike = (y.T @ y / len(y)).abs() - torch.eye(16, dtype=q.dtype)
+    assert alike.mean() < 0.5
+    kappa = torch.stack([centred(core, q[0, 4:, h], h) for h in range(2)])
+    close(core.A.abs(), supervised_bits(kappa, x[:, 4:], 16).abs(), 1e-6)
     before = core.A.clone()
     core.fit(tokens._replace(keep=torch.zeros(2, 64, dtype=torch.bool)))
     assert torch.equal(core.A, before)  # no token, no fit
