@@ -84,7 +84,7 @@ class Renewal:
         every = self.recipe.redraw_every
         if every is None and core.renews:
             every = core.renews.every
-        return bool(every) and done % every == 0
+        return bool(every and done % every == 0)
 
 
 def _learns(model: nn.Module, name: str) -> bool:

@@ -229,9 +229,9 @@ def supervised_bits(kappa: Tensor, x: Tensor, bits: int) -> Tensor:
             slope = (wanted @ y + wanted.transpose(1, 2) @ y) * (1 - y.square()) / 2
             found.grad = kappa.transpose(1, 2) @ slope / (-n * bits)
             steps.step()
-        signs = [(kappa @ a).sign() for a in (found, start)]
-        kept, first = ((y * (wanted @ y)).sum(dim=1, keepdim=True) for y in signs)
-        rows.append(torch.where(kept > first, found, start))
-        y = torch.where(kept > first, *signs)
+        last, first = ((kappa @ a).sign() for a in (found, start))
+        better = (last * (wanted @ last)).sum(dim=1, keepdim=True) > (first * (wanted @ first)).sum(dim=1, keepdim=True)
+        rows.append(torch.where(better, found, start))
+        y = torch.where(better, last, first)
         wanted = wanted - y @ y.transpose(1, 2)
     return torch.cat(rows, dim=2).transpose(1, 2)
