@@ -208,13 +208,14 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     write_rows(path, rows, {}, columns)
 
 
-def train_all(workers: list[Worker], setting: Setting, runs: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+def train_all(
+    workers: list[Worker], setting: Setting, runs: list[tuple[str, int]], slow: dict[str, str]
+) -> Iterator[dict[str, Any]]:
     """The columns of each run as it ends, as many side by side as there are workers.
 
-    Where a mechanism took too long with one seed, others are not tried.
+    slow: mechanisms that took too long with one seed, and that seed's error; others are not tried.
     """
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-    slow: dict[str, str] = {}
     for worker in workers:
         idle.put(worker)
 
@@ -313,7 +314,8 @@ def fill(
     done = {(row["mechanism"], int(row["seed"])) for row in ours}
     todo = [(name, seed) for seed in options.seeds for name in kinds if (name, seed) not in done]
     print(f"{name}, {setting.budget}: {len(todo)} runs to do, {len(ours)} done before", flush=True)
-    for row in train_all(workers, setting, todo):
+    slow = {row["mechanism"]: f"seed {row['seed']} {row['error']}" for row in ours if row["error"].startswith(TOO_LONG)}
+    for row in train_all(workers, setting, todo, slow):
         row |= {"kind": kinds[row["mechanism"]], **size(row["mechanism"], place(name)), **facts}
         rows.append(row)
         ours.append(row)

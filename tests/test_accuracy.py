@@ -133,7 +133,7 @@ def test_ranks_are_as_wide_as_chance_is():
 
 
 def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    def fails(workers, setting, runs):
+    def fails(workers, setting, runs, slow):
         for name, seed in runs:
             lost = name == "linear" and seed == 1
             yield {"mechanism": name, "seed": seed, "error": "the loss became nan" if lost else ""} | (
@@ -196,13 +196,27 @@ def test_what_takes_too_long_is_not_tried_again():
 
     setting = accuracy.Setting("cifar10", "", 1, 1, 1, "cpu", "off", 1, 0.0, "")
     runs = [("softmax", 0), ("linear", 0), ("linear", 1), ("softmax", 1)]
-    found = {(row["mechanism"], row["seed"]): row["error"] for row in accuracy.train_all([Clock()], setting, runs)}
-    assert found == {
+    rows = accuracy.train_all([Clock()], setting, runs, {})
+    assert {(row["mechanism"], row["seed"]): row["error"] for row in rows} == {
         ("softmax", 0): "",
         ("linear", 0): "took more than 10 s",
         ("linear", 1): "not tried: seed 0 took more than 10 s",
         ("softmax", 1): "",
     }
+
+
+def test_what_took_too_long_before_is_not_tried_again(tmp_path, monkeypatch):
+    path, known = tmp_path / "a.csv", []
+
+    def told(workers, setting, runs, slow):
+        known.append(dict(slow))
+        yield from ({"mechanism": name, "seed": seed, "error": f"{TOO_LONG} 10 s"} for name, seed in runs)
+
+    monkeypatch.setattr(accuracy, "train_all", told)
+    for seed in "01":
+        options = ["--only", "linear", "--seeds", seed, "--seconds", "0", "--csv", str(path)]
+        assert accuracy.main(options) == 0
+    assert known == [{}, {"linear": "seed 0 took more than 10 s"}]
 
 
 def test_rows_of_other_processors_count():

@@ -101,6 +101,14 @@ def test_layers_that_are_not_trained_keep_theirs():
     assert not learner("performer", freeze=True, init="weights.safetensors").renewal.cores
 
 
+def test_a_core_that_is_used_twice_is_fitted_to_what_it_sees_first():
+    ours, other = learner("ecoformer"), learner("ecoformer")
+    ours.model.blocks[1] = ours.model.blocks[0]
+    ours.renewal = type(ours.renewal)(ours.recipe, ours.model, None, ours.spread.processes)
+    core = "blocks.0.attn.core.anchor"
+    assert torch.equal(renew(ours, 0)[core], renew(other, 0)[core])
+
+
 def test_a_core_that_sees_no_tokens_is_told():
     ours = learner("ecoformer")
     core = next(iter(ours.renewal.cores.values()))

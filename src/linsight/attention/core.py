@@ -105,8 +105,7 @@ class Core(nn.Module):
         """Draw anew what is random and neither a parameter nor a state; training does so where it `renews`."""
 
     def fit(self, tokens: Tokens) -> None:
-        """Fit to tokens what is neither a parameter nor a state."""
-        self.redraw()
+        """Fit to tokens what is neither a parameter nor a state; training does so where it `renews` so."""
 
     def forward(self, tokens: Tokens, layout: Layout, *, context_layout: Layout | None = None) -> Tensor:
         """Outputs `(B, M, H, E)`: the rounds over the whole grid.

@@ -72,8 +72,8 @@ class Renewal:
                 answer()
             if left and self.recipe.redraw_every:
                 raise LinsightError(
-                    f"redraw_every={self.recipe.redraw_every} fits {type(left[0]).__name__} to the tokens of whole "
-                    "images, and it sees none: set 0 where images lie in bands (image_ranks) or a block is not used"
+                    f"redraw_every={self.recipe.redraw_every} fits {type(left[0]).__name__} to tokens, and it sees none: "
+                    "set 0 where a layer is not used"
                 )
             for core in fitted:
                 _copy(self.processes.share([buffer.cpu() for buffer in core.buffers()]), core)
@@ -98,13 +98,14 @@ def _fitting(cores: list[Core]) -> Iterator[list[Core]]:
     """A context in which cores are fitted to the tokens that they are given, before they see them; those still left."""
     left = list(cores)
 
-    def fit(core: Core, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        core.fit(given[0])
-        left.remove(core)
+    def fit(core: Core, given: tuple[Any, ...]) -> None:
+        if core in left:  # a core may be used more than once
+            core.fit(given[0])
+            left.remove(core)
 
     with contextlib.ExitStack() as hooks:
         for core in cores:
-            hooks.callback(core.register_forward_pre_hook(fit, with_kwargs=True).remove)
+            hooks.callback(core.register_forward_pre_hook(fit).remove)
         yield left
 
 
