@@ -72,8 +72,8 @@ class Renewal:
                 answer()
             if left and self.recipe.redraw_every:
                 raise LinsightError(
-                    f"redraw_every={self.recipe.redraw_every} fits {type(left[0]).__name__} to tokens, and it sees none: "
-                    "set 0 where a layer is not used"
+                    f"redraw_every={self.recipe.redraw_every} fits {type(left[0]).__name__} to tokens, and it sees "
+                    "none: set 0 where a layer is not used"
                 )
             for core in fitted:
                 _copy(self.processes.share([buffer.cpu() for buffer in core.buffers()]), core)
