@@ -8,24 +8,25 @@ A place (`--place`, see `_places.py`) is a host, images and a budget: CIFAR-10 o
 needs mixing over the whole grid. The host is the compact one, whose MLP has a convolution in it, so that no
 mechanism is the only one to know where a token is. It takes whole blocks as well as layers; a mechanism is what is
 registered, with its default options. Nothing is tuned for any of them. A run is done with linsight's own trainer; each
-one that ends is a row of the CSV file, and is not done again: stop it and go on at any time. What diverges, or does not
-fit in time or memory, is a row like the others; `benchmarks/accuracy.csv` has those so far. At the end all models are
-timed in rounds that alternate between them.
+one that ends is a row of the CSV file, and is not done again: stop it and go on at any time. A mechanism goes through
+all places with one seed before the next mechanism does. What diverges, or does not fit in time or memory, is a row like
+the others; `benchmarks/accuracy.csv` has those so far. At the end all models are timed in rounds that alternate between
+them.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import csv
 import dataclasses
 import fnmatch
 import functools
 import hashlib
-import queue
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,16 @@ class Setting:
     @property
     def budget(self) -> str:
         """What a row's accuracy was reached with."""
-        text, before = f"{self.epochs} epochs of {self.subset} images, {self.test} to evaluate", self.start
-        while before is not None:
-            text += f", after {before.epochs} epochs of {before.subset} at {before.place}"
-            before = before.start
-        return text
+        here, *before = self.line()
+        text = f"{here.epochs} epochs of {here.subset} images, {here.test} to evaluate"
+        return text + "".join(f", after {at.epochs} epochs of {at.subset} at {at.place}" for at in before)
+
+    def line(self) -> "Iterator[Setting]":
+        """This one, what its runs go on from, what those go on from, and so on."""
+        at: Setting | None = self
+        while at is not None:
+            yield at
+            at = at.start
 
     def folder(self, mechanism: str, seed: int | str) -> Path:
         """The folder of a run that others go on from, which tells all that its weights depend on."""
@@ -101,6 +107,9 @@ class Setting:
         return Path(
             self.runs, f"{self.place}-{mechanism}-{seed}-{hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
         )
+
+
+Run = tuple[str, int, Setting]  # a mechanism, a seed, and where
 
 
 def recipe(setting: Setting, mechanism: str, seed: int) -> Recipe:
@@ -209,34 +218,47 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def train_all(
-    workers: list[Worker], setting: Setting, runs: list[tuple[str, int]], slow: dict[str, str]
+    workers: list[Worker], units: Iterable[list[Run]], slow: dict[tuple[str, str], str]
 ) -> Iterator[dict[str, Any]]:
     """The columns of each run as it ends, as many side by side as there are workers.
 
-    slow: mechanisms that took too long with one seed, and that seed's error; others are not tried.
+    units: the runs of a mechanism and a seed, which one worker does in a row, as some go on from others.
+    slow: places and mechanisms that took too long with one seed, and that seed's error; others are not tried.
     """
-    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
-
-    def do(mechanism: str, seed: int) -> dict[str, Any]:
-        worker = idle.get()
-        try:
-            if mechanism in slow:
-                return {"mechanism": mechanism, "seed": seed, "error": f"not tried: {slow[mechanism]}"}
-            (side,) = worker.run(("run", setting), [f"{mechanism} {seed}"])
-        finally:
-            idle.put(worker)
-        if side.error.startswith(TOO_LONG):
-            slow[mechanism] = f"seed {seed} {side.error}"
-        return {"mechanism": mechanism, "seed": seed, "error": side.error, **side.facts}
-
+    waiting, idle = collections.deque(units), list(workers)
+    going: dict[concurrent.futures.Future[dict[str, Any]], tuple[Worker, list[Run]]] = {}
     pool = concurrent.futures.ThreadPoolExecutor(len(workers))
     try:
-        for future in concurrent.futures.as_completed([pool.submit(do, *run) for run in runs]):
-            yield future.result()
+        while waiting or going:
+            while waiting and idle:
+                (first, *others), worker = waiting.popleft(), idle.pop()
+                going[pool.submit(train_one, worker, first, slow)] = worker, others
+            for future in concurrent.futures.wait(going, return_when="FIRST_COMPLETED").done:
+                worker, others = going.pop(future)
+                yield future.result()
+                idle.append(worker)
+                if others:
+                    waiting.appendleft(others)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def train_one(worker: Worker, run: Run, slow: dict[tuple[str, str], str]) -> dict[str, Any]:
+    """The columns of one run, also of one that is not tried."""
+    mechanism, seed, setting = run
+    row = {"place": setting.place, "mechanism": mechanism, "seed": seed}
+    for at in setting.line():
+        if (at.place, mechanism) in slow:
+            return row | {"error": f"not tried: {slow[at.place, mechanism]}"}
+    (side,) = worker.run(("run", setting), [f"{mechanism} {seed}"])
+    if side.error.startswith(TOO_LONG):
+        slow[setting.place, mechanism] = told_slow(row | {"error": side.error})
+    return row | {"error": side.error, **side.facts}
+
+
+def told_slow(row: Mapping[str, Any]) -> str:
+    """What took too long, as the reason not to try it with other seeds."""
+    return f"seed {row['seed']} {row['error']} at {row['place']}"
 
 
 def time_all(worker: Worker, setting: Setting, names: list[str]) -> dict[str, dict[str, float]]:
@@ -266,68 +288,80 @@ def setting_of(options: argparse.Namespace, name: str, device: torch.device) -> 
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train what has no row yet, place by place, time all, and write."""
+    """Train what has no row yet, time all, and write."""
     device = pick_device(options.device)
     _, precision = pick_dtype(options.amp, device)
     machine = next(row["name"] for row in diagnose()["devices"] if row["type"] == device.type)
     facts = {"device": f"{device}: {machine}", "precision": precision, "threads": options.threads, "jobs": options.jobs}
     facts |= {"torch": torch.__version__, "timm": timm.__version__, "linsight": linsight.__version__}
     kinds = chosen(options.only)
+    settings = [setting_of(options, name, device) for name in options.place]
     rows = read(options.csv)
     write(options.csv, rows)  # before hours are spent, in case it can't be written
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     workers = [Worker(work, options.limit) for _ in range(options.jobs)]
     try:
-        shown = [
-            fill(rows, name, setting_of(options, name, device), kinds, facts, workers, options)
-            for name in options.place
-        ]
+        fill(rows, settings, kinds, facts, workers, options)
+        shown = {place(setting.place): at_place(rows, setting, facts, kinds) for setting in settings}
+        for setting, ours in zip(settings, shown.values(), strict=True):
+            if options.seconds:
+                speeds = time_all(workers[0], setting, list(kinds))
+                for row in ours:
+                    row |= speeds[row["mechanism"]] | {"speed_device": facts["device"]}
+                write(options.csv, rows)
     finally:
         for worker in workers:
             if worker.process is not None:
                 worker.process.kill()
-    for name, ours in zip(options.place, shown, strict=True):
-        print(f"\n{place(name).about}\n\n{docs.table(ours)}")
+    for at, ours in shown.items():
+        print(f"\n{at.about}\n\n{docs.table(ours)}")
     if options.docs:
-        docs.write(
-            options.docs, {place(name): ours for name, ours in zip(options.place, shown, strict=True)}, sys.argv[1:]
-        )
+        docs.write(options.docs, shown, sys.argv[1:])
 
 
-def comparable(row: dict[str, Any]) -> tuple[str, ...]:
+def comparable(row: Mapping[str, Any]) -> tuple[str, ...]:
     """What rows have in common whose accuracies compare; which processor of a kind it was does not matter."""
     return (row["place"], row["budget"], row["device"].partition(":")[0], row["precision"])
 
 
+def at_place(
+    rows: list[dict[str, Any]], setting: Setting, facts: dict[str, Any], kinds: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The rows of one place that compare with those of this machine."""
+    here = comparable({"place": setting.place, "budget": setting.budget, **facts})
+    return [row for row in rows if comparable(row) == here and row["mechanism"] in kinds]
+
+
 def fill(
     rows: list[dict[str, Any]],
-    name: str,
-    setting: Setting,
+    settings: list[Setting],
     kinds: dict[str, str],
     facts: dict[str, Any],
     workers: list[Worker],
     options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """The rows of one place, of which those that were not there are added to `rows` and to the file."""
-    facts = {"place": name, "budget": setting.budget, **facts}
-    ours = [row for row in rows if comparable(row) == comparable(facts) and row["mechanism"] in kinds]
-    done = {(row["mechanism"], int(row["seed"])) for row in ours}
-    todo = [(name, seed) for seed in options.seeds for name in kinds if (name, seed) not in done]
-    print(f"{name}, {setting.budget}: {len(todo)} runs to do, {len(ours)} done before", flush=True)
-    slow = {row["mechanism"]: f"seed {row['seed']} {row['error']}" for row in ours if row["error"].startswith(TOO_LONG)}
-    for row in train_all(workers, setting, todo, slow):
-        row |= {"kind": kinds[row["mechanism"]], **size(row["mechanism"], place(name)), **facts}
+) -> None:
+    """Do the runs that have no row, and add these to `rows` and to the file."""
+    done, slow, budgets = set(), {}, {}
+    for setting in settings:
+        ours = at_place(rows, setting, facts, kinds)
+        done |= {(row["mechanism"], int(row["seed"]), setting) for row in ours}
+        late = [row for row in ours if row["error"].startswith(TOO_LONG)]
+        slow |= {(setting.place, row["mechanism"]): told_slow(row) for row in late}
+        budgets[setting.place] = setting.budget
+        todo = len(options.seeds) * len(kinds) - sum(int(row["seed"]) in options.seeds for row in ours)
+        print(f"{setting.place}, {setting.budget}: {todo} runs to do, {len(ours)} done before", flush=True)
+    units = [
+        [run for setting in settings if (run := (name, seed, setting)) not in done]
+        for seed in options.seeds
+        for name in kinds
+    ]
+    for row in train_all(workers, filter(None, units), slow):
+        at = row["place"]
+        row |= {"kind": kinds[row["mechanism"]], "budget": budgets[at], **size(row["mechanism"], place(at)), **facts}
         rows.append(row)
-        ours.append(row)
         write(options.csv, rows)
         result = row["error"] or f"{row['top1']:.2f} % in {row['seconds']:.0f} s"
-        print(f"{row['mechanism']}, seed {row['seed']}: {result}", flush=True)
-    if options.seconds:
-        speeds = time_all(workers[0], setting, list(kinds))
-        for row in ours:
-            row |= speeds[row["mechanism"]] | {"speed_device": facts["device"]}
-        write(options.csv, rows)
-    return ours
+        print(f"{at}, {row['mechanism']}, seed {row['seed']}: {result}", flush=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

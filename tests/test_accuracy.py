@@ -133,12 +133,11 @@ def test_ranks_are_as_wide_as_chance_is():
 
 
 def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    def fails(workers, setting, runs, slow):
-        for name, seed in runs:
+    def fails(workers, units, slow):
+        for ((name, seed, setting),) in units:
             lost = name == "linear" and seed == 1
-            yield {"mechanism": name, "seed": seed, "error": "the loss became nan" if lost else ""} | (
-                {} if lost else {"top1": 40.0 + seed, "seconds": 1.0}
-            )
+            row = {"place": setting.place, "mechanism": name, "seed": seed}
+            yield row | ({"error": "the loss became nan"} if lost else {"error": "", "top1": 40.0 + seed, "seconds": 1})
 
     monkeypatch.setattr(accuracy, "train_all", fails)
     path = tmp_path / "a.csv"
@@ -186,37 +185,64 @@ def test_runs_go_on_from_those_of_another_place(tmp_path, monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
+class Clock:
+    """A worker that notes its runs; `linear` takes too long at the place `recall-8`."""
+
+    def __init__(self):
+        self.runs = []
+
+    def run(self, cell, sides):
+        (name,) = sides
+        self.runs.append(f"{cell[1].place} {name}")
+        return [Side(error=f"{TOO_LONG} 10 s" if self.runs[-1].startswith("recall-8 linear") else "")]
+
+
+def test_one_worker_takes_a_mechanism_through_all_places():
+    options = accuracy.parse(["--place", "recall-8,cifar10"])
+    settings = [accuracy.setting_of(options, name, torch.device("cpu")) for name in options.place]
+    units = [[(name, seed, setting) for setting in settings] for seed in (0, 1) for name in ("softmax", "inline")]
+    workers = [Clock(), Clock()]
+    rows = list(accuracy.train_all(workers, units, {}))
+    assert len(rows) == 8 and all(row["error"] == "" for row in rows)
+    for worker in workers:
+        assert [run.split()[0] for run in worker.runs] == ["recall-8", "cifar10"] * (len(worker.runs) // 2)
+        for first, second in zip(worker.runs[::2], worker.runs[1::2], strict=True):
+            assert first.split()[1:] == second.split()[1:]
+
+
 def test_what_takes_too_long_is_not_tried_again():
-    class Clock:
-        """A worker for whom `linear` takes too long."""
-
-        def run(self, cell, sides):
-            (name,) = sides
-            return [Side(error=f"{TOO_LONG} 10 s" if name.startswith("linear") else "")]
-
-    setting = accuracy.Setting("cifar10", "", 1, 1, 1, "cpu", "off", 1, 0.0, "")
-    runs = [("softmax", 0), ("linear", 0), ("linear", 1), ("softmax", 1)]
-    rows = accuracy.train_all([Clock()], setting, runs, {})
-    assert {(row["mechanism"], row["seed"]): row["error"] for row in rows} == {
-        ("softmax", 0): "",
-        ("linear", 0): "took more than 10 s",
-        ("linear", 1): "not tried: seed 0 took more than 10 s",
-        ("softmax", 1): "",
+    options = accuracy.parse(["--place", "recall-8,recall-16,cifar10"])
+    settings = [accuracy.setting_of(options, name, torch.device("cpu")) for name in options.place]
+    units = [[(name, seed, setting) for setting in settings] for seed in (0, 1) for name in ("softmax", "linear")]
+    worker = Clock()
+    rows = accuracy.train_all([worker], units, {})
+    late = "seed 0 took more than 10 s at recall-8"
+    assert {(row["mechanism"], row["seed"], row["place"]): row["error"] for row in rows if row["error"]} == {
+        ("linear", 0, "recall-8"): "took more than 10 s",
+        ("linear", 0, "recall-16"): f"not tried: {late}",
+        ("linear", 1, "recall-8"): f"not tried: {late}",
+        ("linear", 1, "recall-16"): f"not tried: {late}",
     }
+    assert [run for run in worker.runs if "linear" in run] == [
+        "recall-8 linear 0",
+        "cifar10 linear 0",
+        "cifar10 linear 1",
+    ]
 
 
 def test_what_took_too_long_before_is_not_tried_again(tmp_path, monkeypatch):
     path, known = tmp_path / "a.csv", []
 
-    def told(workers, setting, runs, slow):
+    def told(workers, units, slow):
         known.append(dict(slow))
-        yield from ({"mechanism": name, "seed": seed, "error": f"{TOO_LONG} 10 s"} for name, seed in runs)
+        for ((name, seed, setting),) in units:
+            yield {"place": setting.place, "mechanism": name, "seed": seed, "error": f"{TOO_LONG} 10 s"}
 
     monkeypatch.setattr(accuracy, "train_all", told)
     for seed in "01":
         options = ["--only", "linear", "--seeds", seed, "--seconds", "0", "--csv", str(path)]
         assert accuracy.main(options) == 0
-    assert known == [{}, {"linear": "seed 0 took more than 10 s"}]
+    assert known == [{}, {("cifar10", "linear"): "seed 0 took more than 10 s at cifar10"}]
 
 
 def test_rows_of_other_processors_count():
@@ -238,7 +264,7 @@ def test_what_diverges_is_one_line(data, tmp_path, monkeypatch):
 
 def test_a_stopped_run_leaves_no_row(tmp_path, monkeypatch):
     def stopped(*_):
-        yield {"mechanism": "linear", "seed": 0, "error": "", "top1": 50.0, "seconds": 1.0}
+        yield {"place": "cifar10", "mechanism": "linear", "seed": 0, "error": "", "top1": 50.0, "seconds": 1.0}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(accuracy, "train_all", stopped)
