@@ -22,6 +22,7 @@ from linsight.runtime.files import user_cache
 CIFAR10 = Path("../shared/data/cifar10")
 KEYS, VALUES, PAIRS = 4, 4, 2  # keys and values there are, and pairs in an image
 SMALL = {"stem": ((16, 1),), "stages": ((32, 2, 1),)}  # a host whose models go on at larger grids
+QUICK = {"batch_size": 32, "lr": 4e-3}  # what narrow models learn most with in a small budget
 LARGE = {"batch_size": 32, "accumulate": 2}  # 16 large images at a time stay in the caches
 
 
@@ -102,10 +103,9 @@ def write_recall(folder: Path, subset: int, test: int, *, grid: int) -> None:
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
-def _recall(grid: int, subset: int, epochs: int, test: int = 1000, after: str = "") -> Place:
+def _recall(grid: int, subset: int, epochs: int, test: int = 1000, after: str = "", **more: Any) -> Place:
     recipe = {"crop_mode": "none", "crop_padding": 0, "hflip": 0.0, "interpolation": "nearest", "smoothing": 0.0}
-    recipe |= {"mean": (0.5,) * 3, "std": (0.5,) * 3} | ({"lr": 5e-4} if after else {})
-    recipe |= LARGE if grid > 16 else {}
+    recipe |= {"mean": (0.5,) * 3, "std": (0.5,) * 3} | QUICK | more
     about = f"recall on {grid}x{grid} tokens: a question finds the value of its key, wherever that stands"
     return Place(
         f"recall-{grid}",
@@ -161,10 +161,11 @@ PLACES = {
             {"crop_padding": 16, "lr": 5e-4, **LARGE},
             after="cifar10-16",
         ),
-        _recall(8, 12000, 5),
-        _recall(16, 6000, 1, after="recall-8"),
-        _recall(32, 3000, 1, after="recall-16"),
-        _recall(64, 1000, 1, test=500, after="recall-16"),
+        _recall(4, 12000, 10),
+        _recall(8, 6000, 2, after="recall-4", lr=2e-3),
+        _recall(16, 6000, 1, after="recall-8", lr=5e-4),
+        _recall(32, 3000, 1, after="recall-16", lr=5e-4, **LARGE),
+        _recall(64, 1000, 1, test=500, after="recall-16", lr=5e-4, **LARGE),
     )
 }
 
