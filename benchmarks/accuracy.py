@@ -228,17 +228,21 @@ def train_all(
     waiting, idle = collections.deque(units), list(workers)
     going: dict[concurrent.futures.Future[dict[str, Any]], tuple[Worker, list[Run]]] = {}
     pool = concurrent.futures.ThreadPoolExecutor(len(workers))
+
+    def begin(worker: Worker, unit: list[Run]) -> None:
+        going[pool.submit(train_one, worker, unit[0], slow)] = worker, unit[1:]
+
     try:
         while waiting or going:
             while waiting and idle:
-                (first, *others), worker = waiting.popleft(), idle.pop()
-                going[pool.submit(train_one, worker, first, slow)] = worker, others
+                begin(idle.pop(), waiting.popleft())
             for future in concurrent.futures.wait(going, return_when="FIRST_COMPLETED").done:
                 worker, others = going.pop(future)
                 yield future.result()
-                idle.append(worker)
                 if others:
-                    waiting.appendleft(others)
+                    begin(worker, others)
+                else:
+                    idle.append(worker)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

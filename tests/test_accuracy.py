@@ -160,12 +160,12 @@ def test_runs_go_on_from_those_of_another_place(tmp_path, monkeypatch):
             _places.place(name), name=name, grid=grid, side=2 * grid, make=make, **budget, **more
         )
 
-    for name, grid in (("recall-8", 4), ("recall-16", 5), ("recall-64", 6)):
+    for name, grid in (("recall-4", 4), ("recall-8", 5), ("recall-16", 6)):
         monkeypatch.setitem(_places.PLACES, name, small(name, grid))
-    options = accuracy.parse(["--place", "recall-64", "--runs", str(tmp_path)])
-    setting = accuracy.setting_of(options, "recall-64", torch.device("cpu"))
-    assert setting.start.place == "recall-16" and setting.budget.endswith(
-        "to evaluate, after 1 epochs of 128 at recall-16, after 1 epochs of 128 at recall-8"
+    options = accuracy.parse(["--place", "recall-16", "--runs", str(tmp_path)])
+    setting = accuracy.setting_of(options, "recall-16", torch.device("cpu"))
+    assert setting.start.place == "recall-8" and setting.budget.endswith(
+        "to evaluate, after 1 epochs of 128 at recall-8, after 1 epochs of 128 at recall-4"
     )
     sent = []
     for _ in range(2):
@@ -276,7 +276,7 @@ def test_a_stopped_run_leaves_no_row(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--only", "linaer"], "did you mean 'linear'?"),
-        (["--place", "cifar10,cifar"], "no place 'cifar' to compare at: cifar10, cifar10-16, cifar10-64, recall-8"),
+        (["--place", "cifar10,cifar"], "no place 'cifar' to compare at: cifar10, cifar10-16, cifar10-64, recall-4"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--csv", "no/such/folder/a.csv"], "no/such/folder"),
         (["--csv", __file__], "is no file of this benchmark"),
