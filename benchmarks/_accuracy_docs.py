@@ -118,6 +118,26 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return text
 
 
+def overview(found: Mapping[Place, Sequence[dict[str, Any]]]) -> str:
+    """One line for each mechanism, with its mean and its rank at each place: first what comes first on average."""
+    means = {at: scores(rows) for at, rows in found.items()}
+    places = {at: ranks(values) for at, values in means.items()}
+    orders = [list(values) for values in means.values()]
+    names = {name: kind for rows in found.values() for name, kind in ((row["mechanism"], row["kind"]) for row in rows)}
+    average = {name: statistics.fmean(1 + o.index(name) for o in orders if name in o) for name in names}
+    header = ["mechanism", "place on average", *(at.name for at in found)]
+    lines = [header, ["---"] * len(header)]
+    for name in sorted(names, key=lambda name: (average[name], name)):
+        cells = [
+            f"{statistics.fmean(values[name]):.1f} ({places[at][name]})" if values.get(name) else "-"
+            for at, values in means.items()
+        ]
+        lines.append(
+            [f"`{name}`{' (a whole block)' if names[name] == 'block' else ''}", f"{average[name]:.1f}", *cells]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def _speed(row: dict[str, Any], step: str) -> str:
     value = row.get(f"{step}_images_per_second")
     return f"{float(value):.0f}" if value not in (None, "") else "-"
@@ -158,9 +178,10 @@ def write(folder: Path, found: Mapping[Place, Sequence[dict[str, Any]]], argumen
     if not path.exists() or not MARKS.search(path.read_text(encoding="utf-8")):
         raise LinsightError(f"'{path}' is not there, or has no line '<!-- generated: accuracy -->' to write below")
     parts = [f"```bash\n{shlex.join(['python', 'benchmarks/accuracy.py', *arguments])}\n```\n"]
+    found = {at: rows for at, rows in found.items() if rows}
+    if len(found) > 1:
+        parts.append(f"## All places\n\nTop-1 %, mean of the seeds, and the rank in brackets.\n\n{overview(found)}\n")
     for at, rows in found.items():
-        if not rows:
-            continue
         drawn = f"accuracy-{at.name}.png"
         picture(folder / drawn, rows, f"{at.about}\n{rows[0]['budget']}")
         devices = ", ".join(sorted({row["device"] for row in rows}))

@@ -150,6 +150,28 @@ def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     assert "`linear`, seed 1, failed: the loss became nan" in out
 
 
+def test_all_places_are_one_table():
+    def ran(place, **top1):
+        return [
+            {"place": place, "mechanism": name, "kind": "core", "seed": str(seed), "error": "", "top1": str(value)}
+            for name, values in top1.items()
+            for seed, value in enumerate(values)
+        ]
+
+    lost = {"mechanism": "slow", "kind": "core", "seed": "0", "error": f"{TOO_LONG} 9 s", "top1": ""}
+    found = {
+        _places.place("cifar10"): [*ran("cifar10", a=[50, 51], b=[40, 41]), lost],
+        _places.place("recall-8"): ran("recall-8", a=[70.0, 70.2], b=[99, 99.2], slow=[60, 60.2]),
+    }
+    assert docs.overview(found).splitlines() == [
+        "| mechanism | place on average | cifar10 | recall-8 |",
+        "| --- | --- | --- | --- |",
+        "| `a` | 1.5 | 50.5 (1) | 70.1 (2) |",
+        "| `b` | 1.5 | 40.5 (2) | 99.1 (1) |",
+        "| `slow` | 3.0 | - | 60.1 (3) |",
+    ]
+
+
 def test_runs_go_on_from_those_of_another_place(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
