@@ -126,6 +126,9 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
         stored = _array_of(stored)
     if isinstance(stored, np.ndarray) and stored.dtype == np.uint8 and stored.shape[2:] in ((), (3,)):
         stored = Image.fromarray(stored)
+        if stored.mode == mode:  # as a cache in memory has them, by the thousand
+            wanted.check(stored.height, stored.width, name)
+            return Decoded(stored, ())
     with calmly(name):
         reader = _reader(stored, wanted, name)
         try:
