@@ -18,11 +18,12 @@ from linsight.attention import (
     why_not,
 )
 from linsight.bench.counting import count_macs, count_parameters
-from linsight.errors import UnknownNameError
+from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention, default_config
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.models.plan import named
 from linsight.ops import Grid
+from linsight.records import shown
 
 # The layer that `mechanism_info` measures: tokens of a 224 and of a 1024 image in patches of 16.
 DIM, HEADS, GRIDS = 192, 6, (Grid(14, 14), Grid(64, 64))
@@ -49,9 +50,12 @@ def info(name: str, attention: str | None = None) -> dict[str, Any]:
 
     Raises:
         UnknownNameError: neither a mechanism nor a model; the nearest is offered.
+        LinsightError: another mechanism for what is a mechanism itself.
     """
     mechanisms = {entry.name for entry in list_attentions()}
     if name in mechanisms:
+        if attention is not None:
+            raise LinsightError(f"'{name}' is a mechanism: attention={shown(attention)} is for a model")
         return mechanism_info(name)
     models = {*VARIANTS, *HOSTS, *ARCHITECTURES}
     if name in models:

@@ -216,7 +216,9 @@ def advise(
     accuracy: Annotated[
         bool, typer.Option("--accuracy", help="weigh time against accuracy: a short list, each with its reason")
     ] = False,
-    task: Annotated[str, typer.Option(help="for --accuracy: where accuracies are from, as 'cifar10'")] = "cifar10",
+    task: Annotated[
+        str | None, typer.Option(help="for --accuracy: where accuracies are from; default: cifar10")
+    ] = None,
     need: Annotated[
         str, typer.Option(help="for --accuracy: what a mechanism must do, with commas, as keep,stream,causal,onnx")
     ] = "",
@@ -233,15 +235,17 @@ def advise(
     precisions = {None: "", "off": "float32", "bf16": "bf16", "fp16": "fp16"}
     if amp not in precisions:
         raise UnknownNameError("--amp", str(amp), [name for name in precisions if name])
-    if (need or plot) and not accuracy:
-        raise LinsightError("--need and --plot are for --accuracy: add it")
+    if not accuracy and (need or (task, plot) != (None, None)):
+        raise LinsightError("--task, --need and --plot are for --accuracy: add it")
     if model and accuracy:
         raise LinsightError("accuracies are of mechanisms in one small host, not of models: leave out --model")
-    height, width, _ = _sizes(size, 1)[0]
+    (height, width, _), *others = _sizes(size, 1)
+    if others:
+        raise LinsightError(f"the answer is for images of one size, and '{size}' are {len(others) + 1}: ask for each")
     question = Question(height, width, patch, _device(device), precisions[amp], train, dim, heads, model or "")
     found = answer(known_results(source or ()), question)
     if accuracy:
-        _weigh(found, task, _parts(need), plot, as_json)
+        _weigh(found, "cifar10" if task is None else task, _parts(need), plot, as_json)
         return
     if as_json:
         print_json(dataclasses.asdict(found))

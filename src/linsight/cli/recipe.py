@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from linsight.errors import LinsightError
 from linsight.runtime.files import to_json
 
 from .show import Json, make_table, terminal
@@ -13,7 +14,7 @@ def recipe(
     name: Annotated[str | None, typer.Argument(metavar="[NAME|FILE]", help="a recipe; none: all are listed")] = None,
     changed: Annotated[bool, typer.Option("--changed", help="only what differs from the defaults")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="the JSON schema of recipe files, for editors")] = False,
-    task: Annotated[str, typer.Option(help="the task that --schema is of")] = "classify",
+    task: Annotated[str | None, typer.Option(help="the task that --schema is of; default: classify")] = None,
     as_json: Json = False,
 ) -> None:
     """Print a recipe, every field with what it is for, as a file that 'linsight train --recipe FILE' takes.
@@ -25,8 +26,10 @@ def recipe(
     from linsight.train import RECIPES, resolve
 
     if schema:
-        typer.echo(to_json(schema_of(task), indent=2))
+        typer.echo(to_json(schema_of("classify" if task is None else task), indent=2))
         return
+    if task is not None:
+        raise LinsightError("--task is for --schema: add it")
     if name is None:
         if as_json:
             typer.echo(to_json({key: shipped.about for key, shipped in RECIPES.items()}))

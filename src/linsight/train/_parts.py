@@ -243,6 +243,7 @@ def merge_predictions(out: str | pathlib.Path, folders: Sequence[str | pathlib.P
         LinsightError: there is no such folder, they are of different predictions, or parts are missing.
     """
     out = located(out)
+    require_table(out, ())
     paths = [located(folder) for folder in folders] or [out.with_name(f"{out.name}.parts")]
     found: list[Parts] = []
     for path in paths:
