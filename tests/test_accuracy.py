@@ -298,7 +298,7 @@ def test_a_stopped_run_leaves_no_row(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--only", "linaer"], "did you mean 'linear'?"),
-        (["--place", "cifar10,cifar"], "no place 'cifar' to compare at: cifar10, cifar10-16, cifar10-64, recall-4"),
+        (["--place", "cifar10,cifar"], "no place 'cifar' to compare at: cifar10, recall-4, recall-8"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--csv", "no/such/folder/a.csv"], "no/such/folder"),
         (["--csv", __file__], "is no file of this benchmark"),
