@@ -4,14 +4,14 @@
     python benchmarks/accuracy.py --place cifar10,recall-4,recall-8,recall-16,recall-64 --limit 1200
     python benchmarks/accuracy.py --epochs 30 --subset 50000 --device cuda --amp bf16
 
-A place (`--place`, see `_places.py`) is a host, images and a budget: CIFAR-10 on 8x8 tokens, and a task that needs mixing
-over the whole grid, of up to 64x64 tokens. The host is the compact one, whose MLP has a convolution in it, so that no
-mechanism is the only one to know where a token is. It takes whole blocks as well as layers; a mechanism is what is
-registered, with its default options. Nothing is tuned for any of them. A run is done with linsight's own trainer; each
-one that ends is a row of the CSV file, and is not done again: stop it and go on at any time. A mechanism goes through
-all places with one seed before the next mechanism does. What diverges, or does not fit in time or memory, is a row like
-the others; `benchmarks/accuracy.csv` has those so far. At the end all models are timed in rounds that alternate between
-them.
+A place (`--place`, see `_places.py`) is a host, images and a budget: CIFAR-10 on 8x8 tokens, and a task that needs
+mixing over the whole grid, of up to 64x64 tokens. The host is the compact one, whose MLP has a convolution in it, so
+that no mechanism is the only one to know where a token is. It takes whole blocks as well as layers; a mechanism is what
+is registered, with its default options. Nothing is tuned for any of them. A run is done with linsight's own trainer;
+each one that ends is a row of the CSV file, and is not done again: stop it and go on at any time. A mechanism goes
+through all places with one seed before the next mechanism does. What diverges, or does not fit in time or memory, is a
+row like the others; `benchmarks/accuracy.csv` has those so far. At the end all models are timed in rounds that
+alternate between them.
 """
 
 import argparse
