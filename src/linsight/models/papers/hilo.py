@@ -21,7 +21,7 @@ def _litv2(name: str, known: dict[str, Any], training: Training, side: int = 224
         f"litv2_pyramid_{name.partition('_')[0]}",
         "hilo",
         options={"window_size": [2, 2, 2, 1], "alpha": 0.9},
-        cfg={"input_size": (3, side, side)},
+        cfg={"input_size": (3, side, side), "crop_pct": 1.0 if side > 224 else 0.875},  # fine-tuned ones see all
         published=known,
         training=(training,),
         weights=f"the releases of the repository {_CODE}",

@@ -31,7 +31,8 @@ def _overlock(
     drop_path: float,
     crop_pct: float,
 ) -> Architecture:
-    rates: dict[str, Any] = {"lr": 1e-3, "lr_base_batch": 1024, "warmup_lr": 1e-6, "min_lr": 1e-5}
+    # at a batch of 2048, with which only the peak scales
+    rates: dict[str, Any] = {"lr": 1e-3, "lr_base_batch": 1024, "warmup_lr": 5e-7, "min_lr": 5e-6}
     course: dict[str, Any] = {"warmup_epochs": 5, "cooldown_epochs": 10, "ema": 0.9999}
     return Architecture(
         f"overlock_{size}",

@@ -8,6 +8,7 @@ small one. Of the training on videos, that of the tiny and the middle model is k
 """
 
 from functools import partial
+from typing import Any
 
 from linsight.attention import mechanism
 from linsight.attention.parts.wide import WideRMSNorm
@@ -30,18 +31,21 @@ _SIZES: dict[str, tuple[int, int, float, float, float, dict[int, float]]] = {
 
 
 _NORM = partial(WideRMSNorm, eps=1e-5)
-# That of DeiT, with rates of its own that do not scale with the batch.
-_TRAINING = partial(trained, "deit", warmup_lr=1e-6, min_lr=1e-5, clip_grad=5.0)
+
+
+def _trained(batch: int, drop_path: float, last: float = 1e-5, **changes: Any) -> Training:
+    """By DeiT's script, in which the peak scales with the batch, and the rates of warm-up and of the end do not."""
+    rates = {"warmup_lr": 1e-6 * 512 / (8 * batch), "min_lr": last * 512 / (8 * batch)}
+    return trained("deit", batch, drop_path, clip_grad=5.0, **rates, **changes)
 
 
 def _training(size: str) -> tuple[Training, ...]:
     if size == "tiny":
-        note = "published without repeated augmentation"
-        return (_TRAINING(512, 0.0, weight_decay=0.1, auto_augment="", note=note),)
+        return (_trained(512, 0.0, weight_decay=0.1, aug_repeats=1, auto_augment="v0"),)
     if size == "small":
-        return (_TRAINING(128, 0.15, note="batch not known, so that of the middle model"),)
+        return (_trained(128, 0.15, note="batch not known, so that of the middle model"),)
     if size == "middle":
-        return (_TRAINING(128, 0.5, warmup_epochs=20, min_lr=5e-6, note="published distilled from the small model"),)
+        return (_trained(128, 0.5, 5e-6, warmup_epochs=20, note="published distilled from the small model"),)
     return ()
 
 
