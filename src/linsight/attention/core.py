@@ -56,6 +56,9 @@ class Core(nn.Module):
     other, and `set_grid` moves it there for good. `query_grid` is that of its queries, which a reduction makes another
     one. One that differs from block to block also takes `index`, its block's place in the model, from 0.
 
+    Hosts draw the initial weights of all linear layers. One that has some of its own defines `init_weights()`, as
+    timm's modules do; hosts call it afterwards. Layers and blocks may have it too.
+
     With `turns`, a mechanism has the rotary option, which `create_core` sets. Each head of q and k is turned by the
     place of its token, prefix tokens are not: "tokens" where the formula knows them by their products alone, and all of
     it sees turned ones; "features" where what normalises sees them as they are. The features of a head are `alike`

@@ -107,14 +107,23 @@ def in_place_of(
     rate, ratio = getattr(theirs.drop_path1, "drop_prob", 0.0), theirs.mlp.fc1.out_features / old.dim
     whole = make_block(choice, old.dim, old.num_heads, mlp_ratio=ratio, drop_path=rate, grid=grid, **factory)
     if whole is not None:
-        return whole.apply(init)
+        return whole.apply(init).apply(init_own)
     shared = {"qkv_bias": biased, "proj_drop": old.proj_drop.p, **factory}
-    new = make(choice, old.dim, old.num_heads, **shared).apply(init)
+    new = make(choice, old.dim, old.num_heads, **shared).apply(init).apply(init_own)
     own = new.state_dict()
     weights = {re.sub(r"^(sr|norm)\.", r"reduction.\1.", key): tensor for key, tensor in old.state_dict().items()}
     fitting = {key: t for key, t in weights.items() if key in own and own[key].shape == t.shape}
     new.load_state_dict(fitting, strict=False)
     return new
+
+
+def init_own(module: nn.Module) -> None:
+    """Give a part of a mechanism the initial weights that are its own, if it has some, after those of the host.
+
+    For `Module.apply`. It calls `init_weights`, as timm's hosts do.
+    """
+    if isinstance(module, Core | Layer | Block) and hasattr(module, "init_weights"):
+        module.init_weights()
 
 
 def _plain(norm: nn.Module) -> type[nn.Module]:

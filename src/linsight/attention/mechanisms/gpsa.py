@@ -6,9 +6,9 @@ d'Ascoli et al., "ConViT: Improving Vision Transformers with Soft Convolutional 
     A_ij = (1 - sigmoid(g)) softmax_j(d^(-1/2) q_i . k_j) + sigmoid(g) softmax_j(W r_ij + b)
     r_ij = (x_j - x_i, y_j - y_i, (x_j - x_i)^2 + (y_j - y_i)^2),   o_i = sum_j A_ij v_j
 
-in tokens. A head starts as one place of a convolution: W is a bell around a token near the query, g = 1, and the values
-of a layer alone start as its input (hosts draw all projections themselves). Rows of A sum to 1 as they are, so the
-published division by that sum is left out. b, the same for all j, has no effect: it is there for published weights.
+in tokens. A head starts as one place of a convolution: W is a bell around a token near the query, g = 1, and values
+start as the layer's input, where v has a projection of its own. Rows of A sum to 1 as they are, so the published
+division by that sum is left out. b, the same for all j, has no effect: it is there for published weights.
 
 The grid need not be square. The bell is a product of one along rows and one along columns, so this half takes
 O(N (H + W)) and no N x N scores. The publication has no prefix tokens in these layers. Here, as they have no place,
@@ -66,6 +66,10 @@ class LocalAttention(Attention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The published start of v."""
         if "v" in self._modules:
             nn.init.eye_(self.v.weight)  # type: ignore[arg-type,union-attr]
 

@@ -61,11 +61,16 @@ class HeadMap(nn.Module):
         self.layer: WideLinear | None = None
         if kind == "softmax":
             self.layer = WideLinear(width, features, **factory)
-            nn.init.eye_(self.layer.weight)
-            nn.init.zeros_(self.layer.bias)
+            self.init_weights()
         else:
             one = torch.eye(width, features, **factory)
             self.heads = nn.Parameter(one.expand(num_heads, -1, -1).clone())
+
+    def init_weights(self) -> None:
+        """The published start: y is x."""
+        if self.layer is not None:
+            nn.init.eye_(self.layer.weight)
+            nn.init.zeros_(self.layer.bias)
 
     def exponents(self, x: Tensor) -> Tensor:
         """[y | -y]."""
@@ -166,6 +171,11 @@ class Hedgehog(KernelCore):
         self.causal = causal
         shape = (num_heads, width, features or width, feature_map)
         self.map_q, self.map_k = (HeadMap(*shape, device=device, dtype=dtype) for _ in "qk")
+
+    def init_weights(self) -> None:
+        """The published start of both maps."""
+        for mapping in (self.map_q, self.map_k):
+            mapping.init_weights()
 
     def features(self, name: Literal["q", "k"], x: Tensor, tile: Tile, done: Done) -> Features:
         """phi; of queries and the map "exp", with the exponents of the keys."""

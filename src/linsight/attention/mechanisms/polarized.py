@@ -161,8 +161,15 @@ class Polarized(Core):
                 nn.ReLU(),
                 WideLinear(least, dim, **factory),
             )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The published start, of maps that are convolutions there."""
         for linear in (self.channel_query, self.channel_value, self.place_query, self.place_value):
             nn.init.kaiming_normal_(linear.weight)
+        for module in self.up.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
 
     def up_projected(self, z: Tensor) -> Tensor:
         """up of `z` `(B, 1, c)`: `(B, 1, C)`."""

@@ -88,6 +88,11 @@ class VSA(WindowTable, Core):
         self.make_table((window, window), num_heads, **factory)
         self.sampling_offsets, self.sampling_scales = (WideLinear(dim, 2 * num_heads, **factory) for _ in range(2))
 
+    def init_weights(self) -> None:
+        """The published start of both maps, which are convolutions there."""
+        for linear in (self.sampling_offsets, self.sampling_scales):
+            linear.reset_parameters()
+
     def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
         """Attention of the tokens of each window to what its rectangles show."""
         windows, dtype = Partition(layout.grid, self.window), accumulator(tokens.v.dtype)

@@ -27,7 +27,7 @@ from ..parts.stages import Stage, StageSize
 from ..plan import Choice
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host
-from ..seams import make_layer
+from ..seams import init_own, make_layer
 
 _START = 1e-2  # of the factors
 
@@ -147,12 +147,14 @@ class VisualAttentionNetwork(PlainPyramid):
 
 
 def _init(module: nn.Module) -> None:
-    """The published initial weights of a convolution, as which linear layers are published, too."""
+    """The published initial weights of a convolution, as which linear layers are published, too; as `init_linear`."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         fan_out = module.weight[:, 0].numel() // getattr(module, "groups", 1)
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    else:
+        init_own(module)
 
 
 _CFG = {"first_conv": "stages.0.downsample.proj.conv", "classifier": "head.fc"}

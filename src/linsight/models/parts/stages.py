@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linsight.attention import Node
 from linsight.ops import Grid, Tile, unflatten
 
-from ..seams import set_grid
+from ..seams import init_own, set_grid
 from .convs import ConvMlp
 
 
@@ -29,11 +29,13 @@ class StageSize(NamedTuple):
 
 
 def init_linear(module: nn.Module) -> None:
-    """The published initial weights of a linear layer; nothing to any other module."""
+    """The published initial weights of a linear layer; to a mechanism, around its linear layers, those of its own."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    else:
+        init_own(module)
 
 
 def init_conv(module: nn.Module) -> None:

@@ -1,0 +1,56 @@
+"""Initial weights that a mechanism has of its own are there in every host, which draws those of all linear layers."""
+
+import math
+
+import pytest
+import torch
+
+from linsight.models import create_model
+
+HOSTS = {
+    "vit_tiny": {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "class_token": False},
+    "swin_tiny": {"patch_size": 4, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2), "window_size": 2},
+    "compact_nano": {},
+    "pvt_v2_b0": {},
+    "van_pyramid_b0": {},
+    "litv2_pyramid_small": {},
+}
+HOSTS["vit_tiny"]["global_pool"] = "avg"
+
+
+def parameters(mechanism, host, suffix):
+    torch.manual_seed(0)
+    model = create_model(host, attention=mechanism, img_size=64, **HOSTS[host])
+    found = [parameter.detach() for name, parameter in model.named_parameters() if name.endswith(suffix)]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_hedgehog_starts_as_the_identity(host):
+    for name in "qk":
+        for weight in parameters("hedgehog", host, f"map_{name}.layer.weight"):
+            assert torch.equal(weight, torch.eye(len(weight)))
+        assert not any(bias.any() for bias in parameters("hedgehog", host, f"map_{name}.layer.bias"))
+
+
+@pytest.mark.parametrize("host", ["vit_tiny", "swin_tiny", "compact_nano"])
+def test_values_of_convit_start_as_its_input(host):
+    for weight in parameters("gpsa", host, ".v.weight"):
+        assert torch.equal(weight, torch.eye(len(weight)))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_windows_of_vsa_start_moved_and_scaled(host):
+    for name in ("offsets", "scales"):
+        for weight in parameters("vsa", host, f"sampling_{name}.weight"):
+            most = weight.shape[1] ** -0.5  # a convolution's, uniform
+            assert weight.abs().max() <= most and weight.std() > 0.4 * most
+        assert all(bias.any() for bias in parameters("vsa", host, f"sampling_{name}.bias"))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_gates_of_polarized_start_as_published(host):
+    for name, numbers in (("place_value", 2.0), ("channel_value", 2.0), ("up", 1 / 3)):
+        for weight in parameters("polarized", host, f"core.{name}.weight"):
+            assert weight.std().item() == pytest.approx(math.sqrt(numbers / weight.shape[1]), rel=0.2)
