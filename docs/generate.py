@@ -109,7 +109,7 @@ them. Else the cell is the reason, which an export of such a model gives, too.
 {layers}
 
 Hosts have any mechanism; here InLine in some stages and softmax in others, whose windows, stripes and reduced keys are
-so in the graph, too.
+so in the graph, too. The last rows are models that take no mechanism.
 
 {models}
 

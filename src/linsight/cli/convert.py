@@ -14,7 +14,7 @@ from .asked import Amp, Device, tell
 from .show import Command
 from .train import run
 
-_TO = "the mechanism; 'linsight list --attentions' has all, and those of kind core can inherit"
+_TO = "the mechanism; 'linsight list --mechanisms' has all"
 _KEEP = "layers that stay softmax: those that are hardest to replace, by a few batches of the data"
 _SET = "any other field of the recipe, as --set weight_decay=0 (may be given again); linsight recipe finetune has them"
 
