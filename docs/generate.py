@@ -59,9 +59,11 @@ weights of places, hash, or norm over tokens channel by channel have none: what 
 image begins.
 """
 
-PATTERNS = """`linsight list --family window --can keep,stream` searches this list. Here is which tokens the output of
-the token in the middle depends on, on 15x15 of them, with fresh weights: the brighter the more, by five powers of ten
-(made by `python docs/patterns.py`).
+PATTERNS = """`linsight list --family window --can keep,stream` searches this list, and `linsight list --search "swin
+2021"` by words. Bags of slides (ACMIL, ABMIL) are in [slides.md](slides.md), videos (TRecViT, VideoMamba) in
+[video.md](video.md), points (Swin3D, LieTransformer) in [points.md](points.md), varied windows in a decoder (VWFormer)
+in [segment.md](segment.md). Here is which tokens the output of the token in the middle depends on, on 15x15 of them,
+with fresh weights: the brighter the more, by five powers of ten (made by `python docs/patterns.py`).
 
 ![For each mechanism, a map of the tokens that one token depends on](patterns.png)
 """
@@ -221,7 +223,7 @@ def summary() -> str:
     capabilities = list(rows[0]["capabilities"])
     body = [
         [
-            f"[`{row['name']}`](#{row['name']})",
+            f"[`{row['name']}`](#{row['name']})" + (f" ({', '.join(row['also'])})" if row["also"] else ""),
             row["family"],
             str(row["year"] or ""),
             row["complexity"],

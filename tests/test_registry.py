@@ -41,10 +41,18 @@ def test_listing_by_capability():
         list_attentions(streams=True)
 
 
+def test_other_names_lead_to_one_mechanism():
+    entries = list_attentions()
+    others = [name.casefold() for entry in entries for name in entry.also]
+    assert len(others) > 20 and len(set(others)) == len(others)
+    assert not {entry.name for entry in entries} & set(others)
+
+
 @pytest.mark.parametrize(
     ("call", "offer"),
     [
         (lambda: linsight.create_attention("inlin", 8, 2), "did you mean 'inline'"),
+        (lambda: linsight.create_attention("dinat", 8, 2), "it is 'nat' here"),
         (lambda: linsight.create_attention("inline", 8, 2, feature_maps="relu"), "did you mean 'feature_map'"),
         (lambda: linsight.create_attention("inline", 8, 2, feature_map="rely"), "did you mean 'relu'"),
         (lambda: linsight.create_attention("agent", 8, 2, agents="9"), "agents='9' of 'agent' must be a whole number"),

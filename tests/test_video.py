@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import linsight
+from linsight.attention import list_attentions
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_video_model
 from linsight.models.video import RGLRU, TemporalBlock, from_flax
@@ -191,3 +192,25 @@ def test_mistakes_are_told():
         with pytest.raises(LinsightError, match=word):
             mistake()
     assert create_video_model("trecvit_mu", device="meta").num_features == 32
+
+
+ON_GRIDS = [entry.name for entry in list_attentions() if not entry.capabilities.prefix]
+
+
+@pytest.mark.parametrize("attention", ON_GRIDS)
+def test_a_frame_without_a_class_token_is_its_mean(attention):
+    model = small("trecvit_tiny", attention=attention, embed_dim=32, mlp_dim=32, img_size=64)
+    assert model.tokenizer.cls is None and not any("cls" in key for key in model.tokenizer.state_dict())
+    x = torch.randn(2, 3, 3, 64, 64)
+    tokens = model.forward_features(x)
+    assert tokens.shape == (2, 3, 16, 32)
+    close(model(x), model.decoder(tokens.mean(2)))
+    later = x.clone()
+    later[:, :, 2] += 1
+    close(model.forward_features(later)[:, :2], tokens[:, :2])  # frames do not see later ones
+    assert not torch.allclose(model(later), model(x))
+
+
+def test_a_video_mamba_names_mechanisms_without_a_class_token():
+    with pytest.raises(LinsightError, match="'nat' works on a grid"):
+        small("videomamba_video_tiny", attention="nat")

@@ -17,6 +17,7 @@ from linsight.attention import (
     mechanism,
     why_not,
 )
+from linsight.attention.registry import called
 from linsight.bench.counting import count_macs, count_parameters
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention, default_config
@@ -29,15 +30,22 @@ from linsight.records import shown
 DIM, HEADS, GRIDS = 192, 6, (Grid(14, 14), Grid(64, 64))
 
 
-def list_mechanisms(family: str | None = None, can: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """One row for each mechanism: name, kind, family, year, complexity, paper, capabilities.
+def list_mechanisms(family: str | None = None, can: Iterable[str] = (), search: str = "") -> list[dict[str, Any]]:
+    """One row for each mechanism: name, other names, kind, family, year, complexity, paper, capabilities.
 
-    family, can: those of a family alone, and that can do all of this.
+    family, can: those of a family alone, and that can do all of this.  search: those with these words in their names,
+    summary, family, year or paper, in whatever case.
 
     Raises:
         UnknownNameError: no such family or capability.
     """
-    return [_mechanism_row(entry) for entry in list_attentions(family=family, **dict.fromkeys(can, True))]
+    found = [_mechanism_row(entry) for entry in list_attentions(family=family, **dict.fromkeys(can, True))]
+    return [row for row in found if all(word in _words(row) for word in search.casefold().split())]
+
+
+def _words(row: dict[str, Any]) -> str:
+    told = (row[key] for key in ("name", "family", "year", "summary"))
+    return " ".join(map(str, (*told, *row["also"], *row["paper"].values()))).casefold()
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -60,7 +68,8 @@ def info(name: str, attention: str | None = None) -> dict[str, Any]:
     models = {*VARIANTS, *HOSTS, *ARCHITECTURES}
     if name in models:
         return model_info(name, attention)
-    raise UnknownNameError("mechanism or model", name, mechanisms | models, "'linsight list' shows all")
+    hint = "'linsight list' shows all"
+    raise UnknownNameError("mechanism or model", name, mechanisms | models, hint, here=called(name))
 
 
 def mechanism_info(name: str) -> dict[str, Any]:
@@ -112,6 +121,7 @@ def _cost(entry: Mechanism, grid: Grid) -> dict[str, Any]:
 def _mechanism_row(entry: Mechanism) -> dict[str, Any]:
     return {
         "name": entry.name,
+        "also": list(entry.also),
         "kind": entry.kind,
         "family": entry.family,
         "year": entry.paper.year,

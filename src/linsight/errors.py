@@ -12,12 +12,13 @@ class LinsightError(ValueError):
 
 
 class UnknownNameError(LinsightError):
-    """A name that is not in a table; the message offers the nearest one."""
+    """A name that is not in a table; the message offers the one that is meant, if `here` tells it, or the nearest."""
 
-    def __init__(self, kind: str, name: object, known: Iterable[str], hint: str = "") -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str], hint: str = "", here: str = "") -> None:
         names = sorted(known)
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
         offer = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names[:12]) or 'none'}"
+        offer = f"it is '{here}' here" if here else offer
         name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
         super().__init__(f"unknown {kind} '{name}': {offer}{f' ({hint})' if hint else ''}")
 

@@ -25,6 +25,17 @@ def run(monkeypatch, capsys):
     return command
 
 
+def test_list_is_searched_by_words(run):
+    def names(*options):
+        return [row["name"] for row in json.loads(run("list", "--json", *options)[1])["mechanisms"]]
+
+    assert names("--search", "DINAT") == ["nat"] == names("--search", "neighborhood 2023")
+    assert names("--search", "mamba", "--can", "stream") == ["mlla"]
+    assert names("--search", "nothing like that") == []
+    assert "also called" in run("info", "nat")[1] and "DiNAT" in run("info", "nat")[1]
+    assert "it is 'lka' here" in run("info", "van")[2]
+
+
 def test_list(run):
     code, out, _ = run("list")
     assert code == 0

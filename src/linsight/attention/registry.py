@@ -84,6 +84,7 @@ class Mechanism:
     options: tuple[Option, ...]
     latex: str = ""  # the formula again, for the documentation; backslashes only before letters
     family: str = "other"  # of `FAMILIES`
+    also: tuple[str, ...] = ()  # what else it, or the model that it came in, is called
 
     @property
     def quadratic(self) -> bool:
@@ -143,6 +144,7 @@ def register(
     kind: Kind = "core",
     latex: str = "",
     family: str = "other",
+    also: tuple[str, ...] = (),
 ) -> Callable[[M], M]:
     """Register a mechanism under `name`. For use on its class, in its own file.
 
@@ -150,7 +152,7 @@ def register(
     `@each_image`. Here this is written into the capabilities of the class, and into its structure whether it has a
     rotary option: one of its constructor, or the one that `Core.turns` gives.
 
-    family: of `FAMILIES`, by which people search.
+    family, also: of `FAMILIES`, and what else it is called, by which people search.
     """
     if family not in FAMILIES:
         raise UnknownNameError("family", family, FAMILIES)
@@ -171,7 +173,8 @@ def register(
         rotary = any(option.name == "rotary" for option in options)
         structure = getattr(cls, "structure", Structure())._replace(rotary=rotary)
         cls.structure = structure  # type: ignore[attr-defined]
-        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, can, structure, options, latex, family)
+        words = (latex, family, also)
+        _REGISTRY[name] = Mechanism(name, cls, kind, formula, complexity, paper, can, structure, options, *words)
         return cls
 
     return add
@@ -185,8 +188,14 @@ def unregister(name: str) -> None:
 def mechanism(name: str) -> Mechanism:
     """The registry's row for `name`; raises with the nearest name."""
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise UnknownNameError("attention", name, _REGISTRY, "'linsight list' shows all")
+        raise UnknownNameError("attention", name, _REGISTRY, "'linsight list' shows all", here=called(name))
     return _REGISTRY[name]
+
+
+def called(name: object) -> str:
+    """The name here of the mechanism that others call `name`, in whatever case; "" where there is none."""
+    asked = str(name).casefold()
+    return next((entry.name for entry in _REGISTRY.values() if asked in map(str.casefold, entry.also)), "")
 
 
 def list_attentions(*, family: str | None = None, **flags: bool) -> list[Mechanism]:

@@ -59,17 +59,18 @@ def list_(
     models: Annotated[bool, typer.Option("--models", help="Models only.")] = False,
     family: Annotated[str | None, typer.Option(help="Mechanisms of a family, as 'window', only.")] = None,
     can: Annotated[str, typer.Option(metavar="A,B", help="Mechanisms that can do all of 'keep,stream', say.")] = "",
+    search: Annotated[str, typer.Option(help="Mechanisms with these words in names, family, year or paper.")] = "",
     as_json: Json = False,
 ) -> None:
     """List the attention mechanisms, with what each can do, and the models."""
     from linsight import catalogue
 
     asked = [name.strip() for name in can.split(",") if name.strip()]
-    mechanisms = mechanisms or bool(family or asked)
+    mechanisms = mechanisms or bool(family or asked or search)
     both = mechanisms == models
     found: dict[str, Any] = {}
     if mechanisms or both:
-        found["mechanisms"] = catalogue.list_mechanisms(family, asked)
+        found["mechanisms"] = catalogue.list_mechanisms(family, asked, search)
     if models or both:
         found["models"] = catalogue.list_models()
     if as_json:
@@ -144,6 +145,7 @@ def _mechanism(found: dict[str, Any]) -> tuple[list[tuple[str, str]], "list[Tabl
     paper = found["paper"]
     lines = [
         ("mechanism", f"{found['name']}: {found['summary']}"),
+        ("also called", ", ".join(found["also"])),
         ("formula", found["formula"]),
         ("family", found["family"]),
         ("complexity", found["complexity"]),

@@ -79,6 +79,11 @@ def refuse_unbiased(attention: str, qkv_bias: bool) -> None:
         raise LinsightError(f"qkv_bias={qkv_bias} has no effect: '{attention}' has no such bias, leave it out")
 
 
+def have_prefix(choices: Iterable[Choice]) -> bool:
+    """True where all mechanisms have a place for a class token."""
+    return all(mechanism(choice.name).capabilities.prefix for choice in choices)
+
+
 def refuse_prefix(choices: Iterable[Choice], way: str) -> None:
     """Raise, naming the way out, where a mechanism has no place for the class token of a host."""
     for name in dict.fromkeys(choice.name for choice in choices):

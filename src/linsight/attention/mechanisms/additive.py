@@ -60,6 +60,7 @@ class AdditiveQuery(Round):
     latex=r"o_n = W (g \odot \hat k_n) + b + \hat q_n, \quad g = \sum_n \frac{a_n}{\lVert a \rVert} \hat q_n, \quad "
     r"a_n = C^{-1/2} \hat q_n \cdot w",
     family="pooling",
+    also=("SwiftFormer",),
     complexity="O(N d)",
     paper=Paper("SwiftFormer: Efficient Additive Attention", "2303.15446", "ICCV 2023"),
 )

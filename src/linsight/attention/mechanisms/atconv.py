@@ -89,6 +89,7 @@ def band_shares(tile: Tile, bins: int, device: torch.device, dtype: torch.dtype)
     latex=r"y_c = v_c \ast w_c, \quad w_c = g_c - \sigma(\delta_c)  \mathrm{mean}(g_c), \quad "
     r"g_c = W_g \mathrm{GELU}(\mathrm{pool}(k_c)) + b_g",
     family="convolution",
+    also=("AttNet",),
     complexity="O(N d^2)",
     paper=Paper(
         "Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional Efficiency",

@@ -80,6 +80,7 @@ def _renames(published: str, ours: str) -> tuple[Rename, ...]:
     latex=r"o_i = W_o \sum_j \mathrm{softmax}_j \left( t \frac{q_i \cdot k_j}{\lVert q_i \rVert \lVert k_j \rVert} "
     r"\right) v_j, \quad j \text{ in the row of } i; \text{ then columns}",
     family="window",
+    also=("LLFormer",),
     complexity="O(N (H + W) d)",
     paper=Paper(
         "Ultra-High-Definition Low-Light Image Enhancement: A Benchmark and Transformer-Based Method",

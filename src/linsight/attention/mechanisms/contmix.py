@@ -40,6 +40,7 @@ from ..registry import Paper, register
     latex=r"y_n = \sum_{m \in w(n)} \mathrm{softmax}_m \left( W (q_n \cdot k_1, \ldots, q_n \cdot k_{49}) + b_{m - n} "
     r"\right) v_m, \quad k \text{ of } 7 \times 7 \text{ means of the map}",
     family="convolution",
+    also=("OverLoCK",),
     complexity="O(N d^2 + N K^2 d)",
     paper=Paper(
         "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels",

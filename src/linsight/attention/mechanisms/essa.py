@@ -58,6 +58,7 @@ class KeySums(Round):
     r"\hat q_i &= \frac{f(q_i)}{\lVert f(q_i) \rVert}, \quad \hat k_{jc} = \frac{f(k_j)_c}{\sqrt{\sum_m "
     r"f(k_m)_c^2}} \end{aligned}",
     family="feature map",
+    also=("ESSAformer",),
     complexity="O(N d^2)",
     paper=Paper("ESSAformer: Efficient Transformer for Hyperspectral Image Super-resolution", "", "ICCV 2023"),
 )

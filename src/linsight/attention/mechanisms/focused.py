@@ -41,6 +41,7 @@ from ..tokens import split_heads
     r"\phi(x) &= \lVert u \rVert \frac{u^p}{\lVert u^p \rVert}, \quad u = \frac{\mathrm{relu}(x) + "
     r"e}{\mathrm{softplus}(t)} \end{aligned}",
     family="feature map",
+    also=("FLatten",),
     complexity="O(N d^2)",
     paper=Paper("FLatten Transformer: Vision Transformer using Focused Linear Attention", "2308.00442", "ICCV 2023"),
 )

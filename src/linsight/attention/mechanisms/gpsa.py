@@ -80,6 +80,7 @@ class LocalAttention(Attention):
     latex=r"o_i = \sum_j \left[ (1 - \sigma(g)) \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j) + \sigma(g) "
     r"\mathrm{softmax}_j(w \cdot r_{ij}) \right] v_j, \quad r_{ij} = (\Delta x, \Delta y, \Delta x^2 + \Delta y^2)",
     family="scores",
+    also=("ConViT",),
     complexity="O(N^2 d)",
     paper=Paper(
         "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases", "2103.10697", "ICML 2021"

@@ -38,6 +38,7 @@ _AT_ONCE = 2**22  # scores held at once where no gradients are recorded
     latex=r"o_i = \sum_j \mathrm{softmax}_j(s q_i \cdot k_j + q_i \cdot (r_{y_j - y_i} + c_{x_j - x_i})) v_j, \quad s "
     r"= d^{-1/2}, \quad j \text{ in the block of } i \text{ and a halo}",
     family="window",
+    also=("HaloNet",),
     complexity="O(N (b + 2h)^2 d)",
     paper=Paper("Scaling Local Self-Attention for Parameter Efficient Visual Backbones", "2103.12731", "CVPR 2021"),
 )

@@ -95,6 +95,7 @@ def _laid_out(x: Tensor) -> Tensor:
     latex=r"o = \left[ W_h \mathrm{softmax}(s q_h K_w^\top) V_w, W_l \mathrm{softmax}(s q_l K_m^\top) V_m \right], "
     r"\quad K_w \text{ of the window}, K_m \text{ of the means of windows}",
     family="window",
+    also=("LITv2",),
     complexity="O(N s^2 d + N^2 d / s^2)",
     paper=Paper("Fast Vision Transformers with HiLo Attention", "2205.13213", "NeurIPS 2022"),
 )

@@ -48,6 +48,7 @@ class LKALayer(Attention):
     latex=r"x + P_2 \left( u \odot W  \mathrm{conv}_{7 \times 7, 3}(\mathrm{conv}_{5 \times 5}(u)) \right), \quad "
     r"u = \mathrm{GELU}(P_1 x)",
     family="convolution",
+    also=("VAN",),
     complexity="O(N d^2)",
     paper=Paper("Visual Attention Network", "2202.09741", "Computational Visual Media 2023"),
 )

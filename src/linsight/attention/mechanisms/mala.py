@@ -67,6 +67,7 @@ class RotatedMoments(Round):
     r"z_i &= s f(q_i) \cdot \mathrm{mean}_j(f(k_j)), \quad s = d^{-1/2}, \quad f = \mathrm{elu} + 1 \cr "
     r"\mathrm{out} &= \mathrm{proj}((o + \mathrm{conv}_{5 \times 5}(v)) \odot x_o) \end{aligned}",
     family="feature map",
+    also=("MAViT",),
     complexity="O(N d^2)",
     paper=Paper("Rectifying Magnitude Neglect in Linear Attention", "2507.00698", "ICCV 2025"),
 )

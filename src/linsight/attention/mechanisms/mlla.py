@@ -74,6 +74,7 @@ class GatedAttention(Attention):
     r"y &= \mathrm{proj}(o(u) \odot \mathrm{SiLU}(\mathrm{act}(x))), \quad u = \mathrm{SiLU}(\mathrm{conv}_{3 "
     r"\times 3}(\mathrm{in}(x))) \end{aligned}",
     family="feature map",
+    also=("MILA",),
     complexity="O(N d^2)",
     paper=Paper("Demystify Mamba in Vision: A Linear Attention Perspective", "2405.16605", "NeurIPS 2024"),
 )

@@ -44,6 +44,7 @@ from ..tokens import Tokens
     latex=r"o_i = \sum_{j \in w(i)} \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j + b_{j - i}) v_j, \quad w(i) \text{ "
     r"the } K \times K \text{ window of } i",
     family="window",
+    also=("DiNAT", "GNA", "NATTEN"),
     complexity="O(N K^2 d)",
     paper=Paper("Neighborhood Attention Transformer", "2204.07143", "CVPR 2023"),
 )

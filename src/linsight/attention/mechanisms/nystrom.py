@@ -97,6 +97,7 @@ class GatherInverse(Gather):
     r"Z &\leftarrow \tfrac{1}{4} Z (13 - A Z (15 - A Z (7 - A Z))) \text{ six times, from } "
     r"\frac{A^\top}{\max_j \sum_i A_{ij}} \end{aligned}",
     family="low rank",
+    also=("Nystromformer",),
     complexity="O(N m d + m^3)",
     paper=Paper("Nystromformer: A Nystrom-based Algorithm for Approximating Self-Attention", "2102.03902", "AAAI 2021"),
 )

@@ -72,6 +72,7 @@ class PositiveSums(KernelSums):
     r"\phi(x) &= \exp \left( \Omega x' - \tfrac{1}{2} \lVert x' \rVert^2 - \mathrm{top} \right) + 10^{-4}, "
     r"\quad x' = d^{-1/4} x \end{aligned}",
     family="feature map",
+    also=("FAVOR+",),
     complexity="O(N m d)",
     paper=Paper("Rethinking Attention with Performers", "2009.14794", "ICLR 2021"),
 )

@@ -108,6 +108,7 @@ class Gated(Attention):
     latex=r"o_n = \left( \sigma(W_u z) + \sigma(\mathrm{softmax}_n(g \cdot W_t x_n)) \right) \odot x_n, \quad z = "
     r"\sum_n \mathrm{softmax}_n(w \cdot x_n) W_v x_n, \quad g = \mathrm{mean}_n W_q x_n",
     family="pooling",
+    also=("PSA",),
     complexity="O(N d^2)",
     paper=Paper("Polarized Self-Attention: Towards High-quality Pixel-wise Regression", "2107.00782"),
 )

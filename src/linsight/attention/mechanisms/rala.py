@@ -97,6 +97,7 @@ class WeightedSums(Round):
     r"\mathrm{out} &= \mathrm{proj}((o + \mathrm{conv}_{5 \times 5}(v)) \odot x_o), \quad f = \mathrm{elu} + "
     r"1, \quad g = \mathrm{mean}(f(q)) \end{aligned}",
     family="feature map",
+    also=("RAVLT",),
     complexity="O(N d^2)",
     paper=Paper("Breaking the Low-Rank Dilemma of Linear Attention", "2411.07635", "CVPR 2025"),
 )

@@ -42,6 +42,7 @@ class ScoredMean(Round):
     formula="o_n = relu(v_n) * sum_m softmax_m(s_m) k_m",
     latex=r"o_n = \mathrm{relu}(v_n) \odot \sum_m \mathrm{softmax}_m(s_m) k_m",
     family="pooling",
+    also=("MobileViTv2",),
     complexity="O(N d)",
     paper=Paper("Separable Self-attention for Mobile Vision Transformers", "2206.02680", "TMLR 2023"),
 )

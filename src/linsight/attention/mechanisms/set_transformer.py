@@ -125,6 +125,7 @@ class InducedAttention(Attention):
     r"\mathrm{MAB}(X, Y) &= U + \mathrm{relu}(W_o U), \quad U = Q + \mathrm{softmax}(C^{-1/2} Q K^\top) V "
     r"\end{aligned}",
     family="low rank",
+    also=("ISAB",),
     complexity="O(N m d)",
     paper=Paper(
         "Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",

@@ -20,6 +20,7 @@ from ..tokens import Tokens
     formula="o_i = sum_j softmax_j(d^(-1/2) q_i . k_j) v_j",
     latex=r"o_i = \sum_j \mathrm{softmax}_j(s q_i \cdot k_j) v_j, \quad s = d^{-1/2}",
     family="scores",
+    also=("MHSA", "SDPA"),
     complexity="O(N^2 d)",
     paper=Paper("Attention Is All You Need", "1706.03762", "NeurIPS 2017"),
 )

@@ -89,6 +89,7 @@ def images(tokens: Tokens, tile: Tile) -> tuple[Tensor, ...]:
     r"w' &= w - \mathrm{lr} \frac{h}{\lVert h \rVert + 1}, \quad h = - \nabla_w \frac{s}{N} \sum_n "
     r"\mathrm{conv}_{3 \times 3}(k_2; w)_n \cdot v_{2,n} \end{aligned}",
     family="inner weights",
+    also=("ViT^3", "ViTTT"),
     complexity="O(N d^2)",
     paper=Paper("ViT^3: Unlocking Test-Time Training in Vision", "2512.01643", "CVPR 2026"),
 )

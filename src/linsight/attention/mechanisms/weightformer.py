@@ -233,6 +233,7 @@ def _begin(start: int, count: int, size: int, cells: int) -> tuple[int, int]:
     r"\right) + c \right) + c_2, \quad D = \frac{s}{N} \sum_{\mathrm{cells}} (\mathrm{SiLU}(a) W_1)^\top "
     r"(\mathrm{SiLU}(b) W_2) \end{aligned}",
     family="inner weights",
+    also=("WFM",),
     complexity="O(N d^2)",
     paper=Paper("Linear-Time Global Visual Modeling without Explicit Attention", "2605.01711"),
 )

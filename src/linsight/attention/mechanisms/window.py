@@ -37,6 +37,7 @@ from ..tokens import Tokens, merge_heads, split_heads
     latex=r"o_i = \sum_j \mathrm{softmax}_j(d^{-1/2} q_i \cdot k_j + b_{i - j}) v_j, \quad j \text{ in the window of } "
     r"i, \text{ shifted in every second block}",
     family="window",
+    also=("Swin",),
     complexity="O(N w^2 d)",
     paper=Paper("Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", "2103.14030", "ICCV 2021"),
 )

@@ -9,7 +9,8 @@ of Griffin (De et al., arXiv 2402.19427). A layer is a temporal block, R = 2C ch
     x <- x + W_out (h y)
 
 where BD are block-diagonal maps, one block a head, and then a pre-norm block of attention and MLP on the tokens of each
-frame, its class token included. It is causal and linear in frames. In space any mechanism stands, softmax as published.
+frame, its class token included. It is causal and linear in frames. In space any mechanism stands, softmax as published;
+with one that works on grids alone there is no class token, and the mean of a frame is read in its place.
 GELU is the approximation by tanh everywhere. The recurrence is computed in float32, or float64 for float64.
 
 Images are filled up to whole patches with zeros at the right and bottom, the position table is resampled to any grid.
@@ -29,7 +30,7 @@ from linsight.ops import FittedTable, Grid, Tile
 
 from ..parts.positions import with_positions
 from ..plan import Choice, plan
-from ..seams import asked_no_weight_decay, make_block, make_layer, refuse_prefix, set_grid
+from ..seams import asked_no_weight_decay, have_prefix, make_block, make_layer, set_grid
 from .clips import MODE, check_clips, cut, fitted, grid_of
 from .recurrent import NORM_EPS, TemporalBlock
 
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         (choices,) = plan(attention, [depth], attention_options)
-        refuse_prefix(choices, "take a mechanism that has one, this model has a class token")
+        self.has_class_token = have_prefix(choices)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.residualblocks = nn.ModuleList(TemporalBlock(dim, num_heads, conv_width, **factory) for _ in range(depth))
         self.encoderblocks = nn.ModuleList(
@@ -123,23 +124,27 @@ class Encoder(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Patches of each frame, with places, behind a class token."""
+    """Patches of each frame, with places, behind a class token where it has one."""
 
-    def __init__(self, in_chans: int, dim: int, patch: int, grid: tuple[int, int], **factory: Any) -> None:
+    def __init__(
+        self, in_chans: int, dim: int, patch: int, grid: tuple[int, int], class_token: bool, **factory: Any
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.embedding = nn.Conv3d(in_chans, dim, (1, patch, patch), (1, patch, patch), **factory)
         self.pos_embedding = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim, **factory))
-        self.cls = nn.Parameter(torch.zeros(1, 1, dim, **factory))
+        self.cls = nn.Parameter(torch.zeros(1, 1, dim, **factory)) if class_token else None
         trunc_normal_(self.pos_embedding, std=0.02)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """Clips `(B, C, T, H, W)` to tokens `(B, T, 1 + h*w, C)` and the grid of a frame."""
+        """Clips `(B, C, T, H, W)` to tokens `(B, T, P + h*w, C)` and the grid of a frame."""
         x, grid = cut(x, self.embedding)
         tile = Tile.whole(grid)
         placed = with_positions(x.flatten(0, 1), self.pos_embedding, self.grid, tile, MODE)
-        first = self.cls.to(placed.dtype).expand(placed.shape[0], -1, -1)
-        return torch.cat([first, placed], dim=1).unflatten(0, x.shape[:2]), grid._replace(prefix=1)
+        if self.cls is not None:
+            first = self.cls.to(placed.dtype).expand(placed.shape[0], -1, -1)
+            placed, grid = torch.cat([first, placed], dim=1), grid._replace(prefix=1)
+        return placed.unflatten(0, x.shape[:2]), grid
 
     def table_grids(self) -> dict[str, tuple[int, int]]:
         """The grid of the position table."""
@@ -165,7 +170,7 @@ class Decoder(nn.Module):
         self.cls_head = nn.Linear(hidden, num_classes, **factory) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Class tokens `(B, T, C)` to `(B, classes)`, or to what the classes are made of."""
+        """A token of each frame, `(B, T, C)`, to `(B, classes)`, or to what the classes are made of."""
         x = self.pre_logits(x).tanh().mean(1)
         return x if pre_logits else self.cls_head(x)
 
@@ -199,7 +204,6 @@ class TRecViT(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         grid = grid_of(to_2tuple(img_size), 16)
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, embed_dim
-        self.tokenizer = Tokenizer(in_chans, embed_dim, 16, grid, **factory)
         self.encoder = Encoder(
             embed_dim,
             depth,
@@ -211,16 +215,17 @@ class TRecViT(nn.Module):
             drop_path_rate=drop_path_rate,
             **factory,
         )
+        self.tokenizer = Tokenizer(in_chans, embed_dim, 16, grid, self.encoder.has_class_token, **factory)
         self.decoder = Decoder(embed_dim, 3072, num_classes, **factory)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Clips `(B, C, T, H, W)` to normed tokens `(B, T, 1 + h*w, C)`."""
+        """Clips `(B, C, T, H, W)` to normed tokens `(B, T, P + h*w, C)`, P 1 with a class token and else 0."""
         check_clips(self, x)
         return self.encoder(*self.tokenizer(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of those tokens, or the 3072 features that these are made of."""
-        return self.decoder(x[:, :, 0], pre_logits)
+        return self.decoder(x.mean(2) if self.tokenizer.cls is None else x[:, :, 0], pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Clips `(B, C, T, H, W)` to logits `(B, classes)`."""
