@@ -127,8 +127,9 @@ def init_own(module: nn.Module) -> None:
 
     For `Module.apply`. It calls `init_weights`, as timm's hosts do.
     """
-    if isinstance(module, Core | Layer | Block) and hasattr(module, "init_weights"):
-        module.init_weights()
+    own: Callable[[], None] | None = getattr(module, "init_weights", None)
+    if own is not None and isinstance(module, Core | Layer | Block):
+        own()
 
 
 def _plain(norm: nn.Module) -> type[nn.Module]:

@@ -35,7 +35,7 @@ _NORM = partial(WideRMSNorm, eps=1e-5)
 
 def _trained(batch: int, drop_path: float, last: float = 1e-5, **changes: Any) -> Training:
     """By DeiT's script, in which the peak scales with the batch, and the rates of warm-up and of the end do not."""
-    rates = {"warmup_lr": 1e-6 * 512 / (8 * batch), "min_lr": last * 512 / (8 * batch)}
+    rates: dict[str, Any] = {"warmup_lr": 1e-6 * 512 / (8 * batch), "min_lr": last * 512 / (8 * batch)}
     return trained("deit", batch, drop_path, clip_grad=5.0, **rates, **changes)
 
 
