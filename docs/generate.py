@@ -1,5 +1,5 @@
-"""Write docs/mechanisms.md, models.md, ways-out.md and the tables in README.md and linearize.md from the registries:
-`python docs/generate.py`.
+"""Write docs/mechanisms.md, models.md and ways-out.md, and the tables in README.md, linearize.md and video.md, from the
+registries: `python docs/generate.py`.
 
 With `--check`, write nothing and exit with 1 where a file is not current.
 """
@@ -11,18 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from linsight import catalogue
 from linsight.attention import WAYS, Mechanism, mechanism
 from linsight.attention.registry import FAMILIES
+from linsight.bench.counting import count_parameters
 from linsight.convert.presets import PRESETS, READ, Preset
-from linsight.models import ARCHITECTURES, HOSTS, VARIANTS
+from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_video_model
 from linsight.models.plan import names
 from linsight.models.registry import TIMM_HOSTS
+from linsight.models.video.create import VIDEO_MODELS
 from linsight.train import RECIPES
 
 ROOT = Path(__file__).parents[1]
 README, CATALOGUE, MODELS = ROOT / "README.md", ROOT / "docs" / "mechanisms.md", ROOT / "docs" / "models.md"
-WAYS_OUT, LINEARIZE = ROOT / "docs" / "ways-out.md", ROOT / "docs" / "linearize.md"
+WAYS_OUT, LINEARIZE, VIDEO = (ROOT / "docs" / f"{page}.md" for page in ("ways-out", "linearize", "video"))
 
 HEAD = """# The mechanisms
 
@@ -161,6 +165,17 @@ def readme(text: str) -> str:
 def linearize(text: str) -> str:
     """The page `text` with the current tables of published conversions."""
     return _with_block(text, "presets", presets())
+
+
+def videos() -> str:
+    """A table of the models of videos."""
+    body = []
+    for row in VIDEO_MODELS.values():
+        with torch.device("meta"):
+            count = count_parameters(create_video_model(row.name))
+        top1 = ", ".join(f"{value} ({frames})" for frames, value in row.published.get("kinetics400", {}).items())
+        body.append([f"`{row.name}`", f"{count / 1e6:.2f}", top1 or "-", row.weights or "-"])
+    return _table(["model", "M params", "published top-1 % of Kinetics-400 (frames)", "weights"], body)
 
 
 def _with_block(text: str, name: str, block: str) -> str:
@@ -425,6 +440,7 @@ def outputs() -> dict[Path, str]:
         MODELS: models(),
         WAYS_OUT: ways_out(),
         LINEARIZE: linearize(LINEARIZE.read_text(encoding="utf-8")),
+        VIDEO: _with_block(VIDEO.read_text(encoding="utf-8"), "videos", videos()),
     }
 
 

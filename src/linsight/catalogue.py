@@ -23,6 +23,7 @@ from linsight.errors import LinsightError, UnknownNameError
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_model, default_attention, default_config
 from linsight.models.hosts.dyn_perceiver import DynamicPerceiver
 from linsight.models.plan import named
+from linsight.models.video.create import VIDEO_MODELS
 from linsight.ops import Grid
 from linsight.records import shown
 
@@ -58,7 +59,7 @@ def info(name: str, attention: str | None = None) -> dict[str, Any]:
 
     Raises:
         UnknownNameError: neither a mechanism nor a model; the nearest is offered.
-        LinsightError: another mechanism for what is a mechanism itself.
+        LinsightError: another mechanism for what is a mechanism itself, or a model of videos.
     """
     mechanisms = {entry.name for entry in list_attentions()}
     if name in mechanisms:
@@ -68,6 +69,10 @@ def info(name: str, attention: str | None = None) -> dict[str, Any]:
     models = {*VARIANTS, *HOSTS, *ARCHITECTURES}
     if name in models:
         return model_info(name, attention)
+    if name in VIDEO_MODELS:
+        raise LinsightError(
+            f"'{name}' is a model of videos, linsight.models.create_video_model('{name}'): docs/video.md"
+        )
     hint = "'linsight list' shows all"
     raise UnknownNameError("mechanism or model", name, mechanisms | models, hint, here=called(name))
 
