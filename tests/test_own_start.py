@@ -54,3 +54,13 @@ def test_gates_of_polarized_start_as_published(host):
     for name, numbers in (("place_value", 2.0), ("channel_value", 2.0), ("up", 1 / 3)):
         for weight in parameters("polarized", host, f"core.{name}.weight"):
             assert weight.std().item() == pytest.approx(math.sqrt(numbers / weight.shape[1]), rel=0.2)
+
+
+def test_convolutions_of_l2vit_start_as_its_linear_layers():
+    torch.manual_seed(0)
+    model = create_model("l2vit_tiny")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            spread = module.weight.abs().median().item() / 0.6745  # timm draws one in some ten million at its bound, 2
+            assert spread == pytest.approx(0.02, rel=0.1), name
+            assert module.bias is None or not module.bias.any()

@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -372,3 +373,11 @@ def test_every_mechanism_goes_out_and_in():
         assert equal(target.state_dict(), source.state_dict()), entry.name
         core = mechanism(entry.name).factory(8, 2)
         load_published(core, export_published(core)) if core.state_dict() else None
+
+
+def test_weights_of_timm_itself_are_not_renamed():
+    model, new = (timm.create_model("swiftformer_xs", num_classes=10) for _ in range(2))
+    assert load_published(new, model.state_dict()).adapted == ()
+    assert equal(new.state_dict(), model.state_dict())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_published(new, {f"{key}.else": value for key, value in model.state_dict().items()})

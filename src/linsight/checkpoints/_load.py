@@ -23,6 +23,7 @@ from ._fit import fit
 from ._folded import fold, refuse_adapters
 from ._grids import Grids, Made, check_sides
 from ._projections import Entry, published_projections, regroup
+from ._timm import as_timm_has
 from .guess import describe
 from .keys import copies, key_map, to_published
 from .read import read
@@ -51,7 +52,7 @@ def load_published(
 
     Args:
         model: a model or layer of linsight, or any module whose keys match; wrapped ones (compiled, DDP) too. Of a
-            segmenter, a file of another library fills the backbone.
+            segmenter, a file of another library fills the backbone. Models of timm take what timm renames for them.
         source: a file (safetensors, or PyTorch's), an http(s) address (kept in PyTorch's hub folder), or a
             state dict; ours too. Pickled code is never run.
         strict: raise unless everything matches. Otherwise load what does, and report the rest.
@@ -75,6 +76,8 @@ def load_published(
     found = unwrap(content, name, ema=ema, prefer_ema=_prefers_ema(model))
     inner = _unfused(model)
     own = clean_state(inner)
+    by_timm = as_timm_has(inner, found.tensors, own)
+    found = found if by_timm is None else found._replace(tensors=by_timm)
     part = getattr(inner, "published_part", "")
     beyond = [key for key in own if not key.startswith(f"{part}.")] if part else []
     if part and not found.tensors.keys() & set(beyond):
@@ -116,7 +119,7 @@ def load_published(
         ),
         kept=tuple(fitted.kept),
         mismatched=tuple(fitted.problems),
-        adapted=(*folded, *fitted.adapted),
+        adapted=(*(() if by_timm is None else ("keys, by timm",)), *folded, *fitted.adapted),
         converted=_converted(fitted.ready, own),
         infinite=infinite,
     )

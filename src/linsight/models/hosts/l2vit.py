@@ -21,7 +21,7 @@ from linsight.ops import Grid, Partition
 from ..parts.conv_pyramid import ConvDown
 from ..parts.convs import CPE, ConvEmbed
 from ..parts.pyramid import PlainPyramid
-from ..parts.stages import PreNorm, StageSize
+from ..parts.stages import PreNorm, StageSize, init_conv
 from ..plan import Choice
 from ..registry import add_hosts
 from ..rows import FOUR_MAPS, Host
@@ -95,6 +95,7 @@ class L2ViTransformer(PlainPyramid):
         if min(self.window_size) < 1:
             raise LinsightError(f"window_size={window_size}: give the side of a window, 1 or more")
         super().__init__(**kwargs)
+        self.apply(init_conv)
 
     @property
     def published(self) -> tuple[Rename, ...]:
