@@ -33,7 +33,8 @@ def test_a_short_list_is_the_front_with_its_reasons():
     assert reasons["agent"] == "5.5 points more than inline, at 1.67 times its time"
     assert found.words[0].startswith("Accuracies: cifar10, a budget")
     spread = statistics.median(statistics.stdev(values) for values in TOP1.values())
-    assert f"Seeds of one mechanism differ by {spread:.1f} points: less than that is chance." in found.words
+    told = f"Seeds of one mechanism differ by {spread:.1f} points: what gains no more than that is not on the list."
+    assert told in found.words
     one = bench.shortlist(advice({"agent": 5.0, "linear": 9.0}), bench.Accuracies("cifar10", "", TOP1))
     assert [pick.reason for pick in one.picks] == ["the fastest and the most accurate", ""]
     single = bench.shortlist(advice(), bench.Accuracies("cifar10", "", {**TOP1, "agent": (50.5,)}))
@@ -41,13 +42,26 @@ def test_a_short_list_is_the_front_with_its_reasons():
     assert "50.5 % (of one seed), 20" in told["agent"] and "of one seed" not in told["inline"]
 
 
+def test_what_gains_no_more_than_chance_is_not_on_the_list():
+    def front(gain):
+        top1 = {"linear": (40.0, 42.0), "inline": (40.0 + gain, 42.0 + gain), "agent": (43.5, 45.5)}
+        return [
+            pick.choice.name for pick in bench.shortlist(advice(), bench.Accuracies("", "", top1)).picks if pick.reason
+        ]
+
+    spread = statistics.stdev((40.0, 42.0))
+    assert front(spread - 0.01) == ["agent", "linear"] and front(spread + 0.01) == ["agent", "inline", "linear"]
+    assert front(2.4) == ["inline", "linear"]  # agent gains 1.1 more
+
+
 def test_needs_are_met_and_what_has_no_time_is_told():
-    accuracies = bench.Accuracies("cifar10", "", {**TOP1, "mlla": (60.0,)})
+    accuracies = bench.Accuracies("cifar10", "", {**TOP1, "mlla": (60.0,), "favit": (50.0,)})
     found = bench.shortlist(advice(), accuracies, ["causal", "onnx"])
     able = {entry.name for entry in list_attentions(causal=True) if "onnx" not in entry.unmet}
     assert {pick.choice.name for pick in found.picks} == able & TOP1.keys()
     assert "Not in it, without causal: inline, agent." in found.words  # the fastest first
     assert any(line.startswith("Without a time at this size, so not in it: mlla (") for line in found.words)
+    assert "Whole layers and blocks, which are timed in models alone, so not in it: favit." in found.words
     with pytest.raises(LinsightError, match="nothing was measured both in time and in accuracy, and with causal"):
         bench.shortlist(advice({"inline": 1.0}), accuracies, ["causal"])
     with pytest.raises(LinsightError, match="unknown need 'casual': did you mean 'causal'"):

@@ -101,6 +101,8 @@ def lacking(name: str, needs: Iterable[str]) -> list[str]:
 def shortlist(advice: Advice, accuracies: Accuracies, needs: Sequence[str] = ()) -> Shortlist:
     """Mechanisms worth their time: beside each no other is both faster and more accurate (the Pareto front).
 
+    One that is slower has to gain more than the seeds of one mechanism differ by.
+
     Raises:
         LinsightError: a need is unknown, or nothing with both figures meets all of them.
     """
@@ -115,21 +117,28 @@ def shortlist(advice: Advice, accuracies: Accuracies, needs: Sequence[str] = ())
             f"time, and of accuracy there are {', '.join(accuracies.top1) or 'none'}"
         )
     means = {choice.name: statistics.fmean(accuracies.top1[choice.name]) for choice in fitting}
-    reasons = _front(fitting, means)
+    chance = _chance(accuracies.top1[choice.name] for choice in fitting)
+    reasons = _front(fitting, means, chance)
     picks = [
         Pick(choice, means[choice.name], accuracies.top1[choice.name], reasons.get(choice.name, ""))
         for choice in sorted(fitting, key=lambda choice: (choice.name not in reasons, -means[choice.name]))
     ]
-    return Shortlist(tuple(_words(accuracies, picks, refused, advice)), tuple(picks))
+    return Shortlist(tuple(_words(accuracies, picks, refused, advice, chance)), tuple(picks))
 
 
-def _front(choices: Sequence[Choice], means: Mapping[str, float]) -> dict[str, str]:
-    """The reason of each that is on the front, the fastest first."""
+def _chance(seeds: Iterable[Sequence[float]]) -> float:
+    """Points by which the seeds of one mechanism differ; 0 where each has one."""
+    spreads = [statistics.stdev(values) for values in seeds if len(values) > 1]
+    return statistics.median(spreads) if spreads else 0.0
+
+
+def _front(choices: Sequence[Choice], means: Mapping[str, float], chance: float) -> dict[str, str]:
+    """The reason of each that is on the front, the fastest first; what gains no more than `chance` is not."""
     by_ratio = all(choice.ratio or choice.name == SOFTMAX for choice in choices)  # of the same rounds, so better
     ordered = sorted(choices, key=lambda c: ((c.ratio or 1.0) if by_ratio else c.milliseconds, -means[c.name]))
     front: list[Choice] = []
     for choice in ordered:
-        if not front or means[choice.name] > means[front[-1].name]:
+        if not front or means[choice.name] > means[front[-1].name] + chance:
             front.append(choice)
     found = {}
     for before, choice in zip([None, *front], front, strict=False):
@@ -143,20 +152,23 @@ def _front(choices: Sequence[Choice], means: Mapping[str, float]) -> dict[str, s
 
 
 def _words(
-    accuracies: Accuracies, picks: Sequence[Pick], refused: Mapping[str, list[str]], advice: Advice
+    accuracies: Accuracies, picks: Sequence[Pick], refused: Mapping[str, list[str]], advice: Advice, chance: float
 ) -> Iterable[str]:
     yield f"Accuracies: {accuracies.place}, {accuracies.budget}, in a small host; they tell how quickly each learns."
     for pick in picks:
         if pick.reason:
             once = " (of one seed)" if len(pick.seeds) == 1 else ""
             yield f"{pick.choice.name}: {pick.top1:.1f} %{once}, {digits(pick.choice.milliseconds)} ms; {pick.reason}."
-    spreads = [statistics.stdev(pick.seeds) for pick in picks if len(pick.seeds) > 1]
-    if spreads:
-        yield f"Seeds of one mechanism differ by {statistics.median(spreads):.1f} points: less than that is chance."
+    if chance:
+        yield f"Seeds of one mechanism differ by {chance:.1f} points: what gains no more than that is not on the list."
     for lacks in dict.fromkeys(map(tuple, refused.values())):
         names = [name for name, lacking in refused.items() if tuple(lacking) == lacks]
         yield f"Not in it, without {' and '.join(lacks)}: {', '.join(names)}."
     timed = {choice.name for choice in advice.choices}
     untimed = [name for name in accuracies.top1 if name not in timed]
-    if untimed:
-        yield f"Without a time at this size, so not in it: {', '.join(untimed)} ('linsight bench' measures them)."
+    whole = [name for name in untimed if mechanism(name).kind != "core"]
+    cores = [name for name in untimed if name not in whole]
+    if cores:
+        yield f"Without a time at this size, so not in it: {', '.join(cores)} ('linsight bench' measures them)."
+    if whole:
+        yield f"Whole layers and blocks, which are timed in models alone, so not in it: {', '.join(whole)}."
