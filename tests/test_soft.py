@@ -108,3 +108,18 @@ def test_published_models_have_the_published_parts():
     assert [len(stage.blocks) for stage in linsight.create_model("soft_small_shallow", device="meta").stages] == [
         *(1, 3, 7, 4)
     ]
+
+
+def test_the_plain_inverse_has_the_published_gradient():
+    """Also where twenty steps are not enough: dA = -S^T dS S^T of the S that they reach."""
+    core = create_core("soft", 8, 2).double()
+    points = torch.randn(1, 2, 40, 4, dtype=torch.float64) * 0.05
+    among = torch.exp(-torch.cdist(points, points).square() / 2).requires_grad_()
+    inverse, upstream = core.inverse(among), torch.randn(1, 2, 40, 40, dtype=torch.float64)
+    one = torch.eye(40, dtype=torch.float64)
+    assert (inverse @ (among + 0.01 * one) - one).abs().max() > 1e-3  # not there yet
+    inverse.backward(upstream)
+    turned = inverse.detach().transpose(-1, -2)
+    close(among.grad, -turned @ upstream @ turned)
+    with torch.no_grad():
+        assert torch.equal(core.inverse(among), inverse)

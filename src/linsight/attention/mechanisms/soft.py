@@ -16,7 +16,7 @@ The published normalised code starts at 2 A / (largest row sum of the batch)^2, 
 |1 - A V| of the batch is above 1.01, ten times at most ("original"): an image then depends on the others, so padded
 and packed batches are refused, and where A is the identity V is 0. Otherwise each matrix has a start of its own, from
 which it converges ("exact"). Where both do, they agree; landmarks that lie close take more than twenty steps. The
-published plain form has the gradient of the exact inverse; here it is that of the steps.
+plain form has the gradient of an inverse, as published, dA = -S^T dS S^T, and keeps no step; the other that of its own.
 
 The published layer needs sides that r divides. Here zeros fill the last cells, as they fill those that reach beyond an
 image of a padded batch. There is a landmark for each r x r tokens, so the cost is quadratic and the third power of
@@ -159,13 +159,21 @@ class Soft(Core):
         most = sums.amax(dim=-1)[..., None, None]
         one = torch.eye(among.shape[-1], dtype=among.dtype, device=among.device)
         a = among if self.normalised else among + 0.01 * one
-        inverse = a * (1.8 / most.square()) if not self.original else original_start(a, sums)
-        for _ in range(_STEPS):
-            inverse = 2 * inverse - inverse @ a @ inverse
         if not self.normalised:
-            return inverse
+            with torch.no_grad():
+                inverse = inverted(a, a * (1.8 / most.square()))
+            change = inverse @ a @ inverse  # 0, with the gradient of an inverse
+            return inverse - (change - change.detach()) if torch.is_grad_enabled() else inverse
+        inverse = inverted(a, a * (1.8 / most.square()) if not self.original else original_start(a, sums))
         root = torch.rsqrt(sums)
         return root[..., None] * inverse * root[..., None, :]
+
+
+def inverted(a: Tensor, start: Tensor) -> Tensor:
+    """The inverse of A by Newton's steps from `start`."""
+    for _ in range(_STEPS):
+        start = 2 * start - start @ a @ start
+    return start
 
 
 def original_start(a: Tensor, sums: Tensor) -> Tensor:
