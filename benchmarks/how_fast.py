@@ -234,7 +234,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--seconds", type=float, default=8.0, help="to spend on the rounds of a cell; there are three at least")
     add("--limit", type=float, default=200.0, help="seconds for the first steps of something, or a later one")
-    add("--csv", type=Path, default=Path("how_fast.csv"), help="file to write")
+    shipped = "linsight ships its rows of operators as bench/operators.csv"
+    add("--csv", type=Path, default=Path("how_fast.csv"), help=f"file to write; {shipped}")
     add("--docs", type=Path, help="the folder of how-fast.md, to write the result into")
     options = parser.parse_args(arguments)
     options.arguments = arguments

@@ -16,6 +16,7 @@ import torch
 from linsight import catalogue
 from linsight.attention import WAYS, Mechanism, mechanism
 from linsight.attention.registry import FAMILIES
+from linsight.bench import Question, advise, read_accuracies, shipped_results, shortlist
 from linsight.bench.counting import count_parameters
 from linsight.convert.presets import PRESETS, READ, Preset
 from linsight.models import ARCHITECTURES, HOSTS, VARIANTS, create_video_model
@@ -26,7 +27,9 @@ from linsight.train import RECIPES
 
 ROOT = Path(__file__).parents[1]
 README, CATALOGUE, MODELS = ROOT / "README.md", ROOT / "docs" / "mechanisms.md", ROOT / "docs" / "models.md"
-WAYS_OUT, LINEARIZE, VIDEO = (ROOT / "docs" / f"{page}.md" for page in ("ways-out", "linearize", "video"))
+WAYS_OUT, LINEARIZE, VIDEO, CHOOSE = (
+    ROOT / "docs" / f"{page}.md" for page in ("ways-out", "linearize", "video", "choose")
+)
 
 HEAD = """# The mechanisms
 
@@ -165,6 +168,19 @@ def readme(text: str) -> str:
 def linearize(text: str) -> str:
     """The page `text` with the current tables of published conversions."""
     return _with_block(text, "presets", presets())
+
+
+def short_lists() -> str:
+    """What `advise --accuracy` answers for three sizes, by the results that come with linsight."""
+    rows, accuracies, body = shipped_results(), read_accuracies("cifar10"), []
+    for side in (512, 1024, 2048):
+        for train in (False, True):
+            advice = advise(rows, Question(side, side, train=train))
+            picks = [pick for pick in shortlist(advice, accuracies).picks if pick.reason]
+            told = "<br>".join(f"`{pick.choice.name}`: {pick.top1:.1f} %, {pick.reason}" for pick in picks)
+            step = "training" if train else "forward"
+            body.append([f"{side} x {side}", f"{advice.tokens:,}", step, told])
+    return _table(["image", "tokens", "", "the most accurate first"], body)
 
 
 def videos() -> str:
@@ -440,6 +456,7 @@ def outputs() -> dict[Path, str]:
         MODELS: models(),
         WAYS_OUT: ways_out(),
         LINEARIZE: linearize(LINEARIZE.read_text(encoding="utf-8")),
+        CHOOSE: _with_block(CHOOSE.read_text(encoding="utf-8"), "short lists", short_lists()),
         VIDEO: _with_block(VIDEO.read_text(encoding="utf-8"), "videos", videos()),
     }
 

@@ -54,7 +54,7 @@ def execute(path, line, code):
 
 def test_generated_parts_are_current():
     found = {path: path.read_text(encoding="utf-8") == text for path, text in generator().outputs().items()}
-    assert all(found.values()) and len(found) == 6, f"run python docs/generate.py: {found}"
+    assert all(found.values()) and len(found) == 7, f"run python docs/generate.py: {found}"
 
 
 def test_every_model_has_a_row_and_none_is_built(monkeypatch):

@@ -3,10 +3,12 @@
 import pytest
 
 from linsight import bench
+from linsight.attention import list_attentions
 from linsight.bench import at, crossings, pays_from
 from linsight.errors import LinsightError
 
 SIDES = (14, 28, 56)
+STEPS = ("infer", "train")
 QUESTION = bench.Question(448, 448, device="cpu")
 
 
@@ -113,6 +115,28 @@ def test_without_results_the_command_that_makes_them_is_named():
         bench.advise(rows, bench.Question(224, 224, train=True))
     with pytest.raises(LinsightError, match=r"linsight bench swin_tiny --attention inline,agent"):
         bench.advise(rows, bench.Question(224, 224, model="swin_tiny"))
+
+
+def test_what_comes_with_linsight_answers_where_nothing_was_measured(tmp_path, monkeypatch, linsight):
+    shipped, cores = bench.shipped_results(), {entry.name for entry in list_attentions() if entry.kind == "core"}
+    assert {row["model"] for row in shipped} == cores
+    assert {(row["dim"], row["heads"]) for row in shipped} == {(192, 6)}
+    assert {row["tokens"] for row in shipped} == {side * side for side in (14, 28, 56, 112)}
+    times = {(row["model"], row["tokens"], step): row[f"{step}_step_time"] for row in shipped for step in STEPS}
+    for row in shipped:
+        for step in STEPS:
+            ratio, beside = row[f"{step}_ratio"], times["softmax", row["tokens"], step]
+            if ratio and row["tokens"] > 196:  # of the same rounds, so not quite that of the medians
+                assert 0.5 < ratio * beside / times[row["model"], row["tokens"], step] < 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, out, _ = linsight("advise", "--size", "1024", "--device", "cpu", "--accuracy")
+    assert code == 0 and out.startswith(f"Measured on another machine, {shipped[0]['device']}: ") and "mlla" in out
+    code, _, err = linsight("advise", "--size", "1024", "--device", "cpu", "--dim", "64", "--heads", "2")
+    assert code == 2 and "there are those of width/heads 192/6" in err
+    (tmp_path / "linsight" / "bench").mkdir(parents=True)
+    bench.write_rows(tmp_path / "linsight" / "bench" / "own.csv", rows_of("inline", linear), {})
+    code, out, _ = linsight("advise", "--size", "224", "--device", "cpu")
+    assert code == 0 and "another machine" not in out
 
 
 def test_models_are_chosen_among_by_images():

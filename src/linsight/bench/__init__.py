@@ -6,7 +6,7 @@
 `bench(plan)` yields results as they come, in a process of its own: call it below `if __name__ == "__main__"`.
 """
 
-from ._advise import Advice, Choice, Question, advise, known_results
+from ._advise import Advice, Choice, Question, advise, can_answer, known_results, shipped_results
 from ._curves import Estimate, at, crossings, pays_from
 from ._page import page, write_page
 from ._shortlist import Accuracies, Pick, Shortlist, check_needs, read_accuracies, shortlist
@@ -49,6 +49,7 @@ __all__ = [
     "at",
     "bench",
     "build",
+    "can_answer",
     "captured",
     "check_needs",
     "check_plan",
@@ -68,6 +69,7 @@ __all__ = [
     "results_folder",
     "run_facts",
     "run_speed",
+    "shipped_results",
     "shortlist",
     "softmax_beside",
     "spread",

@@ -12,6 +12,7 @@ from ._curves import Curve, at, pays_from
 from .operators import SOFTMAX
 from .rows import Row, digits, read_rows, results_folder
 
+SHIPPED = Path(__file__).with_name("operators.csv")
 FAR = 2.0  # times beyond the measured sizes from which it is said in words
 EVEN = 0.05  # the least difference of ratios that counts
 # Beyond the sizes measured a time grows at least with the tokens and at most with their square: what is flat in small
@@ -93,6 +94,16 @@ def known_results(files: Iterable[Path] = ()) -> list[Row]:
     return rows + [row for path in files for row in read_rows(path)]
 
 
+def shipped_results() -> list[Row]:
+    """The rows of operators that come with linsight: those of docs/how-fast.md, of the machine that it names."""
+    return read_rows(SHIPPED)
+
+
+def can_answer(rows: Iterable[Row], question: Question) -> bool:
+    """True where something was measured that answers the question, on whatever machine."""
+    return any(_fits(row, question) and row.get(f"{question.step}_step_time") for row in rows)
+
+
 def advise(rows: Sequence[Row], question: Question) -> Advice:
     """Answer by `rows`; of the same thing measured twice, the later one counts.
 
@@ -101,9 +112,9 @@ def advise(rows: Sequence[Row], question: Question) -> Advice:
     Raises:
         LinsightError: nothing was measured that could answer; the command that does is named.
     """
-    fitting = [row for row in rows if _fits(row, question) and row.get(f"{question.step}_batch_size")]
-    if not any(row.get(f"{question.step}_step_time") for row in fitting):
+    if not can_answer(rows, question):
         raise LinsightError(_nothing(question, rows))
+    fitting = [row for row in rows if _fits(row, question) and row.get(f"{question.step}_batch_size")]
     where, fitting = _best_matching(fitting, question)
     times, ratios, errors = _curves(fitting, question)
     base = question.model or SOFTMAX
@@ -196,7 +207,6 @@ def _words(question: Question, where: Row, choices: list[Choice], errors: Mappin
     base = question.model or SOFTMAX
     others = [choice for choice in choices if choice.name != base]
     softmax = next((choice for choice in choices if choice.name == base), None)
-    beyond = ", beyond what was measured" if any(choice.beyond > 1 for choice in choices) else ""
     size = f"{_number(question.tokens)} tokens ({question.height}x{question.width} in patches of {question.patch})"
     lines = []
     if not str(where["device"]).startswith(f"{question.device}:"):
@@ -208,6 +218,7 @@ def _words(question: Question, where: Row, choices: list[Choice], errors: Mappin
     how += [words for key, words in said.items() if where.get(key)]
     lead = f"At {size}, {', '.join(how)}, on {where['device']}: "
     best = others[0] if others else None
+    beyond = ", beyond what was measured" if any(c is not None and c.beyond > 1 for c in (best, softmax)) else ""
     if best is None:
         lines.append(f"{lead}nothing but {choices[0].name} was measured.")
     elif softmax is None:
