@@ -213,7 +213,7 @@ def test_stopping_leaves_whole_files(here, command, monkeypatch):
         ("advise --size 14,x", "'x' is no size"),
         ("advise --size 224 --device tpu9", "unknown device 'tpu9'"),
         ("advise --size 224 --from none.csv", "'none.csv' cannot be read"),
-        ("advise --size 224 --device cpu", "make them with 'linsight bench"),
+        ("advise --size 224 --device cpu --dim 64", "make them with 'linsight bench"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(arguments, message, here, command, monkeypatch):
