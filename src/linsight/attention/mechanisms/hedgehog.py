@@ -13,6 +13,8 @@ queries and one for keys,
 
 In the middle two W is a matrix for each head. They weight a key by one over its own sum or maximum, so all four are
 different functions: weights of one are not those of another. No scale d^(-1/2) is anywhere. W starts as the identity.
+Options of lolcats that no published command takes are left out: a bias, one map for both, a skip connection, half
+spaces.
 
 In "exp" no number is ever above 1: sums over keys are kept relative to the largest exponent of each feature, and a
 query's exponents are taken with those, relative to the largest of the result. This cancels, so the function is the

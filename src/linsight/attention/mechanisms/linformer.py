@@ -11,7 +11,8 @@ bicubically, times the ratio of both numbers of tokens, so that a sum over more 
 linear map of rows and one of columns, tokens are brought to the grid of E by their transposes, and E is applied to what
 comes out: no weight of each token is ever made. Prefix tokens read; they have no weight among the keys, unless the
 layer is made with one for all of them (`prefix_weight`). A token is weighed by its place, so to drop one is not to
-remove it: dropped tokens are refused. Padded images each have the grid of their own size.
+remove it: dropped tokens are refused. Padded images each have the grid of their own size. FLARE's form, with a matrix
+for keys and one for values that all heads share, is left out.
 """
 
 from typing import Any, NamedTuple

@@ -16,7 +16,8 @@ causal form, whose statistics would have to grow.
 
 diag=True is the mean with softmax attention inside blocks of d consecutive tokens, d the width of a head, as published
 (mode "average"; the last block is shorter). The sequence is the grid row by row, prefix tokens in front. Blocks know
-nothing of tiles, and would be others if tokens were dropped.
+nothing of tiles, and would be others if tokens were dropped. The published modes in which a scale or a ratio of both is
+learned are left out.
 
 All is computed in float32 (float64 for float64). Both sums are one slot of a log-sum-exp, so they merge: relative to
 the largest number of a head, so far.

@@ -16,9 +16,10 @@ trained with; released ones were with "published".
 
 Released models have grids that g divides. Here block a has the rows y with floor((2 y + 1) g / (2 H)) = a, columns
 alike: the same where g divides, and elsewhere a row more or less, none where there are fewer rows than blocks. A place
-that a smaller block lacks adds nothing to the published denominator. Prefix tokens, which are in no block, are
-absorbed by all blocks, and read all blocks, with the weight 1 / M. Blocks are those of the whole grid, so to drop a
-token is not to remove it: dropped tokens are refused. Padded images have blocks of their own size.
+that a smaller block lacks adds nothing to the published denominator. Prefix tokens, which are in no block, are absorbed
+by all blocks, and read all blocks, with the weight 1 / M. Blocks are those of the whole grid, so to drop a token is not
+to remove it: dropped tokens are refused. Padded images have blocks of their own size. The causal form, of language, and
+that of videos are left out.
 """
 
 import dataclasses

@@ -8,7 +8,8 @@ s = d^(-1/2),
     o_i = r(sum_j relu(s q_i . k_j) v_j)            "relu": the first; r as in `transnormer`, all heads together
 
 The zeros of the last chunk take part in its softmax, as published. What a token sees hangs on its place in the
-sequence, so dropped tokens and padded batches are refused, and there are no states that merge.
+sequence, so dropped tokens and padded batches are refused, and there are no states that merge. A causal form, with a
+mask in each chunk, is left out.
 """
 
 from typing import Literal
