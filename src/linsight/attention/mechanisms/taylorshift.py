@@ -14,7 +14,7 @@ function, but for rounding; "auto" is direct up to as many keys as there are fea
 graphs of any size and over tiles. Features of degree 2 are made for some thousand tokens at a time: those of all would
 be d / 2 times the tokens. Everything is computed in float32 (float64 for float64), and nothing in place: the published
 direct form cannot be trained with `output_normalized`. Dropout of weights, which differs there from form to form, is
-left out.
+left out, and so are other polynomials than that of exp.
 """
 
 from typing import Any, Literal
