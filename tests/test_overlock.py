@@ -75,3 +75,29 @@ def test_fused_it_has_one_convolution_for_all_branches():
 def test_it_does_not_stream():
     with pytest.raises(CapabilityError, match="does not stream"):
         linsight.create_model("overlock_xt", **SMALL).stream_plan()
+
+
+def test_weights_that_were_merged_for_inference_load():
+    torch.manual_seed(0)
+    model, new = (linsight.create_model("overlock_xt", **SMALL).eval() for _ in range(2))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(module.weight, 1, 0.2)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+    state = linsight.export_published(model)
+    found = [path for path, module in model.named_modules() if isinstance(module, RepConv)]
+    merged = dict(state)
+    for path in found:
+        kernel, bias = model.get_submodule(path).merged()
+        ours = next(key for key in state if torch.equal(state[key], model.get_submodule(path).lk_origin.weight))
+        prefix = ours.removesuffix("lk_origin.weight")
+        merged = {key: value for key, value in merged.items() if not key.startswith(prefix)}
+        merged |= {f"{prefix}lk_origin.weight": kernel.detach(), f"{prefix}lk_origin.bias": bias.detach()}
+    assert len(merged) < len(state)
+    report = linsight.load_published(new, merged)
+    assert report.adapted == (f"merged convolutions (branches made of them: {len(found)})",)
+    x = torch.randn(1, 3, 96, 64)
+    torch.testing.assert_close(new(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(new(x), linsight.create_model("overlock_xt", **SMALL).eval()(x), atol=1e-3)

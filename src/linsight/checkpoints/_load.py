@@ -22,6 +22,7 @@ from linsight.runtime.files import replacing, to_json
 from ._fit import fit
 from ._folded import fold, refuse_adapters
 from ._grids import Grids, Made, check_sides
+from ._merged import unmerge
 from ._projections import Entry, published_projections, regroup
 from ._timm import as_timm_has
 from .guess import describe
@@ -92,6 +93,7 @@ def load_published(
     found, beside = beneath(in_lists(found, inner), known, name)
     refuse_adapters([*found.tensors, *found.others], own, name)
     tensors, folded = fold(found.tensors, own, name)
+    tensors, unmerged = unmerge(inner, tensors, own, rules)
     made = Made(found.tables, found.size, size, grid)
     pruned = any(isinstance(module, FeatureGetterNet | FeatureDictNet) for module in model.modules())
     fitted = fit(inner, tensors, head=head, resize=resize, pruned=pruned, made=made)
@@ -119,7 +121,7 @@ def load_published(
         ),
         kept=tuple(fitted.kept),
         mismatched=tuple(fitted.problems),
-        adapted=(*(() if by_timm is None else ("keys, by timm",)), *folded, *fitted.adapted),
+        adapted=(*(() if by_timm is None else ("keys, by timm",)), *folded, *unmerged, *fitted.adapted),
         converted=_converted(fitted.ready, own),
         infinite=infinite,
     )

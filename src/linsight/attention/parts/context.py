@@ -144,8 +144,10 @@ class GRNMlp(nn.Module):
 class RepConv(Fusable):
     """A depthwise convolution with batch norm, and further ones, smaller or dilated, that are added to it.
 
-    For inference they are one: see `merged`.
+    For inference they are one: see `merged`. Checkpoints of such ones have the names `MERGED`.
     """
+
+    MERGED = ("lk_origin.weight", "lk_origin.bias")
 
     def __init__(self, dim: int, kernel_size: int, **factory: Any) -> None:
         super().__init__()
@@ -186,6 +188,15 @@ class RepConv(Fusable):
             kernels.append(F.pad(kernel, [(self.kernel_size - wide) // 2] * 4))
             biases.append(norm.bias - norm.running_mean * share)
         return torch.stack(kernels).sum(dim=0), torch.stack(biases).sum(dim=0)
+
+    def unmerged(self, kernel: Tensor, bias: Tensor) -> dict[str, Tensor]:
+        """A state that computes what one convolution does: it is the first branch, and the others are 0."""
+        found = {name: torch.zeros_like(value) for name, value in self.state_dict().items()}
+        for name in found:
+            if name.endswith("running_var"):
+                found[name].fill_(1)
+        share = found["origin_bn.weight"].fill_(1 + self.origin_bn.eps).sqrt()  # of a norm that changes nothing
+        return found | {"lk_origin.weight": kernel, "origin_bn.weight": share, "origin_bn.bias": bias}
 
 
 class ContextMix(nn.Module):
