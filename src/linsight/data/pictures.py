@@ -23,7 +23,7 @@ from linsight.errors import ImageError, LinsightError, MissingExtraError
 
 from .kinds import suffix_of
 from .pillow import Pillow, orientation_of
-from .readers import EXTRA, TURNS, Plain, Reader, Slide, Turned, Wanted
+from .readers import DARK, EXTRA, TURNS, Plain, Reader, Slide, Turned, Wanted
 from .values import check_fill, known_white, over_white, survey, white_of
 
 # Weights of red, green and blue: ITU-R BT.601, as rounded in Pillow's mode L.
@@ -34,6 +34,7 @@ MODES = {"L": 1, "RGB": 3, "CMYK": 4}
 SLIDES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi", ".dcm"}
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NUMPY = b"\x93NUMPY"
+_TWELVE_BITS = 2**12
 _calm = threading.RLock()
 
 for _library in ("PIL", "tifffile"):  # they say of damaged files what our errors say
@@ -136,7 +137,10 @@ def decode(stored: Any, mode: str, name: str = "the image", fill: float | None =
                 return Decoded(reader.image.convert(mode), reader.notes)
             picture = Picture(reader, wanted.channels, name, fill=fill)
             height, width, _ = picture.shape
-            return Decoded(_eight_bits(picture[0:height, 0:width], picture.white, mode), picture.notes)
+            pixels, notes = picture[0:height, 0:width], picture.notes
+            if pixels.dtype == np.uint16 and 0 < pixels.max() < _TWELVE_BITS:
+                notes = (*notes, DARK)
+            return Decoded(_eight_bits(pixels, picture.white, mode), notes)
         finally:
             if not isinstance(stored, Image.Image):
                 reader.close()

@@ -12,6 +12,7 @@ from .levels import choose, levels_of
 # What is told of a picture that is not read as it is.
 FRAMES = "several frames, of which the first is read"
 EXTRA = "channels beyond those of the model, which are left out"
+DARK = "16 bits of which 12 at most are in use, which leaves all nearly black: stretch the values before"
 
 
 class Reader(Protocol):
