@@ -102,7 +102,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         beside = f"{statistics.fmean(values) - statistics.fmean(base):+.2f}" if values and base else "-"
         lines.append(
             [
-                f"`{name}`{' (a whole block)' if row['kind'] == 'block' else ''}",
+                _shown(name, row["kind"]),
                 places[name],
                 spread(values) + (f", {lost} of {lost + len(values)} failed" if lost else ""),
                 " ".join(f"{value:.2f}" for value in values) or "-",
@@ -116,6 +116,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in failed:
         text += f"\n\n`{row['mechanism']}`, seed {row['seed']}, failed: {row['error']}"
     return text
+
+
+def _shown(name: str, kind: str) -> str:
+    return f"`{name}`{' (a whole block)' if kind == 'block' else ''}"
 
 
 def overview(found: Mapping[Place, Sequence[dict[str, Any]]]) -> str:
@@ -132,9 +136,7 @@ def overview(found: Mapping[Place, Sequence[dict[str, Any]]]) -> str:
             f"{statistics.fmean(values[name]):.1f} ({places[at][name]})" if values.get(name) else "-"
             for at, values in means.items()
         ]
-        lines.append(
-            [f"`{name}`{' (a whole block)' if names[name] == 'block' else ''}", f"{average[name]:.1f}", *cells]
-        )
+        lines.append([_shown(name, names[name]), f"{average[name]:.1f}", *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

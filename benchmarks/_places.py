@@ -23,7 +23,6 @@ CIFAR10 = Path("../shared/data/cifar10")
 KEYS, VALUES, PAIRS = 4, 4, 2  # keys and values there are, and pairs in an image
 SMALL = {"stem": ((16, 1),), "stages": ((32, 2, 1),)}  # a host whose models go on at larger grids
 QUICK = {"batch_size": 32, "lr": 4e-3}  # what narrow models learn most with in a small budget
-LARGE = {"batch_size": 32, "accumulate": 2}  # 16 large images at a time stay in the caches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +139,8 @@ PLACES = {
         _recall(4, 12000, 10),
         _recall(8, 6000, 2, after="recall-4", lr=2e-3),
         _recall(16, 6000, 1, after="recall-8", lr=5e-4),
-        _recall(64, 1000, 1, test=500, after="recall-16", lr=5e-4, **LARGE),
+        # 16 large images at a time stay in the caches
+        _recall(64, 1000, 1, test=500, after="recall-16", lr=5e-4, accumulate=2),
     )
 }
 

@@ -1,5 +1,5 @@
-"""Write docs/mechanisms.md, models.md and ways-out.md, and the tables in README.md, linearize.md and video.md, from the
-registries: `python docs/generate.py`.
+"""Write docs/mechanisms.md, models.md and ways-out.md, and the tables in README.md, choose.md, linearize.md and
+video.md, from the registries and from the results that come with linsight: `python docs/generate.py`.
 
 With `--check`, write nothing and exit with 1 where a file is not current.
 """

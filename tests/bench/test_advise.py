@@ -87,6 +87,14 @@ def test_far_beyond_what_was_measured_is_a_guess():
     assert far.choices[0].milliseconds == pytest.approx(linear(112**2) / 2)
 
 
+def test_what_was_measured_less_far_does_not_make_the_answer_a_guess():
+    rows = rows_of("inline", linear) + rows_of("softmax", quadratic) + rows_of("agent", quadratic, sides=SIDES[:2])
+    (lead, *_), choices = (found := bench.advise(rows, bench.Question(896, 896, device="cpu"))).words, found.choices
+    assert [choice.name for choice in choices if choice.beyond > 1] == ["agent"]
+    assert "inline is the fastest" in lead and "beyond" not in lead
+    assert "beyond" in bench.advise(rows, bench.Question(1792, 1792, device="cpu")).words[0]
+
+
 def test_results_of_another_device_or_precision_are_named_as_such():
     cpu = rows_of("inline", linear) + rows_of("softmax", quadratic)
     gpu = rows_of("inline", quadratic, device="cuda: H100", precision="bf16 mixed precision", date="2026")

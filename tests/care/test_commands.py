@@ -245,6 +245,7 @@ def test_bad_options_of_the_other_commands_are_one_line(linsight, run, data, tmp
         ("advise", "--size", "224", "--task", "recall-8"),
         ("info", "nowhere"),
         ("info", "inline", "--attention", "linear"),
+        ("info", "trecvit_base"),
         ("recipe", "digits", "--task", "classify"),
         ("merge", "/"),
         ("merge", "parts.txt"),

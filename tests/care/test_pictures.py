@@ -183,6 +183,14 @@ def test_colours_of_other_kinds(tmp_path):
         assert np.array_equal(seen(path)[0], np.asarray(Image.open(path).convert("RGB"))), mode
 
 
+def test_arrays_of_bytes_are_checked_as_files_are(monkeypatch):
+    for pixels, mode in ((noise(6, 9), "L"), (noise(6, 9, 3), "RGB")):
+        assert np.array_equal(np.asarray(decode(pixels, mode).image), pixels)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 26)  # decode reads twice as many
+        refused(lambda pixels=pixels, mode=mode: decode(pixels, mode, "it"), "it: 9 x 6", "--stream")
+        monkeypatch.undo()
+
+
 def test_twelve_bits_in_sixteen_are_said(tmp_path):
     for most, notes in ((4095, (DARK,)), (4096, ()), (0, ())):
         values = np.linspace(0, most, SIDES[0] * SIDES[1]).reshape(SIDES).astype(np.uint16)

@@ -190,3 +190,25 @@ def test_options_are_not_nested_without_an_end(deep):
 
 def test_a_name_with_line_breaks_is_told_in_one_line():
     assert str(UnknownNameError("model", "a\nb", ["c"])) == "unknown model 'a\\nb': known: c"
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "peak", "last"),
+    [
+        ("videomamba_tiny", 1e-6, 4e-3, 1e-5),
+        ("videomamba_middle", 1e-6, 1e-3, 5e-6),
+        ("overlock_t", 1e-6, 2e-3, 1e-5),
+    ],
+)
+def test_rates_of_warm_up_and_end_are_the_published_ones(name, first, peak, last):
+    recipe = RECIPES[name].recipe
+    scale = recipe.batch_size / recipe.lr_base_batch
+    found = [rate * scale for rate in (recipe.warmup_lr, recipe.lr, recipe.min_lr)]
+    assert found == pytest.approx([first, peak, last])
+
+
+def test_models_at_384_pixels_are_evaluated_whole_and_warm_up_shortly():
+    assert RECIPES["litv2_base_384"].recipe.crop_pct == 1.0 and RECIPES["litv2_base"].recipe.crop_pct == 0.875
+    assert RECIPES["dinat_large_384"].recipe.warmup_epochs == 5
+    tiny = RECIPES["videomamba_tiny"].recipe
+    assert (tiny.aug_repeats, tiny.auto_augment) == (1, "v0")

@@ -93,7 +93,7 @@ def load_published(
     found, beside = beneath(in_lists(found, inner), known, name)
     refuse_adapters([*found.tensors, *found.others], own, name)
     tensors, folded = fold(found.tensors, own, name)
-    tensors, unmerged = unmerge(inner, tensors, own, rules)
+    tensors, unmerged = unmerge(inner, tensors, rules)
     made = Made(found.tables, found.size, size, grid)
     pruned = any(isinstance(module, FeatureGetterNet | FeatureDictNet) for module in model.modules())
     fitted = fit(inner, tensors, head=head, resize=resize, pruned=pruned, made=made)

@@ -9,7 +9,7 @@ from .keys import Rules, to_published
 
 
 def unmerge(
-    model: nn.Module, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], rules: Iterable[Rules]
+    model: nn.Module, tensors: Mapping[str, Tensor], rules: Iterable[Rules]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """`tensors` with branches in the place of merged convolutions, by their published names, and a line on how many.
 
@@ -21,7 +21,7 @@ def unmerge(
         if merged is None:
             continue
         names = [to_published(f"{path}.{name}", torch.empty(()), rules)[0] for name in merged]
-        if not all(name in done for name in names) or f"{path}.{merged[-1]}" in own:
+        if not all(name in done for name in names):
             continue
         state = module.unmerged(*(done.pop(name) for name in names))
         done |= {to_published(f"{path}.{name}", value, rules)[0]: value for name, value in state.items()}

@@ -14,8 +14,8 @@ elsewhere. A token of length 0 is left as it is.
 The hash (a, mu, A) is no parameter: it is held in buffers. It starts at random, may be drawn anew by `redraw()`, and is
 fitted to tokens by `fit(tokens)`, which training does every 300 updates, as published:
 kernel-supervised hashing (Liu et al., CVPR 2012), which is told of each token x_n the 10 that are nearest to it,
-S_nj = b, and the 10 that are farthest, S_nj = -b (of its paper; EcoFormer's code has 1 and -1, by which bits tell
-near from far tokens less well). Bit after bit, with N tokens,
+S_nj = b, and the 10 that are farthest, S_nj = -b, as in its paper (EcoFormer's code has 1 and -1). Bit after bit, with
+N tokens,
 
     a_r = argmax of sigma(kappa a)^T S sigma(kappa a) / (N b),   y = sign(kappa a_r),   S <- S - y y^T
 
