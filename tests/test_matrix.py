@@ -14,6 +14,7 @@ pytestmark = [
     *map(pytest.mark.filterwarnings, graphs.WARNINGS),
 ]
 WAY = {check: way for way, check in graphs.CHECKS.items()}
+SLOWEST, QUICK = (graphs.CHECKS["compile"], graphs.CHECKS["onnx"]), (graphs.CHECKS["trace"],)
 
 
 @pytest.mark.parametrize("check", matrix.CHECKS, ids=lambda check: check.__name__)
@@ -31,14 +32,17 @@ def test_options(subject, check):
 def rest_is_full(subjects, checks, kind="sort"):
     """Pairs, of which those whose subject is not the first of its kind, or InLine, are for `pytest -m full`.
 
-    Windows, which take long to trace, are the first of no kind that has others. Of a way out that a mechanism does not
-    have, the check fails, as its reason says.
+    Windows, which take long to trace, are the first of no kind that has others. Of the slowest checks the default run
+    has InLine's alone, of quick ones all. Of a way out that a mechanism does not have, the check fails, as its reason
+    says.
     """
     kinds, pairs = set(), []
     for subject in sorted(subjects, key=lambda s: (s.name != "inline", s.entry.structure.cost is Cost.WINDOWED)):
-        marks = [pytest.mark.full] if getattr(subject, kind) in kinds else []
+        later = getattr(subject, kind) in kinds
         kinds.add(getattr(subject, kind))
         for check in checks:
+            rest = check not in QUICK and (later or (check in SLOWEST and subject.name != "inline"))
+            marks = [pytest.mark.full] if rest else []
             reason = subject.entry.unmet.get(WAY.get(check))
             pairs.append(pytest.param(subject, check, marks=[*marks, *unmet(reason)]))
     return pairs
@@ -85,6 +89,9 @@ def test_fused(subject, check):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler for inductor")
-@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.full)])  # C++ is slow to compile
-def test_inductor(gradients):
-    graphs.compile_parity(matrix.Subject("inline"), "inductor", gradients)
+@pytest.mark.parametrize(  # C++ is slow to compile: of the first there are few kernels
+    ("name", "gradients"),
+    [("linear", False), *(pytest.param("inline", on, marks=pytest.mark.full) for on in (False, True))],
+)
+def test_inductor(name, gradients):
+    graphs.compile_parity(matrix.Subject(name), "inductor", gradients)

@@ -53,6 +53,14 @@ def recipe(data, **more):  # noqa: F811
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """SIGHUP is heard, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
 def test_a_signal_to_the_group_saves_the_state(data, tmp_path, number):  # noqa: F811
     run = tmp_path / "run"
