@@ -4,6 +4,7 @@ Ranks are ranges: a mechanism comes after those that are better by more than cha
 more than chance, by Tukey's honest test of all pairs at 5 %, whose spread is that of the seeds of all mechanisms.
 """
 
+import collections
 import math
 import re
 import shlex
@@ -27,9 +28,8 @@ HEADER = (
     "beside softmax",
     "k params",
     "M multiply-adds",
-    "images/s, forward",
 )
-HEADER += ("images/s, training",)
+STEPS = ("forward", "training")  # images a second, where these were timed
 BASELINE = "softmax"
 MARKS = re.compile(r"(<!-- generated: accuracy -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
@@ -95,7 +95,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     found = scores(rows)
     base, places = found.get(BASELINE), ranks(found)
     failed = [row for row in rows if row["error"]]
-    lines = [HEADER, ["---"] * len(HEADER)]
+    timed = [step for step in STEPS if any(_speed(row, step) != "-" for row in rows)]
+    header = [*HEADER, *(f"images/s, {step}" for step in timed)]
+    lines = [header, ["---"] * len(header)]
     for name, values in found.items():
         row = next(row for row in rows if row["mechanism"] == name)
         lost = sum(other["mechanism"] == name for other in failed)
@@ -109,7 +111,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 beside,
                 f"{int(row['params']) / 1e3:.0f}",
                 f"{float(row['mmacs']):.1f}",
-                *(_speed(row, step) for step in ("forward", "training")),
+                *(_speed(row, step) for step in timed),
             ]
         )
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -190,6 +192,8 @@ def write(folder: Path, found: Mapping[Place, Sequence[dict[str, Any]]], argumen
         told = [f"{rows[0]['budget']}; {devices}, {rows[0]['precision']}, threads {rows[0]['threads']}"]
         if timed := {row["speed_device"] for row in rows if row.get("speed_device")}:
             told.append(f"speeds on {', '.join(sorted(timed))}")
+        runs = collections.Counter(int(row["seed"]) for row in rows if not row["error"])
+        told.append(f"runs {', '.join(f'{count} of seed {seed}' for seed, count in sorted(runs.items()))}")
         told += [f"{key} {', '.join(sorted({row[key] for row in rows}))}" for key in ("torch", "timm", "linsight")]
         parts.append(f"## {at.about[0].upper()}{at.about[1:]}\n\n{', '.join(told)}\n")
         parts.append(f"{table(rows)}\n\n![{at.name}]({drawn})\n")

@@ -59,6 +59,7 @@ def test_each_mechanism_is_trained_once_a_seed_and_timed(data, tmp_path, capsys)
     text = page.read_text()
     assert text.startswith("# Words\n") and text.endswith("<!-- end -->\n\nMore words\n") and "old" not in text
     assert "1 epochs of 64 images, 20 to evaluate; cpu: " in text and docs.table(first) in text
+    assert "| images/s, forward | images/s, training |\n" in text and ", runs 2 of seed 3, torch " in text
     assert (tmp_path / "accuracy-cifar10.png").read_bytes()[:4] == b"\x89PNG" and "(accuracy-cifar10.png)" in text
 
 
@@ -147,7 +148,7 @@ def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "| `linear` | 1-2 | 41.00 ± 1.41, 1 of 3 failed | 40.00 42.00 | +0.00 |" in out
     assert "| `softmax` | 1-2 | 41.00 ± 1.00 | 40.00 41.00 42.00 | +0.00 |" in out
-    assert "`linear`, seed 1, failed: the loss became nan" in out
+    assert "`linear`, seed 1, failed: the loss became nan" in out and "images/s" not in out
 
 
 def test_all_places_are_one_table():
