@@ -161,3 +161,18 @@ def test_fused_models_have_the_weights_of_now(host, way):
             if name.endswith(("weight_orig", "original")):
                 tensor.mul_(1.5)
         torch.testing.assert_close(run(linsight.fuse(model)), run(copy.deepcopy(model)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.skipif(not hasattr(torch.ao.quantization, "quantize_dynamic"), reason="this torch has it no more")
+@makes
+def test_linear_layers_in_int8_are_called(make):
+    """Those that torch has quantized, whose weight is a method."""
+    torch.manual_seed(0)
+    module = make().eval()
+    with torch.no_grad():
+        wanted = run(module)
+        small = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+        found = run(small)
+    assert found.isfinite().all() and (found - wanted).norm() <= 0.7 * wanted.norm()  # rounded coarsely

@@ -144,12 +144,12 @@ class FaViT(Layer):
     def factors(self, i: int, kv: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Keys and values `(B, H, 49, c)` of the local group `i`, of its channels of the grid's tokens."""
         places = windows(grid, self.dilations[i], kv.device)
-        dtype, width = accumulator(kv.dtype), self.local // self.num_heads
+        given, dtype, width = kv.dtype, accumulator(kv.dtype), self.local // self.num_heads
         kv = split_heads(kv.index_select(1, places), self.num_heads).transpose(1, 2).flatten(2).to(dtype)
         row = places.shape[0] // _CELLS * width  # windows and their channels
         averages = pool_matrix(row, width, device=kv.device, dtype=dtype).T
         with full_precision(kv):
-            kv = (unflatten(kv, 2, (_CELLS, row)) @ averages).to(self.proj.weight.dtype)  # (B, H, 49, c)
+            kv = (unflatten(kv, 2, (_CELLS, row)) @ averages).to(given)  # (B, H, 49, c)
         k, v = self.single_heads[i](self.fcs[i](kv)).chunk(2, dim=-1)
         local = self.local_convs[i](merge_heads(v.transpose(1, 2)), (_SIDE, _SIDE))
         return k, v + split_heads(local, self.num_heads).transpose(1, 2)
