@@ -9,12 +9,13 @@ import math
 import re
 import shlex
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from _places import Place
-from scipy.stats import studentized_range
+from scipy.stats import rankdata, studentized_range
 
 from linsight.errors import LinsightError
 from linsight.runtime.figures import Label, drawing, label_points, new_figure, require_matplotlib, save_figure
@@ -124,21 +125,31 @@ def _shown(name: str, kind: str) -> str:
     return f"`{name}`{' (a whole block)' if kind == 'block' else ''}"
 
 
+def order(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The place of each mechanism by its mean, from 1; equal ones share theirs, and what failed shares the last."""
+    means = [-statistics.fmean(values) if values else 1.0 for values in found.values()]
+    return dict(zip(found, map(float, rankdata(means)), strict=True))
+
+
 def overview(found: Mapping[Place, Sequence[dict[str, Any]]]) -> str:
-    """One line for each mechanism, with its mean and its rank at each place: first what comes first on average."""
+    """One line for each mechanism, with its mean and its rank at each place: first what comes first on average.
+
+    Who has not been run at some place yet has no average, and comes last.
+    """
     means = {at: scores(rows) for at, rows in found.items()}
     places = {at: ranks(values) for at, values in means.items()}
-    orders = [list(values) for values in means.values()]
+    orders = [order(values) for values in means.values()]
     names = {name: kind for rows in found.values() for name, kind in ((row["mechanism"], row["kind"]) for row in rows)}
-    average = {name: statistics.fmean(1 + o.index(name) for o in orders if name in o) for name in names}
+    everywhere = [name for name in names if all(name in found for found in orders)]
+    average = {name: statistics.fmean(found[name] for found in orders) for name in everywhere}
     header = ["mechanism", "place on average", *(at.name for at in found)]
     lines = [header, ["---"] * len(header)]
-    for name in sorted(names, key=lambda name: (average[name], name)):
+    for name in sorted(names, key=lambda name: (average.get(name, math.inf), name)):
         cells = [
             f"{statistics.fmean(values[name]):.1f} ({places[at][name]})" if values.get(name) else "-"
             for at, values in means.items()
         ]
-        lines.append([_shown(name, names[name]), f"{average[name]:.1f}", *cells])
+        lines.append([_shown(name, names[name]), f"{average[name]:.1f}" if name in average else "-", *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -149,30 +160,33 @@ def _speed(row: dict[str, Any], step: str) -> str:
 
 @drawing()
 def picture(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Accuracy by mechanism, each run a dot; and the mean against the speed of training."""
+    """Accuracy by mechanism, each run a dot; and, where that was timed, the mean against the speed of training."""
     require_matplotlib(f"drawing {path.name}")
     found = {name: values for name, values in scores(rows).items() if values}
+    speeds = {row["mechanism"]: _speed(row, "training") for row in rows}
+    timed = {name: float(speed) for name, speed in speeds.items() if name in found and speed not in ("-", "nan")}
     figure = new_figure(10, 1.5 + 0.26 * len(found))
-    left, right = figure.subplots(1, 2)
+    left, *others = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
     points = []
     for place, (name, values) in enumerate(found.items()):
         mean = statistics.fmean(values)
         colour = "tab:red" if name == BASELINE else "tab:blue"
         left.plot(values, [place] * len(values), ".", color=colour, alpha=0.5)
         left.plot(mean, place, "|", color=colour, markersize=12)
-        speed = next(_speed(row, "training") for row in rows if row["mechanism"] == name)
-        if speed not in ("-", "nan"):
-            right.plot(float(speed), mean, "o", color=colour, markersize=4)
-            points.append(Label(float(speed), mean, name))
+        if name in timed:
+            others[0].plot(timed[name], mean, "o", color=colour, markersize=4)
+            points.append(Label(timed[name], mean, name))
     left.set_yticks(range(len(found)), list(found))
     left.invert_yaxis()
+    left.margins(y=0.01)
     left.set(xlabel="top-1 %, each seed and the mean")
-    right.set(xlabel="images a second in training", ylabel="mean top-1 %")
-    for axes in (left, right):
+    for axes in (left, *others):
         axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
-    right.margins(0.1)
-    label_points(right, points, size=7)
+    figure.suptitle("\n".join(line for part in title.splitlines() for line in textwrap.wrap(part, 110)), fontsize=10)
+    for axes in others:
+        axes.set(xlabel="images a second in training", ylabel="mean top-1 %")
+        axes.margins(0.1)
+        label_points(axes, points, size=7)
     save_figure(figure, path)
 
 

@@ -305,7 +305,8 @@ def run(options: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     workers = [Worker(work, options.limit) for _ in range(options.jobs)]
     try:
-        fill(rows, settings, kinds, facts, workers, options)
+        if not options.as_it_is:
+            fill(rows, settings, kinds, facts, workers, options)
         shown = {place(setting.place): at_place(rows, setting, facts, kinds) for setting in settings}
         for setting, ours in zip(settings, shown.values(), strict=True):
             if options.seconds:
@@ -391,7 +392,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=Path("runs/accuracy"),
         help="folder of the runs that those of other places go on from",
     )
-    add("--docs", type=Path, help="folder whose accuracy.md and accuracy.png are to show the result")
+    add("--as-it-is", action="store_true", help="train nothing more: show the rows that there are")
+    add(
+        "--docs",
+        type=Path,
+        help="folder whose accuracy.md is to show the result, with a picture of each place beside it",
+    )
     options = parser.parse_args(arguments)
     for name in ("epochs", "subset", "test", "jobs", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:

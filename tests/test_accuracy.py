@@ -56,6 +56,8 @@ def test_each_mechanism_is_trained_once_a_seed_and_timed(data, tmp_path, capsys)
     assert rows(path) == first
     out = capsys.readouterr().out
     assert "0 runs to do, 2 done before" in out
+    assert accuracy.main([*options, "--seeds", "3,4", "--seconds", "0", "--as-it-is"]) == 0
+    assert rows(path) == first and docs.table(first) in capsys.readouterr().out
     text = page.read_text()
     assert text.startswith("# Words\n") and text.endswith("<!-- end -->\n\nMore words\n") and "old" not in text
     assert "1 epochs of 64 images, 20 to evaluate; cpu: " in text and docs.table(first) in text
@@ -151,6 +153,11 @@ def test_failures_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     assert "`linear`, seed 1, failed: the loss became nan" in out and "images/s" not in out
 
 
+def test_equal_ones_share_their_place():
+    found = {"a": [100.0], "b": [100.0, 100.0], "c": [99.0], "lost": [], "late": []}
+    assert docs.order(found) == {"a": 1.5, "b": 1.5, "c": 3.0, "lost": 4.5, "late": 4.5}
+
+
 def test_all_places_are_one_table():
     def ran(place, **top1):
         return [
@@ -162,7 +169,7 @@ def test_all_places_are_one_table():
     lost = {"mechanism": "slow", "kind": "core", "seed": "0", "error": f"{TOO_LONG} 9 s", "top1": ""}
     found = {
         _places.place("cifar10"): [*ran("cifar10", a=[50, 51], b=[40, 41]), lost],
-        _places.place("recall-8"): ran("recall-8", a=[70.0, 70.2], b=[99, 99.2], slow=[60, 60.2]),
+        _places.place("recall-8"): ran("recall-8", a=[70.0, 70.2], b=[99, 99.2], slow=[60, 60.2], all_new=[20, 20.2]),
     }
     assert docs.overview(found).splitlines() == [
         "| mechanism | place on average | cifar10 | recall-8 |",
@@ -170,6 +177,7 @@ def test_all_places_are_one_table():
         "| `a` | 1.5 | 50.5 (1) | 70.1 (2) |",
         "| `b` | 1.5 | 40.5 (2) | 99.1 (1) |",
         "| `slow` | 3.0 | - | 60.1 (3) |",
+        "| `all_new` | - | - | 20.1 (4) |",
     ]
 
 
