@@ -140,8 +140,8 @@ def overview(found: Mapping[Place, Sequence[dict[str, Any]]]) -> str:
     places = {at: ranks(values) for at, values in means.items()}
     orders = [order(values) for values in means.values()]
     names = {name: kind for rows in found.values() for name, kind in ((row["mechanism"], row["kind"]) for row in rows)}
-    everywhere = [name for name in names if all(name in found for found in orders)]
-    average = {name: statistics.fmean(found[name] for found in orders) for name in everywhere}
+    everywhere = [name for name in names if all(name in at for at in orders)]
+    average = {name: statistics.fmean(at[name] for at in orders) for name in everywhere}
     header = ["mechanism", "place on average", *(at.name for at in found)]
     lines = [header, ["---"] * len(header)]
     for name in sorted(names, key=lambda name: (average.get(name, math.inf), name)):
@@ -163,8 +163,8 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Accuracy by mechanism, each run a dot; and, where that was timed, the mean against the speed of training."""
     require_matplotlib(f"drawing {path.name}")
     found = {name: values for name, values in scores(rows).items() if values}
-    speeds = {row["mechanism"]: _speed(row, "training") for row in rows}
-    timed = {name: float(speed) for name, speed in speeds.items() if name in found and speed not in ("-", "nan")}
+    speeds = [(row["mechanism"], _speed(row, "training")) for row in rows]  # not of each row, as a run may be later
+    timed = {name: float(speed) for name, speed in speeds if name in found and speed not in ("-", "nan")}
     figure = new_figure(10, 1.5 + 0.26 * len(found))
     left, *others = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
     points = []
