@@ -16,9 +16,9 @@ from torch import Tensor
 from .sizes import leaves
 from .states import accumulator
 
-LEAST = 128  # tokens whose states are there at a time
+LEAST = 16  # tokens whose states are there at a time
+NUMBERS = 2**20  # or more of them, whose states are so many numbers in all sequences: 4 MB, which the caches hold
 _ROUNDS = 20
-NUMBERS = 2**19  # or more of them, whose states are so many numbers
 
 
 def linear_scan(decay: Tensor, value: Tensor, *, reverse: bool = False) -> Tensor:
@@ -136,8 +136,8 @@ linear_scan_op.register_autograd(_linear_backward, setup_context=_keep_states)
 def selective_scan_op(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
     """`selective_scan`, and the states `(B, blocks, D, S)` that its blocks begin with."""
     out, state = torch.zeros_like(x), x.new_zeros(x.shape[0], *rate.shape)
-    starts = x.new_zeros(x.shape[0], -(-x.shape[1] // _block(rate)), *rate.shape)
-    for i, own in enumerate(_blocks(x.shape[1], rate)):
+    starts = x.new_zeros(x.shape[0], -(-x.shape[1] // _block(x, rate)), *rate.shape)
+    for i, own in enumerate(_blocks(x, rate)):
         starts[:, i] = state
         states = _walk(*_terms(x[:, own], step[:, own], rate, write[:, own]), state)
         out[:, own] = (states @ read[:, own, :, None]).squeeze(-1)
@@ -147,7 +147,7 @@ def selective_scan_op(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read
 
 @selective_scan_op.register_fake
 def _(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    size = _block(rate)
+    size = _block(x, rate)
     return torch.empty_like(x), x.new_empty(x.shape[0], (x.shape[1] + size - 1) // size, *rate.shape)
 
 
@@ -158,7 +158,7 @@ def selective_scan_backward(
     """Gradients by x, step, rate, write and read, of that by the output."""
     of_x, of_step, of_write, of_read = (torch.zeros_like(t) for t in (x, step, write, read))
     of_rate, after = torch.zeros_like(rate), x.new_zeros(x.shape[0], *rate.shape)
-    for i, own in reversed([*enumerate(_blocks(x.shape[1], rate))]):
+    for i, own in reversed([*enumerate(_blocks(x, rate))]):
         asked, given, moved, writing = grad[:, own], x[:, own], step[:, own], write[:, own]
         decay, value = _terms(given, moved, rate, writing)
         states = _walk(decay, value, starts[:, i])
@@ -196,11 +196,11 @@ def _selective_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
 selective_scan_op.register_autograd(_selective_backward, setup_context=_keep_starts)
 
 
-def _block(rate: Tensor) -> int:
-    """The tokens whose states `(D, S)` are there at a time, of each sequence: about half a million numbers."""
-    return max(LEAST, NUMBERS // max(rate.shape[0] * rate.shape[1], 1))
+def _block(x: Tensor, rate: Tensor) -> Any:
+    """The tokens whose states `(B, D, S)` are there at a time, an integer, or a symbol of one in a compiled graph."""
+    return torch.sym_max(LEAST, NUMBERS // torch.sym_max(x.shape[0] * rate.shape[0] * rate.shape[1], 1))
 
 
-def _blocks(count: int, rate: Tensor) -> list[slice]:
-    size = _block(rate)
+def _blocks(x: Tensor, rate: Tensor) -> list[slice]:
+    count, size = x.shape[1], _block(x, rate)
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
