@@ -51,10 +51,13 @@ def scores(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def tells_apart(found: Mapping[str, Sequence[float]]) -> Callable[[str, str], bool] | None:
-    """True of two mechanisms whose means differ by more than chance (Tukey and Kramer, 5 %); None: nothing to go by."""
+    """True of two mechanisms whose means differ by more than chance (Tukey and Kramer, 5 %); None: nothing to go by.
+
+    A tenth of the mechanisms have to have several seeds, for the spread of these to stand for that of all.
+    """
     groups = {name: values for name, values in found.items() if values}
     free = sum(len(values) - 1 for values in groups.values())
-    if free < 1 or len(groups) < 2:
+    if len(groups) < 2 or sum(len(values) > 1 for values in groups.values()) < max(len(groups) / 10, 1):
         return None
     within = (
         sum(statistics.variance(values) * (len(values) - 1) for values in groups.values() if len(values) > 1) / free

@@ -10,8 +10,8 @@ that no mechanism is the only one to know where a token is. It takes whole block
 is registered, with its default options. Nothing is tuned for any of them. A run is done with linsight's own trainer;
 each one that ends is a row of the CSV file, and is not done again: stop it and go on at any time. A mechanism goes
 through all places with one seed before the next mechanism does. What diverges, or does not fit in time or memory, is a
-row like the others; `benchmarks/accuracy.csv` has those so far. At the end all models are timed in rounds that
-alternate between them.
+row like the others. At the end all models are timed in rounds that alternate between them. The rows so far come with
+linsight, which reads them for `linsight advise --accuracy`: go on with `--csv src/linsight/bench/accuracy.csv`.
 """
 
 import argparse

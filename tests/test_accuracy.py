@@ -125,6 +125,9 @@ def test_ranks_are_as_wide_as_chance_is():
     found = {"a": [50.0, 51.0, 49.0], "b": [49.5, 50.5, 48.5], "c": [40.0, 41.0, 39.0], "lost": []}
     assert docs.ranks(found) == {"a": "1-2", "b": "1-2", "c": "3", "lost": "-"}
     assert docs.ranks({"a": [50.0], "b": [10.0]}) == {"a": "-", "b": "-"}  # one seed says nothing of chance
+    many = {str(number): [50.0 + number] for number in range(20)}
+    assert set(docs.ranks(many | {"a": [10.0, 12.0]}).values()) == {"-"}, "nor do two seeds of one of many"
+    assert docs.ranks(many | {"a": [10.0, 10.1], "b": [11.0, 11.1], "c": [5.0, 5.1]})["c"] == "23"
     differ = docs.tells_apart(found)
     pooled = scipy.stats.tukey_hsd(*(found[name] for name in "abc"))
     assert differ("a", "c") == (pooled.pvalue[0, 2] < 0.05) and differ("a", "b") == (pooled.pvalue[0, 1] < 0.05)

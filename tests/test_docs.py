@@ -52,6 +52,7 @@ def execute(path, line, code):
     return names
 
 
+@pytest.mark.full  # .ci/run and pre-commit ask docs/generate.py itself
 def test_generated_parts_are_current():
     found = {path: path.read_text(encoding="utf-8") == text for path, text in generator().outputs().items()}
     assert all(found.values()) and len(found) == 7, f"run python docs/generate.py: {found}"
