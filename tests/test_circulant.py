@@ -123,3 +123,14 @@ def test_the_published_host():
     assert model(torch.randn(2, 3, 100, 65)).shape == (2, 5)
     with pytest.raises(linsight.errors.CapabilityError, match="class_token=False"):
         linsight.create_model("vit_tiny", attention="circulant")
+
+
+def test_a_neutral_start_opens_the_gate():
+    core, layout = create_core("circulant", 12, 3), Layout(Grid(3, 4))
+    core.start_neutral()
+    q, k, v = (torch.randn(2, 12, 3, 4) for _ in range(3))
+    out = core(Tokens(q, k, v, x=torch.randn(2, 12, 12)), layout)
+    maps = [t.flatten(2).transpose(1, 2).unflatten(2, (3, 4)) for t in (q, k, v)]
+    weights = (correlation(*maps[:2]) * 12**-0.5).flatten(2).softmax(-1).unflatten(2, (3, 4))
+    wanted = correlation(weights, maps[2]).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(out.flatten(2), wanted, rtol=1e-5, atol=1e-5)

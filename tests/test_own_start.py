@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from linsight.models import create_model
+from linsight.models import create_model, create_video_model
 
 HOSTS = {
     "vit_tiny": {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "class_token": False},
@@ -64,3 +64,27 @@ def test_convolutions_of_l2vit_start_as_its_linear_layers():
             spread = module.weight.abs().median().item() / 0.6745  # timm draws one in some ten million at its bound, 2
             assert spread == pytest.approx(0.02, rel=0.1), name
             assert module.bias is None or not module.bias.any()
+
+
+def assert_starts_as_a_convolution(weights):
+    for weight in weights:
+        assert weight.std().item() == pytest.approx(math.sqrt(2 / weight.shape[0]), rel=0.2)
+
+
+def test_linear_layers_that_are_published_as_convolutions_start_as_such():
+    for host in ("pvt_v2_b0", "compact_nano"):
+        assert_starts_as_a_convolution(parameters("favit", host, "kv_l.point_conv.weight"))
+    model = create_model("compact_nano", attention="transnext", attention_options={"sr_ratio": 2}, img_size=64)
+    found = [weight.detach() for name, weight in model.named_parameters() if name.endswith("sr.weight")]
+    assert found
+    assert_starts_as_a_convolution(found)
+
+
+def test_linear_layers_of_videos_start_as_those_of_images():
+    torch.manual_seed(0)
+    model = create_video_model("videomamba_video_tiny", depth=1, num_classes=10)
+    weights = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {"head", "layers.0.attn.in_proj"} <= weights.keys()
+    for module in weights.values():
+        assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert module.bias is None or not module.bias.any()

@@ -54,6 +54,12 @@ class Circulant(Core):
         self.num_heads = num_heads
         self.gate = nn.Linear(dim, dim, device=device, dtype=dtype)
 
+    def start_neutral(self) -> None:
+        """Open the gate: SiLU is 1."""
+        super().start_neutral()
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, 1.2784645427610738)
+
     def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
         """Two circular correlations, in float32 whatever the dtype of the tokens."""
         height, width, _ = layout.grid

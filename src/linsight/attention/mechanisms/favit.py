@@ -114,6 +114,11 @@ class FaViT(Layer):
         self.local_convs = nn.ModuleList(TokenConv(local, **factory) for _ in self.dilations)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The published start of the map of local channels, which is a convolution there."""
+        nn.init.kaiming_normal_(self.kv_l["point_conv"].weight, mode="fan_out")
 
     def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """The tokens `(B, H*W, C)`, mixed."""

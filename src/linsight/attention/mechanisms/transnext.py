@@ -122,6 +122,7 @@ class TransNeXt(Layer):
             self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, _PLACES, **factory))
             nn.init.trunc_normal_(self.relative_pos_bias_local, std=4e-4)
             nn.init.trunc_normal_(self.learnable_tokens, std=0.02)
+        self.init_weights()
         self.distance = None if grid is None else LogDistance(num_heads, (grid[0], grid[1]), **factory)
         self.gates: HeadGates | None = None
         if shared_heads is not None or routed_heads is not None:
@@ -194,6 +195,11 @@ class TransNeXt(Layer):
     def wide(self, x: Tensor) -> Tensor:
         """Heads `(B, N, H, d)` of tokens, in the accumulator's dtype."""
         return split_heads(x.to(accumulator(x.dtype)), self.num_heads)
+
+    def init_weights(self) -> None:
+        """The published start of the map of tokens that are pooled, which is a convolution there."""
+        if self.sr_ratio > 1:
+            nn.init.kaiming_normal_(self.sr.weight, mode="fan_out")
 
     def no_weight_decay(self) -> set[str]:
         """Temperature, query embedding and biases, as published."""

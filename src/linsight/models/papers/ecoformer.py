@@ -18,6 +18,7 @@ def _pvt(size: str, top1: float, params: float, gmacs: float) -> Variant:
         note="stochastic depth not published, so none",
         start=f"the weights of pvt_v2_{size}, trained on for 100 epochs at this rate",
         epochs=30,
+        cooldown_epochs=0,
         lr=5e-5,
         lr_base_batch=0,
         warmup_lr=1e-7,

@@ -1,13 +1,18 @@
 """FaViT (arXiv 2312.08614) in PVTv2.
 
 The ratios of the host's reduced keys are those of the global head, and the dilation of the second local group. The
-published repository names no place of the weights.
+published repository names no place of the weights. Its last rate is 1e-5 at any batch; the batch itself and where the
+warm-up begins are not published.
 """
 
+from functools import partial
 from typing import Any
 
 from ..registry import add_variants
 from ..rows import Variant, figures, trained
+
+
+_TRAINING = partial(trained, "pvt", 128, 0.1, warmup_lr=5e-7, min_lr=5e-6, cooldown_epochs=0)
 
 
 def _favit(size: str, width: int, depths: tuple[int, ...], known: dict[str, Any], note: str = "") -> Variant:
@@ -19,11 +24,11 @@ def _favit(size: str, width: int, depths: tuple[int, ...], known: dict[str, Any]
         {**widths, "depths": depths},
         options={"sr_ratio": [8, 4, 2, 1]},
         published=known,
-        training=(trained("pvt", 128, 0.1, note=note),),
+        training=(_TRAINING(note=f"batch not published, so that of PVT{note}"),),
     )
 
 
-_LIKE_B0 = "no recipe published, so that of B0"
+_LIKE_B0 = "; recipe not published, so that of B0"
 
 # Of the larger two the paper has 24 and 48 million parameters, and 8.5 GMACs: these are counted, not rounded down.
 add_variants(

@@ -23,6 +23,7 @@ from linsight.ops import FittedTable, Grid, Tile
 
 from ..parts.mixer import Mixer, mixers
 from ..parts.positions import with_positions
+from ..parts.stages import init_linear
 from ..plan import plan
 from ..seams import asked_no_weight_decay, refuse_prefix, set_grid
 from .clips import MODE, along, check_clips, cut, fitted, grid_of
@@ -87,6 +88,7 @@ class VideoMamba(nn.Module):
         self.layers = mixers(choices, embed_dim, num_heads, grid=tall, drop_path_rate=drop_path_rate, **factory)
         self.norm_f = WideRMSNorm(embed_dim, eps=Mixer.eps, **factory)
         self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
+        self.apply(init_linear)
         self.grad_checkpointing = False
 
     def forward_features(self, x: Tensor) -> Tensor:
