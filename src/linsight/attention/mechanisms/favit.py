@@ -118,7 +118,8 @@ class FaViT(Layer):
 
     def init_weights(self) -> None:
         """The published start of the map of local channels, which is a convolution there."""
-        nn.init.kaiming_normal_(self.kv_l["point_conv"].weight, mode="fan_out")
+        point: Any = self.kv_l["point_conv"]
+        nn.init.kaiming_normal_(point.weight, mode="fan_out")
 
     def mix(self, x: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """The tokens `(B, H*W, C)`, mixed."""

@@ -11,7 +11,6 @@ from typing import Any
 from ..registry import add_variants
 from ..rows import Variant, figures, trained
 
-
 _TRAINING = partial(trained, "pvt", 128, 0.1, warmup_lr=5e-7, min_lr=5e-6, cooldown_epochs=0)
 
 
