@@ -3,7 +3,8 @@
 Shen et al., "Efficient Attention: Attention with Linear Complexities", WACV 2021 (arXiv 1812.01243).
 Queries are normalised over their channels, every key channel over the positions; the implied rows
 then sum to 1, so there is neither a denominator nor a scale. The published layer adds its input to
-its output; here the residual belongs to the block.
+its output; here the residual belongs to the block. Keys and values are as wide as the tokens; published
+ones may be of other widths.
 """
 
 import torch

@@ -13,6 +13,9 @@ Here by the Sherman-Morrison formula, with p = w / omega and the mean m and the 
 which is the same number, and has no difference below the line that may be near 0. Keys are brought near zero before
 their squares are summed. A large lambda gives softmax attention. Everything is computed in float32 (float64 for
 float64), with one d x d system for each query, solved directly: O(N^2 d^2 + N d^3), and N d^2 numbers in memory.
+
+lambda is one number for all tokens, all of the covariance is kept, and the scale is fixed: options of the published
+code by which lambda is made from a token, or blocks of the covariance are kept, are left out.
 """
 
 from collections.abc import Mapping

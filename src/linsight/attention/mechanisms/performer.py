@@ -12,7 +12,7 @@ m^(-1/2) cancels. The generalised kernel ("relu") is relu(Omega x') + 1e-3, in o
 line: features are positive. Features are computed in float32 (float64 for float64).
 
 Omega is a buffer that heads share and checkpoints hold. Training draws it anew every 1000 updates, as published:
-`redraw()`.
+`redraw()`. The causal form is not here.
 """
 
 import math

@@ -12,7 +12,7 @@ puts its own around them. Here the projections of the layer are W_q of MAB1 and 
 made of tokens, and `proj` is W_o of MAB1.
 
 `PMA` is its pooling: PMA(X) = MAB(S, X) of k learned seeds. `SAB`, SAB(X) = MAB(X, X), is what ISAB stands for, of cost
-O(N^2). Both are modules of tokens, not mechanisms.
+O(N^2). Both are modules of tokens, not mechanisms. All keep the width of the tokens; published ones may change it.
 """
 
 from collections.abc import Callable
