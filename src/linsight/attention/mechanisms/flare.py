@@ -12,8 +12,8 @@ with a scale of 1, not d^(-1/2). Keys and values come from deep residual project
 
 or from one linear map each ("depth=-1"). Latents and keys may be normed over a head (`norm`). The published table of
 latents (C, M) is read as (heads, M, d) as its numbers lie, so it is not transposed. There is no head in common use for
-images; what reads is the keys of a token, so another sequence may be gathered from. SiLU in the projections, another width inside them, and rotated keys, all of
-them published options, are left out.
+images; what reads is the keys of a token, so another sequence may be gathered from. SiLU in the projections, another
+width inside them, and rotated keys, all of them published options, are left out.
 """
 
 from typing import Any, Literal
