@@ -15,6 +15,7 @@ from linsight.models import create_video_model
 from linsight.models.video import RGLRU, TemporalBlock, from_flax
 from linsight.models.video.videomamba import inflated
 from linsight.ops import linear_scan, selective_scan
+from linsight.ops.scan import selective_scan_op
 from matrix.subject import close
 
 F64 = torch.float64
@@ -62,6 +63,14 @@ def test_selective_scan_over_blocks(monkeypatch):
     given = [t.requires_grad_() for t in (x, step, rate, write, read)]
     close(selective_scan(*given), (states * read[:, :, None]).sum(-1))
     assert torch.autograd.gradcheck(selective_scan, given, fast_mode=True)
+
+
+def test_blocks_of_the_scan_count_all_sequences(monkeypatch):
+    monkeypatch.setattr("linsight.ops.scan.NUMBERS", 24)
+    monkeypatch.setattr("linsight.ops.scan.LEAST", 1)
+    for count, blocks in ((1, 3), (2, 6), (30, 11)):  # of 4, 2 and 1 of 11 tokens
+        x, write = torch.randn(count, 11, 3), torch.randn(count, 11, 2)
+        assert selective_scan_op(x, x.abs(), -torch.rand(3, 2), write, write)[1].shape == (count, blocks, 3, 2)
 
 
 def test_the_recurrence_is_gated_and_its_first_frame_is_not_scaled():

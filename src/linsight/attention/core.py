@@ -12,6 +12,8 @@ from .capabilities import Capabilities, Structure
 from .rounds import Done, Round, dense, scan
 from .tokens import Tokens
 
+OPEN_SILU = 1.2784645427610738  # SiLU of it is 1
+
 
 class Rename(NamedTuple):
     """One rule of a key map: keys that start with `published` start with `ours` here.

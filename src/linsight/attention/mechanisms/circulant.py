@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from linsight.ops import Layout, accumulator, circular_correlation, full_precision
 
 from ..capabilities import Cost, Structure
-from ..core import Core, Rename
+from ..core import OPEN_SILU, Core, Rename
 from ..registry import Paper, register
 from ..tokens import Tokens, merge_heads, split_heads
 
@@ -58,7 +58,7 @@ class Circulant(Core):
         """Open the gate: SiLU is 1."""
         super().start_neutral()
         nn.init.zeros_(self.gate.weight)
-        nn.init.constant_(self.gate.bias, 1.2784645427610738)
+        nn.init.constant_(self.gate.bias, OPEN_SILU)
 
     def forward(self, tokens: Tokens, layout: Layout) -> Tensor:  # type: ignore[override]
         """Two circular correlations, in float32 whatever the dtype of the tokens."""

@@ -32,7 +32,7 @@ from linsight.ops import (
 )
 
 from ..capabilities import Structure
-from ..core import Rename
+from ..core import OPEN_SILU, Rename
 from ..parts.gated_rotary import GatedRotary
 from ..parts.kernel import CountedSums, KernelMeans
 from ..parts.wide import WideLayerNorm
@@ -76,7 +76,7 @@ class NaLaFormer(GatedRotary):
 
     structure = Structure(stream=True)
     rounds = (DirectionMeans(),)
-    open_gate = 1.2784645427610738  # SiLU(x) = 1
+    open_gate = OPEN_SILU
     published = (
         Rename("qkvg.", "qkv."),
         Rename("out_proj.", "proj."),
