@@ -21,6 +21,7 @@ import accuracy
 
 from linsight.attention import list_attentions
 from linsight.bench import TOO_LONG, Side
+from linsight.models import create_model
 from linsight.train import load_trained, train
 
 
@@ -72,6 +73,17 @@ def test_a_run_is_the_same_for_all_but_the_mechanism_and_the_seed(data):
     assert differing == {"attention", "seed"}
     assert (first.train_split, first.val_split, first.epochs) == ("train[:6000]", "test[:3000]", 5)
     assert (first.opt, first.warmup_epochs, first.threads, first.workers) == ("adamw", 1, 1, 0)
+
+
+@pytest.mark.parametrize("mechanism", accuracy.FORMS)
+def test_a_form_for_few_tokens_is_one_of_the_same_function(mechanism):
+    few, many = (_places.PLACES[name] for name in ("recall-4", "recall-64"))
+    assert accuracy.form(mechanism, few) and not accuracy.form(mechanism, many) and not accuracy.form("linear", few)
+    own = accuracy.build(mechanism, few, "cpu").eval()
+    usual = create_model("compact_nano", attention=mechanism, img_size=few.side, num_classes=few.classes, **few.host)
+    usual.load_state_dict(own.state_dict())
+    x = torch.randn(2, 3, few.side, few.side)
+    torch.testing.assert_close(own(x), usual.eval()(x))
 
 
 @pytest.mark.parametrize("place", _places.PLACES.values(), ids=lambda place: place.name)

@@ -27,7 +27,7 @@ def expected(q, k, bits, scale=1.0):
     return torch.tensor([[(1 - math.acos(c) / math.pi) ** bits for c in row] for row in cosines], dtype=F64)
 
 
-@pytest.mark.parametrize("form", ["sampled", "expectation"])
+@pytest.mark.parametrize("form", ["sampled", "pairs", "expectation"])
 @pytest.mark.parametrize("dropping", [False, True])
 def test_core_is_its_pairs(form, dropping):
     core, grid = create_core("yoso", 8, 2, form=form, hashes=3, bits=2).double(), Grid(3, 4, 1)
@@ -36,7 +36,7 @@ def test_core_is_its_pairs(form, dropping):
     out = core(tokens, Layout(grid))
     for h in range(2):
         q, k, v = (x[0, kept, h] for x in tokens[:3])
-        y = (estimate(core, q, k) if form == "sampled" else expected(q, k, 2, 0.98)) @ v
+        y = (expected(q, k, 2, 0.98) if form == "expectation" else estimate(core, q, k)) @ v
         close(out[0, kept, h], y / y.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
 
@@ -46,10 +46,10 @@ def test_hashes_estimate_the_expectation():
     assert (shares - expected(tokens, tokens, 3)).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_gradients_are_the_published_ones(cut):
+@pytest.mark.parametrize(("form", "cut"), [("sampled", False), ("sampled", True), ("pairs", False)])
+def test_gradients_are_the_published_ones(form, cut):
     """Those of y = P v, P the estimate and a constant but for a slope of (t / 2) P by the cosine; over tiles, too."""
-    core, grid = create_core("yoso", 4, 1, hashes=6, bits=2).double(), Grid(3, 4)
+    core, grid = create_core("yoso", 4, 1, form=form, hashes=6, bits=2).double(), Grid(3, 4)
     leaves = [torch.randn(1, 12, 1, 4, dtype=F64, requires_grad=True) for _ in range(3)]
     tokens = random_tokens(core, 1, grid, dim=4)._replace(q=leaves[0], k=leaves[1], v=leaves[2])
     out = run_rounds(core, tokens, tiles(grid, 2, 3)) if cut else core(tokens, Layout(grid))

@@ -11,6 +11,9 @@ reads its own row. Its gradients are the published ones of less variance, estima
 and of k^_j are those of a p whose slope is (t / 2) p. They need a table d times as wide, made where gradients by
 queries or keys are asked for. A query whose rows are all empty gives 0.
 
+"pairs" is the same estimate with the same gradients, made by comparing the hashes of each query and key: without tables
+it trains faster where there are fewer tokens than rows.
+
 "expectation" has p itself, of all pairs, with its own gradient; cosines are multiplied by 0.98 before arccos, whose
 slope at 1 is infinite.
 
@@ -68,7 +71,7 @@ class YOSO(Core):
     """Attention to the keys that are hashed as the query is.
 
     Args:
-        form: "sampled" by hashes; "expectation" makes every pair.
+        form: "sampled" by hashes; "pairs" the same of every pair; "expectation" of every pair without hashes.
         hashes: n.
         bits: t, of a hash; tables have 2^t rows.
         cosine_scale: the factor on cosines of the expectation.
@@ -87,7 +90,7 @@ class YOSO(Core):
         dim: int,
         num_heads: int,
         *,
-        form: Literal["sampled", "expectation"] = "sampled",
+        form: Literal["sampled", "pairs", "expectation"] = "sampled",
         hashes: int = 8,
         bits: int = 8,
         cosine_scale: float = 0.98,
@@ -103,8 +106,8 @@ class YOSO(Core):
             raise LinsightError(f"cosine_scale={cosine_scale} of 'yoso' must be above 0, and 1 or less")
         self.num_heads = num_heads
         self.form, self.bits, self.cosine_scale = form, bits, cosine_scale
-        if form == "expectation":
-            self.structure = self.structure._replace(stream=False, reduced=True, cost=Cost.QUADRATIC)
+        if form != "sampled":
+            self.structure = self.structure._replace(stream=False, reduced=form == "expectation", cost=Cost.QUADRATIC)
             self.rounds = ()
         self.register_buffer("planes", torch.empty(hashes, bits, dim // num_heads, device=device, dtype=dtype))
         self.redraw()
@@ -145,10 +148,21 @@ class YOSO(Core):
         q, k = (F.normalize(x.to(dtype), dim=-1) for x in (tokens.q, mask_tokens(tokens.k, tokens.keep)))
         v = mask_tokens(tokens.v, tokens.keep).to(dtype)
         with full_precision(v):
-            cosines = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).clamp(-1, 1) * self.cosine_scale
-            seen = (1 - torch.arccos(cosines) / math.pi) ** self.bits
+            cosines = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+            seen = self.shared(q, k, cosines) if self.form == "pairs" else self.expected(cosines)  # (B, H, N, M)
             out = seen @ v.transpose(1, 2)  # v is 0 where a key is not seen
         return F.normalize(out, dim=-1).transpose(1, 2).to(tokens.q.dtype)
+
+    def expected(self, cosines: Tensor) -> Tensor:
+        """p of each pair."""
+        return (1 - torch.arccos(cosines.clamp(-1, 1) * self.cosine_scale) / math.pi) ** self.bits
+
+    def shared(self, q: Tensor, k: Tensor, cosines: Tensor) -> Tensor:
+        """The number of hashes that each pair shares, with the published slope."""
+        share = torch.zeros_like(cosines)
+        for of_q, of_k in zip(self.codes(q).unbind(-1), self.codes(k).unbind(-1), strict=True):
+            share = share + (of_q.transpose(1, 2)[..., None] == of_k.transpose(1, 2)[..., None, :])
+        return share * (1 + self.bits / 2 * (cosines - cosines.detach()))
 
 
 def rows_of(code: Tensor, rows: Tensor) -> Tensor:
