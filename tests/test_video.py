@@ -43,8 +43,10 @@ def walked(decay, value):
     return torch.stack(states, dim=1)
 
 
+@pytest.mark.parametrize("wide", [1, 2**12])  # token by token, and in stretches
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_linear_scan(count):
+def test_linear_scan(monkeypatch, count, wide):
+    monkeypatch.setattr("linsight.ops.scan.WIDE", wide)
     decay, value = torch.rand(2, count, 3, dtype=F64), torch.randn(2, count, 3, dtype=F64)
     close(linear_scan(decay, value), walked(decay, value))
     back = linear_scan(decay, value, reverse=True)
@@ -54,7 +56,9 @@ def test_linear_scan(count):
     assert linear_scan(decay.half(), value.half()).dtype == torch.float32
 
 
-def test_selective_scan_over_blocks(monkeypatch):
+@pytest.mark.parametrize("wide", [1, 2**12])
+def test_selective_scan_over_blocks(monkeypatch, wide):
+    monkeypatch.setattr("linsight.ops.scan.WIDE", wide)
     monkeypatch.setattr("linsight.ops.scan.NUMBERS", 24)
     monkeypatch.setattr("linsight.ops.scan.LEAST", 4)
     x, write, read = (torch.randn(2, 11, size, dtype=F64) for size in (3, 2, 2))
@@ -65,12 +69,24 @@ def test_selective_scan_over_blocks(monkeypatch):
     assert torch.autograd.gradcheck(selective_scan, given, fast_mode=True)
 
 
+def test_the_scan_is_not_rounded_where_others_are():
+    x, write, read = (torch.randn(2, 11, size) for size in (3, 2, 2))
+    given = [t.requires_grad_() for t in (x, torch.rand(2, 11, 3), -torch.rand(3, 2), write, read)]
+    found = []
+    for rounding in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounding):
+            out = selective_scan(*given)
+            found.append([out, *torch.autograd.grad(out.sum(), given)])
+    for exact, own in zip(*found, strict=True):
+        assert torch.equal(exact, own)
+
+
 def test_blocks_of_the_scan_count_all_sequences(monkeypatch):
     monkeypatch.setattr("linsight.ops.scan.NUMBERS", 24)
     monkeypatch.setattr("linsight.ops.scan.LEAST", 1)
     for count, blocks in ((1, 3), (2, 6), (30, 11)):  # of 4, 2 and 1 of 11 tokens
         x, write = torch.randn(count, 11, 3), torch.randn(count, 11, 2)
-        assert selective_scan_op(x, x.abs(), -torch.rand(3, 2), write, write)[1].shape == (count, blocks, 3, 2)
+        assert selective_scan_op(x, x.abs(), -torch.rand(3, 2), write, write)[1].shape == (count, blocks, 2, 3)
 
 
 def test_the_recurrence_is_gated_and_its_first_frame_is_not_scaled():

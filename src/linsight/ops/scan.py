@@ -1,7 +1,8 @@
 """Linear recurrences along a sequence, h_t = a_t h_(t-1) + b_t, and the selective scan of state-space models.
 
-A sequence is cut into about sqrt(N) stretches, which are walked side by side; then each is given the state before it.
-Products of decays are made forwards only, so nothing is divided and nothing overflows where decays are up to 1.
+Wide states are made token by token. Of narrow ones a sequence is cut into about sqrt(N) stretches, which are walked side
+by side; then each is given the state before it. Products of decays are made forwards only, so nothing is divided and
+nothing overflows where decays are up to 1.
 
 A graph that leaves has torch's own operators in place of the walk: 20 rounds, each of which joins stretches of twice
 the length, O(N log N), for sequences of up to 2^20 tokens.
@@ -17,7 +18,8 @@ from .sizes import leaves
 from .states import accumulator
 
 LEAST = 16  # tokens whose states are there at a time
-NUMBERS = 2**20  # or more of them, whose states are so many numbers in all sequences: 4 MB, which the caches hold
+NUMBERS = 2**18  # or more of them, whose states are so many numbers in all sequences: 1 MB, which the caches hold
+WIDE = 2**12  # numbers of a token's states in all sequences, from which on an operator's call costs less than its work
 _ROUNDS = 20
 
 
@@ -51,18 +53,34 @@ def selective_scan(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: T
     x, step, rate, write, read = (t.to(dtype) for t in (x, step, rate, write, read))
     if leaves():
         states = _by_doubling(*_terms(x, step, rate, write))
-        return (states @ read[..., None]).squeeze(-1)
+        return _read(states, read)
     out: Tensor = selective_scan_op(x, step, rate, write, read)[0]
     return out
 
 
 def _terms(x: Tensor, step: Tensor, rate: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays and values `(B, N, D, S)` of the recurrence."""
-    return torch.exp(step[..., None] * rate), (step * x)[..., None] * write[:, :, None]
+    """Decays and values `(B, N, S, D)` of the recurrence: channels last, as sums over states are cheap then."""
+    return torch.exp(step[:, :, None] * rate.t()), (step * x)[:, :, None] * write[..., None]
 
 
-def _walk(decay: Tensor, value: Tensor, start: Tensor) -> Tensor:
-    """States `(B, N, ...)` from the state `start` `(B, ...)` on."""
+def _read(states: Tensor, read: Tensor) -> Tensor:
+    """Outputs `(B, N, D)`; no matrix product, which may be rounded."""
+    return (states * read[..., None]).sum(dim=2)
+
+
+def _walk(decay: Tensor, value: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
+    """States `(B, N, ...)` from the state `start` `(B, ...)` on, or from the end."""
+    if value[:, :1].numel() < WIDE:
+        return _from_end(_by_stretches, decay, value, start) if reverse else _by_stretches(decay, value, start)
+    states, places = torch.empty_like(value), range(value.shape[1])
+    for place in reversed(places) if reverse else places:
+        torch.addcmul(value[:, place], decay[:, place], start, out=states[:, place])
+        start = states[:, place]
+    return states
+
+
+def _by_stretches(decay: Tensor, value: Tensor, start: Tensor) -> Tensor:
+    """`_walk` in about 2 sqrt(N) steps."""
     count = value.shape[1]
     if not value.numel():
         return value.clone()
@@ -103,8 +121,7 @@ def _by_doubling(decay: Tensor, value: Tensor) -> Tensor:
 def linear_scan_op(decay: Tensor, value: Tensor, reverse: bool) -> Tensor:
     """`linear_scan` behind an operator of torch, for compiled graphs."""
     start = torch.zeros_like(value.select(1, 0)) if value.shape[1] else value.new_zeros(0)
-    found = _from_end(_walk, decay, value, start) if reverse else _walk(decay, value, start)
-    return found.contiguous()
+    return _walk(decay, value, start, reverse).contiguous()
 
 
 @linear_scan_op.register_fake
@@ -134,13 +151,13 @@ linear_scan_op.register_autograd(_linear_backward, setup_context=_keep_states)
 
 @torch.library.custom_op("linsight::selective_scan", mutates_args=())
 def selective_scan_op(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    """`selective_scan`, and the states `(B, blocks, D, S)` that its blocks begin with."""
-    out, state = torch.zeros_like(x), x.new_zeros(x.shape[0], *rate.shape)
-    starts = x.new_zeros(x.shape[0], -(-x.shape[1] // _block(x, rate)), *rate.shape)
+    """`selective_scan`, and the states `(B, blocks, S, D)` that its blocks begin with."""
+    out, state = torch.zeros_like(x), x.new_zeros(x.shape[0], *rate.t().shape)
+    starts = x.new_zeros(x.shape[0], -(-x.shape[1] // _block(x, rate)), *rate.t().shape)
     for i, own in enumerate(_blocks(x, rate)):
         starts[:, i] = state
         states = _walk(*_terms(x[:, own], step[:, own], rate, write[:, own]), state)
-        out[:, own] = (states @ read[:, own, :, None]).squeeze(-1)
+        out[:, own] = _read(states, read[:, own])
         state = states[:, -1]
     return out, starts
 
@@ -148,7 +165,7 @@ def selective_scan_op(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read
 @selective_scan_op.register_fake
 def _(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
     size = _block(x, rate)
-    return torch.empty_like(x), x.new_empty(x.shape[0], (x.shape[1] + size - 1) // size, *rate.shape)
+    return torch.empty_like(x), x.new_empty(x.shape[0], (x.shape[1] + size - 1) // size, *rate.t().shape)
 
 
 @torch.library.custom_op("linsight::selective_scan_backward", mutates_args=())
@@ -157,23 +174,23 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients by x, step, rate, write and read, of that by the output."""
     of_x, of_step, of_write, of_read = (torch.zeros_like(t) for t in (x, step, write, read))
-    of_rate, after = torch.zeros_like(rate), x.new_zeros(x.shape[0], *rate.shape)
+    of_rate, after = torch.zeros_like(rate), x.new_zeros(x.shape[0], *rate.t().shape)
     for i, own in reversed([*enumerate(_blocks(x, rate))]):
         asked, given, moved, writing = grad[:, own], x[:, own], step[:, own], write[:, own]
         decay, value = _terms(given, moved, rate, writing)
         states = _walk(decay, value, starts[:, i])
-        asking = asked[..., None] * read[:, own, None]
+        asking = asked[:, :, None] * read[:, own, :, None]
         asking[:, -1] += after
-        by_state = _from_end(_walk, _moved(decay, True), asking, torch.zeros_like(after))
+        by_state = _walk(_moved(decay, True), asking, torch.zeros_like(after), reverse=True)
         after = decay[:, 0] * by_state[:, 0]
         before = torch.cat([starts[:, i : i + 1], states[:, :-1]], dim=1)
         by_rate = by_state * before * decay  # by step * rate
-        by_value = (by_state @ writing[..., None]).squeeze(-1)  # by step * x
+        by_value = _read(by_state, writing)  # by step * x
         of_x[:, own] = by_value * moved
-        of_step[:, own] = by_value * given + (by_rate * rate).sum(-1)
-        of_rate += torch.einsum("bnds,bnd->ds", by_rate, moved)
-        of_write[:, own] = ((moved * given)[:, :, None] @ by_state).squeeze(2)
-        of_read[:, own] = (asked[:, :, None] @ states).squeeze(2)
+        of_step[:, own] = by_value * given + (by_rate * rate.t()).sum(dim=2)
+        of_rate += (by_rate * moved[:, :, None]).sum(dim=(0, 1)).t()
+        of_write[:, own] = (by_state * (moved * given)[:, :, None]).sum(dim=-1)
+        of_read[:, own] = (states * asked[:, :, None]).sum(dim=-1)
     return of_x, of_step, of_rate, of_write, of_read
 
 
@@ -197,7 +214,7 @@ selective_scan_op.register_autograd(_selective_backward, setup_context=_keep_sta
 
 
 def _block(x: Tensor, rate: Tensor) -> Any:
-    """The tokens whose states `(B, D, S)` are there at a time, an integer, or a symbol of one in a compiled graph."""
+    """The tokens whose states `(B, S, D)` are there at a time, an integer, or a symbol of one in a compiled graph."""
     return torch.sym_max(LEAST, NUMBERS // torch.sym_max(x.shape[0] * rate.shape[0] * rate.shape[1], 1))
 
 
