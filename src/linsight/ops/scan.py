@@ -1,8 +1,8 @@
 """Linear recurrences along a sequence, h_t = a_t h_(t-1) + b_t, and the selective scan of state-space models.
 
-Wide states are made token by token. Of narrow ones a sequence is cut into about sqrt(N) stretches, which are walked side
-by side; then each is given the state before it. Products of decays are made forwards only, so nothing is divided and
-nothing overflows where decays are up to 1.
+Wide states are made token by token. A sequence of narrow ones is cut into about sqrt(N) stretches, which are walked
+side by side; then each is given the state before it. Products of decays are made forwards only, so nothing is divided
+and nothing overflows where decays are up to 1.
 
 A graph that leaves has torch's own operators in place of the walk: 20 rounds, each of which joins stretches of twice
 the length, O(N log N), for sequences of up to 2^20 tokens.
