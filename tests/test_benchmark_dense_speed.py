@@ -54,6 +54,7 @@ def test_the_page_says_what_was_found_and_what_was_not(tmp_path):
     assert "### A detector, `faster_rcnn`, 80 classes, training" in text
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)  # of a machine that is busy: it starts a process
 def test_a_run_is_a_table_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     page = tmp_path / "dense.md"

@@ -34,6 +34,7 @@ def test_forms_of_a_model_stand_beside_softmax(monkeypatch, tmp_path):
     assert ("inline_deit_tiny", "openvino") not in made
 
 
+@pytest.mark.full
 def test_all_forms_are_timed_in_the_same_rounds(monkeypatch):
     monkeypatch.setattr(rounds, "SAMPLE", 0)
     threads, order, found = torch.get_num_threads(), [], {}

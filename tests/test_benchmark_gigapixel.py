@@ -38,6 +38,7 @@ class Measured(Worker):
         return [Side({**facts, "scratch_gb": 0.1, "logits": "0.5 -2 1"})]
 
 
+@pytest.mark.full
 @pytest.mark.timeout(180)  # of a machine that is busy: it starts a process
 def test_the_limit_is_hard(options, tmp_path):
     gigapixel.make_picture(tmp_path / "picture.npy", 2048, [np.zeros((8, 8, 3), np.uint8)])

@@ -16,6 +16,7 @@ from linsight.ops import AxisWindow
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+@pytest.mark.full
 def test_both_forms_are_equal_and_the_table_goes_into_the_docs(tmp_path, capsys):
     page = tmp_path / "how-fast.md"
     page.write_bytes((DOCS / "how-fast.md").read_bytes())

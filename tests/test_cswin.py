@@ -116,6 +116,7 @@ def test_tables_move_to_the_grid_of_a_stage_or_of_a_stripe(monkeypatch):
     assert told == [(112, 56), (56, 2), (2, 28), (28, 7), (7, 14), (14, 7)]
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_stripes_in_graphs():
     """Two graphs for six grids, divisible or not, with few stripes or many; one exported program for all."""

@@ -295,6 +295,7 @@ def test_timm_can_group_parameters():
     assert scales == sorted(scales) and len(set(scales)) == 6
 
 
+@pytest.mark.full
 def test_it_exports_whole():
     model, images = tiny(), torch.randn(2, 3, 16, 16)
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))

@@ -182,7 +182,9 @@ def test_reduced_keys(dtype):
 
 
 @pytest.mark.timeout(300)  # as in the matrix
-@pytest.mark.parametrize(("options", "stride"), [({}, 2), ({"pool": 3}, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "stride"), [pytest.param({}, 2, marks=pytest.mark.full), ({"pool": 3}, 1)], ids=str
+)
 def test_export_with_dynamic_sizes(options, stride):
     """Behind a stride, as in a host, where a table must add no guard on the sizes; and with reduced keys."""
     layer = create_attention("focused", 16, 2, grid=(4, 6), **options)

@@ -235,6 +235,7 @@ def test_addresses_are_of_64_bits(monkeypatch):
     assert not matrix.any()
 
 
+@pytest.mark.full
 def test_central_moments_of_many_tokens_around_100(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", launch.Blocks(256, 1, 1))
     k, v = (randn(1, 2**17, 1, 4).float() + 100 for _ in range(2))

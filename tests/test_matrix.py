@@ -89,9 +89,7 @@ def test_fused(subject, check):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler for inductor")
-@pytest.mark.parametrize(  # C++ is slow to compile: of the first there are few kernels
-    ("name", "gradients"),
-    [("linear", False), *(pytest.param("inline", on, marks=pytest.mark.full) for on in (False, True))],
-)
+@pytest.mark.full  # C++ is slow to compile
+@pytest.mark.parametrize(("name", "gradients"), [("linear", False), ("inline", False), ("inline", True)])
 def test_inductor(name, gradients):
     graphs.compile_parity(matrix.Subject(name), "inductor", gradients)

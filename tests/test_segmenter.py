@@ -465,7 +465,8 @@ def some_in_full(*normal):
     return [name if name in normal else pytest.param(name, marks=pytest.mark.full) for name in DECODERS]
 
 
-@pytest.mark.parametrize("decoder", some_in_full("mlp"))
+@pytest.mark.full
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_two_graphs_for_five_sizes(decoder):
     torch._dynamo.reset()
     model = traceable(decoder)

@@ -71,13 +71,12 @@ def leaves(way, model, example, others, channels=3):
     equals(way(model, torch.randn(batch, channels, *size)), model, channels, others)
 
 
-QUICK = {("vit_tiny", "onnx")}  # the others take up to a minute each
 CELLS = [
     pytest.param(
         model,
         way,
         marks=[
-            *([] if (model, way) in QUICK or (way == "trace" and model in SMALL) else [full]),
+            *([] if way == "trace" and model in SMALL else [full]),  # others take up to a minute each
             *unmet(getattr(kind(model), "unmet", {}).get(way)),
         ],
     )

@@ -99,6 +99,7 @@ def test_an_onnx_file_of_a_segmenter_is_its_run(masks, photos, tmp_path, linsigh
     assert np.asarray(Image.open(tmp_path / "out" / "2.png")).shape == (60, 90)
 
 
+@pytest.mark.full
 def test_an_onnx_file_of_a_detector_is_its_run(objects, photos, tmp_path, linsight):
     path = tmp_path / "m.onnx"
     row = exported(linsight, objects, path, "onnx")

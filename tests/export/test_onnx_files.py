@@ -164,6 +164,7 @@ def test_what_is_no_exported_file_is_one_line(tmp_path):
             open_exported(tmp_path / name)
 
 
+@pytest.mark.full
 def test_small_images_do_not_fix_the_size_of_the_graph(tmp_path):
     """A stage of PVTv2 has one key at 32 pixels, and several at 64."""
     stages = {"embed_dims": (8,), "depths": (1,), "num_heads": (1,)}

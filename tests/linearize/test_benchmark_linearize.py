@@ -28,6 +28,7 @@ def updates(run):
     return steps
 
 
+@pytest.mark.full
 def test_all_runs_are_done_once_and_told(data, tmp_path, monkeypatch, capsys):
     small = {"STUDENTS": ("hedgehog", "mean"), "SCRATCH": ("linear",), "LARGER": ("softmax", "hedgehog")}
     small |= {"MODEL": {"model": "vit_tiny", "model_args": MODEL}, "TIMED": (32, 64)}

@@ -30,9 +30,14 @@ class Run(NamedTuple):
     dead: frozenset[int] = frozenset()
 
 
-FEW = {name: hosts.CASES[name] for name in ("host vit_tiny", "host pvt_tiny", "host mlla_pyramid_tiny")}
+# One mechanism of a kind: two ranks have fewer neighbours and nothing else that four do not have.
+KINDS = [
+    f"layer {name}{prefix}" for name in ("inline", "agent", "focused", "ttt", "yoso") for prefix in ("", " prefix")
+]
+FEW = [*KINDS, "layer mlla", "layer atconv", "one gather a round"]
+FEW += ["host vit_tiny", "host pvt_tiny", "host mlla_pyramid_tiny"]
 RUNS = {
-    "two": Run(2, 200, {**layers.CASES, **FEW}),
+    "two": Run(2, 200, {name: {**layers.CASES, **hosts.CASES}[name] for name in FEW}),
     "four": Run(4, 200, {**layers.CASES, **hosts.CASES, **training.CASES, **faults.CASES}),
     "dying": Run(4, 5, faults.DYING, frozenset({2})),
     "dying-later": Run(4, 5, faults.DYING_LATER, frozenset({2})),

@@ -97,7 +97,7 @@ def test_its_page_tells_what_each_stage_and_what_the_mechanism_brought(teacher, 
     assert re.search(r"32 pixels</bdi></td>\s*<td[^>]*>[\d.]+ ms", more)
 
 
-@pytest.mark.parametrize("layers", ["", "*.1.attn"])
+@pytest.mark.parametrize("layers", [pytest.param("", marks=pytest.mark.full), "*.1.attn"])
 def test_other_runs_start_from_it_at_other_sizes(teacher, tmp_path, layers):
     out = tmp_path / "student"
     train(resolve("digits", {**TASK, "teacher": str(teacher), "layers": layers, "epochs": 1}), out=out)
