@@ -53,7 +53,8 @@ class Tables(Round):
         if torch.is_grad_enabled() and (tokens.q.requires_grad or k.requires_grad) and not leaves():
             products = F.normalize(k, dim=-1)[..., None] * v.detach()[..., None, :]
             rows = torch.cat([v, products.flatten(-2)], dim=-1)
-        return torch.stack([sums(code, rows, 2**core.bits) for code in codes.unbind(-1)], dim=2)
+        tables = [sums(code, rows, 2**core.bits) for code in codes.unbind(-1)]
+        return torch.stack(tables).movedim(0, 2)  # each in a piece, as it is read
 
 
 @register(
@@ -132,13 +133,14 @@ class YOSO(Core):
         q, width = tokens.q.to(tables.dtype), tokens.v.shape[-1]
         found = torch.zeros((), dtype=q.dtype, device=q.device)
         for code, table in zip(self.codes(q).unbind(-1), tables.unbind(2), strict=True):
-            found = found + table.gather(2, rows_of(code, table))
+            rows = table.flatten(0, 2).index_select(0, rows_of(code, table.shape[2]).flatten())
+            found = found + rows.unflatten(0, code.shape)  # (B, N, H, W)
         y = found[..., :width]
         if tables.shape[-1] > width:  # a slope alone: its value is taken away again
             products = found[..., width:].unflatten(-1, (-1, width))
-            slope = self.bits / 2 * (F.normalize(q, dim=-1).transpose(1, 2)[..., None] * products).sum(dim=-2)
+            slope = self.bits / 2 * (F.normalize(q, dim=-1)[..., None] * products).sum(dim=-2)
             y = y + (slope - slope.detach())
-        return F.normalize(y, dim=-1).transpose(1, 2).to(tokens.q.dtype)
+        return F.normalize(y, dim=-1).to(tokens.q.dtype)
 
     def forward(self, tokens: Tokens, layout: Layout, *, context_layout: Layout | None = None) -> Tensor:
         """By tables, or by every pair."""
@@ -165,15 +167,21 @@ class YOSO(Core):
         return share * (1 + self.bits / 2 * (cosines - cosines.detach()))
 
 
-def rows_of(code: Tensor, rows: Tensor) -> Tensor:
-    """The index `(B, H, N, W)` of hashes `(B, N, H)`, for tables or rows `(B, H, ..., W)`."""
-    return code.transpose(1, 2)[..., None].expand(-1, -1, -1, rows.shape[-1])
+def rows_of(code: Tensor, count: int) -> Tensor:
+    """Where rows that hashes `(B, N, H)` name are in tables `(B, H, count, W)`, of all rows in turn: `(B, N, H)`.
+
+    Rows of one dimension are added and read whole, of several number by number: some ten times as slow.
+    """
+    batch, _, heads = code.shape
+    return code + torch.arange(batch * heads, device=code.device).reshape(batch, 1, heads) * count
 
 
 def sums(code: Tensor, rows: Tensor, count: int) -> Tensor:
     """A table `(B, H, count, W)`: `rows` `(B, N, H, W)`, each added to the row that its `code` `(B, N, H)` names."""
     if traced() or rows.shape[1] <= _STRETCH:
-        table = rows.new_zeros(rows.shape[0], rows.shape[2], count, rows.shape[3])
-        return table.scatter_add(2, rows_of(code, rows), rows.transpose(1, 2))
+        batch, _, heads, width = rows.shape
+        index = rows_of(code, count).reshape(-1, 1).expand(-1, width)
+        table = rows.new_zeros(batch * heads * count, width).scatter_add(0, index, rows.flatten(0, 2))
+        return table.reshape(batch, heads, count, width)
     pairs = zip(code.split(_STRETCH, dim=1), rows.split(_STRETCH, dim=1), strict=True)
     return torch.stack([sums(*pair, count) for pair in pairs]).sum(dim=0)
