@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linsight.ops import LogSumExp, Moments, accumulator, count_tokens, full_precision, mask_tokens, merge
+from linsight.ops import LogSumExp, Moments, accumulator, count_tokens, full_precision, mask_tokens, merge, take_tokens
 
 F64 = torch.float64
 CUTS = st.lists(st.integers(1, 30), min_size=0, max_size=4)
@@ -126,6 +126,18 @@ def test_mask_takes_out_nan():
     x = torch.tensor([[[1.0], [float("nan")], [float("inf")]]])
     assert mask_tokens(x, torch.tensor([[True, False, False]])).flatten().tolist() == [1.0, 0.0, 0.0]
     assert mask_tokens(x, None) is x
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_take_tokens(rows):
+    x, places = torch.randn(3, 5, 2, 4, requires_grad=True), torch.randint(5, (rows, 7))
+    truth = torch.stack([x[i, places[i % rows]] for i in range(3)])
+    assert torch.equal(take_tokens(x, places), truth)
+    weight = torch.randn_like(truth)
+    ours, right = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (take_tokens(x, places), truth))
+    torch.testing.assert_close(ours, right)
+    none = places[:1] if rows == 1 else places[:0]
+    assert take_tokens(x[:0], none).shape == (0, 7, 2, 4)
 
 
 def test_full_precision_under_autocast():

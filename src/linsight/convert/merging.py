@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linsight.ops import accumulator
+from linsight.ops import accumulator, take_tokens
 
 ROWS = 4096  # sources whose likenesses are there at once
 
@@ -97,7 +97,7 @@ def merge_sources(y: Tensor, match: Match, count: int) -> Tensor:
     """
     into = _widened(y.index_select(1, match.destinations))  # (B, M, C)
     batch, number, width = into.shape
-    merged, kept = (y.take_along_dim(part[..., None], 1) for part in _split(match.sources, count))
+    merged, kept = (take_tokens(y, part) for part in _split(match.sources, count))
     rows = match.targets[:, :count] + number * torch.arange(batch, device=y.device)[:, None]
     total = into.flatten(0, 1).index_add(0, rows.flatten(), _widened(merged).flatten(0, 1))
     size = total.new_ones(batch * number).index_add(0, rows.flatten(), total.new_ones(batch * count))
@@ -115,7 +115,7 @@ def unmerge_sources(out: Tensor, match: Match, count: int) -> Tensor:
     own = torch.arange(out.shape[1], device=out.device).expand(batch, -1)  # the place of each output
     places = torch.cat([kept + match.targets[:, :count], own], dim=1)  # of merged, kept, destinations
     tokens = torch.cat([match.sources, match.destinations.expand(batch, destinations)], dim=1)
-    return out.take_along_dim(torch.empty_like(places).scatter(1, tokens, places)[..., None], 1)
+    return take_tokens(out, torch.empty_like(places).scatter(1, tokens, places))
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ from .states import (
     mask_tokens,
     merge,
     outer_sum,
+    take_tokens,
 )
 
 __all__ = [
@@ -155,6 +156,7 @@ __all__ = [
     "shifted_products",
     "spread",
     "table_for",
+    "take_tokens",
     "tiles",
     "to_multiple",
     "traced",

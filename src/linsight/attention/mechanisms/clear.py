@@ -43,6 +43,7 @@ from linsight.ops import (
     full_precision,
     gather_state,
     mask_tokens,
+    take_tokens,
     traced,
     unflatten,
 )
@@ -205,8 +206,7 @@ class Clear(Core):
         weight = self.spatial_weight.flatten().to(accumulator(k.dtype))
 
         def pooled(x: Tensor) -> Tensor:
-            found = x.flatten(2).gather(1, take[..., None].expand(x.shape[0], -1, x.shape[2] * x.shape[3]))
-            found = unflatten(unflatten(found, -1, x.shape[2:]), 1, (-1, self.down_factor**2))
+            found = unflatten(take_tokens(x, take), 1, (-1, self.down_factor**2))
             return (found * weight[:, None, None]).sum(dim=2)
 
         k, v = pooled(k), pooled(v)

@@ -40,6 +40,7 @@ from linsight.ops import (
     full_precision,
     outer_sum,
     spread,
+    take_tokens,
     traced,
     unflatten,
 )
@@ -89,15 +90,12 @@ class Blocks(NamedTuple):
 
     def gather(self, x: Tensor, blocks: int) -> Tensor:
         """`x` `(B, n, H, D)` of the tile's grid tokens by blocks `(B, M, H, S, D)`, zero in empty slots."""
-        found = x.flatten(2).gather(1, self.take[..., None].expand(x.shape[0], -1, x.shape[2] * x.shape[3]))
-        found = found.masked_fill(~self.inside[..., None], 0)
-        return unflatten(unflatten(found, -1, x.shape[2:]), 1, (blocks, self.slots)).transpose(2, 3)
+        found = take_tokens(x, self.take).masked_fill(~self.inside[..., None, None], 0)
+        return unflatten(found, 1, (blocks, self.slots)).transpose(2, 3)
 
     def scatter(self, x: Tensor) -> Tensor:
         """`x` `(B, M, H, S, E)` of blocks as tokens `(B, n, H, E)`."""
-        heads = (x.shape[2], x.shape[4])
-        x = x.transpose(2, 3).flatten(3).flatten(1, 2)
-        return unflatten(x.gather(1, self.slot[..., None].expand(x.shape[0], -1, x.shape[2])), -1, heads)
+        return take_tokens(x.transpose(2, 3).flatten(1, 2), self.slot)
 
 
 def _along(length: Any, whole: Any, side: int, start: Any, count: Any, device: torch.device) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import Tile, accumulator, full_precision, mask_tokens, outer_sum, read_pooled, spread
+from linsight.ops import Tile, accumulator, full_precision, mask_tokens, outer_sum, read_pooled, spread, take_tokens
 
 from ..capabilities import Capabilities, Structure
 from ..core import Core, Rename
@@ -156,8 +156,7 @@ class Nystrom(Core):
         k, _, answers = done
         out = read_pooled(tokens.q.to(k.dtype) * self.factor, k, answers.spread, None)
         place, total = places(tile, out.device)
-        index = (place % self.landmarks)[..., None, None].expand_as(out)
-        own = answers.own.transpose(1, 2).gather(1, index)
+        own = take_tokens(answers.own.transpose(1, 2), place % self.landmarks)
         out = torch.where((total <= self.landmarks)[..., None, None], own, out)
         if self.conv is not None:
             v, weight = (x.to(out.dtype) for x in (tokens.v.transpose(1, 2), self.conv.weight))
