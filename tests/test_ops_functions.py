@@ -17,6 +17,7 @@ from linsight.ops import (
     linear_attention,
     linear_read,
     merge,
+    square_features,
 )
 from linsight.ops.conv import shifted_products
 
@@ -80,6 +81,14 @@ def explicit(q, k, v, mask, eps):
 
 def mapped(*shape):
     return torch.rand(*shape, dtype=F64) + 0.1
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 8])
+def test_square_features(width):
+    q, k = torch.randn(2, 3, 4, width, dtype=F64)
+    phi = square_features(q), square_features(k)
+    assert phi[0].shape[-1] == width * (width // 2 + 1)
+    torch.testing.assert_close((phi[0] * phi[1]).sum(-1), (q * k).sum(-1) ** 2 / 2)
 
 
 @given(m=st.integers(1, 20), n=st.integers(1, 20), masked=st.booleans(), eps=st.sampled_from([1e-6, 1.0]))

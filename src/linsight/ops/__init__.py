@@ -12,7 +12,7 @@ from .conv import (
 )
 from .disc import SharedKeys, disc_attention
 from .dispatch import FORMS, TRITON, ChosenForm, Form, exported_forms, forms, plain_is_asked, use_form
-from .features import Features, as_features, focus
+from .features import Features, as_features, focus, square_features
 from .inner import (
     INNER_MODELS,
     InnerGradient,
@@ -155,6 +155,7 @@ __all__ = [
     "separable",
     "shifted_products",
     "spread",
+    "square_features",
     "table_for",
     "take_tokens",
     "tiles",

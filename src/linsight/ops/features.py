@@ -86,5 +86,19 @@ def focus(x: Tensor, column: Tensor, power: float) -> Features:
         return Features(powered * length)
 
 
+def square_features(x: Tensor) -> Tensor:
+    """Features `(..., F)` of `x` `(..., D)` with phi(q) . phi(k) = (q . k)^2 / 2: the products of two channels.
+
+    Channels are a circle, and pairs come by their distance on it, each once; at half the circle, which even D have,
+    they come twice. So F = D (D / 2 + 1) for even D, D (D + 1) / 2 for odd ones. The second factors are views: one index
+    for each pair takes three times as long.
+    """
+    width = x.shape[-1]
+    distance = torch.arange(width // 2 + 1, device=x.device)[:, None]
+    weight = 1 - (1 - 0.5**0.5) * ((distance == 0) | (2 * distance == width)).to(x.dtype)
+    others = torch.cat([x, x[..., : width // 2]], dim=-1).unfold(-1, width, 1)  # (..., distances, D)
+    return (x[..., None, :] * (others * weight)).flatten(-2)
+
+
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.flatten(2), dim=-1)[..., None, None]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linsight.errors import LinsightError
-from linsight.ops import Features, Tile, accumulator
+from linsight.ops import Features, Tile, accumulator, square_features
 
 from ..capabilities import Capabilities, Structure
 from ..parts.kernel import KernelCore
@@ -75,7 +75,5 @@ class Fast(KernelCore):
         x = F.normalize(x, dim=-1) if self.norm == "l2" else F.layer_norm(x, (self.width,))
         parts = [torch.ones_like(x[..., :1]), x]
         if self.order == 2:
-            a, b = torch.triu_indices(self.width, self.width, device=x.device)
-            share = 1 - (1 - 0.5**0.5) * (a == b).to(x.dtype)
-            parts.append(x.index_select(-1, a) * x.index_select(-1, b) * share)
+            parts.append(square_features(x))
         return Features(torch.cat(parts, dim=-1))

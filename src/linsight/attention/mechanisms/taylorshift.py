@@ -33,6 +33,7 @@ from linsight.ops import (
     full_precision,
     mask_tokens,
     merge,
+    square_features,
     traced,
 )
 
@@ -130,10 +131,7 @@ class TaylorShift(KernelCore):
     def features(self, name: str, x: Tensor, tile: Tile, done: Done) -> Features:
         """phi."""
         x = self.scaled(name, x)
-        first, second = torch.triu_indices(self.width, self.width, device=x.device)
-        weight = 1 - (1 - 0.5**0.5) * (first == second).to(x.dtype)
-        products = x.index_select(-1, first) * x.index_select(-1, second) * weight
-        return Features(torch.cat([products, x, torch.ones_like(x[..., :1])], dim=-1))
+        return Features(torch.cat([square_features(x), x, torch.ones_like(x[..., :1])], dim=-1))
 
     def stretches(self, x: Tensor) -> list[slice]:
         """All tokens of `x` `(B, n, H, D)`, in parts whose features are made at once."""
