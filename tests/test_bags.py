@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models.bags import Acmil, bag_loss
+from linsight.models.bags.acmil import MASKED
 from linsight.slides import Bag, judge_bags, load_bag_model, open_bags, train_bags
 from linsight.tasks import ClassifyRecipe
 from linsight.train.model import build, save
@@ -233,6 +234,42 @@ def test_what_does_not_go_together_is_refused(folder):
         train_bags(model(), train, val, epochs=0)
     with pytest.raises(LinsightError, match="the loss became nan in epoch 1: try a smaller lr"):
         train_bags(model(), train, val, lr=1e30)
+
+
+def test_bags_are_looked_at_before_they_are_used():
+    judge, bags = model(), torch.randn(2, 5, WIDTH)
+    some = torch.ones(2, 5, dtype=torch.bool)
+    none = some & torch.tensor([[True], [False]])
+    for wrong in (bags[0], bags[..., :3], bags[:, :0], bags.half(), bags.long(), bags.to("meta"), bags.tolist()):
+        with pytest.raises(LinsightError, match="bags") as caught:
+            judge(wrong)
+        assert "\n" not in str(caught.value)
+    for keep in (some.float(), some[:, :4], some.to("meta"), some.tolist(), none):
+        with pytest.raises(LinsightError, match="keep"):
+            judge(bags, keep)
+    for labels in (torch.zeros(2), torch.zeros(1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)):
+        with pytest.raises(LinsightError, match="labels"):
+            bag_loss(judge(bags), labels)
+    for name, value in (("branches", 0), ("inner_dim", -4), ("hidden_dim", 2.0), ("n_masked", -1), ("mask_drop", 1)):
+        with pytest.raises(LinsightError, match=name):
+            Acmil(WIDTH, 3, **{name: value})
+
+
+@pytest.mark.parametrize("kind", ["gated", "multihead"])
+def test_as_many_patches_of_a_padded_bag_are_left_out_as_of_it_alone(kind):
+    """Of three patches one, though there are ten to draw from with padding; and no padding."""
+    judge = Acmil(WIDTH, 3, kind=kind, inner_dim=16, branches=2, num_heads=2, n_masked=10, mask_drop=0.6).train()
+    keep = torch.arange(12) < torch.tensor([[12], [3], [1]])
+    scores = judge(torch.randn(3, 12, WIDTH), keep).scores
+    left_out = scores == MASKED
+    assert (left_out.sum(-1) == torch.tensor([6, 1, 0])[:, None, None]).all()
+    assert torch.equal(scores.isinf(), ~keep[:, None, None].expand_as(scores))
+    seen = {
+        place
+        for _ in range(40)
+        for place in (judge(torch.randn(3, 12, WIDTH), keep).scores == MASKED)[1].nonzero()[:, -1].tolist()
+    }
+    assert seen == {0, 1, 2}
 
 
 def test_from_slides_to_a_label_on_the_command_line(tmp_path, linsight):

@@ -125,6 +125,33 @@ def test_points_that_fit_no_model_are_refused():
         lift(torch.zeros(1, 1, 2), 0)
 
 
+def one_line(call, *words):
+    with pytest.raises(LinsightError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_points_are_looked_at_before_they_are_used():
+    """Also those of no point, whose mean would be no number."""
+    model = LieTransformer(3, 2, dim=8, depth=1, num_heads=2)
+    elements, x = torch.rand(2, 4, 2), torch.randn(2, 4, 3)
+    for wrong in (x[..., :2], x[0], x[:, :0], x.long(), x.half(), x.to("meta"), x.tolist()):
+        one_line(lambda wrong=wrong: model(elements, wrong), "features")
+    for wrong in (elements.tolist(), elements.to("meta"), elements[:1], elements[..., :1]):
+        one_line(lambda wrong=wrong: model(wrong, x), "elements")
+    for keep in (torch.ones(2, 4), torch.ones(2, 3, dtype=torch.bool), [[True] * 4] * 2):
+        one_line(lambda keep=keep: model(elements, x, keep), "keep")
+        one_line(lambda keep=keep: model.blocks[0].attn(elements, torch.randn(2, 4, 8), keep), "keep")
+    one_line(lambda: model.blocks[0].attn(elements, x), "features")
+    assert model(elements[:0], x[:0]).shape == (0, 2)
+    for sizes in ({"dim": 0}, {"dim": 8.0}, {"depth": 0}, {"num_heads": 0}, {"axes": 0}, {"kernel_dim": "4"}):
+        one_line(lambda sizes=sizes: LieTransformer(3, 2, **{"dim": 8, "depth": 1, "num_heads": 2, **sizes}), *sizes)
+    one_line(lambda: LieTransformer(0, 2), "in_features")
+    for points in (torch.rand(4, 2), torch.rand(1, 4, 3), torch.ones(1, 4, 2, dtype=torch.long)):
+        one_line(lambda points=points: lift(points), "points")
+
+
 def voxels(signals=("xyz", "rgb")):
     torch.manual_seed(0)
     layer = VoxelAttention(8, 2, window_size=3, quant_size=2, signals=signals).double()
@@ -187,6 +214,16 @@ def test_voxels_that_fit_no_model_are_refused():
         VoxelAttention(8, 2)(torch.zeros(4, 8), torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
     with pytest.raises(LinsightError, match="whole numbers"):
         voxel_windows(torch.zeros(4, 3), 3)
+    cells = torch.zeros(4, 3, dtype=torch.long)
+    for image in (torch.zeros(3, dtype=torch.long), torch.zeros(4), torch.zeros(4, 1, dtype=torch.long)):
+        one_line(lambda image=image: voxel_windows(cells, 3, image=image), "image")
+    one_line(lambda: voxel_windows(cells, 0), "window_size=0")
+    x, told, windows = torch.zeros(4, 8), torch.zeros(4, 6), torch.zeros(4, dtype=torch.long)
+    for make in (VoxelAttention, VoxelBlock):
+        for wrong in (x[:, :4], x[None], x.half(), x.long(), x.tolist()):
+            one_line(lambda make=make, wrong=wrong: make(8, 2)(wrong, told, windows), "features")
+        one_line(lambda make=make: make(8, 2)(x, told, windows.float()), "windows")
+        one_line(lambda make=make: make(8, 2)(x, told.to("meta"), windows), "signals")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -223,3 +260,16 @@ def test_points_of_any_weights_and_gradients_at_equal_ones():
     weights = {name: tensor.detach() for name, tensor in layer.named_parameters()}
     windows = voxel_windows(cells, 3)
     torch.testing.assert_close(torch.func.functional_call(layer, weights, (x, told, windows)), layer(x, told, windows))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.skipif(not hasattr(torch.ao.quantization, "quantize_dynamic"), reason="this torch has it no more")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_points_by_linear_layers_in_int8(options):
+    model = LieTransformer(8, 3, dim=8, depth=1, num_heads=2, **options).eval()
+    x, elements = torch.randn(2, 9, 8), torch.randn(2, 9, model.blocks[0].attn.axes)
+    with torch.no_grad():
+        wanted = model(elements, x)
+        found = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})(elements, x)
+    assert (found - wanted).norm() <= 0.5 * wanted.norm()

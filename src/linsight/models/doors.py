@@ -60,6 +60,13 @@ def checked(name: Any, attention: Any, options: Any, given: Mapping[str, Any]) -
     return found
 
 
+def check_whole(least: int = 1, **given: Any) -> None:
+    """Raise a LinsightError for the first of the arguments `given` that is no whole number of `least` or more."""
+    for name, value in given.items():
+        if not _is_whole(value, least):
+            raise LinsightError(f"{name}={_shown(value)} must be a whole number, {least} or more")
+
+
 # Errors of timm and torch for arguments of another kind, or that do not go together.
 _MISFITS = (AssertionError, TypeError, ValueError, LookupError, ZeroDivisionError, AttributeError, RuntimeError)
 

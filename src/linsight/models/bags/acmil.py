@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import split_heads
+from linsight.attention import held, split_heads
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import accumulator, full_precision, mask_tokens, traced
 
+from ..doors import check_whole
 from ..papers.acmil import INNER_DIMS
+from ..parts.sets import check_kept, check_members
 
 MASKED = -1e9  # score of a patch that is left out in training
 KINDS = ("gated", "multihead")
@@ -63,7 +65,15 @@ def bag_loss(out: BagOutput, labels: Tensor) -> BagLoss:
 
     Cross-entropy of the logits, and, of more than one branch, that of all branches, and the mean cosine between the
     weights of two branches, which are to look at different patches.
+
+    Raises:
+        LinsightError: labels of another shape, or no whole numbers.
     """
+    if labels.shape != out.logits.shape[:1] or labels.is_floating_point():
+        raise LinsightError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: give the class of each of the "
+            f"{len(out.logits)} bags, a whole number"
+        )
     count = out.branches.shape[1]
     slide = F.cross_entropy(out.logits, labels)
     if count == 1:
@@ -184,12 +194,10 @@ class Acmil(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if kind not in KINDS:
             raise UnknownNameError("kind", str(kind), KINDS)
-        least = {"in_features": in_features, "num_classes": num_classes, "branches": branches, "hidden_dim": hidden_dim}
-        for name, value in least.items():
-            if value < 1:
-                raise LinsightError(f"{name}={value} of a bag model must be 1 or more")
-        if n_masked < 0 or not 0 <= mask_drop < 1:
-            raise LinsightError(f"n_masked={n_masked}, mask_drop={mask_drop}: give 0 or more, and a share below 1")
+        check_whole(in_features=in_features, num_classes=num_classes, branches=branches, hidden_dim=hidden_dim)
+        check_whole(0, inner_dim=inner_dim, n_masked=n_masked)
+        if not 0 <= mask_drop < 1:
+            raise LinsightError(f"mask_drop={mask_drop} must be a share of 0 or more, below 1")
         dim = inner_dim or INNER_DIMS.get(in_features, max(in_features // 2, 1))
         if kind == "multihead" and (num_heads < 1 or dim % num_heads):
             raise LinsightError(f"num_heads={num_heads} does not divide the {dim} channels inside: pass inner_dim=")
@@ -220,8 +228,7 @@ class Acmil(nn.Module):
         if keep is not None:
             scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
         if self.training and self.n_masked and self.mask_drop:
-            left_out = scores.masked_fill(self._drawn(scores), MASKED)
-            scores = left_out if keep is None else left_out.masked_fill(~keep[:, None, None], -torch.inf)
+            scores = scores.masked_fill(self._drawn(scores, keep), MASKED)
         weights = scores.softmax(-1)
         if self.kind == "gated":
             each = pooled(weights[:, 0], h).to(h.dtype)  # (B, K, L)
@@ -240,22 +247,27 @@ class Acmil(nn.Module):
         asked = [part.scores(self.q[:, k : k + 1], h) for k, part in enumerate(self.sub_attention)]  # type: ignore[operator]
         return torch.stack(asked, dim=2)
 
-    def _drawn(self, scores: Tensor) -> Tensor:
-        """True for patches that are left out, drawn for each branch and head."""
-        count = min(self.n_masked, scores.shape[-1])
-        top = scores.topk(count, dim=-1).indices
-        places = torch.rand(top.shape, device=top.device).argsort(-1)[..., : int(count * self.mask_drop)]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.gather(-1, places), True)
+    def _drawn(self, scores: Tensor, keep: Tensor | None) -> Tensor:
+        """True for patches that are left out, drawn for each branch and head: of a padded bag as of it alone."""
+        most = min(self.n_masked, scores.shape[-1])
+        top = scores.topk(most, dim=-1).indices  # those that `keep` drops come last
+        drawn, none = torch.rand(top.shape, device=top.device), torch.zeros_like(scores, dtype=torch.bool)
+        shares = [int(count * self.mask_drop) for count in range(most + 1)]
+        if keep is None:
+            return none.scatter(-1, top.gather(-1, drawn.argsort(-1)[..., : shares[most]]), True)
+        there, place = keep.sum(-1).clamp(max=most)[:, None, None, None], torch.arange(most, device=top.device)
+        order = drawn.masked_fill(place >= there, 2.0).argsort(-1)
+        chosen = place < torch.tensor(shares, device=top.device)[there]
+        return none.scatter(-1, top.gather(-1, order), chosen.expand_as(order))
 
     def _check(self, bags: Tensor, keep: Tensor | None) -> None:
         if traced(bags):
             return
-        if bags.ndim != 3 or bags.shape[2] != self.in_features or not bags.shape[1]:
-            raise LinsightError(
-                f"bags are of shape {tuple(bags.shape)}: this model takes (batch, patches, {self.in_features})"
-            )
-        if keep is not None and (keep.dtype != torch.bool or keep.shape != bags.shape[:2] or not keep.any(1).all()):
-            raise LinsightError("keep= must be bool of (batch, patches), with a patch in each bag")
+        fc1 = self.dimreduction.fc1
+        check_members(bags, self.in_features, held(fc1), name="bags", of="patches")
+        check_kept(keep, bags, "patches")
+        if keep is not None and not keep.any(1).all():
+            raise LinsightError("keep= drops all patches of a bag: there must be a patch in each bag")
 
 
 def pooled(weights: Tensor, x: Tensor) -> Tensor:

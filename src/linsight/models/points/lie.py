@@ -25,9 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linsight.attention import Rename, merge_heads, split_heads
+from linsight.attention import Rename, held, merge_heads, split_heads
 from linsight.errors import LinsightError, UnknownNameError
-from linsight.ops import accumulator, full_precision, mask_tokens
+from linsight.ops import accumulator, full_precision, mask_tokens, traced
+
+from ..doors import check_whole
+from ..parts.sets import check_kept, check_members, check_same_place
 
 KERNELS = ("mlp", "relative")
 WEIGHTS = ("softmax", "exp", "mean")
@@ -73,8 +76,11 @@ def lift(points: Tensor, lifts: int = 1, generator: torch.Generator | None = Non
 
     The first of them is turned at random, so that an answer is one in expectation.
     """
-    if lifts < 1:
-        raise LinsightError(f"lifts={lifts} must be 1 or more")
+    check_whole(lifts=lifts)
+    if points.ndim != 3 or points.shape[2] != 2 or not points.is_floating_point():
+        raise LinsightError(
+            f"points are {points.dtype} of shape {tuple(points.shape)}: give (batch, points, 2) in floating point"
+        )
     where = points.device if generator is None else generator.device
     start = torch.rand(points.shape[:2], generator=generator, dtype=points.dtype, device=where).to(points.device)
     turn = start[..., None] + torch.arange(lifts, dtype=points.dtype, device=points.device) / lifts  # (B, N, lifts)
@@ -150,10 +156,9 @@ class LieAttention(nn.Module):
         for name, (value, choices) in known.items():
             if value not in choices:
                 raise UnknownNameError(name, str(value), choices)
-        if num_heads < 1 or dim % num_heads:
-            raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}")
-        if axes < 1 or kernel_dim < 1:
-            raise LinsightError(f"axes={axes}, kernel_dim={kernel_dim}: both must be 1 or more")
+        check_whole(dim=dim, num_heads=num_heads, axes=axes, kernel_dim=kernel_dim)
+        if dim % num_heads:
+            raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}: choose a divisor of {dim}")
         self.num_heads, self.group, self.weights, self.kernel = num_heads, group, weights, kernel
         self.axes = 3 if group == "SE2" else axes
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim, **factory) for _ in range(4))
@@ -172,19 +177,27 @@ class LieAttention(nn.Module):
         keep: `(B, N)`, the points that are seen; others must be finite.
 
         Raises:
-            LinsightError: elements of another group, or of other points.
+            LinsightError: elements of another group, or of other points; features or `keep` of another kind.
         """
+        if not traced(x):
+            check_members(x, self.v.in_features, held(self.v), name="features", of="points")
+            self.check(elements, x, keep)
+        q, k, v = (split_heads(part(x), self.num_heads).transpose(1, 2) for part in (self.q, self.k, self.v))
+        dtype, like = accumulator(v.dtype), held(self.v)
+        pairs = GROUPS[self.group](elements.to(dtype)).to(x.dtype if like is None else like.dtype)
+        with full_precision(v):
+            out = self._weights(self._scores(q.to(dtype), k.to(dtype), pairs), keep) @ v.to(dtype)
+        return self.proj(merge_heads(out.transpose(1, 2)).to(x.dtype))
+
+    def check(self, elements: Tensor, x: Tensor, keep: Tensor | None) -> None:
+        """Raise a LinsightError unless elements and `keep` are those of the points with features `x` `(B, N, ...)`."""
+        check_same_place(x, elements=elements)
         if elements.ndim != 3 or elements.shape[:2] != x.shape[:2] or elements.shape[2] != self.axes:
             raise LinsightError(
                 f"elements are of shape {tuple(elements.shape)}: features {tuple(x.shape)} and the group "
                 f"{self.group} ask for {(*x.shape[:2], self.axes)}"
             )
-        q, k, v = (split_heads(part(x), self.num_heads).transpose(1, 2) for part in (self.q, self.k, self.v))
-        dtype = accumulator(v.dtype)
-        pairs = GROUPS[self.group](elements.to(dtype)).to(self.v.weight.dtype)
-        with full_precision(v):
-            out = self._weights(self._scores(q.to(dtype), k.to(dtype), pairs), keep) @ v.to(dtype)
-        return self.proj(merge_heads(out.transpose(1, 2)).to(x.dtype))
+        check_kept(keep, x, "points")
 
     def _scores(self, q: Tensor, k: Tensor, pairs: Tensor) -> Tensor:
         """`(B, H, N, N)` of queries and keys `(B, H, N, d)`, and pairs `(B, N, N, axes)`."""
@@ -250,6 +263,7 @@ class LieTransformer(nn.Module):
         self, in_features: int, num_classes: int, *, dim: int = 128, depth: int = 4, num_heads: int = 8, **options: Any
     ) -> None:
         super().__init__()
+        check_whole(in_features=in_features, num_classes=num_classes, dim=dim, depth=depth)
         factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         self.embed = nn.Linear(in_features, dim, **factory)
         self.blocks = nn.ModuleList(LieBlock(dim, num_heads, **options) for _ in range(depth))
@@ -258,6 +272,9 @@ class LieTransformer(nn.Module):
 
     def forward(self, elements: Tensor, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Elements `(B, N, axes)`, features `(B, N, F)`, and which points there are `(B, N)`, to `(B, classes)`."""
+        if not traced(x):
+            check_members(x, self.embed.in_features, held(self.embed), name="features", of="points")
+            self.blocks[0].attn.check(elements, x, keep)  # type: ignore[operator,union-attr]
         elements, x = mask_tokens(elements, keep), self.embed(mask_tokens(x, keep))
         for block in self.blocks:
             x = block(elements, x, keep)

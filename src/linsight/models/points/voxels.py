@@ -27,8 +27,12 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from linsight.attention import held
 from linsight.errors import LinsightError
-from linsight.ops import accumulator, full_precision
+from linsight.ops import accumulator, full_precision, traced
+
+from ..doors import check_whole
+from ..parts.sets import check_members, check_same_place
 
 SIGNALS = ("xyz", "rgb", "norm")
 _OF = ("query", "key", "value")
@@ -44,12 +48,14 @@ def voxel_windows(cells: Tensor, window_size: int, *, shift: int = 0, image: Ten
         image: `(N,)`, whose voxel it is, in a batch.
 
     Raises:
-        LinsightError: the cells are of another shape or kind.
+        LinsightError: the cells, or their images, are of another shape or kind.
     """
-    if cells.ndim != 2 or cells.shape[1] != 3 or cells.is_floating_point() or window_size < 1:
+    check_whole(window_size=window_size)
+    if cells.ndim != 2 or cells.shape[1] != 3 or cells.is_floating_point():
+        raise LinsightError(f"cells of shape {tuple(cells.shape)} and {cells.dtype}: give (N, 3) of whole numbers")
+    if image is not None and (image.shape != cells.shape[:1] or image.is_floating_point()):
         raise LinsightError(
-            f"cells of shape {tuple(cells.shape)} and {cells.dtype}, window_size={window_size}: give (N, 3) of whole "
-            f"numbers, and a side of 1 or more"
+            f"image is {image.dtype} of shape {tuple(image.shape)}: give a whole number for each of {len(cells)} voxels"
         )
     corner = torch.div(cells + shift, window_size, rounding_mode="floor")
     rows = corner if image is None else torch.cat([image[:, None].to(corner), corner], dim=1)
@@ -79,10 +85,9 @@ class VoxelAttention(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        if num_heads < 1 or dim % num_heads:
-            raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}")
-        if window_size < 1 or quant_size < 1:
-            raise LinsightError(f"window_size={window_size}, quant_size={quant_size}: both must be 1 or more")
+        check_whole(dim=dim, num_heads=num_heads, window_size=window_size, quant_size=quant_size)
+        if dim % num_heads:
+            raise LinsightError(f"num_heads={num_heads} does not divide dim={dim}: choose a divisor of {dim}")
         if not signals or tuple(signals) != SIGNALS[: len(signals)]:
             raise LinsightError(f"signals={signals!r}: give the first of {', '.join(SIGNALS)}, in this order")
         self.num_heads, self.signals, self.scale = num_heads, tuple(signals), (dim // num_heads) ** -0.5
@@ -104,8 +109,13 @@ class VoxelAttention(nn.Module):
             windows: `(N,)`, whole numbers: voxels with the same one see each other; as of `voxel_windows`.
 
         Raises:
-            LinsightError: shapes that do not fit.
+            LinsightError: shapes that do not fit, or numbers of another kind.
         """
+        if not traced(x):
+            check_members(x, self.proj.in_features, held(self.proj), name="features", of="voxels", axes=2)
+            check_same_place(x, signals=signals, windows=windows)
+            if windows.is_floating_point():
+                raise LinsightError(f"windows are {windows.dtype}: give whole numbers, as of voxel_windows")
         wanted = (len(x), 3 * len(self.signals))
         if tuple(signals.shape) != wanted or tuple(windows.shape) != wanted[:1]:
             raise LinsightError(
@@ -169,6 +179,8 @@ class VoxelBlock(nn.Module):
 
     def forward(self, x: Tensor, signals: Tensor, windows: Tensor) -> Tensor:
         """See `VoxelAttention`."""
+        if not traced(x):  # before the norm
+            check_members(x, self.attn.proj.in_features, held(self.attn.proj), name="features", of="voxels", axes=2)
         x = x + self.drop_path(self.attn(self.norm1(x), signals, windows))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
