@@ -7,14 +7,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from timm.models import group_parameters
 
 import linsight
 from linsight.attention import list_attentions
 from linsight.errors import CheckpointError, LinsightError
 from linsight.models import create_video_model
+from linsight.models.parts.positions import with_positions
 from linsight.models.video import RGLRU, TemporalBlock, from_flax
+from linsight.models.video.clips import MODE, cut
 from linsight.models.video.videomamba import inflated
-from linsight.ops import linear_scan, selective_scan
+from linsight.ops import Tile, linear_scan, selective_scan
 from linsight.ops.scan import selective_scan_op
 from matrix.subject import close
 
@@ -23,6 +26,7 @@ SMALL = {
     "trecvit_tiny": {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24},
     "videomamba_video_tiny": {"embed_dim": 16, "depth": 2, "num_heads": 2, "frames": 3, "tubelet": 2},
 }
+ENDS = ("tokenizer", "embed", "cls_token", "norm", "decoder", "head")  # in the names of parameters
 models = pytest.mark.parametrize("name", SMALL)
 
 
@@ -217,6 +221,57 @@ def test_mistakes_are_told():
         with pytest.raises(LinsightError, match=word):
             mistake()
     assert create_video_model("trecvit_mu", device="meta").num_features == 32
+
+
+@models
+def test_what_timm_asks_of_models(name):
+    """Layers for layer-wise decay, the classifier, another size; torch.fx is told what to use in its place."""
+    model = small(name)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert layers.keys() == dict(model.named_parameters()).keys()
+    first, last = min(layers.values()), max(layers.values())
+    ends = [key for key, layer in layers.items() if layer in (first, last)]
+    assert last - first == 3 and all(any(word in key for word in ENDS) for key in ends)
+    assert model.get_classifier().out_features == 5
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), torch.nn.Identity)
+    model.set_input_size((48, 16))
+    other = small(name, img_size=(48, 16))
+    assert {key: t.shape for key, t in model.state_dict().items()}.items() <= {
+        key: t.shape for key, t in other.state_dict().items()
+    }.items()
+    with pytest.raises(LinsightError, match="img_size=0"):
+        model.set_input_size(0)
+    with pytest.raises(LinsightError, match=r"torch\.export") as caught:
+        torch.fx.symbolic_trace(model)
+    assert "\n" not in str(caught.value)
+
+
+class Placed(torch.nn.Module):
+    """Patches of clips, and their places."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv3d(2, 4, (2, 3, 3), (2, 3, 3))
+        self.table = torch.nn.Parameter(torch.randn(1, 4, 4))
+
+    def forward(self, x):
+        x, grid = cut(x, self.embed)
+        return with_positions(x.flatten(0, 1), self.table, (2, 2), Tile.whole(grid), MODE)
+
+
+def test_compiled_training_at_a_second_size():
+    """Sizes are padded in a form that a compiler takes the gradient of."""
+    torch._dynamo.reset()
+    model = Placed()
+    compiled = torch.compile(model, backend="aot_eager")
+    for size in ((4, 6, 6), (3, 7, 8), (5, 3, 10)):
+        x, gradients = torch.randn(1, 2, *size), []
+        for call in (model, compiled):
+            model.zero_grad()
+            call(x).square().sum().backward()
+            gradients.append([p.grad for p in model.parameters()])
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 ON_GRIDS = [entry.name for entry in list_attentions() if not entry.capabilities.prefix]

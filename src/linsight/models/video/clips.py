@@ -8,13 +8,18 @@ from torch.nn import functional as F
 
 from linsight.attention import check_kind
 from linsight.errors import LinsightError
-from linsight.ops import FittedTable, Grid, Mode, fit_grid, fit_square, traced
+from linsight.ops import FittedTable, Grid, Mode, fit_grid, fit_square, is_proxy, traced
 
 MODE: Mode = "bicubic-antialias"  # in which tables of places in a frame are resampled
 
 
 def check_clips(model: Any, x: Tensor) -> None:
     """Raise a LinsightError unless `x` is `(B, in_chans, T, H, W)` with the model's dtype, on its device."""
+    if is_proxy(x):
+        raise LinsightError(
+            f"torch.fx cannot follow a {type(model).__name__}: take features by hooks on its blocks, or a graph by "
+            f"torch.export"
+        )
     if traced(x):
         return
     channels = model.in_chans
@@ -26,7 +31,8 @@ def check_clips(model: Any, x: Tensor) -> None:
 
 def whole_patches(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """Clips `(B, C, T, H, W)`, with zeros at their ends, of whole patches of frames, rows and columns."""
-    more = [-side % own for side, own in zip(x.shape[2:], patch, strict=True)]
+    # Not -side % own: of this form, sizes after padding and strides are simple terms in a graph.
+    more = [(side + own - 1) // own * own - side for side, own in zip(x.shape[2:], patch, strict=True)]
     if not traced(x) and not any(more):
         return x
     return F.pad(x, (0, more[2], 0, more[1], 0, more[0]))

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from linsight.attention import Rename
 from linsight.ops import FittedTable, Grid, Tile
 
+from ..doors import whole_size
 from ..parts.positions import with_positions
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, have_prefix, make_block, make_layer, set_grid
@@ -244,6 +245,19 @@ class TRecViT(nn.Module):
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample what lies on the grid of a frame to another height and width, in patches."""
         set_grid(self, grid)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resample what lies on the grid of a frame to that of clips of `img_size`. Any size works without it, too."""
+        self.set_grid(grid_of(whole_size(img_size), 16))
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.decoder.cls_head
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise decay."""
+        blocks = [(r"^encoder\.(?:residual|encoder)blocks\.(\d+)", None), (r"^encoder\.encoder_norm", (99999,))]
+        return {"stem": r"^tokenizer", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep no activations inside of a layer for its gradients."""

@@ -21,6 +21,7 @@ from linsight.attention.parts.wide import WideRMSNorm
 from linsight.errors import LinsightError
 from linsight.ops import FittedTable, Grid, Tile
 
+from ..doors import whole_size
 from ..parts.mixer import Mixer, mixers
 from ..parts.positions import with_positions
 from ..parts.stages import init_linear
@@ -144,6 +145,19 @@ class VideoMamba(nn.Module):
         assert found is not None
         self.pos_embed, self.grid = nn.Parameter(found.tensor, self.pos_embed.requires_grad), grid
         set_grid(self.layers, (self.temporal_pos_embedding.shape[1] * grid[0], grid[1]))
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resample what lies on the grid of a frame to that of clips of `img_size`. Any size works without it, too."""
+        self.set_grid(grid_of(whole_size(img_size), 16))
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise decay."""
+        stem = r"^(?:patch_embed|cls_token|pos_embed|temporal_pos_embedding)"
+        return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep no activations inside of a block for its gradients."""
