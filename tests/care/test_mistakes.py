@@ -10,6 +10,7 @@ from linsight import Grid, Layout, create_attention
 from linsight.attention import create_block, create_core
 from linsight.convert import Attention2d, MultiheadAttention
 from linsight.errors import LinsightError
+from linsight.models import create_video_model
 from linsight.ops import as_layout
 from test_hosts import SMALL, build
 
@@ -188,6 +189,29 @@ def test_images(host):
     for name, x in images().items():
         for call in (model, model.forward_features, model.forward_intermediates, maps):
             refused(lambda call=call, x=x: call(x), "images" if name != "a list" else "list")
+
+
+OTHERS = {
+    name: lambda name=name: linsight.create_model(name, num_classes=3)
+    for name in ("dynp_reg400m_t32", "steps_resnet18", "overlock_xt")
+}
+OTHERS |= {
+    "trecvit": lambda: create_video_model("trecvit_mu", depth=1),
+    "videomamba": lambda: create_video_model("videomamba_video_tiny", embed_dim=16, depth=1),
+}
+MADE = {**{host: lambda host=host: build(host) for host in SMALL}, **OTHERS}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_changes_of_a_model(make):
+    """Of its classes, and of the size that it is for; it is as before when it refuses."""
+    model = make()
+    classes, state = model.num_classes, [*model.state_dict()]
+    for wrong in (-1, 3.5, "10", True):
+        refused(lambda wrong=wrong: model.reset_classifier(wrong), "num_classes")
+    for wrong in (0, -32, 32.5, "big", (32, 0), (32,), (32, 32, 3)):
+        refused(lambda wrong=wrong: model.set_input_size(wrong), "img_size")
+    assert model.num_classes == classes and [*model.state_dict()] == state
 
 
 @pytest.mark.parametrize("name", ["dynp_reg400m_t32", "steps_resnet18"])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from linsight.attention import Block, recast
 from linsight.ops import unflatten
 
+from ..doors import whole_size
 from ..parts.convs import with_dense_conv
 from ..parts.images import CheckedImages, check_pool, check_pooled
 from ..plan import Choice, named, plan
@@ -155,7 +156,7 @@ class PyramidVisionTransformerV2(CheckedImages, timm_pvt.PyramidVisionTransforme
         """Resample position tables, for good, to those of images of `img_size`. Any size works without it, too."""
         if img_size is None:
             return
-        height, width = to_2tuple(img_size)
+        height, width = whole_size(img_size)
         for stage, grid in self.grids((height, width)):
             set_grid(stage, grid)
         update_model_input_size(self, (height, width))

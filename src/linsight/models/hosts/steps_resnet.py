@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from linsight.errors import LinsightError, UnknownNameError
 
+from ..doors import whole_size
 from ..parts.images import CheckedImages, check_pool, check_pooled
 from ..parts.stepsnet import Steps, block_widths
 
@@ -98,7 +99,7 @@ class StepsResNet(CheckedImages, timm_resnet.ResNet):
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Note the size of images that the model is for; it takes any."""
         if img_size is not None:
-            update_model_input_size(self, img_size)
+            update_model_input_size(self, whole_size(img_size))
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from linsight.errors import LinsightError
 from linsight.ops import Grid, Partition, half_shift, unflatten, within
 
 from ..parts.convs import WholePatches
-from ..parts.images import CheckedImages, check_pool
+from ..parts.images import CheckedImages, check_pool, check_pooled
 from ..parts.stages import init_linear
 from ..parts.stepsnet import Steps, block_widths, narrow, opened, widened
 from ..parts.windows import WindowAttention
@@ -241,6 +241,7 @@ class SwinTransformer(CheckedImages, timm_swin.SwinTransformer):
         """A new head, for `num_classes` classes, or none (0), on the last map pooled in another way."""
         if global_pool is not None:
             check_pool(global_pool)
+        check_pooled(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         super().reset_classifier(num_classes, global_pool)
 
     @torch.jit.ignore

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import Mlp, PatchEmbed, to_2tuple
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +21,8 @@ from linsight.ops import (
     to_multiple,
     traced,
 )
+
+from ..doors import check_whole, whole_size
 
 
 class CPE(TokenConv, Fusable):
@@ -64,6 +66,16 @@ class WholePatches(PatchEmbed):
         x = self.proj(F.pad(x, (0, wide - x.shape[3], 0, high - x.shape[2])))
         return self.norm(x.permute(0, 2, 3, 1))
 
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """timm's, which may make another convolution."""
+        if patch_size is not None:
+            check_whole(patch_size=patch_size if not isinstance(patch_size, tuple | list) else min(patch_size))
+        super().set_input_size(
+            None if img_size is None else whole_size(img_size), None if patch_size is None else to_2tuple(patch_size)
+        )
+
 
 class BorderedPatches(WholePatches):
     """Whole patches, with `border` more of zeros on each side of an image, which are tokens as all others."""
@@ -83,7 +95,7 @@ class BorderedPatches(WholePatches):
         return size, (high, wide), high * wide
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """timm's, which may make another convolution."""
+        """As that of `WholePatches`."""
         super().set_input_size(*args, **kwargs)
         self._widen()
 

@@ -10,6 +10,7 @@ from linsight.attention import check_kind
 from linsight.errors import LinsightError
 from linsight.ops import traced
 
+from ..doors import check_whole
 from .indices import Indices, in_order
 from .keys import AnyKeys
 
@@ -51,7 +52,8 @@ def check_pool(name: Any, known: Collection[str] = POOLS) -> None:
 
 
 def check_pooled(name: str, num_classes: int) -> None:
-    """Raise where classes are asked of a map that is not pooled."""
+    """Raise where classes are no whole number of 0 or more, or are asked of a map that is not pooled."""
+    check_whole(0, num_classes=num_classes)
     if not name and num_classes:
         raise LinsightError("global_pool='' leaves a map, which the classifier cannot take: pass num_classes=0, too")
 

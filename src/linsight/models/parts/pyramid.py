@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from linsight.errors import LinsightError
 from linsight.ops import copied, unflatten
 
+from ..doors import check_whole, whole_size
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, make_block
 from ..steps import MapEnd, Mix, Sample, StreamPlan, sampled
@@ -130,6 +131,7 @@ class Pyramid(AnyKeys, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, for `num_classes` classes, or none (0), on the last map pooled in another way."""
+        check_whole(0, num_classes=num_classes)
         head: Any = self.head
         self.check_head(num_classes, head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
@@ -146,7 +148,7 @@ class Pyramid(AnyKeys, nn.Module):
         """Resample position tables, for good, to those of images of `img_size`. Any size works without it, too."""
         if img_size is None:
             return
-        height, width = to_2tuple(img_size)
+        height, width = whole_size(img_size)
         for stage, grid in self.grids((height, width)):
             stage.set_grid(grid)  # type: ignore[operator]
         update_model_input_size(self, (height, width))

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from linsight.attention import Rename
 from linsight.ops import FittedTable, Grid, Tile
 
-from ..doors import whole_size
+from ..doors import check_whole, whole_size
 from ..parts.positions import with_positions
 from ..plan import Choice, plan
 from ..seams import asked_no_weight_decay, have_prefix, make_block, make_layer, set_grid
@@ -234,6 +234,7 @@ class TRecViT(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new head, for `num_classes` classes, or none (0)."""
+        check_whole(0, num_classes=num_classes)
         like = self.decoder.pre_logits.weight
         self.num_classes = num_classes
         self.decoder.cls_head = (

@@ -21,7 +21,7 @@ from linsight.attention.parts.wide import WideRMSNorm
 from linsight.errors import LinsightError
 from linsight.ops import FittedTable, Grid, Tile
 
-from ..doors import whole_size
+from ..doors import check_whole, whole_size
 from ..parts.mixer import Mixer, mixers
 from ..parts.positions import with_positions
 from ..parts.stages import init_linear
@@ -118,6 +118,7 @@ class VideoMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new head, for `num_classes` classes, or none (0)."""
+        check_whole(0, num_classes=num_classes)
         like = self.cls_token
         self.num_classes = num_classes
         self.head = (

@@ -37,6 +37,7 @@ from linsight.attention import Rename
 from linsight.errors import LinsightError
 from linsight.ops import is_proxy
 
+from ...doors import check_whole, whole_size
 from ...parts.images import check_images, refuse_fx
 from .cnn import cut
 from .parts import CrossAttention, Exchange, FeatureNorm, Writer
@@ -115,6 +116,7 @@ class DynamicPerceiver(nn.Module):
         """New classifiers at all exits; with 0 classes the features that they would get come out."""
         if global_pool not in (None, "avg"):
             raise LinsightError(f"global_pool='{global_pool}': the exits read means, leave it out")
+        check_whole(0, num_classes=num_classes)
         self.num_classes = num_classes
         *_, early, late, out = self.widths
         fed = late if num_classes and self.latents.isc else 0
@@ -155,7 +157,7 @@ class DynamicPerceiver(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Note the size of images that the model is for; it takes any."""
         if img_size is not None:
-            self.img_size = to_2tuple(img_size)
+            self.img_size = whole_size(img_size)
             update_model_input_size(self, self.img_size)
 
     @torch.jit.ignore

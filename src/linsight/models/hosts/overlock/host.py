@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import calculate_drop_path_rates
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from linsight.attention import Rename
 from linsight.errors import CapabilityError, LinsightError
 
+from ...doors import whole_size
 from ...parts.images import check_format, check_images, in_format
 from ...parts.indices import Indices, in_order
 from ...parts.pyramid import Pyramid
@@ -219,7 +220,7 @@ class OverLoCK(Pyramid):
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Note the size of images that the model is for; it takes any."""
         if img_size is not None:
-            update_model_input_size(self, to_2tuple(img_size))
+            update_model_input_size(self, whole_size(img_size))
 
     def stream_plan(self) -> StreamPlan:
         """Refused: see the module."""

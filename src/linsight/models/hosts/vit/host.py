@@ -31,6 +31,7 @@ from linsight.attention import OnGrid, Rename, recast
 from linsight.errors import CapabilityError, LinsightError
 from linsight.ops import Grid, Layout, LayoutLike, Tile, is_proxy, unflatten
 
+from ...doors import check_whole
 from ...parts.convs import WholePatches
 from ...parts.images import FORMATS, check_format, check_images, check_pool, in_format, refuse_fx
 from ...parts.indices import Indices, in_order
@@ -147,6 +148,7 @@ class VisionTransformer(AnyKeys, OnGrid, timm_vit.VisionTransformer):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, for `num_classes` classes, or none (0), on tokens pooled in another way."""
+        check_whole(0, num_classes=num_classes)
         if global_pool is not None:
             check_pool(global_pool, _pools(self.has_class_token, self.attn_pool is not None))
         super().reset_classifier(num_classes, global_pool)
