@@ -89,6 +89,16 @@ def test_any_size_on_a_build_for_224(name, size):
         assert map_.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["inline_compact_pico", "vit_tiny", "pvt_tiny"])
+@pytest.mark.parametrize("argument", ["checkpoint_path", "exportable", "scriptable", "no_jit"])
+def test_what_timm_keeps_for_itself_is_told(name, argument):
+    with pytest.raises(
+        LinsightError, match=rf"{argument}= is an argument of timm.create_model.*load_published"
+    ) as caught:
+        linsight.create_model(name, **{argument: "a.pth"})
+    assert "\n" not in str(caught.value)
+
+
 def test_a_variant_takes_arguments_and_another_mechanism():
     model = timm.create_model(
         "inline_deit_tiny", **SMALL, attention="linear", attention_options={"feature_map": "relu"}

@@ -204,12 +204,28 @@ def broken(**changes):
         (lambda: broken(labels=torch.tensor([0, 1])), r"'labels' of shape \(2,\)"),
         (lambda: broken(masks=torch.zeros(1, 5, 5)), r"'masks' of shape \(1, 5, 5\): mask_rcnn wants"),
         (lambda: broken(boxes=torch.tensor([[30.0, 4, 3, 50]])), "without height or width"),
+        (lambda: broken(boxes=torch.tensor([[3, 4, math.nan, 50]])), "with NaN"),
+        (lambda: broken(boxes=torch.tensor([[3, 4, math.inf, 50]])), "with NaN"),
+        (lambda: broken(boxes=torch.tensor([[3, 4, 30, 50]])), "boxes of torch.int64"),
+        (lambda: broken(labels=torch.tensor([2.0])), "labels of torch.float32"),
+        (lambda: (pictures()[0], [["boxes"], "labels"]), "target 0 is a list"),
         (lambda: ([], []), "one image or more"),
     ],
 )
 def test_targets_of_another_form_are_refused(given, line):
     with pytest.raises(LinsightError, match=line):
         small("mask_rcnn").train()(*given())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_may_be_of_any_whole_numbers(method):
+    images, targets = pictures()
+    model, losses = small(method).train(), []
+    for dtype in (torch.long, torch.int32, torch.uint8):
+        torch.manual_seed(0)
+        found = model(images, [{**target, "labels": target["labels"].to(dtype)} for target in targets])
+        losses.append(sum(found.values()))
+    assert losses[0] == losses[1] == losses[2]
 
 
 @pytest.mark.parametrize(

@@ -340,6 +340,18 @@ def test_one_image_alone_gives_no_statistics(decoder):
         segmenter(decoder)(torch.randn(1, 3, 64, 64))
 
 
+def test_images_that_it_cannot_take():
+    model, x = segmenter().eval(), torch.randn(1, 3, 64, 64)
+    for wrong in (x[0], x[:, :1], x.half(), x.long(), [x[0]], None):
+        with pytest.raises(linsight.LinsightError, match="images") as caught:
+            model(wrong)
+        assert "\n" not in str(caught.value)
+    for part in (model, model.backbone):
+        with pytest.raises(linsight.LinsightError, match=r"torch\.export") as caught:
+            torch.fx.symbolic_trace(part)
+        assert "\n" not in str(caught.value)
+
+
 def test_without_an_auxiliary_head():
     model = segmenter()
     assert model(torch.randn(2, 3, 32, 32)).auxiliary is None and model.auxiliary_weight == 0

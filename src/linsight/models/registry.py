@@ -294,6 +294,7 @@ def _feature_cfg(known: Mapping[str, Any], given: dict[str, Any]) -> dict[str, A
 _FEATURES = ("features_only", "out_indices", "feature_cls", "output_fmt")  # the last one is ours, the others timm's
 _TIMMS = (*_FEATURES, "pretrained_model_args")
 _PLACED = ("device", "dtype")
+_OF_ITS_DOOR = ("checkpoint_path", "scriptable", "exportable", "no_jit")  # what timm.create_model keeps for itself
 
 
 def check_known(name: str, cls: type[nn.Module], given: Mapping[str, Any]) -> None:
@@ -306,6 +307,11 @@ def check_known(name: str, cls: type[nn.Module], given: Mapping[str, Any]) -> No
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
     for key in given:
+        if key in _OF_ITS_DOOR and key not in known:
+            raise LinsightError(
+                f"{key}= is an argument of timm.create_model, which makes '{name}', too; weights of a file are read by "
+                f"linsight.load_published(model, path)"
+            )
         if key not in known and key not in _TIMMS:
             raise UnknownNameError(f"argument of '{name}'", key, known - {"self"})
     if not given.get("features_only"):

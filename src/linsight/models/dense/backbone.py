@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from linsight.attention import Rename
 from linsight.errors import CapabilityError, LinsightError
-from linsight.ops import to_multiple
+from linsight.ops import is_proxy, to_multiple
 
 from ..doors import building, checked
 from ..parts.convs import ConvEmbed
 from ..parts.dense import DenseFeatures, Features, inside
-from ..parts.images import check_images
+from ..parts.images import check_images, refuse_fx
 from ..registry import ARCHITECTURES, HOSTS, TIMM_HOSTS, VARIANTS, create_model
 from ..steps import StreamPlan
 from ..timm.fetch import create_fetched
@@ -59,6 +59,8 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The maps, the finest first."""
+        if is_proxy(x):
+            refuse_fx("the padding of a dense model")
         check_images(self, x)
         height, width = x.shape[2:]
         if self.multiple > 1:

@@ -106,7 +106,7 @@ class Detector(nn.Module):
                 own["labels"] = own["labels"] - self.first
             return found
         _check(self, images, targets)
-        inside = [{**target, "labels": target["labels"] + self.first} for target in targets or ()]
+        inside = [{**target, "labels": target["labels"].long() + self.first} for target in targets or ()]
         return super().forward(images, inside)
 
     def as_graph(self) -> ObjectGraph:
@@ -285,6 +285,8 @@ def _check(model: Detector, images: Any, targets: Any) -> None:
     if not images:
         raise LinsightError("a detector learns from one image or more: none given")
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        if not isinstance(target, Mapping):
+            raise LinsightError(f"target {number} is a {type(target).__name__}: give a dict of 'boxes' and 'labels'")
         count = len(target["boxes"]) if isinstance(target.get("boxes"), Tensor) else 0
         forms: dict[str, tuple[int, ...]] = {"boxes": (count, 4), "labels": (count,)}
         if model.has_masks:
@@ -294,8 +296,15 @@ def _check(model: Detector, images: Any, targets: Any) -> None:
             said = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else "none"
             if not isinstance(given, Tensor) or tuple(given.shape) != form:
                 raise LinsightError(f"target {number} has '{name}' of {said}: {model.method} wants a tensor {form}")
-        labels = target["labels"]
+        labels, boxes = target["labels"], target["boxes"]
+        if labels.is_floating_point() or not boxes.is_floating_point():
+            raise LinsightError(
+                f"target {number} has boxes of {boxes.dtype} and labels of {labels.dtype}: boxes are in floating "
+                f"point, labels are whole numbers"
+            )
         if count and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes:
             raise LinsightError(f"target {number} has labels outside of 0 .. {model.num_classes - 1}, the classes")
-        if bool((target["boxes"][:, 2:] <= target["boxes"][:, :2]).any()):
-            raise LinsightError(f"target {number} has a box without height or width: boxes are x1, y1, x2, y2")
+        if not bool(boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2]).all()):  # NaN is above nothing
+            raise LinsightError(
+                f"target {number} has a box without height or width, or with NaN: they are x1, y1, x2, y2"
+            )

@@ -87,7 +87,8 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | Segmented:
         """Logits at the size of the images; `Segmented` in training mode."""
-        size, maps = x.shape[2:], self.backbone(x)
+        maps = self.backbone(x)  # which looks at what came
+        size = x.shape[2:]
         main = enlarged(self.decoder(maps), self.decoder.strides[0], size)
         if not self.training:
             return main
