@@ -73,6 +73,34 @@ def test_selective_scan_over_blocks(monkeypatch, wide):
     assert torch.autograd.gradcheck(selective_scan, given, fast_mode=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # of torch.func.jvp itself
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scans_by_torch_func(reverse):
+    """Gradients of each sample, and those in forward mode, which an operator without a rule would give as zero."""
+
+    def linear(decay, value):
+        return linear_scan(decay.sigmoid(), value, reverse=reverse)
+
+    def selective(x, step, rate, write, read):
+        return selective_scan(x, step.exp(), -rate.exp(), write, read)
+
+    shapes = (2, 5, 3), (2, 5, 3), (3, 2), (2, 5, 2), (2, 5, 2)
+    for call, count in ((linear, 2), (selective, 5)):
+        given = tuple(torch.randn(shape, dtype=F64, requires_grad=True) for shape in shapes[:count])
+        weights = torch.randn_like(call(*given))
+        right = torch.autograd.grad((call(*given) * weights).sum(), given)
+        inside = tuple(tensor.detach() for tensor in given)
+        found = torch.func.grad(lambda *x, f=call, w=weights: (f(*x) * w).sum(), tuple(range(count)))(*inside)
+        ways = tuple(torch.randn_like(tensor) for tensor in inside)
+        _, moved = torch.func.jvp(call, inside, ways)
+        along = sum((a * b).sum() for a, b in zip(right, ways, strict=True))
+        close((moved * weights).sum(), along)
+        for ours, theirs in zip(found, right, strict=True):
+            close(ours, theirs)
+    every = torch.func.vmap(lambda x: linear(x[None], x[None])[0])(given[0])
+    close(every, linear(given[0], given[0]))
+
+
 def test_the_scan_is_not_rounded_where_others_are():
     x, write, read = (torch.randn(2, 11, size) for size in (3, 2, 2))
     given = [t.requires_grad_() for t in (x, torch.rand(2, 11, 3), -torch.rand(3, 2), write, read)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linsight.errors import LinsightError, UnknownNameError
 
-from .sizes import leaves, traced
+from .sizes import leaves, traced, transformed
 
 
 class Form(NamedTuple):
@@ -192,7 +192,7 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
     """
     if leaves() and not _forced and operator in _leaving:
         return _leaving[operator]
-    if _forced or traced() or leaves():
+    if _forced or traced() or leaves() or transformed():
         return _choose_fused(operator, x)
     like = (operator, x.device.type, x.shape[-1], torch.is_grad_enabled())
     if like not in _chosen:
@@ -201,7 +201,7 @@ def fused_form(operator: str, x: Tensor) -> Callable[..., Any] | None:
 
 
 def _choose_fused(operator: str, x: Tensor) -> Callable[..., Any] | None:
-    if _forced == "plain" or x.is_meta or leaves():
+    if _forced == "plain" or x.is_meta or leaves() or transformed():
         return None
     for form in FORMS[operator]:
         if not form.entry or (form.widest and x.shape[-1] > form.widest) or (form.asked and form.asked != _forced):

@@ -4,8 +4,8 @@ Wide states are made token by token. A sequence of narrow ones is cut into about
 side by side; then each is given the state before it. Products of decays are made forwards only, so nothing is divided
 and nothing overflows where decays are up to 1.
 
-A graph that leaves has torch's own operators in place of the walk: 20 rounds, each of which joins stretches of twice
-the length, O(N log N), for sequences of up to 2^20 tokens.
+A graph that leaves, and torch.func, have torch's own operators in place of the walk: 20 rounds, each of which joins
+stretches of twice the length, O(N log N), for sequences of up to 2^20 tokens.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sizes import leaves
+from .sizes import leaves, transformed
 from .states import accumulator
 
 LEAST = 16  # tokens whose states are there at a time
@@ -30,7 +30,7 @@ def linear_scan(decay: Tensor, value: Tensor, *, reverse: bool = False) -> Tenso
     """
     dtype = accumulator(torch.promote_types(decay.dtype, value.dtype))
     decay, value = decay.to(dtype), value.to(dtype)
-    if leaves():
+    if leaves() or transformed():
         return _from_end(_by_doubling, decay, value) if reverse else _by_doubling(decay, value)
     return linear_scan_op(decay, value, reverse)
 
@@ -51,7 +51,7 @@ def selective_scan(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: T
     """
     dtype = accumulator(x.dtype)
     x, step, rate, write, read = (t.to(dtype) for t in (x, step, rate, write, read))
-    if leaves():
+    if leaves() or transformed():
         states = _by_doubling(*_terms(x, step, rate, write))
         return _read(states, read)
     out: Tensor = selective_scan_op(x, step, rate, write, read)[0]

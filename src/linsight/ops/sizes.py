@@ -24,6 +24,16 @@ def leaves() -> bool:
     return torch.compiler.is_exporting() or freezes()
 
 
+def transformed() -> bool:
+    """True inside torch.func.grad, vmap, jvp and their like: an operator of one's own has no rule for them.
+
+    Forward-mode gradients of one would even be zero, without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def freezes() -> bool:
     """True under torch.jit.trace, which keeps plain numbers, such as how many groups a convolution has."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
