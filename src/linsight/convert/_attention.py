@@ -45,6 +45,8 @@ def replace_attention(
         LinsightError: none is there, or one cannot be replaced. Nothing has been then.
     """
     found = select(model, tuple(_SUCCESSORS), where)
+    if not found and where is not None and (there := select(model, tuple(_SUCCESSORS), None)):
+        raise LinsightError(f"where= is true of none of the attentions of this model: {', '.join([*there][:4])} ...")
     if not found:
         raise LinsightError(
             f"{type(model).__name__} has no torch.nn.MultiheadAttention and no timm.layers.Attention inside to "
