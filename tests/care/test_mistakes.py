@@ -214,6 +214,13 @@ def test_changes_of_a_model(make):
     assert model.num_classes == classes and [*model.state_dict()] == state
 
 
+def test_a_pooling_is_as_before_when_the_classes_are_refused():
+    model = build("pvt_tiny", global_pool="token")
+    model.reset_classifier(3, "avg")
+    refused(lambda: model.reset_classifier("10", "token"), "num_classes")
+    assert model.global_pool == "avg"
+
+
 @pytest.mark.parametrize("name", ["dynp_reg400m_t32", "steps_resnet18"])
 def test_images_of_architectures(name):
     model = linsight.create_model(name, num_classes=3).eval()

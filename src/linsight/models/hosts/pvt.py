@@ -22,6 +22,7 @@ from linsight.attention import OnGrid, Rename
 from linsight.errors import LinsightError, UnknownNameError
 from linsight.ops import FittedTable, Grid, Tile, fit_grid, fit_square, table_for
 
+from ..doors import check_whole
 from ..parts.convs import ConvEmbed
 from ..parts.images import POOLS, check_pool
 from ..parts.positions import with_positions
@@ -261,6 +262,7 @@ class PyramidVisionTransformer(Pyramid):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, for `num_classes` classes, or none (0), on the class token or the last map pooled so."""
+        check_whole(0, num_classes=num_classes)
         if global_pool == "token" != self.global_pool:
             self.check_head(num_classes, global_pool)
             self.head.global_pool = Token()
