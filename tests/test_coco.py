@@ -124,6 +124,7 @@ HUGE = {"size": [24, 32], "counts": [24 * 32 + 1]}
         (changed(0, bbox=[4, 6, 10**400, 8]), False, "without a box of four finite numbers"),
         (changed(0, bbox="1234"), False, "without a box of four finite numbers"),
         (changed(0, bbox=None), False, "without a box of four finite numbers"),
+        (changed(0, bbox=[30, 6, 1e-9, 8]), False, "no width or no height"),
         (changed(0, bbox=[32, 6, 10, 8]), False, "lies outside of its image: left out"),
         (changed(0, image_id=[1]), False, "of an image that is not in the file: left out"),
         (changed(0, segmentation=[[1, 2, 3, 4]]), True, "without an outline that can be used: left out"),
@@ -153,6 +154,48 @@ def test_ids_of_objects_may_come_twice(tmp_path):
     assert len(source.beside(0).boxes) == 2 and "with an id that another one has, too: kept" in source.notes[0]
 
 
+@pytest.mark.parametrize("as_written", [float, str], ids=["7.0", "'7'"])
+def test_numbers_are_read_as_programs_write_them(tmp_path, as_written):
+    kinds = {"images": ("id", "height", "width"), "categories": ("id",), "annotations": ("image_id", "category_id")}
+    said = about()
+    for kind, names in kinds.items():
+        for row in said[kind]:
+            row.update({name: as_written(row[name]) for name in names})
+    said["annotations"][0]["area"] = "80"
+    for rows in (said, {**about(), "images": said["images"]}, {**about(), "annotations": said["annotations"]}):
+        source = CocoFolder(saved(tmp_path, rows)).open("train")
+        assert (source.category_ids, source.image_ids, source.notes) == ((3, 9), (7, 14, 21), ())
+        assert source.beside(0).labels.tolist() == [0, 1] and source.beside(2).areas.tolist() == [80]
+
+
+@pytest.mark.parametrize("value", ["0", "false", "", float("nan"), None, False])
+def test_only_what_says_so_is_a_crowd(tmp_path, value):
+    assert read(tmp_path, **changed(0, iscrowd=value)).beside(2).crowds.tolist() == [False]
+    assert read(tmp_path, **changed(0, iscrowd="1")).beside(2).crowds.tolist() == [True]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_mark_of_the_encoding_and_the_separators_of_windows_are_read(tmp_path, encoding):
+    said = about()
+    for row in said["images"]:
+        row["file_name"] = "images\\" + row["file_name"]
+    path = saved(tmp_path, said) / "annotations" / "train.json"
+    path.write_bytes(path.read_text().encode(encoding))
+    source = CocoFolder(tmp_path).open("train")
+    assert len(source) == 3 and source.image(2, "RGB").getpixel((0, 0)) == (3, 0, 0)
+
+
+def test_a_file_under_two_ids_is_told(tmp_path):
+    (note,) = read(tmp_path, **changed(1, "images", file_name="1.png")).notes
+    assert "1 file of" in note and "under several ids" in note and "'1.png'" in note
+
+
+def test_why_no_object_is_left_is_told(tmp_path):
+    saved(tmp_path, about(annotations=[{**row, "image_id": "a"} for row in about()["annotations"]]))
+    with pytest.raises(LinsightError, match=r"learn from in its 2 images \(.*of an image that is not in the file"):
+        open_objects(recipe(tmp_path))
+
+
 @pytest.mark.parametrize(
     "changes, line",
     [
@@ -161,6 +204,7 @@ def test_ids_of_objects_may_come_twice(tmp_path):
             "the annotation '1' is of the category '5', which is not in the file (it has '3', '9')",
         ),
         (changed(0, category_id=None), "of the category 'None'"),
+        (changed(0, category_id=True), "of the category 'True'"),
         (changed(1, "images", id=7), "the image number 2 has the id '7', as one before it"),
         (changed(1, "images", id=None), "the image number 2 has no id"),
         (changed(1, "images", file_name=""), "has no file_name"),

@@ -297,6 +297,16 @@ def test_segments_in_cocos_panoptic_form(tmp_path):
     refused(tmp_path, "no file that .* names is there, as 'b.png'")
 
 
+def test_segments_with_numbers_as_texts(tmp_path):
+    told = panoptic(tmp_path)
+    told["annotations"][0]["image_id"] = "7"
+    for segment, crowd in zip(told["annotations"][0]["segments_info"], ("0", "1", float("nan")), strict=True):
+        segment |= {"category_id": str(segment["category_id"]), "iscrowd": crowd}
+    (tmp_path / "annotations/panoptic_train2017.json").write_text(json.dumps(told))
+    mask = open_masks(recipe(tmp_path)).train.beside(0)
+    assert [mask[0, 0], mask[0, -1], mask[-1, 0]] == [1, NONE, 1]
+
+
 def test_the_pixel_maps_of_cocos_stuff(tmp_path):
     for split in ("train2017", "val2017"):
         pair(tmp_path, f"{split}/a.jpg", f"stuff_{split}_pixelmaps/a.png")

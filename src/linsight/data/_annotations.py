@@ -87,14 +87,14 @@ def read_annotations(path: pathlib.Path, masks: bool = False) -> Annotations:
     told, first = collections.Counter[str](), dict[str, str]()
     ids = set[Hashable]()
     for order, row in enumerate(_rows(path, found, "annotations")):
-        own, category = row.get("id", f"number {order + 1}"), row.get("category_id")
-        if not isinstance(category, Hashable) or category not in number:
-            known = some(map(str, category_ids))
+        own, category = row.get("id", f"number {order + 1}"), key_of(row.get("category_id"))
+        if category not in number:
+            known, said = some(map(str, category_ids)), shown(row.get("category_id"))
             raise LinsightError(
-                f"{shown(path)}: the annotation {shown(own)} is of the category {shown(category)}, which is not in the "
+                f"{shown(path)}: the annotation {shown(own)} is of the category {said}, which is not in the "
                 f"file (it has {known}): add it to 'categories'"
             )
-        image = _place(row.get("image_id"), place)
+        image = place.get(key_of(row.get("image_id")))
         size = (0, 0) if image is None else images[image].size
         box, kind = _box(row.get("bbox"), size) if image is not None else (None, _STRANGE)
         outline = row.get("segmentation")
@@ -107,10 +107,8 @@ def read_annotations(path: pathlib.Path, masks: bool = False) -> Annotations:
             first.setdefault(line, shown(own))
         if image is None or box is None:
             continue
-        area = row.get("area")
-        area = float(area) if isinstance(area, int | float) and 0 < area < 1e30 else _area(box)
         boxes.append(box)
-        kept.append((image, number[category], bool(row.get("iscrowd")), area))
+        kept.append((image, number[category], is_crowd(row.get("iscrowd")), _area(row.get("area"), box)))
         if masks:
             outlines.append(to_json(outline).encode())
     notes = [
@@ -168,20 +166,22 @@ def _images(path: pathlib.Path, found: Mapping[str, Any]) -> list[Entry]:
     images = list[Entry]()
     ids = set[Hashable]()
     for order, row in enumerate(_rows(path, found, "images")):
-        own, name, sides = row.get("id"), row.get("file_name"), (row.get("height"), row.get("width"))
+        own, name = key_of(row.get("id")), row.get("file_name")
+        height, width = key_of(row.get("height")), key_of(row.get("width"))
         where = f"{shown(path)}: the image number {order + 1}"
-        if not isinstance(own, int | str):
-            raise LinsightError(f"{where} has no id")
+        if own is None:
+            raise LinsightError(f"{where} has no id: a whole number, or a text")
         if own in ids:
             raise LinsightError(f"{where} has the id {shown(own)}, as one before it: ids of images are for one each")
         ids.add(own)
         if not isinstance(name, str) or not name.strip("/. ") or "\0" in name:
             raise LinsightError(f"{where} has no file_name")
-        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
+        name = name.replace("\\", "/")  # as Windows has them
+        if name.startswith("/") or ".." in name.split("/") or name[1:2] == ":":
             raise LinsightError(f"{where} has the file_name {shown(name)}: it must be below the folder of images")
-        if not all(isinstance(side, int) and side > 0 for side in sides):
+        if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
             raise LinsightError(f"{where} ({shown(name)}) has no height and width: boxes are in pixels of that size")
-        images.append(Entry(own, name, (int(row["height"]), int(row["width"]))))
+        images.append(Entry(own, name, (height, width)))
     if not images:
         raise LinsightError(f"{shown(path)} has no image")
     return images
@@ -189,9 +189,9 @@ def _images(path: pathlib.Path, found: Mapping[str, Any]) -> list[Entry]:
 
 def _categories(path: pathlib.Path, found: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """Names and ids, in the order of the ids."""
-    rows = list(_rows(path, found, "categories"))
+    rows = [{**row, "id": key_of(row.get("id"))} for row in _rows(path, found, "categories")]
     for row in rows:
-        if not isinstance(row.get("id"), int) or not isinstance(row.get("name"), str):
+        if not isinstance(row["id"], int) or not isinstance(row.get("name"), str):
             said = shown(row.get("name"))
             raise LinsightError(f"{shown(path)}: the category {said} lacks a name, or a whole number as its id")
     rows.sort(key=lambda row: row["id"])
@@ -205,8 +205,20 @@ def _categories(path: pathlib.Path, found: Mapping[str, Any]) -> tuple[tuple[str
     return names, ids
 
 
-def _place(image: Any, place: Mapping[Hashable, int]) -> int | None:
-    return place.get(image) if isinstance(image, Hashable) else None
+def key_of(value: Any) -> int | str | None:
+    """An id or a size as it is meant: 7 for 7, 7.0 and "7", which programs write for one another; None for none."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and str(number := int(value[:18])) == value:
+        return number
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def is_crowd(value: Any) -> bool:
+    """True for 1, and for what stands for it; not for "0", which is a text and so no empty one, nor for NaN."""
+    if isinstance(value, str):
+        return value.strip().casefold() in ("1", "1.0", "true", "yes")
+    return isinstance(value, int | float) and bool(value) and math.isfinite(value)
 
 
 def _box(box: Any, size: tuple[int, int]) -> tuple[tuple[float, ...] | None, str]:
@@ -225,9 +237,16 @@ def _box(box: Any, size: tuple[int, int]) -> tuple[tuple[float, ...] | None, str
     found = (max(x, 0.0), max(y, 0.0), min(x + width, float(right)), min(y + height, float(bottom)))
     if found[2] <= found[0] or found[3] <= found[1]:
         return None, _OUTSIDE
+    if np.float32(found[2]) <= np.float32(found[0]) or np.float32(found[3]) <= np.float32(found[1]):
+        return None, _EMPTY  # as it is kept
     far = max(-x, -y, x + width - right, y + height - bottom)
     return found, _CUT if far > _CLOSE else ""
 
 
-def _area(box: tuple[float, ...]) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
+def _area(area: Any, box: tuple[float, ...]) -> float:
+    """The area that a file tells, or that of the box."""
+    try:
+        told = float(area)
+    except (TypeError, ValueError, OverflowError):
+        told = math.nan
+    return told if 0 < told < 1e30 else (box[2] - box[0]) * (box[3] - box[1])

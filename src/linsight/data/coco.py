@@ -6,6 +6,7 @@ images in `train2017`, `train`, `images/train`, `images` or beside; or a folder 
 are left out, and counted in a note.
 """
 
+import collections
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -126,6 +127,12 @@ class CocoFolder:
             gone = [image.name for place, image in enumerate(found.images) if place not in there]
             left = count(len(gone), "image", "images")
             notes.append(f"{left} of {shown(path)} left out, not in {shown(folder)}: {some(gone)}")
+        names = collections.Counter(found.images[place].name for place in kept)
+        if twice := [name for name, times in names.items() if times > 1]:
+            files = count(len(twice), "file", "files")
+            notes.append(
+                f"{files} of {shown(path)} under several ids, each of which has objects of its own: {some(twice)}"
+            )
         return Coco(folder, found, kept, notes)
 
 

@@ -166,7 +166,8 @@ def open_objects(recipe: Any) -> Data:
         notes += [f"{val_split}: {note}" for note in val.notes]
     for source, what in ((train, "to learn from"), (val, "to find")):
         if not any(len(source.beside(index).learned().boxes) for index in range(len(source))):
-            raise LinsightError(f"{data} has no object {what} in its {len(source)} images")
+            why = f" ({source.notes[0]})" if source.notes else ""
+            raise LinsightError(f"{data} has no object {what} in its {len(source)} images{why}")
     if recipe.num_classes not in (None, len(whole.classes)):
         raise LinsightError(f"num_classes={recipe.num_classes}, but {data} has {len(whole.classes)} classes")
     return Data(train, val, whole.classes, tuple(notes))

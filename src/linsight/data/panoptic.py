@@ -15,6 +15,7 @@ from PIL import Image
 from linsight.errors import ImageError, LinsightError, UnknownNameError
 from linsight.recipe import Recipe
 
+from ._annotations import is_crowd, key_of
 from ._layout import plain
 from .masks import NONE, Classes, Kind, MaskFolders, Masks
 from .pictures import calmly
@@ -58,7 +59,7 @@ class Panoptic(Masks):
         place = {key: index for index, key in enumerate(names)}
         self.segments = [
             {
-                int(segment["id"]): NONE if segment.get("iscrowd") else place[segment["category_id"]]
+                int(segment["id"]): NONE if is_crowd(segment.get("iscrowd")) else place[key_of(segment["category_id"])]
                 for segment in row["segments_info"]
             }
             for row in rows
@@ -90,10 +91,11 @@ def _read(path: pathlib.Path) -> tuple[list[str], list[Any], dict[int, str]]:
     try:
         found = json.loads(path.read_bytes())
         names = {int(row["id"]): plain(str(row["name"])) for row in found["categories"]}
-        files = {row["id"]: str(row["file_name"]) for row in found["images"]}
+        files = {key_of(row["id"]): str(row["file_name"]) for row in found["images"]}
         rows = list(found["annotations"])
-        images = [files[row["image_id"]] for row in rows]
-        odd = [segment for row in rows for segment in row["segments_info"] if segment["category_id"] not in names]
+        images = [files[key_of(row["image_id"])] for row in rows]
+        segments = [segment for row in rows for segment in row["segments_info"]]
+        odd = [segment for segment in segments if key_of(segment["category_id"]) not in names]
         named = [(str(row["file_name"]), [int(segment["id"]) for segment in row["segments_info"]]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]

@@ -148,7 +148,7 @@ def read_json(path: pathlib.Path, most: int = 2**24) -> dict[str, Any]:
             raise LinsightError(f"'{path}' is no file")
         if path.stat().st_size > most:
             raise LinsightError(f"'{path}' is too large: {path.stat().st_size} bytes, and {most} may be")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())  # UTF-8 or 16, with or without a mark at the start
     except OSError as error:
         raise LinsightError(f"'{path}' cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
