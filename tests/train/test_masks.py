@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from linsight.data.dense import MaskSamples, collate, open_evaluated_masks, open_masks
-from linsight.data.masks import NONE, decode_mask
+from linsight.data.masks import NONE, class_list, decode_mask
 from linsight.errors import ImageError, LinsightError
 from linsight.tasks import record_of
 
@@ -112,6 +112,28 @@ def test_colours_are_told_by_the_list(tmp_path):
     data = open_masks(recipe(tmp_path))
     mask = data.train.beside(0)
     assert data.classes == ("road", "void") and [mask[0, 0], mask[1, 0], mask[0, 4]] == [NONE, 1, 0]
+    assert any("colours of no class, as 1 2 3 in 'masks/train/a.png', have 2.08 %" in note for note in data.notes)
+    write(tmp_path / "masks/train/a.png", np.zeros((*SIZE, 3), np.uint8))  # black all over
+    assert set(data.train.beside(0).flat) == {1}
+    write(tmp_path / "masks/train/a.png", np.full((*SIZE, 3), 7, np.uint8))
+    with pytest.raises(ImageError, match="none of its colours is in the list of classes, as 7 7 7"):
+        data.train.beside(0)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "1", "values"])
+def test_black_and_white_are_colours_where_a_list_says_so(kind, tmp_path):
+    (tmp_path / "classes.txt").write_text("255 255 255 house\n0 0 0 rest\n" if kind != "values" else "rest\nhouse\n")
+    level = np.kron(np.array([[0, 255], [0, 255]], np.uint8), np.ones((3, 4), np.uint8))
+    for split in ("train", "val"):
+        write(tmp_path / f"images/{split}/a.jpg", np.zeros((*SIZE, 3), np.uint8))
+        for name, seen in (("a", level), ("b", level * 0)):
+            write(tmp_path / f"images/{split}/{name}.jpg", np.zeros((*SIZE, 3), np.uint8))
+            path = tmp_path / f"masks/{split}/{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(seen // 255 if kind == "values" else seen).convert(kind.replace("values", "L")).save(path)
+    source = open_masks(recipe(tmp_path)).train
+    rest = source.classes.index("rest")
+    assert source.beside(0)[0].tolist() == [rest] * 4 + [1 - rest] * 4 and set(source.beside(1).flat) == {rest}
 
 
 def test_a_mask_keeps_its_values_whatever_the_file(tmp_path):
@@ -161,6 +183,37 @@ def test_what_is_no_such_data_is_refused(tmp_path):
     refused(tmp_path, "lists the class 'sky' twice")
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe\x00")
     refused(tmp_path, "is no list of classes")
+
+
+@pytest.mark.parametrize(
+    "name, text, line",
+    [
+        ("classes.txt", "0\n100000\n", "names that are numbers are values of pixels, 0 to 65535"),
+        ("classes.txt", "0\n1\n255\n", "the value 255 in masks is that of the class '255', and is ignored"),
+        ("classes.txt", "\n".join(f"c{place}" for place in range(300)), "is that of the class 'c255', and is ignored"),
+        ("classes.txt", "0 0 0 sky\n0 0 0 road\n", "has one value or colour for two classes"),
+        ("classes.txt", "0 0 0 sky\nroad\n", "has colours, 0 to 255, of some classes and not of 'road'"),
+        ("class_dict.csv", "name,r,g,b\nsky,0,0,0\nroad,300,0,0\n", "of some classes and not of 'road'"),
+        ("class_dict.csv", "sky,0,0,0\nroad,3,0,0\n", "has no column 'name': its first line is to be 'name,r,g,b'"),
+    ],
+)
+def test_lists_that_cannot_be_meant_are_refused(tmp_path, name, text, line):
+    pair(tmp_path, "images/a.jpg", "masks/a.png")
+    (tmp_path / name).write_text(text)
+    refused(tmp_path, line)
+
+
+def test_tables_of_spreadsheets_are_read(tmp_path):
+    (tmp_path / "class_dict.csv").write_text("\ufeffName;R;G;B\r\nsky;0;0;0\r\nroad;1;2;3\r\n", newline="")
+    assert class_list(tmp_path) == [("sky", (0, 0, 0)), ("road", (1, 2, 3))]
+
+
+def test_why_masks_tell_no_classes(tmp_path):
+    write(tmp_path / "images/a.jpg", np.zeros((*SIZE, 3), np.uint8))
+    write(tmp_path / "masks/a.tif", np.zeros(SIZE, np.float32))
+    refused(tmp_path, "no mask of .* can be read: masks/a.tif: a mask of mode F tells no classes")
+    (tmp_path / "masks/a.tif").rename(tmp_path / "masks/a.jpg")
+    refused(tmp_path, "the mask 'masks/a.jpg' is a JPEG file, which changes values")
 
 
 def test_other_classes_than_the_models_are_refused(tmp_path):

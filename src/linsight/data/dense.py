@@ -18,7 +18,8 @@ from linsight.errors import ImageError, LinsightError
 from ._places import locate
 from .datasets import Data, evaluated_split, picked_split
 from .images import Batch, Samples
-from .masks import MOST, NONE, Kind, MaskFolders, MaskTables
+from .kinds import suffix_of
+from .masks import MOST, NONE, Kind, MaskFolders, MaskTables, unlisted
 from .panoptic import panoptic_place
 from .random import hold_out
 from .readers import SIDEWAYS, upright
@@ -33,6 +34,7 @@ _PIXELS = {
     "hamming": Image.Resampling.HAMMING,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 _TRIES = 10  # crops, of which one without too much of one class is looked for
 
 
@@ -190,6 +192,7 @@ def open_masks(recipe: Any) -> Data:
     for source, what in ((train, "to train on"), (val, "to evaluate on")):
         if not len(source):
             raise LinsightError(f"{data} has no image {what}")
+    notes += [line for line in (unlisted(whole),) if line]
     return Data(train, val, whole.classes, tuple(notes))
 
 
@@ -222,10 +225,17 @@ def _place(recipe: Any) -> MaskFolders:
 def _values(source: Any, recipe: Any) -> list[int]:
     """The values in all masks of a source, without the one that is ignored."""
     found: set[int] = set()
+    bad: list[ImageError] = []
     for index in range(len(source)):
+        if suffix_of(source.called(index)) in _LOSSY:
+            raise LinsightError(
+                f"the mask {shown(source.called(index))} is a JPEG file, which changes values, so they do not tell the "
+                "classes: save masks as PNG, or list the classes in classes.txt"
+            )
         try:
             mask = source.mask(index)
-        except ImageError:
+        except ImageError as error:
+            bad.append(error)
             continue  # which is told when the image is read
         if mask.ndim == 3:
             source.kinds.read(mask, source.called(index))  # raises the error that says what to do
@@ -235,6 +245,8 @@ def _values(source: Any, recipe: Any) -> list[int]:
                 f"the masks of {shown(recipe.data)} have {len(found)} values, from {min(found)} to {max(found)}, and "
                 f"classes are 0 to {MOST} at most: are they masks of classes?"
             )
+    if bad and not found:
+        raise LinsightError(f"no mask of {shown(recipe.data)} can be read: {bad[0]}")
     found.discard(recipe.ignore)
     return sorted(found)
 

@@ -26,6 +26,8 @@ from .trees import Tree, count, shown, some, walk
 
 NONE = -1  # the class of a pixel that is of none
 MOST = 4096  # classes
+_VALUES = 2**16  # of pixels, from 0
+_LOOKED_AT = 8  # masks, for colours that are not listed
 # Folders of images and of masks, and what stands behind the names of files in them.
 _IMAGES = frozenset(("images", "image", "imgs", "img", "jpegimages", "rgb", "leftimg8bit"))
 _MASKS = frozenset(
@@ -52,7 +54,7 @@ class Kind(NamedTuple):
 
 
 class Classes:
-    """The classes of masks, and which values of pixels are of which.
+    """The classes of masks, and which values of pixels are of which; a LinsightError where one of them is ignored.
 
     A value is the place of its class in the list; where names are numbers, each is the value of its class. `ignored`
     is the value of pixels of no class; with 0 ignored, the first class is 1.
@@ -64,15 +66,25 @@ class Classes:
         self.names = tuple(kind.name for kind in kinds)
         self.ignored = ignored
         values = values_of(self.names, ignored)
-        self.place = np.full(2**16, -2, np.int16)
+        self.place = np.full(_VALUES, -2, np.int16)
         self.place[values] = range(len(values))
+        if ignored in values:
+            raise LinsightError(
+                f"the value {ignored} in masks is that of the class {shown(self.names[values.index(ignored)])}, and is "
+                "ignored: pass another one, as in ignore=65535, or ignore=none"
+            )
         if ignored is not None:
             self.place[ignored] = NONE
         self.colours: Any = None
+        self.greys: Any = None  # places by level, where all colours are grey
         if kinds and all(kind.colour is not None for kind in kinds):
-            codes = [_code(*kind.colour) for kind in kinds if kind.colour is not None]
+            colours = [kind.colour for kind in kinds if kind.colour is not None]
+            codes = [_code(*colour) for colour in colours]
             order = np.argsort(codes)
             self.colours = np.array(codes)[order], order.astype(np.int16)
+            if all(len(set(colour)) == 1 for colour in colours):
+                self.greys = np.full(_VALUES, -2, np.int16)
+                self.greys[[red for red, *_ in colours]] = range(len(colours))
 
     def read(self, mask: Any, name: str) -> Any:
         """Places of classes `(h, w)`, of a mask as `decode_mask` gives it.
@@ -82,8 +94,10 @@ class Classes:
         """
         if mask.ndim == 3:
             return self._of_colours(mask, name)
-        if mask.min() < 0 or mask.max() > 65535:
+        if mask.min() < 0 or mask.max() >= _VALUES:
             raise ImageError(f"{name}: its values are {mask.min()} to {mask.max()}, and masks have 0 to 65535")
+        if self.greys is not None and (found := self.greys[mask]).min() >= 0:
+            return found
         found = self.place[mask]
         if (found == -2).any():
             odd = int(mask[found == -2].max())
@@ -104,7 +118,32 @@ class Classes:
         wide = mask.astype(np.int64)
         given = _code(wide[..., 0], wide[..., 1], wide[..., 2])
         place = np.searchsorted(codes, given).clip(max=len(codes) - 1)
-        return np.where(codes[place] == given, order[place], np.int16(NONE))
+        listed = codes[place] == given
+        if not listed.any():
+            raise ImageError(f"{name}: none of its colours is in the list of classes, as {_words(wide[0, 0])}")
+        return np.where(listed, order[place], np.int16(NONE))
+
+
+def unlisted(source: Any) -> str:
+    """A line on colours of no class in the first masks of a source, "" where there are none, or no colours."""
+    pixels, others, first = 0, 0, ""
+    for index in range(min(len(source), _LOOKED_AT)):
+        try:
+            mask = source.mask(index)
+            if mask.ndim < 3 or source.kinds.colours is None:
+                return ""
+            none = source.kinds.read(mask, source.called(index)) == NONE
+        except ImageError:
+            continue  # which is told when the image is read
+        if none.any() and not first:
+            first = f"{_words(mask[none][0])} in {shown(source.called(index))}"
+        pixels, others = pixels + none.size, others + int(none.sum())
+    share = f"{100 * others / max(pixels, 1):.3g} %"
+    return f"colours of no class, as {first}, have {share} of the pixels looked at: they are ignored" if first else ""
+
+
+def _words(colour: Any) -> str:
+    return " ".join(map(str, colour.tolist()))
 
 
 def _code(red: Any, green: Any, blue: Any) -> Any:
@@ -119,10 +158,11 @@ def values_of(names: Sequence[str], ignored: int | None) -> list[int]:
     return list(range(first, first + len(names)))
 
 
-def decode_mask(stored: Any, name: str) -> Any:
+def decode_mask(stored: Any, name: str, kinds: Classes | None = None) -> Any:
     """A mask as it is kept: `(h, w)` of whole numbers, or `(h, w, 3)` of colours. Palettes are values.
 
     stored: a path, or an open file.  name: of the mask, in messages.
+    kinds: what it is read by. Where a list has colours, black in a picture of colours is one of them, and no value 0.
 
     Raises:
         ImageError: it is damaged, no picture, or of no whole numbers.
@@ -134,9 +174,11 @@ def decode_mask(stored: Any, name: str) -> Any:
         pixels = np.asarray(image.convert("RGB") if image.mode in ("PA", "RGBa", "RGBX") else image)
     if pixels.ndim == 3:
         pixels = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1]
-        if (pixels == pixels[..., :1]).all():
+        coloured = kinds is not None and kinds.colours is not None and pixels.shape[2] == 3
+        if not coloured and (pixels == pixels[..., :1]).all():
             pixels = pixels[..., 0]
-    return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
+    white = 1 if kinds is None or kinds.greys is None else 255
+    return pixels.astype(np.uint8) * np.uint8(white) if pixels.dtype == bool else pixels
 
 
 class Masks(Reading):
@@ -160,7 +202,7 @@ class Masks(Reading):
         name = self.called(index)
         try:
             with self.masks.open(index) as file:
-                return decode_mask(file, name)
+                return decode_mask(file, name, self.kinds)
         except OSError as error:
             raise ImageError(f"{name}: {error.strerror or error}") from error
 
@@ -254,7 +296,7 @@ def _paired(tree: Tree) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
             f"no image of {where} has a mask: {shown(lone[0])} needs one of its name, as in "
             f"{shown(next(iter(next(iter(masks.values())).values())))}"
         )
-    notes = [f"{count(len(lone), 'image has', 'images have')} no mask and are left out: {some(lone)}"] if lone else []
+    notes = [f"{count(len(lone), 'image', 'images')} without a mask left out: {some(lone)}"] if lone else []
     found: dict[str, list[tuple[str, str]]] = {}
     for key, name in images.items():
         if key in masks:
@@ -302,12 +344,21 @@ def class_list(folder: pathlib.Path) -> list[Kind]:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise LinsightError(f"{shown(path)} is no list of classes: {error}") from error
-    kinds = _of_table(text) if path.suffix == ".csv" else [_kind(line) for line in text.splitlines() if line.strip()]
+    table = path.suffix == ".csv"
+    kinds = _of_table(text, path) if table else [_kind(line) for line in text.splitlines() if line.strip()]
     names = [kind.name for kind in kinds]
     if twice := [name for name in names if not name or names.count(name) > 1]:
         raise LinsightError(f"{shown(path)} lists the class {shown(twice[0])} twice, or without a name")
     if not 0 < len(names) <= MOST:
         raise LinsightError(f"{shown(path)} lists {len(names)} classes: 1 to {MOST} are read")
+    if max(values_of(names, None)) >= _VALUES:
+        raise LinsightError(f"{shown(path)}: names that are numbers are values of pixels, 0 to {_VALUES - 1}")
+    colours = [kind.colour for kind in kinds if kind.colour is not None]
+    if len(set(values_of(names, None))) < len(names) or len(set(colours)) < len(colours):
+        raise LinsightError(f"{shown(path)} has one value or colour for two classes: give each its own")
+    if colours and len(colours) < len(names):
+        bare = [kind.name for kind in kinds if kind.colour is None]
+        raise LinsightError(f"{shown(path)} has colours, 0 to 255, of some classes and not of {some(bare)}")
     return kinds
 
 
@@ -321,13 +372,17 @@ def _kind(line: str) -> Kind:
     return Kind(line.strip())
 
 
-def _of_table(text: str) -> list[Kind]:
+def _of_table(text: str, path: pathlib.Path) -> list[Kind]:
     """Classes of a table with the columns name and, perhaps, r, g, b."""
-    rows: Iterable[Mapping[str, str]] = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    head = text.partition("\n")[0]
+    separator = max(",;\t", key=head.count)  # of spreadsheets
+    rows: Iterable[Mapping[str, str]] = csv.DictReader(io.StringIO(text), skipinitialspace=True, delimiter=separator)
     found = []
     for row in rows:
         low = {str(key).strip().casefold(): str(value).strip() for key, value in row.items()}
+        if "name" not in low:
+            raise LinsightError(f"{shown(path)} has no column 'name': its first line is to be 'name,r,g,b', or 'name'")
         colour = [low.get(key, "") for key in ("r", "g", "b")]
-        known = all(part.isdecimal() for part in colour)
+        known = all(part.isdecimal() and int(part) < 256 for part in colour)
         found.append(Kind(low.get("name", ""), (int(colour[0]), int(colour[1]), int(colour[2])) if known else None))
     return found
