@@ -132,6 +132,7 @@ def test_a_run_that_stops_says_where(tmp_path, monkeypatch):
         train(resolve("digits", FULL), out=tmp_path / "run")
     line = r"the loss became (nan|inf) in epoch 1, near step 1: it began in blocks\.1\.attn\.core \(inline\); lower lr"
     assert re.match(line, str(error.value)) and "\n" not in str(error.value)
+    assert str(error.value).endswith("; no state was saved yet")
 
 
 def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The same command again: a run is begun, taken up or told; older states stand in for a damaged one."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -70,6 +71,16 @@ def test_the_command_line_takes_up(folder, tmp_path, tiny_options, linsight):
         code == 2
         and err == "linsight: Invalid value: --resume auto needs --out: the folder of the run, there or not yet\n"
     )
+
+
+def test_states_are_kept_where_files_have_no_links(folder, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError("no links on this disk")
+
+    monkeypatch.setattr(os, "link", refuse)
+    train(recipe(folder, keep_states=2, epochs=2), out=tmp_path / "run")
+    kept = [torch.load(path, weights_only=True)["epoch"] for path in sorted((tmp_path / "run").glob("state*.pt"))]
+    assert kept == [1, 2]
 
 
 def test_states_before_the_last_one_are_kept(folder, tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from small import TINY, colours, truncate
 
 from linsight.errors import CheckpointError, LinsightError
+from linsight.runtime.device import pick_device
 from linsight.runtime.signals import Interrupted
 from linsight.train import load_trained, resolve, resume, train
 from linsight.train.progress import Silent, reporter
@@ -325,6 +326,9 @@ def test_precision_and_device_are_checked(tmp_path):
         train(resolve("digits", {**TINY, "amp": "fp16"}), out=tmp_path / "a")
     with pytest.raises(LinsightError, match="device 'gpu' cannot be used"):
         train(resolve("digits", {**TINY, "device": "gpu"}), out=tmp_path / "b")
+    with pytest.raises(LinsightError, match=r"device 'gpu' cannot be used: .*auto takes the best there is") as caught:
+        pick_device("gpu")
+    assert len(str(caught.value)) < 300  # torch lists all that it knows
     summary = train(resolve("digits", {**TINY, "amp": "bf16", "epochs": 1, "batch_size": 512}), out=tmp_path / "c")
     assert summary["val_loss"] > 0
 

@@ -11,6 +11,9 @@ import torch
 
 from linsight.errors import LinsightError
 
+from .text import shorten
+
+_SAID = 160  # letters of what torch says: of a device that it was not built for, it lists all that it knows
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,7 +29,8 @@ def pick_device(name: str) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it keeps no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise LinsightError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
+        said = shorten(str(error).splitlines()[0].partition(". ")[0].rstrip("."), _SAID)
+        raise LinsightError(f"device '{name}' cannot be used: {said} (auto takes the best there is)") from error
     return device
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import sys
 import weakref
 from collections.abc import Callable
@@ -211,9 +212,17 @@ class Run:
         if path.exists() and self._place is not None:
             older = path.with_name("state-{:05}-{:07}.pt".format(*self._place))
             older.unlink(missing_ok=True)
-            os.link(path, older)
+            try:
+                os.link(path, older)
+            except OSError:  # of a file system without links, as on memory cards
+                shutil.copyfile(path, older)
         for old in self.older()[self.recipe.keep_states - 1 :]:
             old.unlink(missing_ok=True)
+
+    def last_good(self) -> str:
+        """Where the last state is, in words."""
+        there = (self.path / STATE).exists()
+        return f"the last good state is in '{self.path}'" if there else "no state was saved yet"
 
     def older(self) -> list[pathlib.Path]:
         """The files of states before the last one, the newest first."""

@@ -267,7 +267,7 @@ class Trainer:
     def _bad_loss(self, loss: float, where: str) -> LinsightError:
         return LinsightError(
             f"the loss became {loss} in epoch {self.epoch + 1}, near step {self.step + 1}: "
-            f"{self.bad_updates.words(where)}; the last good state is in '{self.run.path}'"
+            f"{self.bad_updates.words(where)}; {self.run.last_good()}"
         )
 
     def _end_epoch(self) -> None:
