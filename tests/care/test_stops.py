@@ -11,12 +11,15 @@ import sys
 import pytest
 import torch
 from test_commands import TINY, data  # noqa: F401
+from torch.utils.data import DataLoader
 
+from linsight.data.images import start_worker
+from linsight.data.watched import KILLED, watched
 from linsight.errors import LinsightError
 from linsight.runtime import signals
 from linsight.runtime.files import hold, require_folder, write_json, writing
 from linsight.runtime.launch import Copy, require_rank, this_copy
-from linsight.runtime.signals import Interrupted, Stop, Terminated, Unwinding
+from linsight.runtime.signals import Interrupted, Stop, Terminated, Unwinding, without_interrupt
 from linsight.tasks import classify
 from linsight.tasks import task as tasks
 from linsight.train import loop, resolve, resume, train, trainer
@@ -137,6 +140,15 @@ def test_a_repeated_signal_is_one_request_until_it_was_long_ago(monkeypatch):
             pass
 
 
+def test_ctrl_c_is_not_for_a_program_that_is_started():
+    command = [sys.executable, "-c", "import time; time.sleep(0.2); print('whole')"]
+    with pytest.raises(KeyboardInterrupt), without_interrupt():
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child.send_signal(signal.SIGINT)  # before Python can ignore it
+        signal.raise_signal(signal.SIGINT)  # put off
+    assert child.communicate() == ("whole\n", "")
+
+
 def test_a_run_under_nohup_outlives_its_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -160,6 +172,12 @@ def test_a_worker_that_is_killed_is_one_line(data, tmp_path):  # noqa: F811
 
     with pytest.raises(LinsightError, match=r"was killed.*set workers lower; go on with: linsight train --resume"):
         train(recipe(data, epochs=9, batch_size=1, save_every=1), out=tmp_path / "run", report=At(2, kill))
+
+
+def test_what_a_worker_cannot_send_is_not_waited_for():
+    feed = DataLoader(range(4), collate_fn=lambda item: lambda: item, num_workers=1, worker_init_fn=start_worker)
+    with pytest.raises(LinsightError, match=KILLED):
+        list(watched(feed))
 
 
 def test_out_of_memory_is_one_line(data, tmp_path, monkeypatch):  # noqa: F811

@@ -3,9 +3,11 @@
 import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 from linsight.errors import LinsightError
+from linsight.runtime.signals import without_interrupt
 
 from .rounds import Side
 
@@ -76,7 +78,9 @@ class Worker:
             context = multiprocessing.get_context("spawn")
             self.pipe, far = context.Pipe()
             self.process = context.Process(target=serve, args=(far, self.measure), daemon=True)
-            self.process.start()
+            resource_tracker.ensure_running()  # whose start would let Ctrl-C through
+            with without_interrupt():
+                self.process.start()
             far.close()
             try:
                 self.pipe.recv()  # it is ready: what it takes to start is not a cell's time

@@ -1,7 +1,9 @@
 """From sources to batches: decoding, augmentation, what happens to a bad image, and normalising on the device."""
 
 import collections
+import os
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.queues import Queue
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -276,8 +278,14 @@ def _posterize(image: Image.Image, bits_to_keep: int, **timm_args: Any) -> Image
 
 
 def start_worker(_: int) -> None:
-    """Make a worker process outlive the signals that stop the run, which ends it."""
+    """Make a worker process outlive the signals that stop the run, which ends it, and end where it cannot answer."""
     outlive()  # Ctrl-C and `timeout` reach the whole group
+    # for want of shared memory or of open files a batch is not sent, and the main process would wait for it for ever
+    Queue._on_queue_feeder_error = staticmethod(_end_unheard)  # type: ignore[attr-defined]
+
+
+def _end_unheard(error: Exception, item: Any) -> None:
+    os._exit(1)
 
 
 def loader(

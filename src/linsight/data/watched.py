@@ -8,7 +8,10 @@ from linsight.errors import LinsightError
 from linsight.runtime.signals import Unwinding
 
 T = TypeVar("T")
-KILLED = "a process that reads images was killed, most likely for want of memory: set workers lower"
+KILLED = (
+    "a process that reads images was killed, most likely for want of memory, shared memory or open files: set workers "
+    "lower"
+)
 _LOST = ("DataLoader worker", "Pin memory thread exited", "unable to open shared memory", "received 0 items of ancdata")
 _PATIENCE = 0.2  # seconds in which a signal to all processes of a run reaches this one, too
 

@@ -117,6 +117,21 @@ def undivided() -> Iterator[None]:
         raise Terminated(stop.code)
 
 
+@contextlib.contextmanager
+def without_interrupt() -> Iterator[None]:
+    """Inside, Ctrl-C is put off until its end; a program that is started never hears it: it is for this process.
+
+    Such a program, still importing when a terminal sends Ctrl-C to its whole group, would end in a traceback.
+    """
+    mask = getattr(signal, "pthread_sigmask", None)
+    before = mask(signal.SIG_BLOCK, [signal.SIGINT]) if mask else None
+    try:
+        yield
+    finally:
+        if mask:
+            mask(signal.SIG_SETMASK, before)
+
+
 def outlive() -> None:
     """Let a worker process outlive a signal to its group for some seconds: the main process still wants its answer.
 
