@@ -71,6 +71,8 @@ WRONG = {
     "data: {lr: 1}": "lr is a field of optimisation, not of data",
     "run: {seeds: 1}": "unknown recipe field 'seeds': did you mean 'seed'?",
     "lr: 1\noptimisation: {lr: 2}": "has lr twice",
+    "lr: 1\nlr: 2": "cannot be read: lr is there twice",
+    "optimisation: {lr: 1, epochs: 2, lr: 2}": "cannot be read: lr is there twice",
     "recipe: cifar": "unknown recipe 'cifar': did you mean 'cifar10'?",
     "recipe: 3": "recipe=3 must be the name of a recipe",
     "task: classifi": "unknown task 'classifi': did you mean 'classify'?",
@@ -97,6 +99,11 @@ def test_what_is_wrong_in_a_file_is_one_line(tmp_path, text):
     with pytest.raises(LinsightError) as caught:
         resolve(write(tmp_path / "a.yaml", text))
     assert WRONG[text] in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_name_comes_once_in_json_too(tmp_path):
+    with pytest.raises(LinsightError, match=r"a\.json' cannot be read: lr is there twice"):
+        read_values(write(tmp_path / "a.json", '{"optimisation": {"lr": 1, "lr": 2}}'))
 
 
 def test_files_that_are_none(tmp_path):

@@ -12,7 +12,7 @@ import json
 import pathlib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -40,6 +40,11 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("references (*name) are not read: write the value again")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """What a node maps, each name once."""
+        _require_once(key.value for key, _ in node.value)
+        return super().construct_mapping(node, deep)
 
 
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)"
@@ -89,10 +94,26 @@ def _read(path: pathlib.Path) -> Any:
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix.lower() == ".toml":
             return tomllib.loads(text)
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, _Loader)
+        if path.suffix.lower() == ".json":
+            return json.loads(text, object_pairs_hook=_mapped)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         said = re.sub(r"\s+", " ", str(error))
         raise LinsightError(f"'{path}' cannot be read: {shown(said, str)}") from None
+
+
+def _mapped(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _require_once(name for name, _ in pairs)
+    return dict(pairs)
+
+
+def _require_once(names: Iterable[Any]) -> None:
+    """Raise where a name comes twice, of which libraries take the last without a word."""
+    seen = set[str]()
+    for name in map(str, names):
+        if name in seen:
+            raise ValueError(f"{name} is there twice")
+        seen.add(name)
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
