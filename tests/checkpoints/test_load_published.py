@@ -205,6 +205,17 @@ def test_the_model_keeps_its_dtype(dtype):
         assert {p.dtype for p in model.parameters()} == {before}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_counters_of_a_halved_checkpoint_are_read(dtype):
+    source, model = (linsight.create_model("inline_compact_pico", num_classes=2, img_size=32) for _ in range(2))
+    state = {key: value.to(dtype) for key, value in source.state_dict().items()}
+    counters = [key for key in state if key.endswith("num_batches_tracked")]
+    load_published(model, {**state, **{key: torch.tensor(7, dtype=dtype) for key in counters}})
+    found = model.state_dict()
+    assert counters and {(found[key].dtype, int(found[key])) for key in counters} == {(torch.int64, 7)}
+    assert "for int64" in refused(model, {**state, counters[0]: torch.tensor(0.5)})
+
+
 def test_another_kind_of_numbers():
     state = export_published(tiny())
     assert "int32 for float32" in refused(tiny(), {**state, "norm.bias": state["norm.bias"].int()})

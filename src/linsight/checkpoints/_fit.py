@@ -103,6 +103,8 @@ def in_classifier(model: nn.Module, key: str) -> bool:
 def _place(grids: Grids, key: str, entry: Entry, target: Tensor, resize: bool, done: Fitted) -> None:
     tensor = entry.tensor
     row = Mismatch(entry.key, shape_text(tensor.shape), shape_text(target.shape), "another shape")
+    if _counts(tensor, target):
+        tensor = tensor.to(target.dtype)
     if tensor.layout != torch.strided or tensor.is_floating_point() != target.is_floating_point():
         kinds = f"{tensor.dtype} for {target.dtype}".replace("torch.", "")
         done.problems.append(row._replace(problem=f"another kind of numbers: {kinds}"))
@@ -122,6 +124,13 @@ def _place(grids: Grids, key: str, entry: Entry, target: Tensor, resize: bool, d
         done.ready[key] = tensor
     else:
         done.problems.append(row)
+
+
+def _counts(tensor: Tensor, target: Tensor) -> bool:
+    """True for one whole number kept as a float: where a checkpoint was halved, its counts of batches are, too."""
+    if tensor.layout != torch.strided or tensor.numel() != 1 or not tensor.is_floating_point():
+        return False
+    return not target.is_floating_point() and tensor.isfinite().item() and tensor.item().is_integer()
 
 
 def _table(
