@@ -89,7 +89,7 @@ def test_eval_and_predict_refuse_what_they_cannot_use(run, folder, linsight, tmp
         (("predict", run, tmp_path / "nowhere.png"), "no such image or folder"),
         (("predict", run, tmp_path / "hollow"), "no image in the folder"),
         (("predict", tmp_path / "nowhere", text), "no such run folder or weights"),
-        (("predict", text, text), "is no safetensors file"),
+        (("predict", text, text), "(weights of a paper: give the model and --checkpoint"),
         (("eval", run, "--data", other), "has the class 'cat', which the model was not trained on"),
         (("eval", run, "--data", tmp_path / "nowhere"), "no such data folder"),
         (("eval", run, "--data", tmp_path / "hollow"), "is empty"),

@@ -117,6 +117,17 @@ def test_a_row_without_a_label_or_an_image_is_named(tmp_path):
     assert "no image there" in decode(data.train, data.train.targets.index(1), "RGB")
 
 
+def test_a_negative_number_is_no_class_and_images_alone_are_told(tmp_path):
+    for name, columns, line in (
+        ("a", {"image": [png(1), png(2)] * 4, "label": [0, -1] * 4}, "'row 1' of .* has no label"),
+        ("b", {"image": [png(1), png(2)]}, "has one column only, and no other for label_key="),
+    ):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / name / "train.parquet")
+        with pytest.raises(LinsightError, match=line):
+            open_data(recipe(tmp_path / name, data_dir=str(tmp_path / "cache")))
+
+
 def test_names_of_torchvision_go_through_timm(folder):
     data = open_data(recipe("torch/image_folder", data_dir=str(folder)))
     assert data.classes == ("blue", "green", "red") and len(data.train) == 60

@@ -319,6 +319,8 @@ def label_text(label: Any) -> str:
     """The name of a class by its label; "" where a row has none."""
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return ""
+    if isinstance(label, int | float) and label < 0:  # as Hugging Face and shards say it of what nobody labelled
+        return ""
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
@@ -385,4 +387,6 @@ def _column(name: str, kinds: Mapping[str, Any], usual: Sequence[str], field: st
         for key in usual:
             if named.get(key) in among:
                 return named[key]
+    if not kinds:
+        raise LinsightError(f"{shown(name)} has one column only, and no other for {field}=")
     raise LinsightError(f"{shown(name)} has the columns {', '.join(kinds)}: say which to use with {field}=")

@@ -222,9 +222,9 @@ def _label_of(path: pathlib.Path, name: str, parts: _Parts, key: str | None, fil
 
     where = shown(f"{path}!{name}")
     if key and key in parts:
-        return _checked(where, content(key).decode(errors="replace").strip())
+        return _checked(where, _text(where, content(key)))
     if not key and "cls" in parts:
-        return _checked(where, content("cls").decode(errors="replace").strip())
+        return _checked(where, _text(where, content("cls")))
     if "json" in parts:
         try:
             found = json.loads(content("json"))
@@ -237,8 +237,16 @@ def _label_of(path: pathlib.Path, name: str, parts: _Parts, key: str | None, fil
         if isinstance(value, str | int):
             return _checked(where, str(value).strip())
     if not key and "txt" in parts:
-        return _checked(where, content("txt").decode(errors="replace").strip())
+        return _checked(where, _text(where, content("txt")))
     return ""
+
+
+def _text(where: str, content: bytes) -> str:
+    """A label in a file of its own, with or without a mark of the encoding at its start."""
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:  # with a sign for what is damaged, two names might be one
+        raise LinsightError(f"the label of {where} is no UTF-8: {error}") from error
 
 
 def _checked(where: str, text: str) -> str:
@@ -277,7 +285,7 @@ def _classes(label: str, labels: Sequence[str], names: pathlib.Path | None) -> t
 def _lines(path: pathlib.Path) -> tuple[str, ...]:
     """The lines of a file of class names; names that are there more than once have their number behind them."""
     try:
-        lines = [plain(line.strip()) for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+        lines = [plain(line.strip()) for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, ValueError) as error:
         raise LinsightError(f"{shown(path)} cannot be read: {error}") from error
     if not all(lines):

@@ -159,7 +159,8 @@ def load_trained(source: str | pathlib.Path) -> Trained:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{path}' is no safetensors file, or is damaged: {error}") from error
+        way = "" if path.suffix == ".safetensors" else f" (weights of a paper: give the model and --checkpoint {path})"
+        raise CheckpointError(f"'{path}' is no safetensors file, or is damaged: {error}{way}") from error
     if "linsight" not in metadata:
         raise CheckpointError(f"'{path}' does not say which model it is of: give the model and --checkpoint {path}")
     try:
