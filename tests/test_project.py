@@ -41,6 +41,7 @@ FLOORS = (
     ("adapters", "bench"),
     ("catalogue", "doctor"),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FORBIDDEN = {

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import timm
 from PIL import Image
 
+from linsight import __version__ as version
 from linsight.errors import LinsightError
 from linsight.runtime.launch import is_command
 from linsight.tasks import ClassifyRecipe
@@ -306,6 +308,23 @@ def test_whoever_reads_may_stop_reading():
     process.stdout.close()
     assert process.wait(50) == 1 and process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_the_package_is_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["linsight", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("linsight", run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out.strip() == version
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_an_output_that_is_full_is_one_line(linsight, monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        code, _, err = linsight("list", "--json")
+        patch.setattr(sys, "stdout", io.StringIO())
+        assert (code, err) == (2, "linsight: the output cannot be written: No space left on device\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for what is left in it
 
 
 def test_a_terminal_without_letters_or_room_gets_what_it_can(linsight, run, data, tmp_path, monkeypatch):

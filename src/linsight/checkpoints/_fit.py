@@ -130,7 +130,7 @@ def _counts(tensor: Tensor, target: Tensor) -> bool:
     """True for one whole number kept as a float: where a checkpoint was halved, its counts of batches are, too."""
     if tensor.layout != torch.strided or tensor.numel() != 1 or not tensor.is_floating_point():
         return False
-    return not target.is_floating_point() and tensor.isfinite().item() and tensor.item().is_integer()
+    return not target.is_floating_point() and float(tensor).is_integer()
 
 
 def _table(

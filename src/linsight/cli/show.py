@@ -1,6 +1,7 @@
 """`linsight list | info | doctor`: what there is, what it costs, and what runs here. Tables, or `--json`."""
 
 import contextlib
+import errno
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,8 @@ class Command(TyperCommand):
             raise
         except OSError as error:
             name = f"'{error.filename}': " if error.filename else ""
+            if not name and error.errno == errno.ENOSPC:
+                name = "the output cannot be written: "  # files have names
             raise LinsightError(f"{name}{error.strerror or error}") from error
 
 

@@ -56,7 +56,7 @@ class Panoptic(Masks):
         self, images: Files, pictures: Files, rows: Sequence[Any], names: Mapping[int, str], kinds: list[Kind]
     ) -> None:
         super().__init__(images, pictures, len(rows), Classes(kinds, None))
-        place = {key: index for index, key in enumerate(names)}
+        place: dict[int | str | None, int] = {key: index for index, key in enumerate(names)}
         self.segments = [
             {
                 int(segment["id"]): NONE if is_crowd(segment.get("iscrowd")) else place[key_of(segment["category_id"])]

@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """What a node maps, each name once."""
+        """The mapping of a node, in which a name may come once."""
         _require_once(key.value for key, _ in node.value)
         return super().construct_mapping(node, deep)
 

@@ -1,0 +1,5 @@
+"""`python -m linsight`."""
+
+from linsight.cli import main
+
+main()
