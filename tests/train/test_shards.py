@@ -141,7 +141,7 @@ def test_labels_are_read_from_what_is_there(tmp_path, case):
 
 
 BAD = {
-    "no text": ([("0", {"png": b"", "txt": b"\xff"})], {}, "the label of .* is no UTF-8"),
+    "no text": ([("0", {"png": b"", "txt": b"\xff"})], {}, "is no class, but a text that is no UTF-8"),
     "two images": ([("0", {"png": b"", "jpg": b"", "cls": "0"})], {}, "several images (png, jpg): say which to use"),
     "a text": ([("0", {"png": b"", "txt": "a dog\non grass"})], {}, "is no class, but a text (a dog ...)"),
     "no label": ([("0", {"png": b"", "json": "{}"})], {}, "no label in its samples, as in '0.cls'"),

@@ -246,7 +246,7 @@ def _text(where: str, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:  # with a sign for what is damaged, two names might be one
-        raise LinsightError(f"the label of {where} is no UTF-8: {error}") from error
+        raise LinsightError(f"the label of {where} is no class, but a text that is no UTF-8: {error}") from error
 
 
 def _checked(where: str, text: str) -> str:
