@@ -105,3 +105,6 @@ def test_what_does_not_stream_says_so():
         linsight.stream(pooled, image, output="mask")
     with pytest.raises(CapabilityError, match="does not give the maps of an image in parts"):
         linsight.stream(linsight.create_segmenter("timm/resnet18", "mlp", 5, width=8).eval(), image, output="mask")
+    detector = linsight.create_detector("compact_nano", num_classes=5, method="faster_rcnn").eval()
+    with pytest.raises(CapabilityError, match="a detector does not stream"):
+        linsight.stream(detector, image)

@@ -15,11 +15,12 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from linsight.errors import LinsightError, UnknownNameError
+from linsight.errors import CapabilityError, LinsightError, UnknownNameError
 from linsight.ops import to_multiple, traced
 
 from ..parts.dense import inside
 from ..parts.images import check_images
+from ..steps import StreamPlan
 from .backbone import pyramid as backbone_of
 from .cascade import LEVELS, CascadeHeads, Stage
 from .graph import ObjectGraph
@@ -112,6 +113,13 @@ class Detector(nn.Module):
     def as_graph(self) -> ObjectGraph:
         """A copy that takes an image and gives tensors, for exporters."""
         return ObjectGraph(self)
+
+    def stream_plan(self) -> StreamPlan:
+        """Refused: boxes are chosen among those of the whole image."""
+        raise CapabilityError(
+            "a detector does not stream, its boxes are chosen among those of the whole image: leave --stream out, or "
+            "cut the image into parts that overlap"
+        )
 
     # What timm's models have, of the backbone.
 
