@@ -241,13 +241,13 @@ def test_the_encoder_of_torch_calls_us(grad):
         assert not torch.allclose(theirs(x, src_key_padding_mask=ignored)[~ignored], expected[~ignored], atol=0.01)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_choice_of_no_attention_is_told():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2), 2, enable_nested_tensor=False)
     with pytest.raises(LinsightError, match=r"where= is true of none .*layers\.0\.self_attn"):
         replace_attention(model, "softmax", where=lambda name: "attention" in name)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused():
     by_hand = encoder()
     for layer in by_hand.layers:
