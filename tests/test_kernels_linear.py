@@ -270,6 +270,7 @@ def features_of(x):
     return Features(x, "positive", 2, column.requires_grad_(), before, after.requires_grad_(), turn)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_opcheck():
     x, v, keep = randn(1, 40, 2, 4).requires_grad_(), randn(1, 40, 2, 6).requires_grad_(), torch.rand(1, 40) < 0.7

@@ -36,6 +36,7 @@ for chosen in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
 """
 
 
+@pytest.mark.full  # it starts a process
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc has mallopt")
 def test_pages_are_kept_while_it_is_entered():
     bare = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
