@@ -53,7 +53,7 @@ BATCH = 64
 TRAINING: dict[str, Any] = {"model": "compact_nano", "batch_size": BATCH, "re_prob": 0.0, "opt": "adamw"}
 TRAINING |= {"lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 1, "clip_grad": 1.0}
 TRAINING |= {"channels_last": False, "workers": 0, "figures": False}
-# A form of the same function and the same gradients, for at most so many tokens, that trains in a tenth of the time.
+# A form of the same function and the same gradients, for at most so many tokens, that trains sooner.
 FORMS: dict[str, tuple[int, dict[str, Any]]] = {"yoso": (256, {"form": "pairs"})}
 SPEEDS = {"infer": "forward_images_per_second", "train": "training_images_per_second"}
 COLUMNS = (

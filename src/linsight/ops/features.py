@@ -90,8 +90,8 @@ def square_features(x: Tensor) -> Tensor:
     """Features `(..., F)` of `x` `(..., D)` with phi(q) . phi(k) = (q . k)^2 / 2: the products of two channels.
 
     Channels are a circle, and pairs come by their distance on it, each once; at half the circle, which even D have,
-    they come twice. So F = D (D / 2 + 1) for even D, D (D + 1) / 2 for odd ones. The second factors are views: an index
-    for each pair takes three times as long.
+    they come twice. So F = D (D / 2 + 1) for even D, D (D + 1) / 2 for odd ones. All second
+    factors are one view of the circle.
     """
     width = x.shape[-1]
     distance = torch.arange(width // 2 + 1, device=x.device)[:, None]

@@ -62,7 +62,7 @@ def mask_tokens(x: Tensor, keep: Tensor | None, value: float = 0.0) -> Tensor:
 def take_tokens(x: Tensor, places: Tensor) -> Tensor:
     """The tokens of `x` `(B, N, ...)` at `places` `(B or 1, M)`: `(B, M, ...)`.
 
-    They are copied whole, in a fifth of the time of `gather`, which reads number by number.
+    They are copied whole, where `gather` reads number by number.
     """
     if places.shape[0] == 1:
         return x.index_select(1, places[0])

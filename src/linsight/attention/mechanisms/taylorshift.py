@@ -112,7 +112,7 @@ class TaylorShift(KernelCore):
         self.num_heads = num_heads
         self.form, self.output_normalized = form, output_normalized
         self.width, self.scale = dim // num_heads, dim**-0.5
-        self.count = (self.width + 1) * (self.width + 2) // 2  # of features
+        self.count = (self.width + 1) * (self.width + 2) // 2  # of features, all pairs once: the paper's change-over
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.temperature = nn.Parameter(torch.ones(1, num_heads, 1, 1, **factory)) if normalize_input else None
 

@@ -170,7 +170,7 @@ class YOSO(Core):
 def rows_of(code: Tensor, count: int) -> Tensor:
     """Where rows that hashes `(B, N, H)` name are in tables `(B, H, count, W)`, of all rows in turn: `(B, N, H)`.
 
-    Rows of one dimension are added and read whole, of several number by number: some ten times as slow.
+    Rows of one dimension are added and read whole, of several number by number.
     """
     batch, _, heads = code.shape
     return code + torch.arange(batch * heads, device=code.device).reshape(batch, 1, heads) * count
